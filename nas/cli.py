@@ -1,0 +1,168 @@
+"""``nas <stage> [--budget N] [Hydra overrides]``: from argv, through Hydra, to a stage.
+
+Exit codes: 0 done; 1 the user's input is wrong, in one sentence; 2 Hydra's usage errors.
+"""
+
+import errno
+import importlib
+import itertools
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException, ValidationError
+
+from nas import __version__
+from nas.config import STAGES, register, to_stage
+from nas.console import complain
+from nas.errors import UserError
+from nas.resources import shipped
+
+_USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
+
+  nas train    space=tiny                          train a supernet
+  nas measure  space=tiny device=this              time the space's layers on this machine
+  nas search   --budget 200 space=tiny             find the Pareto front (trains and measures first if need be)
+  nas report   run=runs/search/NAME                draw the figures of a search or of a sweep
+  nas export   run=runs/search/NAME select=all     write model directories
+  nas finetune checkpoint=DIR                      go on training an exported model
+
+nas <stage> --help lists the stage's keys; -m sweeps; --cfg job shows the config.
+eval "$(nas -sc install=bash)" switches tab completion on."""
+
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's kill is a Ctrl-C
+    if arguments[:1] == ["--version"]:
+        print(__version__)
+        return 0
+    if arguments[:1] == ["-sc"]:
+        return _complete(arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if arguments else 2
+    if arguments[0] not in STAGES:
+        complain(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
+        return 1
+    return _guarded(arguments[0], _expand_budget(arguments[1:]))
+
+
+def _guarded(stage: str, overrides: list[str]) -> int:
+    """Runs a stage and turns what the user can mend into one sentence and an exit code."""
+    try:
+        return _hydra(stage, overrides)
+    except KeyboardInterrupt as interrupt:
+        complain(f"nas {stage}: interrupted; {interrupt}")
+        return 1
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+        lines = str(cause).splitlines()
+        if isinstance(error, MissingConfigException):
+            options = itertools.takewhile(lambda line: line.startswith("\t"), lines[3:])
+            complain(f"nas {stage}: {lines[0]}; use {', '.join(option.strip() for option in options)}")
+            return 1
+        key = getattr(cause, "full_key", None)
+        where = f"{key}: " if key and key not in lines[0] else ""
+        complain(f"nas {stage}: {where}{lines[0]}; nas {stage} --help lists the keys")
+        return 1 if isinstance(cause, ValidationError) else 2
+    except OSError as error:  # Hydra could not make the run directory
+        complain(f"nas {stage}: {_sentence(error)}")
+        return 1
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+
+
+def _hydra(stage: str, overrides: list[str]) -> int:
+    """Hands over to Hydra; returns 1 if a run failed by the user's mistake (the others of a sweep still run)."""
+    failed = False
+
+    def run(config: DictConfig) -> None:
+        nonlocal failed
+        try:
+            _run_stage(config)
+        except (UserError, OSError) as error:
+            complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")
+            failed = True
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"the same command with name={config.name} goes on where it stopped") from None
+
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach _guarded
+    argv = sys.argv
+    sys.argv = ["nas", *_name_sweep_by_what_it_varies(overrides)]
+    try:
+        hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=stage)(run)()
+    finally:
+        sys.argv = argv
+    return int(failed)
+
+
+def _sentence(error: Exception, runs_dir: str = "runs") -> str:
+    if isinstance(error, OSError):
+        what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
+        if error.errno in _FULL_DISK:
+            return f"cannot write {what}; free some space and run the same command again"
+        if error.errno in _NO_PLACE:
+            return f"cannot use {what}; mend that path, or choose another runs_dir= or name="
+        raise error
+    return str(error)
+
+
+def _run_stage(config: DictConfig) -> None:
+    hydra_config = HydraConfig.get()
+    path = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    try:
+        importlib.import_module(f"nas.stages.{hydra_config.job.config_name}").run(to_stage(config), path)
+    finally:
+        with suppress(OSError):  # Hydra made the directory; do not leave it behind empty
+            path.rmdir()
+
+
+def _expand_budget(arguments: list[str]) -> list[str]:
+    """``--budget 200`` and ``--budget=200`` are sugar for ``budget=200``."""
+    expanded: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--budget":
+            expanded.append(f"budget={next(words, '')}")
+        else:
+            expanded.append(word.removeprefix("--") if word.startswith("--budget=") else word)
+    return expanded
+
+
+def _name_sweep_by_what_it_varies(arguments: list[str]) -> list[str]:
+    """Keeps overrides that are the same in all runs of a sweep out of the names of their folders."""
+    if not {"-m", "--multirun"} & set(arguments):
+        return arguments
+    words = [word for word in arguments if "=" in word and not word.startswith("-")]
+    with suppress(HydraException):  # Hydra says what is wrong with an override
+        overrides = OverridesParser.create().parse_overrides(words)
+        fixed = [override.key_or_group for override in overrides if not override.is_sweep_override()]
+        at = arguments.index(words[0]) if words else len(arguments)  # Hydra wants all overrides together
+        exclude = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
+        return [*arguments[:at], exclude, *arguments[at:]]
+    return arguments
+
+
+def _complete(arguments: list[str]) -> int:
+    """Tab completion: the stage is ours, everything after it is Hydra's."""
+    words = os.environ.get("COMP_LINE", "").split()
+    if arguments[1:2] == ["query=bash"]:
+        if len(words) < 2 or words[1] not in STAGES:
+            print(" ".join(STAGES))
+            return 0
+        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f" {words[1]}", "", 1)
+    return _guarded(words[1] if len(words) > 1 else "search", arguments)

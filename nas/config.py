@@ -1,0 +1,248 @@
+"""The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper.
+
+``data``, ``sampler`` and ``export`` are parts that one swaps: their YAML in conf/ names a class, and `build` makes it.
+That class is only ever taken from the configuration of the running command, never from a file of an earlier run.
+"""
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra.utils
+from hydra.core.config_store import ConfigStore
+from hydra.errors import InstantiationException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from nas.errors import UserError
+
+
+@dataclass
+class TrainConfig:
+    """How to train, for a supernet, a sub-network or a finetuned model alike."""
+
+    steps: int = 500
+    batch: int = 8  # rows a step
+    length: int | None = None  # tokens a row; null: the model's whole context
+    learning_rate: float = 4e-3
+    warmup_share: float = 0.2  # of the steps, linear; then cosine down to final_share of the learning rate
+    final_share: float = 0.05
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 0.5
+    seed: int = 0
+    precision: str = "auto"  # fp32 | bf16 (autocast); auto: bf16 on a GPU
+    sharing: str = "sliced"  # the supernet's sharing rule
+    largest_share: float = 0.125  # of a step's rows that run the largest vector
+    smallest_share: float = 0.125
+    log_every: int = 10
+    validate_every: int = 100
+    checkpoint_every: int = 50
+    validation_windows: int = 32  # context-long windows of validation text
+
+
+@dataclass
+class WorkloadConfig:
+    """What the model is served for. Lengths are in tokens a sequence."""
+
+    batch: int = 64
+    context: int | None = None  # tokens in the cache at the timed decode step; null: the space's whole context
+    prompt: int | None = None  # tokens of the timed prefill; null: half of the context
+    dtype: str = "auto"  # fp32 | bf16; auto: bf16 on a GPU, fp32 on a CPU
+    runtime: str = "auto"  # eager | graph (CUDA graph); auto: graph on a GPU, eager on a CPU
+
+
+@dataclass
+class MeasureConfig:
+    """The grid of `nas measure`; it always contains the workload."""
+
+    batches: list[int] | None = None  # null: a quarter of the workload's batch, and that batch
+    contexts: list[int] | None = None  # null: a quarter, half and all of the workload's context
+    prompts: list[int] | None = None  # null: half of the workload's prompt, and that prompt
+    rounds: int = 15  # every point is timed once a round, in shuffled order; the median counts
+    seed: int = 0
+
+
+@dataclass
+class StageConfig:
+    """What every command has."""
+
+    name: str = MISSING
+    runs_dir: str = "runs"
+
+
+@dataclass
+class _SupernetParts:
+    data: dict[str, Any] = MISSING
+    tokenizer: str | None = None
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class _LatencyParts:
+    device: str = "this"
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    measure: MeasureConfig = field(default_factory=MeasureConfig)
+    check: int = 4  # whole models of random vectors timed against the predictor
+
+
+@dataclass
+class Train(_SupernetParts, StageConfig):
+    """nas train"""
+
+    space: str = "tiny"
+
+
+@dataclass
+class Measure(_LatencyParts, StageConfig):
+    """nas measure"""
+
+    space: str = "tiny"
+    publish: str | None = None  # copy the finished table into this folder of device folders too
+
+
+@dataclass
+class Search(_LatencyParts, _SupernetParts, StageConfig):
+    """nas search"""
+
+    space: str = "tiny"
+    budget: str = "60"
+    objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
+    sampler: dict[str, Any] = MISSING
+    seed: int = 0
+    supernet: str | None = None  # directory of a train run; null: the newest that fits, else train one
+    latency: str | None = None  # directory of a measure run; null: the newest that fits, else measure or estimate
+
+
+@dataclass
+class Report(StageConfig):
+    """nas report"""
+
+    run: str = MISSING
+
+
+@dataclass
+class Export(StageConfig):
+    """nas export"""
+
+    run: str = MISSING
+    select: str = "all"
+    export: dict[str, Any] = MISSING
+
+
+@dataclass
+class Finetune(StageConfig):
+    """nas finetune"""
+
+    checkpoint: str = MISSING
+    from_scratch: bool = False
+    data: dict[str, Any] = MISSING
+    train: TrainConfig = field(default_factory=TrainConfig)
+    export: dict[str, Any] = MISSING
+
+
+STAGES: dict[str, type[StageConfig]] = {
+    "train": Train,
+    "measure": Measure,
+    "search": Search,
+    "report": Report,
+    "export": Export,
+    "finetune": Finetune,
+}
+
+
+def register() -> None:
+    """Makes the schemas known to Hydra as ``<stage>_schema``."""
+    store = ConfigStore.instance()
+    for stage, schema in STAGES.items():
+        store.store(name=f"{stage}_schema", node=schema)
+
+
+def to_stage(config: DictConfig) -> Any:
+    """Turns Hydra's composed config into the dataclass of its command.
+
+    Raises:
+        UserError: A value that must be given is not.
+    """
+    try:
+        stage = OmegaConf.to_object(config)
+    except MissingMandatoryValue as error:
+        keys = re.findall(r"[\w.]+(?=\s*$)|full_key: ([\w.]+)", str(error))
+        key = next((key for key in keys if key), getattr(error, "full_key", "") or str(error).split(":")[-1].strip())
+        raise UserError(f"{key} is needed; give {key}=…") from None
+    validate(stage)
+    return stage
+
+
+_POSITIVE = {"steps", "batch", "length", "learning_rate", "log_every", "validate_every", "checkpoint_every"}
+_POSITIVE |= {"validation_windows", "clip_norm", "context", "prompt", "rounds", "batches", "contexts", "prompts"}
+_NOT_NEGATIVE = {"check", "weight_decay"}
+_SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share"}
+_NAMED = {
+    "precision": ("auto", "fp32", "bf16"),
+    "dtype": ("auto", "fp32", "bf16"),
+    "runtime": ("auto", "eager", "graph"),
+}
+
+
+def validate(config: Any, prefix: str = "") -> None:
+    """Checks the ranges of all numbers in a tree of config dataclasses.
+
+    Raises:
+        UserError: One is out of range; the sentence names it.
+    """
+    for item in dataclasses.fields(config):
+        key, value = prefix + item.name, getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            validate(value, f"{key}.")
+        elif item.name in _POSITIVE and value is not None:
+            if not all(number > 0 for number in (value if isinstance(value, list) else [value])) or value == []:
+                raise UserError(f"{key} is {value} but must be positive")
+        elif item.name in _SHARES and not 0 <= value <= 1:
+            raise UserError(f"{key} is {value} but must lie between 0 and 1")
+        elif item.name in _NAMED and value not in _NAMED[item.name]:
+            raise UserError(f"{key} is '{value}'; use {', '.join(_NAMED[item.name])}")
+        elif item.name in _NOT_NEGATIVE and value < 0:
+            raise UserError(f"{key} is {value} but must be 0 or more")
+        elif item.name == "seed" and not 0 <= value < 2**32:
+            raise UserError(f"{key} is {value} but must lie between 0 and {2**32 - 1}")
+        elif item.name == "name" and not value.strip("./ "):
+            raise UserError(f"name is '{value}', which names no run directory; give another name=")
+
+
+def build(spec: dict[str, Any], **more: Any) -> Any:
+    """Makes the object that a swappable part's YAML describes.
+
+    Raises:
+        UserError: Its class refuses the values.
+    """
+    try:
+        return hydra.utils.instantiate(spec, _convert_="all", **more)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        reason = error.__cause__ or str(error).splitlines()[0]
+        raise UserError(f"{spec.get('_target_')} cannot be made from {spec}: {reason}; mend the values") from None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a search may go on: so many evaluations, or so many seconds. One of the two is None."""
+
+    evaluations: int | None
+    seconds: float | None
+
+
+def parse_budget(text: str) -> Budget:
+    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations.
+
+    Raises:
+        UserError: It is neither, or zero.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])|(\d+)", text.strip())
+    if match:
+        if match[3] and int(match[3]) > 0:
+            return Budget(int(match[3]), None)
+        if match[2] and float(match[1]) > 0:
+            return Budget(None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]])
+    raise UserError(f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero")

@@ -1,0 +1,50 @@
+"""What a person at a terminal sees: lines, tables, and progress bars that say how long is left.
+
+Progress goes to stderr and only to a terminal; in a pipe or a batch job nothing but the result lines appears.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_out = Console(soft_wrap=True, highlight=False, markup=False)
+_err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+
+
+def say(message: object = "") -> None:
+    """Print a line or a rich renderable to stdout."""
+    _out.print(message)
+
+
+def complain(message: str) -> None:
+    """Print an error or a warning to stderr."""
+    _err.print(message)
+
+
+class Bar:
+    """A running progress bar."""
+
+    def __init__(self, progress: Progress, task: int) -> None:
+        self._progress, self._task = progress, task  # progress.tasks is keyed by an int-like TaskID
+
+    def update(self, completed: float, note: str = "") -> None:
+        """Set how much is done and a short note beside the bar (a loss, a vector)."""
+        self._progress.update(self._task, completed=completed, note=note)  # type: ignore[arg-type]
+
+
+@contextmanager
+def progress_bar(title: str, total: float, completed: float = 0) -> Iterator[Bar]:
+    """A bar with the time left; invisible when stderr is not a terminal."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=_err, disable=not _err.is_terminal, transient=True) as progress:
+        yield Bar(progress, progress.add_task(title, total=total, completed=int(completed), note=""))

@@ -1,0 +1,69 @@
+"""The tokenizer: a byte-level BPE trained on the corpus, or one that the user gives."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nas.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+_TRAINING_CHARACTERS = 20_000_000  # a few megabytes settle the merges; more only costs time
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains a byte-level BPE of ``vocab_size`` entries, END_OF_TEXT among them.
+
+    Raises:
+        UserError: The text is too little for that many entries, or they are fewer than there are bytes.
+    """
+
+    def head() -> Iterable[str]:
+        left = _TRAINING_CHARACTERS
+        for text in texts:
+            yield text[:left]
+            left -= len(text)
+            if left <= 0:
+                return
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet):
+        raise UserError(
+            f"the space's vocab_size is {vocab_size} but a byte-level tokenizer has at least {len(alphabet) + 1} "
+            "tokens; give a larger one, or a tokenizer="
+        )
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(head(), trainer)
+    if tokenizer.get_vocab_size() < vocab_size:
+        raise UserError(
+            f"the text yields only {tokenizer.get_vocab_size()} of the {vocab_size} tokens that the space asks for; "
+            "give more text, a smaller space, or a tokenizer="
+        )
+    return tokenizer
+
+
+def load_tokenizer(reference: str) -> Tokenizer:
+    """Loads a tokenizer.json, or the one in a Hugging Face model directory.
+
+    Raises:
+        UserError: There is none, or it cannot be read.
+    """
+    path = Path(reference)
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"there is no tokenizer {file}; give a tokenizer.json or a Hugging Face directory that has one")
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises plain Exception
+        raise UserError(f"tokenizer {file} cannot be read ({error}); give a Hugging Face tokenizer.json") from None
+
+
+def end_of_text_id(tokenizer: Tokenizer) -> int | None:
+    """Id of the token that ends a document: END_OF_TEXT, or the usual names of other tokenizers."""
+    ids = (tokenizer.token_to_id(name) for name in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"))
+    return next((index for index in ids if index is not None), None)

@@ -1,0 +1,1 @@
+"""Exported models: one module a format."""

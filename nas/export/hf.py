@@ -1,0 +1,195 @@
+"""The Hugging Face format: a directory that ``AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`` loads.
+
+It is a `nemotron-nas` model (`DeciLMForCausalLM`): vLLM, llama.cpp and mlx-lm know that type natively and give each
+layer its own KV cache size. transformers does not, so a small file of model code travels along.
+"""
+
+import math
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nas.data.tokenizer import end_of_text_id, load_tokenizer
+from nas.errors import UserError
+from nas.model import Decoder
+from nas.run import read_json, write_atomically, write_json
+from nas.space import ModelShape, format_vector
+
+_REMOTE_CODE = "modeling_decilm"
+_FFN_MULTIPLE = 256  # engines round the FFN width up to this
+
+
+def engine_ffn_width(ffn_mult: float, hidden_size: int) -> int:
+    """The FFN width that inference engines compute for a nemotron-nas block."""
+    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / _FFN_MULTIPLE) * _FFN_MULTIPLE
+
+
+class HfExporter:
+    """Writes models as Hugging Face directories."""
+
+    def export(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
+        """Writes ``model`` into ``folder``.
+
+        Args:
+            model: A plain decoder.
+            tokenizer: Its tokenizer.json.
+            folder: Made if needed.
+            card: What the model card states, by title: losses, latency and where each comes from.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        state, width = _padded_state(model)
+        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+        end = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
+        config = hf_config(model.shape, model.kv_heads, width, end)
+        write_json(folder / "config.json", config)
+        write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": False})
+        shutil.copy(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), folder)
+        (folder / "README.md").write_text(_card(model, width, card), encoding="utf-8")
+
+
+def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_text: int | None) -> dict[str, Any]:
+    """The contents of config.json for a model whose FFN is ``width`` wide."""
+    heads, ffn_mult = shape.num_attention_heads, 3 * width / (2 * shape.hidden_size)
+    assert engine_ffn_width(ffn_mult, shape.hidden_size) == width
+    return {
+        "architectures": ["DeciLMForCausalLM"],
+        "model_type": "nemotron-nas",
+        "auto_map": {
+            "AutoConfig": f"{_REMOTE_CODE}.DeciLMConfig",
+            "AutoModel": f"{_REMOTE_CODE}.DeciLMModel",
+            "AutoModelForCausalLM": f"{_REMOTE_CODE}.DeciLMForCausalLM",
+        },
+        "block_configs": [
+            {
+                "attention": {"n_heads_in_group": heads // groups, "no_op": False, "replace_with_linear": False},
+                "ffn": {"ffn_mult": ffn_mult, "no_op": False, "replace_with_linear": False},
+            }
+            for groups in vector
+        ],
+        "num_key_value_heads_per_layer": list(vector),
+        "num_key_value_heads": max(vector),
+        "num_hidden_layers": shape.num_hidden_layers,
+        "hidden_size": shape.hidden_size,
+        "intermediate_size": width,
+        "num_attention_heads": heads,
+        "head_dim": shape.head_dim,
+        "vocab_size": shape.vocab_size,
+        "max_position_embeddings": shape.max_position_embeddings,
+        "rms_norm_eps": shape.rms_norm_eps,
+        "rope_theta": shape.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "tie_word_embeddings": shape.tie_word_embeddings,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+        "dtype": "float32",
+        "torch_dtype": "float32",
+    }
+
+
+def read_exported(folder: Path, with_weights: bool = True) -> Decoder:
+    """Reads an exported directory back, running none of its code.
+
+    Args:
+        folder: The directory.
+        with_weights: Load the weights; otherwise they are left undefined.
+
+    Raises:
+        UserError: It is not an exported model, or it is corrupt.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} has no config.json; give a directory that 'nas export' or 'nas finetune' wrote")
+    config = read_json(folder / "config.json")
+    if config.get("model_type") != "nemotron-nas":
+        raise UserError(f"{folder} holds a '{config.get('model_type')}' model, not an exported nemotron-nas one")
+    if not (folder / "model.safetensors").is_file():
+        raise UserError(f"{folder} has no model.safetensors; export it again")
+    try:
+        fields = ModelShape.__dataclass_fields__
+        shape = ModelShape(**{key: config[key] for key in fields})
+        heads = shape.num_attention_heads
+        vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
+        if len(vector) != shape.num_hidden_layers:
+            raise ValueError(f"block_configs lists {len(vector)} layers, not num_hidden_layers of them")
+        model = Decoder(shape, vector)
+        if with_weights:
+            state = load_file(folder / "model.safetensors")
+            if shape.tie_word_embeddings:
+                state["lm_head.weight"] = state["model.embed_tokens.weight"]
+            model.load_state_dict(state)
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
+        problem = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise UserError(f"{folder} is corrupt ({problem}); export it again") from None
+    return model
+
+
+def _padded_state(model: Decoder) -> tuple[dict[str, Tensor], int]:
+    """The state dict with its FFN zero-padded to the width that engines will compute, and that width."""
+    width = math.ceil(model.shape.intermediate_size / _FFN_MULTIPLE) * _FFN_MULTIPLE
+    missing = width - model.shape.intermediate_size
+    state = {}
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and model.shape.tie_word_embeddings:
+            continue
+        if missing and ".mlp." in name:  # silu(0) · 0 = 0: the added neurons say nothing
+            tensor = F.pad(tensor, (0, missing) if "down_proj" in name else (0, 0, 0, missing))
+        state[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+    return state, width
+
+
+def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> int | None:
+    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns the id of its end of text."""
+    loaded = load_tokenizer(str(tokenizer))
+    end = end_of_text_id(loaded)
+    name = None if end is None else loaded.id_to_token(end)
+    shutil.copy(tokenizer, folder / "tokenizer.json")
+    special = {"bos_token": name, "eos_token": name, "pad_token": name}
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **special}
+    write_json(folder / "tokenizer_config.json", facts)
+    return end
+
+
+def _card(model: Decoder, width: int, card: Mapping[str, str]) -> str:
+    shape = model.shape
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]",
+        "---",
+        f"# A model with KV groups {format_vector(model.kv_heads)}",
+        "",
+        f"A Llama-style decoder whose layers differ in their number of KV groups: {shape.num_hidden_layers} layers, "
+        f"width {shape.hidden_size}, {shape.num_attention_heads} heads of {shape.head_dim}, "
+        f"FFN {shape.intermediate_size}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
+        f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
+        "",
+    ]
+    if width != shape.intermediate_size:
+        lines += [
+            f"The FFN is stored {width} wide: inference engines round its width up to a multiple of {_FFN_MULTIPLE}, "
+            f"so {width - shape.intermediate_size} zero neurons were added, which change no output.",
+            "",
+        ]
+    lines += ["| what | value |", "| --- | --- |"]
+    lines += [f"| {title} | {value} |" for title, value in card.items()]
+    lines += [
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
+        'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
+        "```",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,43 @@
+"""A supernet on disk: weights as safetensors, the space and the sharing rule as JSON."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from nas.errors import UserError
+from nas.model.supernet import Supernet
+from nas.run import FinishedRun, read_json, write_atomically, write_json
+from nas.space import space_from_dict
+
+_WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
+
+
+def save_supernet(supernet: Supernet, sharing: str, folder: Path) -> None:
+    """Writes the two files into ``folder``."""
+    state = supernet.decoder.state_dict()
+    if supernet.space.shape.tie_word_embeddings:
+        del state["lm_head.weight"]
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    write_atomically(folder / _WEIGHTS, lambda path: save_file(state, path))
+    write_json(folder / _CONFIG, {"name": supernet.space.name, "space": supernet.space.to_dict(), "sharing": sharing})
+
+
+def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
+    """Loads the supernet of a finished train run.
+
+    Raises:
+        UserError: Its files are missing, changed or corrupt.
+    """
+    weights, config = run.artifact(_WEIGHTS), read_json(run.artifact(_CONFIG))
+    try:
+        supernet = Supernet(space_from_dict(config["name"], config["space"]), config["sharing"])
+        state = load_file(weights)
+        if supernet.space.shape.tie_word_embeddings:
+            state["lm_head.weight"] = state["model.embed_tokens.weight"]
+        supernet.decoder.load_state_dict(state)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        problem = " ".join(" ".join(str(error).splitlines()[:2]).split())
+        raise UserError(f"supernet {run.path} is corrupt ({problem}); train it again") from None
+    return supernet.to(device)

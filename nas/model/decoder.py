@@ -1,0 +1,245 @@
+"""A Llama-style decoder in plain PyTorch whose layers may differ in their number of KV groups.
+
+RMSNorm, rotary embeddings in Hugging Face's half-split form, SwiGLU, no biases. Tensor names are those of a Hugging
+Face Llama checkpoint, so exporting a state dict needs no renaming.
+
+Shape suffixes: B rows of a batch, T tokens, D model width, H query heads, G K/V heads that attention reads,
+S K/V heads that are stored as weights, R query heads of one group (H / G), C cache length, d head width,
+L layers, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas.space import ModelShape
+
+Rope = tuple[Tensor, Tensor]
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer, written in place; both BGCd."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class KVCache:
+    """A static KV cache: every layer takes exactly the bytes that its own number of groups needs."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        vector: Sequence[int],
+        batch: int,
+        length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
+        self.layers = [
+            LayerCache(*(torch.zeros(size, device=device, dtype=dtype) for _ in range(2)))  # keys, values
+            for size in sizes
+        ]
+
+    def rows(self, layer: int, batch: int) -> LayerCache:
+        """The first ``batch`` rows of one layer's cache."""
+        cache = self.layers[layer]
+        return LayerCache(cache.keys[:batch], cache.values[:batch])
+
+
+def rope_table(shape: ModelShape) -> Rope:
+    """Cosines and sines of every position, each (max_position_embeddings, d), in fp32."""
+    frequencies = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    angles = torch.outer(torch.arange(shape.max_position_embeddings, dtype=torch.float32), frequencies)
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x_BnTd: Tensor, rope: Rope) -> Tensor:
+    """Applies rotary embeddings to heads; ``rope`` holds the rows of the T positions."""
+    cos_Td, sin_Td = rope
+    first, second = x_BnTd.chunk(2, dim=-1)
+    return (x_BnTd * cos_Td + torch.cat((-second, first), dim=-1) * sin_Td).to(x_BnTd.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square layer norm, computed in fp32 as Llama does."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with ``kv_heads`` K/V heads in its weights.
+
+    With a ``selection`` (B, G, S) each row of the batch attends over its own G mixtures of the S stored heads: that
+    is all the supernet needs. Without one, G = S.
+    """
+
+    def __init__(self, shape: ModelShape, kv_heads: int) -> None:
+        super().__init__()
+        self.head_dim = shape.head_dim
+        heads_width, kv_width = shape.num_attention_heads * shape.head_dim, kv_heads * shape.head_dim
+        self.q_proj = nn.Linear(shape.hidden_size, heads_width, bias=False)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
+        self.o_proj = nn.Linear(heads_width, shape.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        selection_BGS: Tensor | None = None,
+        cache: LayerCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        q_BHTd = self._heads(self.q_proj(x_BTD))
+        k_BGTd = self._heads(self.k_proj(x_BTD))
+        v_BGTd = self._heads(self.v_proj(x_BTD))
+        if selection_BGS is not None:
+            k_BGTd = torch.einsum("bgs,bstd->bgtd", selection_BGS.to(k_BGTd.dtype), k_BGTd)
+            v_BGTd = torch.einsum("bgs,bstd->bgtd", selection_BGS.to(v_BGTd.dtype), v_BGTd)
+        q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
+        if cache is not None:
+            end = start + x_BTD.shape[1]
+            cache.keys[:, :, start:end] = k_BGTd
+            cache.values[:, :, start:end] = v_BGTd
+        if cache is not None and start > 0:
+            out_BHTd = attend_packed(q_BHTd, cache.keys[:, :, :end], cache.values[:, :, :end])
+        else:
+            out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=True)
+        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def attend_packed(q_BH1d: Tensor, k_BGCd: Tensor, v_BGCd: Tensor) -> Tensor:
+    """One decode step of attention: one new token for every row against the whole cache.
+
+    The R = H / G query heads of a group become the rows of one attention problem, so each K/V head is read from
+    memory once instead of R times. No mask: the new token may see everything in the cache.
+    """
+    B, H, _, d = q_BH1d.shape
+    q_BGRd = q_BH1d.view(B, k_BGCd.shape[1], -1, d)
+    return F.scaled_dot_product_attention(q_BGRd, k_BGCd, v_BGCd).reshape(B, H, 1, d)
+
+
+class MLP(nn.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
+
+
+class Layer(nn.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, shape: ModelShape, kv_heads: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.self_attn = Attention(shape, kv_heads)
+        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp = MLP(shape)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rope: Rope,
+        selection_BGS: Tensor | None = None,
+        cache: LayerCache | None = None,
+        start: int = 0,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, selection_BGS, cache, start)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))  # type: ignore[no-any-return]
+
+
+class _Trunk(nn.Module):
+    """What Hugging Face calls ``model``: everything but the output head."""
+
+    def __init__(self, shape: ModelShape, kv_heads: Sequence[int]) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(Layer(shape, heads) for heads in kv_heads)
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model with ``kv_heads[l]`` K/V heads in layer ``l``.
+
+    Args:
+        shape: The model shape.
+        kv_heads: K/V heads of every layer; for a plain model, its group vector.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, shape: ModelShape, kv_heads: Sequence[int]) -> None:
+        super().__init__()
+        self.shape, self.kv_heads = shape, tuple(kv_heads)
+        self.model = _Trunk(shape, kv_heads)
+        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        if shape.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        cos, sin = rope_table(shape)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws fresh weights: normal with deviation 0.02, smaller where a projection ends on the residual stream
+        (deviation / sqrt(2 layers), as in GPT-2)."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(1.0)
+                continue
+            residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            std = 0.02 / (2 * len(self.kv_heads)) ** 0.5 if residual else 0.02
+            parameter.normal_(0.0, std, generator=generator)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        selections: Sequence[Tensor] | None = None,
+        cache: KVCache | None = None,
+        start: int = 0,
+        last_only: bool = False,
+    ) -> Tensor:
+        """Logits of every position.
+
+        Args:
+            tokens_BT: Token ids.
+            selections: One selection (B, G, S) a layer, for a supernet.
+            cache: Where to write keys and values. A prompt starts at 0; later calls bring one token each.
+            start: Position of the first token of ``tokens_BT``.
+            last_only: Compute the logits of the last position only, as generation needs.
+
+        Returns:
+            Logits, BTV, or B1V with ``last_only``.
+        """
+        end = start + tokens_BT.shape[1]
+        x_BTD = self.model.embed_tokens(tokens_BT)
+        rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+        for index, layer in enumerate(self.model.layers):
+            selection = selections[index] if selections is not None else None
+            x_BTD = layer(x_BTD, rope, selection, cache.layers[index] if cache else None, start)
+        if last_only:
+            x_BTD = x_BTD[:, -1:]
+        return self.lm_head(self.model.norm(x_BTD))  # type: ignore[no-any-return]

@@ -1,0 +1,77 @@
+"""The supernet: one set of weights that runs any vector of a search space, a different one in every row of a batch.
+
+K/V heads are linear in the layer's input, so running row b at ``g`` groups is a small selection matrix applied to the
+projected K and V. Rows differ only in the values of that matrix, never in a tensor's shape: one ordinary forward
+pass trains or evaluates many vectors at once. Every layer presents as many K/V heads as the least common multiple of
+its choices, each smaller choice repeating its own; attention over repeated heads equals attention over fewer heads.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from nas.errors import UserError
+from nas.model.decoder import Decoder
+from nas.model.sharing import SHARING_RULES
+from nas.space import SearchSpace, Vector
+
+
+class Supernet(nn.Module):
+    """Elastic decoder over a search space.
+
+    Args:
+        space: The search space.
+        sharing: Name of the sharing rule.
+
+    Raises:
+        UserError: There is no such rule.
+    """
+
+    def __init__(self, space: SearchSpace, sharing: str = "sliced") -> None:
+        super().__init__()
+        if sharing not in SHARING_RULES:
+            raise UserError(f"train.sharing is '{sharing}'; use {', '.join(SHARING_RULES)}")
+        self.space, self.rule = space, SHARING_RULES[sharing]
+        self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
+        for layer, choices in enumerate(space.choices):
+            heads = math.lcm(*choices)
+            mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
+            self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
+
+    def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
+        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``."""
+        layers = range(len(self.space.choices))
+        selections = [getattr(self, f"mixtures_{layer}")[choices_BL[:, layer]] for layer in layers]
+        return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
+
+    def choice_indices(self, vectors: Sequence[Vector]) -> Tensor:
+        """Vectors as the (B, L) index tensor that `forward` takes.
+
+        Raises:
+            UserError: One of them is not of the space.
+        """
+        rows = [
+            [allowed.index(g) for g, allowed in zip(self.space.check(vector), self.space.choices, strict=True)]
+            for vector in vectors
+        ]
+        return torch.tensor(rows, device=self.decoder.rope_cos.device)
+
+    @torch.no_grad()
+    def extract(self, vector: Vector) -> Decoder:
+        """The sub-network at ``vector`` as a plain model of its own, with copied weights.
+
+        Raises:
+            UserError: The vector is not of the space.
+        """
+        plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
+        state = dict(self.decoder.state_dict())
+        for layer, (choices, groups) in enumerate(zip(self.space.choices, vector, strict=True)):
+            mixture = self.rule.mixture(choices, groups).to(self.decoder.rope_cos.device)
+            for projection in ("k_proj", "v_proj"):
+                name = f"model.layers.{layer}.self_attn.{projection}.weight"
+                stored_SdD = state[name].unflatten(0, (-1, self.space.shape.head_dim))
+                state[name] = torch.einsum("gs,sdi->gdi", mixture, stored_SdD).flatten(0, 1)
+        plain.load_state_dict(state)
+        return plain

@@ -1,0 +1,58 @@
+"""The front: every evaluated vector, and which of them are on the front, uniform, or known."""
+
+import itertools
+
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from nas.report.figure import COLOURS, GREY
+from nas.search.front import Objectives
+from nas.search.metrics import METRICS
+
+
+def front_points(trials: pd.DataFrame, landmarks: pd.DataFrame) -> pd.DataFrame:
+    """The trials with the landmarks' names: column ``name`` (empty for most) and ``uniform``."""
+    names = landmarks.groupby("vector")["name"].agg(" = ".join).reset_index()
+    points = trials.merge(names, on="vector", how="left")
+    points["name"] = points["name"].fillna("")
+    points["uniform"] = points["name"].str.startswith("uniform ")
+    return points
+
+
+def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives, title: str) -> None:
+    """One panel for each pair of objectives."""
+    pairs = list(itertools.combinations(objectives.names, 2))
+    axes = drawing.subplots(1, len(pairs), squeeze=False)[0]
+    for index, (panel, (y, x)) in enumerate(zip(axes, pairs, strict=True)):
+        _draw_pair(panel, points, x, y, staircase=len(pairs) == 1)
+        if index == 0:
+            panel.legend(loc="best", fontsize=8)
+    drawing.suptitle(title, fontsize=9)
+
+
+def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool) -> None:
+    front = points[points["on_front"]].sort_values(x)
+    axes.scatter(points[x], points[y], s=14, color=GREY, label=f"evaluated ({len(points)})")
+    if staircase:
+        where = "pre" if METRICS[x].maximise == METRICS[y].maximise or METRICS[x].maximise else "post"
+        axes.step(front[x], front[y], where=where, color=COLOURS[0], linewidth=1.2)  # type: ignore[arg-type]
+    axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
+    marks = (
+        ("uniform", points["uniform"], "s", COLOURS[1]),
+        ("known", ~points["uniform"] & (points["name"] != ""), "*", COLOURS[2]),
+    )
+    for label, chosen, marker, colour in marks:
+        rows = points[chosen]
+        if rows.empty:
+            continue
+        size = 170 if marker == "*" else 70
+        axes.scatter(
+            rows[x], rows[y], s=size, marker=marker, facecolors="none", edgecolors=colour, label=label, zorder=4
+        )
+        for _, row in rows.iterrows():
+            axes.annotate(row["name"], (row[x], row[y]), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+    source = " and ".join(sorted(points["latency_source"].unique()))
+    timed = ("decode_ms", "prefill_ms", "tokens_per_s")
+    axes.set_xlabel(METRICS[x].label + (f" — {source}" if x in timed else ""))
+    axes.set_ylabel(METRICS[y].label + (f" — {source}" if y in timed else ""))

@@ -1,0 +1,305 @@
+"""The run directory: what a stage was asked to do, where it came from, what it wrote, and whether it finished.
+
+    run.json        argv, resolved config, git commit, package versions, device, seeds, parents with their hashes
+                    (their paths are relative to the run's own, so runs/ can be moved)
+    metrics.jsonl   one JSON object a line, append-only
+    (artifacts)     whatever the stage makes
+    complete.json   written last: the hash of every artifact. Its absence means unfinished
+
+A run directory knows nothing of what a stage does. Files are written beside their name and renamed, so nothing
+half-written ever looks finished; reading an artifact of a finished run checks its hash.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+import nas
+from nas.errors import UserError
+
+_RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
+_PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
+
+
+def now() -> str:
+    """The current time in UTC, to the second, in ISO format."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` with a temporary path beside ``path`` and renames the result into place.
+
+    Raises:
+        OSError: The system refuses, a full disk for one; it names ``path``, whatever library did the writing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> int | None:
+    """The operating system's number of an error while writing, which libraries wrap in errors of their own."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error.errno or errno.ENOSPC  # NumPy gives no number when a write stops short
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # tokenizers and safetensors
+            return int(match[1])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes ``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: The file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); restore it or run its stage again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; restore it or run its stage again")
+    return value
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def value_hash(value: object, length: int = 10) -> str:
+    """A short stable hash of plain values, for names and cache keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+class FinishedRun:
+    """A finished run that another stage builds on.
+
+    Args:
+        path: The run directory.
+        stage: The stage that must have written it, or None for any.
+
+    Raises:
+        UserError: It is no run directory, another stage's, or unfinished.
+    """
+
+    def __init__(self, path: Path, stage: str | None = None) -> None:
+        if not (path / _RUN).is_file():
+            raise UserError(f"{path} is not a run directory (it has no {_RUN}); give the directory of a finished run")
+        self.path = path
+        self.info = read_json(path / _RUN)
+        if stage is not None and self.info.get("stage") != stage:
+            raise UserError(
+                f"{path} was written by 'nas {self.info.get('stage')}', not by 'nas {stage}'; give a {stage} run"
+            )
+        if not (path / _COMPLETE).is_file():
+            raise UserError(f"{path} is unfinished; run its command again with name={path.name} to finish it")
+        self._hashes: dict[str, str] = read_json(path / _COMPLETE).get("artifacts", {})
+        parts = (self._hashes, self.info.get("config"), self.info.get("parents"))
+        if not all(isinstance(part, dict) for part in parts):
+            raise UserError(f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a part; restore it or run its stage again")
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The resolved config of the run."""
+        return dict(self.info["config"])
+
+    def digest(self) -> str:
+        """Hash over the completion mark, and so over every artifact."""
+        return file_hash(self.path / _COMPLETE)
+
+    def artifact(self, name: str) -> Path:
+        """Path of an artifact, its content verified against the hash taken when the run finished.
+
+        Raises:
+            UserError: It is missing or was changed since.
+        """
+        path = self.path / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing; run 'nas {self.info.get('stage')}' again under a new name")
+        if file_hash(path) != self._hashes.get(name):
+            raise UserError(f"{path} is corrupt: it changed after the run finished; restore it or run the stage again")
+        return path
+
+    def parent(self, role: str) -> "FinishedRun":
+        """The run that this one was built on, by its role.
+
+        Raises:
+            UserError: It is gone, or is not what it was.
+        """
+        fact = self.info["parents"][role]
+        path = Path(os.path.normpath(self.path / fact["path"]))
+        parent = FinishedRun(path)
+        if parent.digest() != fact["hash"]:
+            raise UserError(f"{path} is not the {role} that {self.path} was made from; run that again")
+        return parent
+
+
+class Run:
+    """The run that is being written. Use `start_run`."""
+
+    def __init__(self, path: Path, stage: str) -> None:
+        self.path, self.stage = path, stage
+
+    def log(self, **values: object) -> None:
+        """Appends one line to metrics.jsonl."""
+        with (self.path / _METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(values) + "\n")
+
+    def finish(self) -> None:
+        """Writes the completion mark. Nothing may be written to the run afterwards."""
+        artifacts = {
+            str(path.relative_to(self.path)): file_hash(path)
+            for path in sorted(self.path.rglob("*"))
+            if path.is_file() and not path.name.startswith(".") and path.name not in (_RUN, _COMPLETE)
+        }
+        write_json(self.path / _COMPLETE, {"finished": now(), "artifacts": artifacts})
+
+
+@contextmanager
+def start_run(
+    path: Path,
+    stage: str,
+    config: Mapping[str, Any],
+    seeds: Mapping[str, int] | None = None,
+    parents: Mapping[str, FinishedRun] | None = None,
+) -> Iterator[Run]:
+    """Begins a run, or goes on with an unfinished one of the same name and config.
+
+    Args:
+        path: The run directory, made if needed.
+        stage: Name of the stage.
+        config: The resolved config as plain values; a resumed run must have the same.
+        seeds: Every seed that the stage draws from.
+        parents: The finished runs that the stage builds on, by role.
+
+    Raises:
+        UserError: The directory holds a finished run, a run of another config, or is in use.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(path / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise UserError(f"{path} is in use by another process; wait for it or give another name=") from None
+    try:
+        config = json.loads(json.dumps(config, default=str))
+        parent_facts = {
+            role: {"path": os.path.relpath(run.path, path), "hash": run.digest()}
+            for role, run in (parents or {}).items()
+        }
+        if (path / _RUN).is_file():
+            _check_resumable(path, stage, config, parent_facts)
+            _end_cut_line(path / _METRICS)
+        else:
+            facts: dict[str, Any] = {"stage": stage, "started": now(), "argv": sys.orig_argv, "config": config}
+            facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | _provenance()
+            write_json(path / _RUN, facts)
+        yield Run(path, stage)
+    finally:
+        lock.release()
+        (path / _LOCK).unlink(missing_ok=True)
+
+
+def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, Any]) -> None:
+    if (path / _COMPLETE).is_file():
+        raise UserError(f"{path} is already finished; give another name= or remove it")
+    before = read_json(path / _RUN)
+    if before.get("stage") != stage:
+        raise UserError(f"{path} belongs to 'nas {before.get('stage')}'; give another name=")
+    if changed := _differences(before.get("config", {}), config):
+        raise UserError(
+            f"{path} was begun with another config ({'; '.join(changed[:3])}); repeat the first command to resume it, "
+            "or give another name="
+        )
+    if before.get("parents") != parents:
+        raise UserError(f"{path} was begun from other parent runs; give another name=")
+
+
+def _end_cut_line(file: Path) -> None:
+    """Closes a line that a kill cut short, so that the next one does not continue it."""
+    if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
+        file.write_bytes(content + b"\n")
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys = list(before | after)
+        return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{prefix}{key}.")]
+    return [] if before == after else [f"{prefix[:-1]} was {before}, now {after}"]
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl; a line that a kill cut short is skipped."""
+    file = path / _METRICS
+    values = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    return values
+
+
+def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
+    """Finished runs of a stage under ``runs_dir``, newest first."""
+    marks = (runs_dir / stage).glob(f"**/{_COMPLETE}")
+    for mark in sorted(marks, key=lambda path: path.stat().st_mtime, reverse=True):
+        yield FinishedRun(mark.parent, stage)
+
+
+def is_run(path: Path) -> bool:
+    """Whether ``path`` is a run directory, finished or not."""
+    return (path / _RUN).is_file()
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {"gqa-nas": nas.__version__, "python": platform.python_version()}
+    for package in _PACKAGES:
+        versions[package] = metadata.version(package)
+    return {"git": _git_state(), "versions": versions, "machine": platform.platform()}
+
+
+def _git_state() -> dict[str, object] | None:
+    """Commit of the checkout that the package runs from, or None for an installed wheel."""
+    here = Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if git("ls-files", "--error-unmatch", "run.py") != "run.py":
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -1,0 +1,24 @@
+"""The metrics of a vector: the columns of trials.csv and front.csv that can be objectives."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: its label with unit, and which way is better."""
+
+    label: str
+    maximise: bool = False
+
+
+METRICS = {
+    "loss_nats": Metric("inherited validation loss (nats/token)"),
+    "decode_ms": Metric("decode step (ms)"),
+    "prefill_ms": Metric("prefill (ms)"),
+    "tokens_per_s": Metric("decode throughput (tokens/s)", maximise=True),
+    "batch": Metric("batch (sequences)", maximise=True),
+    "kv_bytes_per_token": Metric("KV cache (bytes/token)"),
+    "parameters": Metric("parameters"),
+}
+
+COLUMNS = ["vector", *METRICS, "on_front", "latency_source"]

@@ -1,0 +1,246 @@
+"""Model shapes, search spaces and group vectors: what can be searched, without a tensor in sight.
+
+A *vector* holds one number of KV groups ``g`` a layer and is written ``4-2-2-1``. A *search space* is a model shape
+and the groups that each layer may have. Field names of a shape are those of a Hugging Face Llama configuration, so
+that there is one vocabulary from the YAML file to the exported model.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nas.errors import UserError
+from nas.resources import shipped
+
+Vector = tuple[int, ...]
+
+
+def format_vector(vector: Sequence[int]) -> str:
+    """``(4, 2, 1)`` -> ``"4-2-1"``."""
+    return "-".join(map(str, vector))
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Everything that fixes a Llama-style decoder apart from its KV groups."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is bool:
+                valid = isinstance(value, bool)
+            else:
+                number_types = int if field.type is int else (int, float)
+                valid = isinstance(value, number_types) and not isinstance(value, bool) and value > 0
+            if not valid:
+                kind = {int: "a positive integer", float: "a positive number", bool: "true or false"}[field.type]  # type: ignore[index]
+                raise ValueError(f"{field.name} is {value!r} but must be {kind}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim} but rotary embeddings need an even one")
+
+    def layer_parameters(self, groups: int) -> int:
+        """Parameters of one decoder layer with ``groups`` KV groups."""
+        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + groups)
+        return attention + 3 * self.hidden_size * self.intermediate_size + 2 * self.hidden_size
+
+    def parameters(self, vector: Sequence[int]) -> int:
+        """Parameters of the whole model at ``vector``; a tied embedding counts once."""
+        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
+        return ends + sum(self.layer_parameters(groups) for groups in vector)
+
+    def kv_bytes_per_token(self, vector: Sequence[int], dtype_bytes: int) -> int:
+        """Bytes that one token of one sequence takes in the KV cache, over all layers."""
+        return 2 * self.head_dim * dtype_bytes * sum(vector)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """A model shape and, for every layer, the KV groups that it may keep.
+
+    Attributes:
+        name: The YAML file's stem.
+        shape: The model shape.
+        choices: One ascending tuple of allowed groups a layer.
+        known_vectors: Published vectors of this shape by name; reports mark them.
+    """
+
+    name: str
+    shape: ModelShape
+    choices: tuple[Vector, ...]
+    known_vectors: Mapping[str, Vector] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        layers, heads = self.shape.num_hidden_layers, self.shape.num_attention_heads
+        if len(self.choices) != layers:
+            raise ValueError(f"kv_groups lists {len(self.choices)} layers but num_hidden_layers is {layers}")
+        for layer, allowed in enumerate(self.choices):
+            if not allowed:
+                raise ValueError(f"kv_groups of layer {layer} is empty; list at least one number of groups")
+            for groups in allowed:
+                if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or heads % groups:
+                    divisors = ", ".join(str(g) for g in range(1, heads + 1) if heads % g == 0)
+                    raise ValueError(
+                        f"kv_groups has {groups!r} in layer {layer}, which does not divide the {heads} attention "
+                        f"heads; use any of {divisors}"
+                    )
+        for name, vector in self.known_vectors.items():
+            try:
+                self.check(vector)
+            except UserError as error:
+                raise ValueError(f"known vector {name}: {error}") from None
+
+    @property
+    def largest(self) -> Vector:
+        """The vector with the most groups everywhere."""
+        return tuple(allowed[-1] for allowed in self.choices)
+
+    @property
+    def smallest(self) -> Vector:
+        """The vector with the fewest groups everywhere."""
+        return tuple(allowed[0] for allowed in self.choices)
+
+    @property
+    def middle(self) -> Vector:
+        """The middle choice of every layer."""
+        return tuple(allowed[(len(allowed) - 1) // 2] for allowed in self.choices)
+
+    @property
+    def size(self) -> int:
+        """How many vectors the space holds."""
+        return math.prod(len(allowed) for allowed in self.choices)
+
+    def uniform_vectors(self) -> list[Vector]:
+        """The vectors with the same groups in every layer, fewest first."""
+        common = set(self.choices[0]).intersection(*self.choices[1:])
+        return [(groups,) * len(self.choices) for groups in sorted(common)]
+
+    def landmarks(self) -> dict[str, Vector]:
+        """The vectors that every search evaluates first, by name: smallest, uniform, largest, then known ones."""
+        named = {"smallest": self.smallest, "largest": self.largest}
+        named = {name: vector for name, vector in named.items() if vector not in self.uniform_vectors()}
+        named |= {f"uniform {vector[0]}": vector for vector in self.uniform_vectors()}
+        return named | dict(self.known_vectors)
+
+    def check(self, vector: Sequence[int]) -> Vector:
+        """Returns ``vector`` as a tuple.
+
+        Raises:
+            UserError: Its length or one of its entries is not of this space.
+        """
+        if len(vector) != len(self.choices):
+            raise UserError(
+                f"vector {format_vector(vector)} has {len(vector)} layers but space {self.name} has "
+                f"{len(self.choices)}; give one number of groups a layer"
+            )
+        for layer, (groups, allowed) in enumerate(zip(vector, self.choices, strict=True)):
+            if groups not in allowed:
+                raise UserError(
+                    f"vector {format_vector(vector)} has {groups} groups in layer {layer} but space {self.name} "
+                    f"allows {', '.join(map(str, allowed))} there"
+                )
+        return tuple(vector)
+
+    def parse(self, text: str) -> Vector:
+        """Parses ``4-2-2-1`` and checks it against the space.
+
+        Raises:
+            UserError: The text is not a vector of this space.
+        """
+        return self.check(parse_vector(text))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The space as plain values, as its YAML file states it; `space_from_dict` reads it back."""
+        return {
+            **dataclasses.asdict(self.shape),
+            "kv_groups": [list(allowed) for allowed in self.choices],
+            "known_vectors": {name: format_vector(vector) for name, vector in self.known_vectors.items()},
+        }
+
+
+def parse_vector(text: str) -> Vector:
+    """``"4-2-1"`` -> ``(4, 2, 1)``.
+
+    Raises:
+        UserError: The text is not numbers joined by dashes.
+    """
+    try:
+        return tuple(int(part) for part in text.split("-"))
+    except ValueError:
+        raise UserError(f"'{text}' is not a vector; write one number of groups a layer, such as 4-2-2-1") from None
+
+
+def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
+    """Builds a space from the contents of a YAML file.
+
+    Raises:
+        ValueError: A value is missing, unknown or out of range; the message names it.
+    """
+    fields = {field.name: field for field in dataclasses.fields(ModelShape)}
+    if unknown := values.keys() - fields.keys() - {"kv_groups", "known_vectors"}:
+        names = ", ".join(sorted(map(str, unknown)))
+        raise ValueError(f"unknown key {names}; known are {', '.join(fields)}, kv_groups, known_vectors")
+    required = {field.name for field in fields.values() if field.default is dataclasses.MISSING} | {"kv_groups"}
+    if missing := required - values.keys():
+        raise ValueError(f"{', '.join(sorted(missing))} is missing; add it")
+    shape = ModelShape(**{key: values[key] for key in values if key in fields})
+    groups = values["kv_groups"]
+    if not isinstance(groups, list) or not groups:
+        raise ValueError(f"kv_groups is {groups!r}; give a list of groups, or one list a layer")
+    per_layer = groups if isinstance(groups[0], list) else [groups] * shape.num_hidden_layers
+    if not all(isinstance(allowed, list) for allowed in per_layer):
+        raise ValueError("kv_groups mixes numbers and lists; give one list of groups, or one list a layer")
+    if wrong := [number for allowed in per_layer for number in allowed if not isinstance(number, int)]:
+        raise ValueError(f"kv_groups has {wrong[0]!r}; give whole numbers")
+    named = values.get("known_vectors") or {}
+    if not isinstance(named, dict):
+        raise ValueError(f"known_vectors is {named!r}; give a vector such as 4-2-2-1 by name")
+    try:
+        known = {str(name): parse_vector(str(text)) for name, text in named.items()}
+    except UserError as error:
+        raise ValueError(str(error)) from None
+    return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in per_layer), known)
+
+
+def shipped_spaces() -> Iterator[str]:
+    """Names of the spaces that come with the package."""
+    return (path.stem for path in sorted(shipped("search_spaces").glob("*.yaml")))
+
+
+def load_space(reference: str) -> SearchSpace:
+    """Loads a space by the name of a shipped one or by the path of a YAML file.
+
+    Raises:
+        UserError: There is no such space, or its file is not valid.
+    """
+    is_path = reference.endswith((".yaml", ".yml"))
+    path = Path(reference) if is_path else shipped("search_spaces") / f"{reference}.yaml"
+    if not path.is_file() or (not is_path and "/" in reference):
+        raise UserError(
+            f"there is no search space '{reference}'; use {', '.join(shipped_spaces())} or the path of a .yaml file"
+        )
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it is not a mapping of keys to values; see the shipped ones")
+        return space_from_dict(path.stem, values)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        problem = " ".join(str(error).split())
+        raise UserError(f"search space {path} is not valid YAML: {problem}") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"search space {path}: {error}") from None

@@ -1,0 +1,79 @@
+"""nas export: front vectors as model directories, with the supernet's weights."""
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from nas.config import Export, build
+from nas.console import say
+from nas.errors import UserError
+from nas.latency.table import read_csv
+from nas.model.checkpoint import load_supernet
+from nas.run import FinishedRun, start_run
+from nas.search import COLUMNS, Objectives
+from nas.search.front import knee
+from nas.space import SearchSpace, parse_vector
+
+
+def run(config: Export, path: Path) -> None:
+    """Exports the selected vectors into ``path``, a folder each."""
+    search = FinishedRun(Path(config.run), "search")
+    supernet_run = search.parent("supernet")
+    supernet = load_supernet(supernet_run, torch.device("cpu"))
+    front = read_csv(search.artifact("front.csv"), COLUMNS)
+    trials = read_csv(search.artifact("trials.csv"), COLUMNS)
+    objectives = Objectives(tuple(search.config["objectives"]))
+    chosen = select(config.select, front, trials, objectives, supernet.space)
+    exporter = build(config.export)
+    asked = {"run": config.run, "select": config.select, "export": config.export}
+    with start_run(path, "export", asked, parents={"search": search, "supernet": supernet_run}) as run:
+        for row in chosen.to_dict(orient="records"):
+            folder = path / row["vector"]
+            model = supernet.extract(parse_vector(row["vector"]))
+            exporter.export(model, supernet_run.artifact("tokenizer.json"), folder, card_facts(row, search))
+            say(f"Exported {folder}")
+        run.finish()
+
+
+def select(
+    choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: Objectives, space: SearchSpace
+) -> pd.DataFrame:
+    """The rows that a ``select=`` value names.
+
+    Raises:
+        UserError: It is neither a known word nor an evaluated vector.
+    """
+    if choice == "all":
+        return front
+    if choice == "knee":
+        return front.iloc[[knee(front, objectives)]]
+    if choice == "best_loss":
+        return front.nsmallest(1, "loss_nats")
+    if choice == "fastest":
+        return front.nlargest(1, "tokens_per_s")
+    if not choice[:1].isdigit():
+        raise UserError(f"select is '{choice}'; use all, knee, best_loss, fastest, or an evaluated vector")
+    space.parse(choice)
+    rows = trials[trials["vector"] == choice]
+    if rows.empty:
+        raise UserError(f"select is {choice}, which this search did not evaluate; take a vector from its trials.csv")
+    return rows
+
+
+def card_facts(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, str]:
+    """What the model card states of a vector."""
+    workload, source = search.config["workload"], row["latency_source"]
+    at = f"batch {workload['batch']}, context {workload['context']}, {workload['dtype']}, {workload['runtime']}"
+    return {
+        "KV groups by layer": row["vector"],
+        "inherited validation loss": f"{row['loss_nats']:.5f} nats/token, with the supernet's weights (measured)",
+        "decode step": f"{row['decode_ms']:.4f} ms ({source}; {at})",
+        "decode throughput": f"{row['tokens_per_s']:,.1f} tokens/s ({source}; {at})",
+        "prefill": f"{row['prefill_ms']:.4f} ms ({source}; the same, prompt of {workload['prompt']} tokens)",
+        "KV cache": f"{row['kv_bytes_per_token']} bytes a token in {workload['dtype']}",
+        "where the latency comes from": search.config["latency"],
+        "searched with": f"gqa-nas {search.info['versions']['gqa-nas']}, {search.info['started'][:10]}",
+    }

@@ -1,0 +1,108 @@
+"""nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nas.config import Report
+from nas.console import say
+from nas.errors import UserError
+from nas.latency.measure import CHECK_COLUMNS
+from nas.latency.table import read_csv
+from nas.report.check import check_errors, draw_check
+from nas.report.figure import figure
+from nas.report.front import draw_front, front_points
+from nas.report.groups import draw_groups, group_matrix
+from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
+from nas.report.table import front_table
+from nas.run import FinishedRun, is_run, start_run
+from nas.search import COLUMNS, Objectives, on_front, reference_point
+
+
+def run(config: Report, path: Path) -> None:
+    """Draws into ``path``."""
+    source = Path(config.run)
+    if not source.is_dir():
+        raise UserError(f"run={config.run} does not exist; give the directory of a search or of a sweep")
+    folders = [source] if is_run(source) else sorted(child for child in source.iterdir() if is_run(child))
+    if not folders:
+        raise UserError(f"{source} holds no run; give the directory of a search or of a sweep of searches")
+    searches = [FinishedRun(folder, "search") for folder in folders]
+    _check_comparable(searches)
+    parents = {f"search_{index}": search for index, search in enumerate(searches)}
+    with start_run(path, "report", {"run": config.run}, parents=parents) as run:
+        _draw(searches, path)
+        run.finish()
+    say("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
+
+
+def _draw(searches: list[FinishedRun], path: Path) -> None:
+    first = searches[0]
+    objectives = Objectives(tuple(first.config["objectives"]))
+    title = _title(first.config)
+    trials = [read_csv(search.artifact("trials.csv"), COLUMNS) for search in searches]
+    landmarks = read_csv(first.artifact("landmarks.csv"), ["name", "vector"])
+    everything = pd.concat(trials).drop_duplicates("vector")
+    everything["on_front"] = on_front(everything, objectives)
+    points = front_points(everything, landmarks)
+    front = points[points["on_front"]].sort_values("loss_nats")
+
+    panels = len(objectives.names) * (len(objectives.names) - 1) // 2
+    with figure(path / "front", width=6.4 if panels == 1 else 4.6 * panels) as drawing:
+        draw_front(drawing, points, objectives, title)
+    with figure(path / "groups", width=max(5.0, 2.0 + 0.32 * len(front))) as drawing:
+        draw_groups(drawing, group_matrix(front), title)
+
+    known = trials[0][trials[0]["vector"].isin(landmarks["vector"])]
+    reference = reference_point(known, objectives)
+    labels = _labels([search.config for search in searches])
+    table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
+    with figure(path / "hypervolume") as drawing:
+        draw_hypervolume(drawing, table, objectives, reference, title)
+
+    if (first.path / "latency_check.csv").is_file():
+        check = check_errors(read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS))
+        if not check.empty:
+            with figure(path / "latency_check", width=8.4) as drawing:
+                draw_check(drawing, check, title)
+
+    say(front_table(front, dict(zip(landmarks["vector"], landmarks["name"], strict=True))))
+    for label, rows in table.groupby("label", sort=False):
+        last = rows.iloc[-1]
+        count, runs = int(last["evaluations"]), int(last["runs"])
+        say(f"{label}: hypervolume {last['median']:.6g} after {count} evaluations (median of {runs})")
+
+
+def _title(config: dict[str, Any]) -> str:
+    workload = config["workload"]
+    return "\n".join(
+        (
+            f"{config['space']['name']}: batch {workload['batch']}, context {workload['context']}, "
+            f"{workload['dtype']}, {workload['runtime']}",
+            *textwrap.wrap(f"latency {config['latency']}", 58),
+        )
+    )
+
+
+def _check_comparable(searches: list[FinishedRun]) -> None:
+    first = searches[0].config
+    for search in searches[1:]:
+        for key in ("space", "device", "workload", "objectives"):
+            if search.config[key] != first[key]:
+                raise UserError(
+                    f"{search.path} and {searches[0].path} differ in {key} and cannot be compared; report them apart"
+                )
+
+
+def _labels(configs: list[dict[str, Any]]) -> list[str]:
+    """What sets each run apart from the others, seeds aside: the sampler, and any other key that the sweep varied."""
+    flat = [pd.json_normalize(config).iloc[0].to_dict() for config in configs]
+    keys = [key for key in map(str, flat[0]) if key != "seed" and len({str(values.get(key)) for values in flat}) > 1]
+    labels = []
+    for config, values in zip(configs, flat, strict=True):
+        sampler = config["sampler"]["_target_"].rsplit(".", 1)[-1].removesuffix("Sampler")
+        others = [f"{key} {values.get(key)}" for key in keys if not key.startswith("sampler.")]
+        labels.append(", ".join([sampler, *others]))
+    return labels

@@ -1,0 +1,166 @@
+"""The training loop: AdamW, warm-up and cosine, gradient clipping, checkpoints, exact resume.
+
+What a step computes is a function of its number, given by the caller: the loop knows nothing of vectors or text. All
+randomness lives in that function and comes from a seed and the step, so a resumed run is the same run.
+"""
+
+import math
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.config import TrainConfig
+from nas.console import progress_bar
+from nas.errors import UserError
+from nas.run import Run, write_atomically
+
+_CHECKPOINT = "checkpoint.pt"
+
+
+def training_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The autocast context of a precision name; ``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+
+
+def learning_rate_at(step: int, config: TrainConfig) -> float:
+    """Linear warm-up, then a cosine down to ``final_share`` of the peak at the last step."""
+    warmup = max(1, round(config.warmup_share * config.steps))
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
+    share = config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * share
+
+
+@dataclass
+class _State:
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+
+    def save(self, path: Path) -> None:
+        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
+        write_atomically(path, lambda temporary: _torch_save(content, temporary))
+
+    def load(self, path: Path, device: torch.device) -> None:
+        try:
+            with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums but does not look at them
+                if damaged := archive.testzip():
+                    raise ValueError(f"the checksum of {damaged} is wrong")
+            content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.step = int(content["step"])
+        except Exception as error:  # a damaged file fails in as many ways as there are bytes
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"checkpoint {path} is corrupt ({problem}); remove it and run the same command to start this run over"
+            ) from None
+
+
+def _torch_save(content: object, path: Path) -> None:
+    with path.open("wb") as stream:  # a stream, so that a full disk is an OSError
+        torch.save(content, stream)
+
+
+def fit(
+    model: nn.Module,
+    loss_at: Callable[[int], Tensor],
+    config: TrainConfig,
+    run: Run,
+    validate: Callable[[], dict[str, float]],
+) -> None:
+    """Trains ``model`` in place for ``config.steps``, going on from the run's checkpoint if it has one.
+
+    Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` returns every
+    `validate_every` steps and at the end.
+
+    Args:
+        model: The model.
+        loss_at: The training loss (nats a token, scalar) of a step by its number.
+        config: How to train.
+        run: Where metrics and the checkpoint go.
+        validate: Measures the model; called under no_grad, in eval mode.
+
+    Raises:
+        UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, or a
+            step does not fit into memory.
+    """
+    device = next(model.parameters()).device
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    state = _State(model, optimizer)
+    checkpoint = run.path / _CHECKPOINT
+    if checkpoint.is_file():
+        state.load(checkpoint, device)
+
+    pending: list[Tensor] = []  # losses and gradient norms not yet looked at: looking waits for the GPU
+    with progress_bar("Training", config.steps, state.step) as bar:
+        while state.step < config.steps:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(state.step, config)
+            try:
+                pending.append(_step(model, loss_at(state.step), optimizer, config.clip_norm))
+            except (MemoryError, RuntimeError) as error:
+                _stop_out_of_memory(error, config, device)
+                raise
+            state.step += 1
+            last = state.step == config.steps
+            checkpoint_due = state.step % config.checkpoint_every == 0 and not last
+            if state.step % config.log_every == 0 or checkpoint_due or last:
+                loss, norm = torch.stack(pending).double().mean(0).tolist()
+                pending.clear()
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    _stop_diverged(state.step, config, checkpoint)
+                rate = learning_rate_at(state.step - 1, config)
+                run.log(step=state.step, loss_nats=loss, gradient_norm=norm, learning_rate=rate)
+                bar.update(state.step, f"loss {loss:.3f}")
+            if state.step % config.validate_every == 0 or last:
+                run.log(step=state.step, **_validated(model, validate))
+            if checkpoint_due:
+                state.save(checkpoint)
+
+
+def _step(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return torch.stack((loss.detach(), norm))
+
+
+@torch.no_grad()
+def _validated(model: nn.Module, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    model.eval()
+    values = validate()
+    model.train()
+    return values
+
+
+def _stop_out_of_memory(error: Exception, config: TrainConfig, device: torch.device) -> None:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        raise UserError(
+            f"a training step of {config.batch} rows does not fit into the memory of the {device.type}; lower "
+            "train.batch or train.length under a new name"
+        ) from None
+
+
+def _stop_diverged(step: int, config: TrainConfig, checkpoint: Path) -> None:
+    kept = f"the last good checkpoint is kept in {checkpoint}" if checkpoint.is_file() else "no checkpoint was due yet"
+    raise UserError(
+        f"the training loss is no longer finite within the {config.log_every} steps up to {step}; lower "
+        f"train.learning_rate (now {config.learning_rate}) under a new name; {kept}"
+    )

@@ -1,0 +1,125 @@
+"""A micro space, a little real text, and one search of it that many tests read."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from nas import cli
+from nas.model import Supernet
+from nas.space import SearchSpace, load_space
+
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # where transformers copies the code of exported models
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+MICRO = """\
+num_hidden_layers: 3
+hidden_size: 32
+num_attention_heads: 4
+head_dim: 8
+intermediate_size: 256
+vocab_size: 320
+max_position_embeddings: 32
+tie_word_embeddings: true
+kv_groups: [1, 2, 4]
+known_vectors:
+  favourite: 4-1-2
+"""
+
+FAST = (
+    "train.steps=6",
+    "train.batch=4",
+    "train.checkpoint_every=2",
+    "train.log_every=1",
+    "train.validate_every=4",
+    "train.validation_windows=4",
+    "workload.batch=2",
+    "measure.rounds=2",
+    "check=3",
+)
+
+
+class Outcome(NamedTuple):
+    """What a command returned and printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Nas = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def micro_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A three-layer space in a YAML file."""
+    path = tmp_path_factory.mktemp("space") / "micro.yaml"
+    path.write_text(MICRO)
+    return path
+
+
+@pytest.fixture(scope="session")
+def micro(micro_file: Path) -> SearchSpace:
+    """The space of `micro_file`."""
+    return load_space(str(micro_file))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some 150 kB of real text."""
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("\n".join(Path(str(module.__file__)).read_text() for module in (argparse, subprocess, json)))
+    return path
+
+
+@pytest.fixture
+def nas(capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Nas:
+    """Runs a command line in this process, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> Outcome:
+        capfd.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        return Outcome(code, *capfd.readouterr())
+
+    return run
+
+
+class Workspace(NamedTuple):
+    """A working directory with a finished search of the micro space, called ``base``, and its parents."""
+
+    path: Path
+    arguments: tuple[str, ...]
+
+    @property
+    def runs(self) -> Path:
+        """Its runs/ folder."""
+        return self.path / "runs"
+
+
+@pytest.fixture(scope="session")
+def workspace(tmp_path_factory: pytest.TempPathFactory, micro_file: Path, text_file: Path) -> Workspace:
+    """One search with everything before it, by the command line."""
+    path = tmp_path_factory.mktemp("workspace")
+    arguments = (f"space={micro_file}", "data=text", f"data.path={text_file}", *FAST)
+    command = [sys.executable, "-m", "nas", "search", "--budget", "9", "name=base", *arguments]
+    subprocess.run(command, cwd=path, check=True, capture_output=True)
+    return Workspace(path, arguments)
+
+
+def random_supernet(space: SearchSpace, seed: int = 0, spread: float = 0.3) -> Supernet:
+    """A supernet with random weights, large enough for vectors to differ clearly."""
+    supernet = Supernet(space)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in supernet.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, spread, generator=generator)
+    return supernet.eval()

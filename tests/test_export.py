@@ -1,0 +1,221 @@
+"""Exported directories: loaded by transformers, read back by us, finetuned further."""
+
+import json
+import math
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nas.data.tokenizer import train_tokenizer
+from nas.export.hf import HfExporter, engine_ffn_width, hf_config, read_exported
+from nas.model import Supernet
+from nas.space import ModelShape, SearchSpace, Vector, load_space, parse_vector, shipped_spaces
+from tests.conftest import Nas, Workspace, random_supernet
+
+MIXED: list[Vector] = [(4, 1, 2), (1, 2, 4), (2, 4, 1), (1, 1, 4)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small tokenizer.json."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer(["some words to learn from, and some more words " * 50], 270).save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def supernet(micro: SearchSpace) -> Supernet:
+    """A random supernet of the micro space."""
+    return random_supernet(micro, seed=5)
+
+
+@pytest.fixture(scope="module", params=MIXED, ids=str)
+def exported(
+    request: pytest.FixtureRequest, supernet: Supernet, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Vector, Path]:
+    """A vector that mixes 1, 2 and 4, and its exported directory."""
+    folder = tmp_path_factory.mktemp("exported")
+    HfExporter().export(supernet.extract(request.param), tokenizer, folder, {"loss": "1.5 nats/token (measured)"})
+    return request.param, folder
+
+
+def test_transformers_computes_the_sub_networks_logits(exported: tuple[Vector, Path], supernet: Supernet) -> None:
+    vector, folder = exported
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    tokens = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ours = supernet(tokens, supernet.choice_indices([vector] * 3))
+        torch.testing.assert_close(model(tokens).logits, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_greedy_generation_is_the_same_without_with_dynamic_and_with_static_cache(
+    exported: tuple[Vector, Path],
+) -> None:
+    vector, folder = exported
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    prompt = torch.randint(300, (2, 5), generator=torch.Generator().manual_seed(1))
+    how = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    plain = model.generate(prompt, use_cache=False, **how)
+    assert torch.equal(model.generate(prompt, **how), plain)
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **how), plain)
+    cached = model(prompt, use_cache=True).past_key_values
+    assert [layer.keys.shape[1] for layer in cached.layers] == list(vector)
+
+
+def test_our_own_cached_decoding_gives_the_same_tokens(exported: tuple[Vector, Path]) -> None:
+    from nas.model import KVCache
+
+    _, folder = exported
+    reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    prompt = torch.randint(300, (1, 4), generator=torch.Generator().manual_seed(2))
+    expected = reference.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, 4:].tolist()
+    model = read_exported(folder)
+    cache, tokens, position, produced = KVCache(model.shape, model.kv_heads, 1, 32), prompt, 0, []
+    with torch.no_grad():
+        for _ in range(12):
+            logits = model(tokens, cache=cache, start=position, last_only=True)[:, -1]
+            logits[:, 0] = -math.inf  # min_new_tokens forbids the end of text
+            position += tokens.shape[1]
+            tokens = logits.argmax(-1, keepdim=True)
+            produced.append(int(tokens))
+    assert produced == expected
+
+
+def test_the_tokenizer_travels_along(exported: tuple[Vector, Path]) -> None:
+    loaded = AutoTokenizer.from_pretrained(exported[1], trust_remote_code=True)
+    assert loaded.decode(loaded("some words, é ∑").input_ids) == "some words, é ∑"
+    assert loaded.eos_token == "<|endoftext|>"
+
+
+def test_saving_with_transformers_keeps_the_layers(exported: tuple[Vector, Path], tmp_path: Path) -> None:
+    vector, folder = exported
+    AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
+    blocks = json.loads((tmp_path / "config.json").read_text())["block_configs"]
+    assert [4 // block["attention"]["n_heads_in_group"] for block in blocks] == list(vector)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    tokens = torch.arange(20)[None]
+    first = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert torch.equal(again(tokens).logits, first(tokens).logits)
+
+
+def test_the_configuration_is_what_inference_engines_read(exported: tuple[Vector, Path]) -> None:
+    vector, folder = exported
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["DeciLMForCausalLM"]
+    assert config["model_type"] == "nemotron-nas"
+    assert config["num_key_value_heads_per_layer"] == list(vector)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    for groups, block in zip(vector, config["block_configs"], strict=True):
+        attention = {"n_heads_in_group": 4 // groups, "no_op": False, "replace_with_linear": False}
+        assert block["attention"] == attention
+        assert isinstance(block["ffn"]["ffn_mult"], float)
+        assert engine_ffn_width(block["ffn"]["ffn_mult"], config["hidden_size"]) == config["intermediate_size"]
+
+
+def test_tensors_have_plain_llama_names(exported: tuple[Vector, Path]) -> None:
+    names = set(load_file(exported[1] / "model.safetensors"))
+    assert "model.layers.0.self_attn.k_proj.weight" in names
+    assert "lm_head.weight" not in names  # tied
+
+
+def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supernet: Supernet) -> None:
+    vector, folder = exported
+    model = read_exported(folder)
+    assert model.kv_heads == vector
+    for name, tensor in supernet.extract(vector).state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize("name", list(shipped_spaces()))
+def test_engines_compute_the_ffn_width_of_every_shipped_shape(name: str) -> None:
+    shape = load_space(name).shape
+    config = hf_config(shape, (1,) * shape.num_hidden_layers, shape.intermediate_size, None)
+    assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], shape.hidden_size) == shape.intermediate_size
+
+
+@given(st.integers(1, 80), st.integers(1, 300))
+def test_any_width_that_is_a_multiple_of_256_survives_the_engines_formula(multiple: int, hidden: int) -> None:
+    width, hidden_size = 256 * multiple, 32 * hidden
+    assert engine_ffn_width(3 * width / (2 * hidden_size), hidden_size) == width
+
+
+def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_path: Path) -> None:
+    shape = ModelShape(2, 32, 4, 8, 300, 280, 32)
+    supernet = random_supernet(SearchSpace("odd", shape, ((1, 2),) * 2))
+    model = supernet.extract((1, 2))
+    HfExporter().export(model, tokenizer, tmp_path, {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert loaded.config.intermediate_size == 512
+    tokens = torch.randint(280, (2, 10))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
+    assert "212 zero neurons" in (tmp_path / "README.md").read_text()
+
+
+def test_the_command_exports_the_front_with_a_card_that_names_its_sources(nas: Nas, workspace: Workspace) -> None:
+    result = nas("export", f"run={workspace.runs}/search/base", "select=all", f"runs_dir={workspace.runs}", "name=all")
+    assert result.code == 0, result.err
+    front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv")
+    folder = workspace.runs / "export" / "all"
+    assert {path.parent.name for path in folder.glob("*/config.json")} == set(front["vector"])
+    row = front.iloc[0]
+    card = (folder / row["vector"] / "README.md").read_text()
+    for words in (row["vector"], f"{row['loss_nats']:.5f}", f"{row['decode_ms']:.4f}", "(measured)", "measured on"):
+        assert words in card
+
+
+@pytest.mark.parametrize(
+    ("select", "column", "best"), [("best_loss", "loss_nats", "min"), ("fastest", "tokens_per_s", "max")]
+)
+def test_one_end_of_the_front_can_be_selected(
+    nas: Nas, workspace: Workspace, select: str, column: str, best: str
+) -> None:
+    arguments = (
+        f"run={workspace.runs}/search/base",
+        f"select={select}",
+        f"runs_dir={workspace.runs}",
+        f"name={select}",
+    )
+    assert nas("export", *arguments).code == 0
+    front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv").set_index("vector")
+    exported = [path.parent.name for path in (workspace.runs / "export" / select).glob("*/config.json")]
+    assert [front.loc[name, column] for name in exported] == [front[column].agg(best)]
+
+
+def test_finetuning_an_export_starts_from_its_loss_and_exports_again(nas: Nas, workspace: Workspace) -> None:
+    run = workspace.runs / "search" / "base"
+    assert nas("export", f"run={run}", "select=knee", f"runs_dir={workspace.runs}", "name=one").code == 0
+    data = [argument for argument in workspace.arguments if argument.startswith(("data", "train."))]
+    checkpoint = f"checkpoint={workspace.runs}/export/one"
+    result = nas("finetune", checkpoint, f"runs_dir={workspace.runs}", "name=more", "train.learning_rate=1e-3", *data)
+    assert result.code == 0, result.err
+    before, after = (float(result.out.split(word)[0].split()[-1]) for word in (" before", " after;"))
+    vector = next((workspace.runs / "export" / "one").glob("*/config.json")).parent.name
+    inherited = pd.read_csv(run / "trials.csv").set_index("vector").loc[vector, "loss_nats"]
+    assert before == pytest.approx(inherited, abs=1e-4)
+    assert after < before
+    model = workspace.runs / "finetune" / "more" / "model"
+    assert read_exported(model).kv_heads == parse_vector(vector)
+    assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).config.model_type == "nemotron-nas"
+
+
+def test_finetuning_from_scratch_ignores_the_weights(nas: Nas, workspace: Workspace) -> None:
+    run = workspace.runs / "search" / "base"
+    assert nas("export", f"run={run}", "select=fastest", f"runs_dir={workspace.runs}", "name=scratch").code == 0
+    data = [argument for argument in workspace.arguments if argument.startswith(("data", "train."))]
+    arguments = (
+        f"checkpoint={workspace.runs}/export/scratch",
+        "from_scratch=true",
+        f"runs_dir={workspace.runs}",
+        *data,
+    )
+    result = nas("finetune", *arguments, "name=scratch")
+    assert result.code == 0, result.err
+    before = float(result.out.split(" before")[0].split()[-1])
+    assert before == pytest.approx(math.log(320), abs=0.1)  # fresh weights know nothing

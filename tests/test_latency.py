@@ -1,0 +1,237 @@
+"""Latency: tables against closed forms, the roofline, timing side by side, devices with and without NVML."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pynvml
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.config import MeasureConfig, WorkloadConfig
+from nas.errors import UserError
+from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
+from nas.latency.estimate import RooflineLatency
+from nas.latency.measure import grid_for, measure, predict_check, summarise_check
+from nas.latency.table import COLUMNS, TableLatency, layer_shape, summarise
+from nas.latency.timing import time_side_by_side
+from nas.model.decoder import attend_packed
+from nas.resources import shipped
+from nas.space import SearchSpace, load_space
+from tests.conftest import Workspace
+
+WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
+GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, flops={"fp32": 1e14})
+
+
+def bilinear(groups: int, batch: float, length: float) -> float:
+    return 0.5 + 0.1 * batch + 0.01 * groups * batch * length
+
+
+def write_table(folder: Path, micro: SearchSpace, **changes: Any) -> Path:
+    """A table whose times are exactly bilinear, for a device called box."""
+    folder.mkdir(exist_ok=True)
+    rows = [
+        (phase, "layer" if groups else "ends", groups, batch, length, bilinear(groups, batch, length), 0, 0, 3)
+        for phase in ("decode", "prefill")
+        for groups in (0, 1, 2, 4)
+        for batch in (2, 6)
+        for length in (4, 20, 32)
+    ]
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(folder / "table.csv", index=False)
+    meta = {
+        "date": "2026-01-02T03:04:05",
+        "device": {"slug": "box", "name": "Box"},
+        "dtype": "fp32",
+        "runtime": "eager",
+    }
+    meta |= {"shape": layer_shape(micro.shape), "check": {"n": 3, "mape": 0.012, "worst": 0.02, "kendall_tau": 1.0}}
+    (folder / "latency.json").write_text(json.dumps(meta | changes))
+    return folder
+
+
+@given(st.floats(2, 6), st.floats(4, 32), st.sampled_from([1, 2, 4]))
+@settings(max_examples=50)
+def test_interpolation_is_exact_for_bilinear_times(batch: float, length: float, groups: int) -> None:
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        table = TableLatency(write_table(Path(folder), load_space("tiny")))
+    assert table.layer_ms("decode", groups, batch, length) == pytest.approx(bilinear(groups, batch, length))  # type: ignore[arg-type]
+
+
+def test_a_vector_costs_the_sum_of_its_layers_and_the_ends(micro: SearchSpace, tmp_path: Path) -> None:
+    table = TableLatency(write_table(tmp_path, micro))
+    layers = sum(bilinear(groups, 4, 16) for groups in (4, 1, 1))
+    assert decode_ms(table, (4, 1, 1), WORKLOAD) == pytest.approx(layers + bilinear(0, 4, 16))
+    layers = sum(bilinear(groups, 4, 8) for groups in (4, 1, 1))
+    assert prefill_ms(table, (4, 1, 1), WORKLOAD) == pytest.approx(layers + bilinear(0, 4, 8))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 16), (7, 16), (4, 3), (4, 33)])
+def test_nothing_is_said_outside_the_grid(micro: SearchSpace, tmp_path: Path, batch: int, length: int) -> None:
+    table = TableLatency(write_table(tmp_path, micro))
+    with pytest.raises(UserError, match="covers batch 2 to 6 and length 4 to 32"):
+        table.layer_ms("decode", 1, batch, length)
+
+
+def test_a_table_fits_only_its_own_device_shape_and_workload(micro: SearchSpace, tmp_path: Path) -> None:
+    table = TableLatency(write_table(tmp_path, micro))
+    assert table.fits("box", micro, WORKLOAD)
+    assert not table.fits("other", micro, WORKLOAD)
+    assert not table.fits("box", load_space("tiny"), WORKLOAD)
+    assert not table.fits("box", micro, Workload(64, 16, 8, "fp32", "eager"))
+    assert not table.fits("box", micro, Workload(4, 16, 8, "bf16", "eager"))
+    assert not table.fits(
+        "box", SearchSpace("m", micro.shape, ((1, 4),) * 2 + ((1,),)), Workload(4, 16, 2, "fp32", "eager")
+    )
+
+
+def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: Path) -> None:
+    words = TableLatency(write_table(tmp_path, micro)).describe()
+    assert words == "measured on Box on 2026-01-02, decode off by 1.2% on average over 3 whole models"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda _: "",
+        lambda text: text.replace("median_ms", "time"),
+        lambda text: text.replace(",0.7,", ",-0.7,", 1),
+        lambda text: "\n".join(text.splitlines()[:-1]),
+        lambda text: '"' + text,
+    ],
+)
+def test_a_corrupt_table_is_one_sentence(micro: SearchSpace, tmp_path: Path, damage: Any) -> None:
+    file = write_table(tmp_path, micro) / "table.csv"
+    file.write_text(damage(file.read_text()))
+    with pytest.raises(UserError, match=r"table\.csv"):
+        TableLatency(tmp_path)
+
+
+def test_the_roofline_is_bytes_or_operations_whichever_takes_longer(micro: SearchSpace) -> None:
+    model = RooflineLatency(GPU, micro.shape, "fp32")
+    weights = 4 * micro.shape.layer_parameters(2)
+    cache = 4 * 16 * 2 * 2 * 8 * 4  # batch, context, K and V, groups, head width, bytes
+    assert model.layer_ms("decode", 2, 4, 16) == pytest.approx(1e3 * (weights + cache) / 1e12)
+    slow = RooflineLatency(Device("s", "S", True, 1, 1e12, {"fp32": 1e9}), micro.shape, "fp32")
+    operations = 2 * 4 * micro.shape.layer_parameters(2) + 4 * 4 * 16 * 4 * 8  # products with weights, attention
+    assert slow.layer_ms("decode", 2, 4, 16) == pytest.approx(1e3 * operations / 1e9)
+
+
+def test_the_estimate_of_an_a10g_reads_llama_2_7b_at_its_bandwidth() -> None:
+    space, device = load_space("llama-2-7b"), find_device("nvidia-a10g")
+    model = RooflineLatency(device, space.shape, "bf16")
+    step = decode_ms(model, space.largest, Workload(1, 1, 1, "bf16", "graph"))
+    assert step == pytest.approx(2 * (space.shape.parameters(space.largest) - 32000 * 4096) / 600e9 * 1e3, rel=1e-3)
+    assert model.source == "estimated"
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 40))
+@settings(max_examples=30, deadline=None)
+def test_packed_decode_attention_equals_attention_over_repeated_heads(groups: int, batch: int, length: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, 8, 1, 16, generator=generator)
+    k, v = (torch.randn(batch, groups, length, 16, generator=generator) for _ in range(2))
+    every_k, every_v = (x.repeat_interleave(8 // groups, dim=1) for x in (k, v))
+    expected = F.scaled_dot_product_attention(q, every_k, every_v)
+    torch.testing.assert_close(attend_packed(q, k, v), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_timing_side_by_side_tells_slow_from_fast() -> None:
+    work = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.004)}
+    samples = time_side_by_side(work, 5, 0, torch.device("cpu"), False, "")
+    assert {key: len(seconds) for key, seconds in samples.items()} == {"slow": 5, "fast": 5}
+    assert min(samples["slow"]) >= 0.02
+    assert np.median(samples["fast"]) < np.median(samples["slow"])
+
+
+@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=30))
+def test_summaries_are_percentiles_in_milliseconds(seconds: list[float]) -> None:
+    summary = summarise(seconds)
+    assert summary["n"] == len(seconds)
+    assert summary["median_ms"] == pytest.approx(1e3 * float(np.median(seconds)))
+    assert summary["p20_ms"] <= summary["median_ms"] <= summary["p80_ms"]
+
+
+def test_a_measurement_covers_the_grid_and_checks_whole_models(micro: SearchSpace, tmp_path: Path) -> None:
+    config = MeasureConfig(batches=[3], contexts=[8], rounds=3)
+    grid = grid_for(config, WORKLOAD)
+    assert (grid.batches, grid.contexts, grid.prompts) == ((3, 4), (8, 16), (4, 8))
+    table, wholes = measure(micro, grid, WORKLOAD, config, 5, torch.device("cpu"))
+    assert len(table) == 2 * 2 * 2 * 4  # phases, batches, lengths, three groups and the ends
+    assert (table["median_ms"] > 0).all()
+    folder = write_table(tmp_path, micro)
+    table.to_csv(folder / "table.csv", index=False)
+    check = predict_check(wholes, TableLatency(folder), WORKLOAD)
+    vectors = {vector for vector in check["vector"]}
+    assert len(check) == 2 * len(vectors) >= 6
+    assert (check["predicted_ms"] > 0).all()
+
+
+def test_check_summaries_measure_relative_errors_of_decode() -> None:
+    rows = [("decode", "1", 1, 1, 10.0, 11.0), ("decode", "2", 1, 1, 20.0, 19.0), ("prefill", "1", 1, 1, 1.0, 9.0)]
+    check = pd.DataFrame(rows, columns=["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"])
+    summary = summarise_check(check)
+    assert summary == pytest.approx({"n": 2, "mape": 0.075, "worst": 0.1, "kendall_tau": 1.0})
+
+
+def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpace) -> None:
+    cpu = Device("cpu", "CPU", False, 1)
+    assert resolve_workload(WorkloadConfig(), micro.shape, cpu) == Workload(64, 32, 16, "fp32", "eager")
+    assert resolve_workload(WorkloadConfig(), micro.shape, GPU) == Workload(64, 32, 16, "bf16", "graph")
+
+
+def test_this_machine_has_a_name_and_memory() -> None:
+    device = this_device()
+    assert device.slug
+    assert device.slug == device.slug.lower()
+    assert device.memory_bytes > 2**28
+
+
+def test_a_failing_nvml_leaves_a_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise pynvml.NVMLError_LibraryNotFound()
+
+    class Properties:
+        name, total_memory = "NVIDIA Fake 9000", 123
+
+    monkeypatch.setattr(pynvml, "nvmlInit", fail)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Properties)
+    assert this_device() == Device("nvidia-fake-9000", "NVIDIA Fake 9000", True, 123)
+
+
+@pytest.mark.parametrize(
+    "path", sorted(shipped("latency_models").glob("*/device.json")), ids=lambda path: path.parent.name
+)
+def test_every_shipped_device_is_found_and_can_be_estimated(path: Path, micro: SearchSpace) -> None:
+    device = find_device(path.parent.name)
+    for dtype in ("bf16", "fp32"):
+        assert RooflineLatency(device, micro.shape, dtype).layer_ms("decode", 1, 8, 16) > 0
+
+
+@pytest.mark.parametrize(
+    "meta", sorted(shipped("latency_models").glob("*/*/latency.json")), ids=lambda path: path.parent.name
+)
+def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> None:
+    table = TableLatency(meta.parent)
+    assert table.meta["device"]["slug"] == meta.parent.parent.name
+    check = pd.read_csv(meta.parent / "check.csv")
+    assert summarise_check(check) == pytest.approx(table.meta["check"])
+
+
+def test_a_device_without_a_table_is_estimated_and_says_so(nas: Any, workspace: Workspace) -> None:
+    result = nas(
+        "search", "--budget", 4, "name=a10g", "device=nvidia-a10g", f"runs_dir={workspace.runs}", *workspace.arguments
+    )
+    assert result.code == 0, result.err
+    front = pd.read_csv(workspace.runs / "search" / "a10g" / "front.csv")
+    assert set(front["latency_source"]) == {"estimated"}
+    assert "estimated from the data sheet of NVIDIA A10G" in result.out

@@ -1,0 +1,146 @@
+"""The decoder and the supernet: against transformers, against each other, and with a cache against without."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from nas.errors import UserError
+from nas.model import Decoder, KVCache, Supernet
+from nas.model.sharing import SHARING_RULES
+from nas.quality import row_losses
+from nas.space import ModelShape, SearchSpace, Vector
+from tests.conftest import random_supernet
+
+SHAPE = ModelShape(
+    num_hidden_layers=3,
+    hidden_size=48,
+    num_attention_heads=12,
+    head_dim=8,
+    intermediate_size=64,
+    vocab_size=97,
+    max_position_embeddings=24,
+)
+
+
+@st.composite
+def spaces(draw: st.DrawFn) -> SearchSpace:
+    """Spaces of 12 heads whose layers allow any sets of divisors, nested or not."""
+    allowed = st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3)
+    return SearchSpace("drawn", SHAPE, tuple(tuple(sorted(draw(allowed))) for _ in range(3)))
+
+
+def vectors_of(space: SearchSpace) -> st.SearchStrategy[Vector]:
+    """Vectors of a space."""
+    return st.tuples(*(st.sampled_from(allowed) for allowed in space.choices))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_row_of_a_mixed_batch_has_the_loss_of_its_extracted_sub_network(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    vectors = data.draw(st.lists(vectors_of(space), min_size=1, max_size=5))
+    supernet = random_supernet(space, seed=data.draw(st.integers(0, 100)))
+    tokens = torch.randint(SHAPE.vocab_size, (len(vectors), 13), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        mixed = row_losses(supernet(tokens[:, :-1], supernet.choice_indices(vectors)), tokens[:, 1:])
+        for row, vector in enumerate(vectors):
+            alone = row_losses(supernet.extract(vector)(tokens[row : row + 1, :-1]), tokens[row : row + 1, 1:])
+            torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-4, rtol=0)
+
+
+def test_vectors_of_a_batch_really_differ(micro: SearchSpace) -> None:
+    supernet = random_supernet(micro)
+    tokens = torch.randint(micro.shape.vocab_size, (1, 12)).expand(3, -1)
+    with torch.no_grad():
+        logits = supernet(tokens, supernet.choice_indices([(1, 1, 1), (2, 2, 2), (4, 4, 4)]))
+    assert (logits[0] - logits[1]).abs().max() > 1e-2
+    assert (logits[1] - logits[2]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_largest_vector_equals_transformers_llama(tied: bool) -> None:
+    shape = ModelShape(**{**SHAPE.__dict__, "tie_word_embeddings": tied})
+    supernet = random_supernet(SearchSpace("nested", shape, ((1, 2, 4),) * 3))
+    config = LlamaConfig(
+        **{name: value for name, value in shape.__dict__.items() if name != "rope_theta"},
+        num_key_value_heads=4,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+    )
+    reference = LlamaForCausalLM(config).eval()
+    reference.load_state_dict(supernet.decoder.state_dict())
+    tokens = torch.randint(shape.vocab_size, (3, 20), generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        ours = supernet(tokens, supernet.choice_indices([supernet.space.largest] * 3))
+        torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_decoding_with_the_static_cache_gives_the_logits_of_the_whole_forward_pass(data: st.DataObject) -> None:
+    space = data.draw(spaces())
+    model = random_supernet(space).extract(data.draw(vectors_of(space)))
+    prompt = data.draw(st.integers(1, 10))
+    tokens = torch.randint(SHAPE.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
+    cache = KVCache(SHAPE, model.kv_heads, 2, 24)
+    with torch.no_grad():
+        whole = model(tokens)
+        first = model(tokens[:, :prompt], cache=cache, last_only=True)
+        torch.testing.assert_close(first[:, 0], whole[:, prompt - 1], atol=1e-4, rtol=1e-4)
+        for position in range(prompt, 16):
+            step = model(tokens[:, position : position + 1], cache=cache, start=position)
+            torch.testing.assert_close(step[:, 0], whole[:, position], atol=1e-4, rtol=1e-4)
+
+
+def test_parameters_and_cache_bytes_match_the_closed_forms(micro: SearchSpace) -> None:
+    vector = (4, 1, 2)
+    model = Decoder(micro.shape, vector)
+    assert sum(parameter.numel() for parameter in model.parameters()) == micro.shape.parameters(vector)
+    cache = KVCache(micro.shape, vector, batch=3, length=5)
+    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
+    assert held == 3 * 5 * micro.shape.kv_bytes_per_token(vector, dtype_bytes=4)
+
+
+def test_a_large_published_shape_has_its_published_number_of_parameters() -> None:
+    from nas.space import load_space
+
+    space = load_space("llama-2-7b")
+    assert space.shape.parameters(space.largest) == 6_738_415_616  # Llama 2 7B as its checkpoint counts
+    with torch.device("meta"):
+        model = Decoder(space.shape, space.largest)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 6_738_415_616
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1), st.sampled_from(sorted(SHARING_RULES)))
+def test_every_sharing_rule_mixes_stored_heads_with_weights_that_sum_to_one(choices: set[int], rule: str) -> None:
+    ascending = sorted(choices)
+    stored = SHARING_RULES[rule].stored_heads(ascending)
+    for groups in ascending:
+        mixture = SHARING_RULES[rule].mixture(ascending, groups)
+        assert mixture.shape == (groups, stored)
+        torch.testing.assert_close(mixture.sum(1), torch.ones(groups))
+        assert torch.linalg.matrix_rank(mixture) == groups  # no two heads of a choice are the same
+
+
+def test_sliced_takes_evenly_spaced_heads() -> None:
+    rule = SHARING_RULES["sliced"]
+    picked = {g: rule.mixture([1, 2, 4], g).argmax(1).tolist() for g in (1, 2, 4)}
+    assert picked == {1: [0], 2: [0, 2], 4: [0, 1, 2, 3]}
+
+
+def test_an_unknown_sharing_rule_is_refused(micro: SearchSpace) -> None:
+    with pytest.raises(UserError, match=r"train.sharing is 'nonsense'; use sliced"):
+        Supernet(micro, "nonsense")
+
+
+def test_gradients_reach_only_the_heads_that_a_batch_uses(micro: SearchSpace) -> None:
+    supernet = random_supernet(micro)
+    tokens = torch.randint(micro.shape.vocab_size, (2, 8))
+    supernet(tokens, supernet.choice_indices([micro.smallest] * 2)).sum().backward()
+    weight = supernet.decoder.get_parameter("model.layers.0.self_attn.v_proj.weight")
+    assert weight.grad is not None
+    gradient = weight.grad.unflatten(0, (4, -1)).abs().sum((1, 2))
+    assert gradient[0] > 0
+    assert gradient[1:].sum() == 0

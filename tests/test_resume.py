@@ -1,0 +1,93 @@
+"""kill -9 in the middle, then the same command: the result is that of a run that nobody interrupted."""
+
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nas.run import read_metrics
+from tests.conftest import Nas, Workspace
+
+
+def kill_when(command: list[str], cwd: Path, due: Callable[[], bool]) -> None:
+    """Starts a command and kills it with SIGKILL as soon as ``due``."""
+    process = subprocess.Popen([sys.executable, "-m", "nas", *command], cwd=cwd, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not due():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline, "the command never got that far"
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+
+
+def last_metrics(run: Path) -> dict[tuple[int, ...], dict[str, float]]:
+    """The metrics of a run by step and kind; a repeated step counts as it was logged last."""
+    return {(entry["step"], len(entry)): entry for entry in read_metrics(run)}
+
+
+@pytest.fixture
+def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the workspace that a test may spoil."""
+    shutil.copytree(workspace.runs, tmp_path / "runs")
+    return Workspace(tmp_path, workspace.arguments)
+
+
+def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace) -> None:
+    arguments = [
+        "train",
+        *copy.arguments[:-3],
+        "train.steps=400",
+        "train.checkpoint_every=7",
+        "train.validate_every=50",
+    ]
+    killed, whole = copy.runs / "train" / "killed", copy.runs / "train" / "whole"
+    for step in (20, 200):  # killed twice
+
+        def due(at: int = step) -> bool:
+            return any(entry["step"] > at for entry in read_metrics(killed))
+
+        kill_when([*arguments, "name=killed"], copy.path, due)
+    assert not (killed / "complete.json").exists()
+    assert nas(*arguments, "name=killed").code == 0
+    assert nas(*arguments, "name=whole").code == 0
+
+    assert last_metrics(killed) == last_metrics(whole)
+    ours, theirs = (load_file(run / "supernet.safetensors") for run in (killed, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace) -> None:
+    arguments = ["search", "--budget", "24", "sampler.population_size=6", *copy.arguments]
+    memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
+    before = len(memo.read_text().splitlines())
+    kill_when([*arguments, "name=killed"], copy.path, lambda: len(memo.read_text().splitlines()) >= before + 5)
+    killed, whole = copy.runs / "search" / "killed", copy.runs / "search" / "whole"
+    assert not (killed / "complete.json").exists()
+    assert nas(*arguments, "name=killed").code == 0
+    memo.unlink()  # the uninterrupted run evaluates everything itself
+    assert nas(*arguments, "name=whole").code == 0
+
+    trials = pd.read_csv(whole / "trials.csv")
+    assert len(trials) == trials["vector"].nunique() == 24
+    for file in ("trials.csv", "front.csv"):
+        assert (killed / file).read_bytes() == (whole / file).read_bytes()
+
+
+def test_a_line_of_metrics_that_was_cut_short_costs_only_itself(nas: Nas, copy: Workspace) -> None:
+    arguments = ["train", *copy.arguments[:-3], "train.steps=400", "name=cut"]
+    run = copy.runs / "train" / "cut"
+    kill_when(arguments, copy.path, lambda: len(read_metrics(run)) > 10)
+    with (run / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "loss')
+    assert nas(*arguments).code == 0
+    assert [step for step, _ in sorted(last_metrics(run)) if step <= 12][-1] == 12
+    assert {step for step, _ in last_metrics(run)} == set(range(1, 401))

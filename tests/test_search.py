@@ -1,0 +1,200 @@
+"""The search: against brute force, across samplers, budgets, seeds and restarts."""
+
+import functools
+import itertools
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas.config import Budget, parse_budget
+from nas.errors import UserError
+from nas.search import METRICS, Objectives, on_front, reference_point, search
+from nas.search.front import hypervolume_curve, knee
+from nas.search.study import Metrics
+from nas.space import SearchSpace, Vector, format_vector
+
+SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "nsga2": functools.partial(optuna.samplers.NSGAIISampler, population_size=5),
+    "tpe": functools.partial(optuna.samplers.TPESampler, n_startup_trials=5),
+    "random": optuna.samplers.RandomSampler,
+}
+TWO = Objectives(("loss_nats", "tokens_per_s"))
+PENALTIES = {1: 0.05, 2: 0.02, 4: 0.0}
+
+
+def additive(vector: Vector) -> Metrics:
+    """A loss that is a sum over layers, later layers mattering more, and a cost that counts groups."""
+    loss = 3 + sum(PENALTIES[groups] * (layer + 1) for layer, groups in enumerate(vector))
+    decode_ms = 1 + 0.1 * sum(vector)
+    return {
+        "loss_nats": loss,
+        "decode_ms": decode_ms,
+        "prefill_ms": 5.0,
+        "tokens_per_s": 1e3 / decode_ms,
+        "batch": 1,
+        "kv_bytes_per_token": 64 * sum(vector),
+        "parameters": 1000 + sum(vector),
+        "latency_source": "estimated",
+    }
+
+
+def run(
+    space: SearchSpace,
+    path: Path,
+    budget: Budget,
+    sampler: str = "nsga2",
+    seed: int = 0,
+    evaluate: Callable[[Vector], Metrics] = additive,
+) -> pd.DataFrame:
+    return search(space, TWO, SAMPLERS[sampler], evaluate, budget, seed, path / "study.db")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_of_the_whole_space_finds_the_brute_force_front(
+    micro: SearchSpace, tmp_path: Path, sampler: str
+) -> None:
+    trials = run(micro, tmp_path, Budget(1000, None), sampler)
+    assert len(trials) == trials["vector"].nunique() == micro.size
+    vectors = itertools.product(*micro.choices)
+    points = {v: tuple(float(additive(v)[name]) for name in ("loss_nats", "decode_ms")) for v in vectors}
+    best = {
+        format_vector(v)
+        for v, p in points.items()
+        if not any(q[0] <= p[0] and q[1] <= p[1] and q != p for q in points.values())
+    }
+    assert set(trials.loc[trials["on_front"], "vector"]) == best
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_budget_is_spent_on_distinct_vectors_landmarks_first(
+    micro: SearchSpace, tmp_path: Path, sampler: str
+) -> None:
+    seen: list[Vector] = []
+
+    def counted(vector: Vector) -> Metrics:
+        seen.append(vector)
+        return additive(vector)
+
+    trials = run(micro, tmp_path, Budget(15, None), sampler, evaluate=counted)
+    assert len(seen) == len(set(seen)) == len(trials) == 15
+    assert seen[:4] == [(1, 1, 1), (2, 2, 2), (4, 4, 4), (4, 1, 2)]
+    assert [format_vector(vector) for vector in seen] == list(trials["vector"])
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_in_two_halves_equals_one_without_a_break(micro: SearchSpace, tmp_path: Path, sampler: str) -> None:
+    for name in ("whole", "halves"):
+        (tmp_path / name).mkdir()
+    whole = run(micro, tmp_path / "whole", Budget(20, None), sampler)
+    run(micro, tmp_path / "halves", Budget(9, None), sampler)
+    pd.testing.assert_frame_equal(run(micro, tmp_path / "halves", Budget(20, None), sampler), whole)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_an_evaluation_that_was_cut_off_is_made_again(micro: SearchSpace, tmp_path: Path, sampler: str) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = run(micro, tmp_path / "whole", Budget(20, None), sampler)
+    for survives in (2, 11):  # among the landmarks, and later
+
+        def cut(vector: Vector, left: list[int] = [survives]) -> Metrics:  # noqa: B006
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            return additive(vector)
+
+        with pytest.raises(KeyboardInterrupt):
+            run(micro, tmp_path / "cut", Budget(20, None), sampler, evaluate=cut)
+    pd.testing.assert_frame_equal(run(micro, tmp_path / "cut", Budget(20, None), sampler), whole)
+
+
+def test_seeds_decide_what_is_proposed(micro: SearchSpace, tmp_path: Path) -> None:
+    vectors = []
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        (tmp_path / name).mkdir()
+        vectors.append(list(run(micro, tmp_path / name, Budget(16, None), "random", seed)["vector"]))
+    assert vectors[0] == vectors[1]
+    assert vectors[0] != vectors[2]
+
+
+def test_a_budget_in_time_ends_the_search_and_counts_across_restarts(micro: SearchSpace, tmp_path: Path) -> None:
+    def slow(vector: Vector) -> Metrics:
+        time.sleep(0.3)
+        return additive(vector)
+
+    first = run(micro, tmp_path, Budget(None, 1.0), evaluate=slow)
+    assert 2 <= len(first) < micro.size
+    again = run(micro, tmp_path, Budget(None, 1.0), evaluate=slow)
+    assert len(again) <= len(first) + 1  # what the first spent is counted, but for the time between evaluations
+
+
+def test_three_objectives_are_searched_together(micro: SearchSpace, tmp_path: Path) -> None:
+    three = Objectives(("loss_nats", "decode_ms", "kv_bytes_per_token"))
+    trials = search(micro, three, SAMPLERS["tpe"], additive, Budget(12, None), 0, tmp_path / "study.db")
+    assert len(trials) == 12
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
+    assert {trial.user_attrs["vector"] for trial in study.best_trials} >= set(trials.loc[trials["on_front"], "vector"])
+
+
+def test_a_corrupt_study_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
+    (tmp_path / "study.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(UserError, match="cannot be read or written"):
+        run(micro, tmp_path, Budget(5, None))
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=25))
+def test_the_front_is_what_no_other_point_dominates(values: list[tuple[int, int]]) -> None:
+    frame = pd.DataFrame(values, columns=["loss_nats", "tokens_per_s"])
+    flags = on_front(frame, TWO)
+    best = {(a, b) for a, b in values if not any(x <= a and y >= b and (x, y) != (a, b) for x, y in values)}
+    assert {values[index] for index in np.flatnonzero(flags)} == best
+    assert flags.sum() == len(best)  # equal points count once
+
+
+def test_the_hypervolume_curve_adds_the_new_rectangles() -> None:
+    trials = pd.DataFrame({"loss_nats": [3.0, 2.0, 2.5, 9.0], "tokens_per_s": [4.0, 1.0, 3.0, 9.0]})
+    curve = hypervolume_curve(trials, TWO, np.array([4.0, 0.0]))
+    # loss 3 × speed 4 below the reference (4, 0); then (2, 1) adds 1, (2.5, 3) adds 1, (9, 9) lies outside
+    assert curve.tolist() == [4.0, 5.0, 6.0, 6.0]
+
+
+def test_the_reference_point_lies_a_tenth_of_the_range_beyond_the_worst() -> None:
+    landmarks = pd.DataFrame({"loss_nats": [3.0, 2.0], "tokens_per_s": [100.0, 200.0]})
+    assert reference_point(landmarks, TWO) == pytest.approx([3.1, 90.0])
+
+
+def test_the_knee_is_nearest_to_the_ideal_point() -> None:
+    front = pd.DataFrame({"loss_nats": [1.0, 1.1, 2.0], "tokens_per_s": [10.0, 90.0, 100.0]})
+    assert knee(front, TWO) == 1
+
+
+@pytest.mark.parametrize("names", [["loss_nats"], ["loss_nats"] * 2, ["loss_nats", "speed"], list(METRICS)[:4]])
+def test_objectives_are_two_or_three_different_metrics(names: list[str]) -> None:
+    with pytest.raises(UserError, match="two or three"):
+        Objectives(tuple(names))
+
+
+@pytest.mark.parametrize(
+    ("text", "budget"),
+    [("200", Budget(200, None)), ("90s", Budget(None, 90)), ("30m", Budget(None, 1800)), ("0.5h", Budget(None, 1800))],
+)
+def test_budgets_are_evaluations_or_durations(text: str, budget: Budget) -> None:
+    assert parse_budget(text) == budget
+
+
+@settings(max_examples=50)
+@given(st.text(max_size=6))
+def test_any_other_budget_is_refused_or_positive(text: str) -> None:
+    try:
+        budget = parse_budget(text)
+    except UserError as error:
+        assert "budget" in str(error)
+    else:
+        assert (budget.evaluations or budget.seconds or 0) > 0

@@ -1,0 +1,67 @@
+"""Spaces and vectors: the shipped facts, parsing, validation, counting."""
+
+import itertools
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.errors import UserError
+from nas.space import SearchSpace, format_vector, load_space, parse_vector, shipped_spaces, space_from_dict
+
+
+@pytest.mark.parametrize("name", list(shipped_spaces()))
+def test_every_shipped_space_loads_and_survives_a_round_trip(name: str) -> None:
+    space = load_space(name)
+    again = space_from_dict(name, yaml.safe_load(yaml.safe_dump(space.to_dict())))
+    assert again == space
+    assert space.shape.intermediate_size % 256 == 0  # what inference engines round to
+
+
+@pytest.mark.parametrize(
+    ("name", "vector", "runs"),
+    [
+        ("decilm-6b", "DeciLM-6B", [(4, 1), (2, 9), (1, 20), (4, 2)]),
+        ("decilm-7b", "DeciLM-7B", [(4, 5), (2, 5), (4, 1), (2, 9), (1, 11), (4, 1)]),
+        ("decicoder-6b", "DeciCoder-6B", [(4, 1), (2, 3), (1, 11), (2, 1), (1, 15), (4, 1)]),
+    ],
+)
+def test_published_vectors_are_stated_exactly(name: str, vector: str, runs: list[tuple[int, int]]) -> None:
+    expected = tuple(itertools.chain.from_iterable([groups] * count for groups, count in runs))
+    assert load_space(name).known_vectors[vector] == expected
+
+
+def test_tiny_holds_the_product_of_its_choices() -> None:
+    space = load_space("tiny")
+    assert space.size == 3**8 == len(set(itertools.product(*space.choices)))
+
+
+def test_landmarks_are_the_uniform_and_the_known_vectors(micro: SearchSpace) -> None:
+    assert micro.landmarks() == {
+        "uniform 1": (1, 1, 1),
+        "uniform 2": (2, 2, 2),
+        "uniform 4": (4, 4, 4),
+        "favourite": (4, 1, 2),
+    }
+
+
+def test_a_space_without_uniform_vectors_still_has_its_extremes(micro: SearchSpace) -> None:
+    space = SearchSpace("mixed", micro.shape, ((1, 2), (4,), (2, 4)))
+    assert space.landmarks() == {"smallest": (1, 4, 2), "largest": (2, 4, 4)}
+
+
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=40))
+def test_a_vector_survives_formatting_and_parsing(vector: list[int]) -> None:
+    assert parse_vector(format_vector(vector)) == tuple(vector)
+
+
+@pytest.mark.parametrize("text", ["", "4-", "a-b-c", "4,2,1", "4.0-2-1"])
+def test_what_is_not_a_vector_is_refused(micro: SearchSpace, text: str) -> None:
+    with pytest.raises(UserError, match="vector"):
+        micro.parse(text)
+
+
+def test_groups_may_differ_by_layer(micro: SearchSpace) -> None:
+    values = {**micro.to_dict(), "kv_groups": [[4, 2], [1], [2]], "known_vectors": {}}
+    assert space_from_dict("own", values).choices == ((2, 4), (1,), (2,))
