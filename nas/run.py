@@ -29,6 +29,7 @@ import filelock
 
 import nas
 from nas.errors import UserError
+from nas.hardware import cpu_name, nvml_facts
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
 _PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
@@ -150,7 +151,10 @@ class FinishedRun:
         if not path.is_file():
             raise UserError(f"{path} is missing; run 'nas {self.info.get('stage')}' again under a new name")
         if file_hash(path) != self._hashes.get(name):
-            raise UserError(f"{path} is corrupt: it changed after the run finished; restore it or run the stage again")
+            raise UserError(
+                f"{path} is corrupt: it changed after the run finished; restore it, or remove {self.path} and run "
+                f"'nas {self.info.get('stage')}' again"
+            )
         return path
 
     def parent(self, role: str) -> "FinishedRun":
@@ -170,8 +174,8 @@ class FinishedRun:
 class Run:
     """The run that is being written. Use `start_run`."""
 
-    def __init__(self, path: Path, stage: str) -> None:
-        self.path, self.stage = path, stage
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def log(self, **values: object) -> None:
         """Appends one line to metrics.jsonl."""
@@ -227,10 +231,9 @@ def start_run(
             facts: dict[str, Any] = {"stage": stage, "started": now(), "argv": sys.orig_argv, "config": config}
             facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | _provenance()
             write_json(path / _RUN, facts)
-        yield Run(path, stage)
+        yield Run(path)
     finally:
         lock.release()
-        (path / _LOCK).unlink(missing_ok=True)
 
 
 def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, Any]) -> None:
@@ -250,8 +253,9 @@ def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents:
 
 def _end_cut_line(file: Path) -> None:
     """Closes a line that a kill cut short, so that the next one does not continue it."""
-    if file.is_file() and (content := file.read_bytes()) and not content.endswith(b"\n"):
-        file.write_bytes(content + b"\n")
+    if file.is_file() and not file.read_bytes().endswith(b"\n"):
+        with file.open("ab") as stream:
+            stream.write(b"\n")
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
@@ -287,7 +291,8 @@ def _provenance() -> dict[str, Any]:
     versions = {"gqa-nas": nas.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         versions[package] = metadata.version(package)
-    return {"git": _git_state(), "versions": versions, "machine": platform.platform()}
+    device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
+    return {"git": _git_state(), "versions": versions, "device": device}
 
 
 def _git_state() -> dict[str, object] | None:

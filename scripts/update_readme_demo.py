@@ -19,7 +19,8 @@ def main(name: str) -> None:
     for file in [*search.glob("*.csv"), *report.glob("*.png")]:
         shutil.copy(file, target / file.name)
     info = json.loads((search / "run.json").read_text())
-    facts = {key: info[key] for key in ("started", "git", "versions", "machine", "seeds")}
+    facts = {key: info[key] for key in ("started", "git", "versions", "seeds")}
+    facts["cpu"] = info["device"]["cpu"]
     facts |= {key: info["config"][key] for key in ("device", "workload", "latency", "budget")}
     (target / "provenance.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(f"Updated {target.relative_to(ROOT)} from {name}")

@@ -63,7 +63,8 @@ def test_tab_completion_knows_stages_and_options(nas: Nas, monkeypatch: pytest.M
 def test_a_search_leaves_the_run_directory_of_the_contract(workspace: Workspace) -> None:
     run = workspace.runs / "search" / "base"
     info = json.loads((run / "run.json").read_text())
-    assert {"argv", "config", "git", "versions", "seeds", "parents", "started"} <= info.keys()
+    assert {"argv", "config", "git", "versions", "device", "seeds", "parents", "started"} <= info.keys()
+    assert info["device"]["cpu"]
     assert set(info["parents"]) == {"supernet", "latency"}
     assert FinishedRun(run).parent("supernet").info["stage"] == "train"
     assert FinishedRun(run).parent("latency").info["stage"] == "measure"

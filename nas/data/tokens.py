@@ -6,7 +6,7 @@ one. Documents go to training or validation by a hash of their key: the split is
 
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -80,16 +80,15 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
 
 def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: Path) -> None:
     say(f"Tokenising {type(corpus).__name__} into {folder}")
-    empty = [not document.text.strip() for document in itertools.islice(corpus.documents(), _FEW)]
-    few = len(empty) < _FEW
-    if few and all(empty):
+    documents = list(corpus.documents())  # read once: a streamed corpus is downloaded
+    if not any(document.text.strip() for document in documents):
         raise UserError(f"{corpus} holds no text; check data.*")
-    model = given or train_tokenizer(_split(corpus.documents(), "train", few), vocab_size)
+    model = given or train_tokenizer(_split(documents, "train"), vocab_size)
     tokenizer_file = folder / "tokenizer.json"
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
     digest = hashlib.sha256(file_hash(tokenizer_file).encode())
     for name in ("train", "validation"):
-        tokens = _encode(model, _split(corpus.documents(), name, few))
+        tokens = _encode(model, _split(documents, name))
         if len(tokens) < 2:
             raise UserError(f"the corpus leaves no text for {name}; give more text")
         write_atomically(folder / f"{name}.npy", partial(_save, tokens))
@@ -97,8 +96,9 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     write_json(folder / "meta.json", {"digest": digest.hexdigest()})
 
 
-def _split(documents: Iterable[Document], name: str, few: bool) -> Iterator[str]:
+def _split(documents: Sequence[Document], name: str) -> Iterator[str]:
     """The texts of one split: whole documents by key, or of few documents the last 1 / _ONE_IN of each."""
+    few = len(documents) < _FEW
     for key, text in documents:
         if few:
             cut = len(text) - len(text) // _ONE_IN

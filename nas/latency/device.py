@@ -4,16 +4,14 @@ A device is named as NVML (or the CPU) names it, in lower case with dashes: ``nv
 latency_models/ holds device.json with the facts that an estimate needs, and any measured tables.
 """
 
-import platform
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
-import pynvml
 
 from nas.errors import UserError
+from nas.hardware import cpu_name, nvml_facts
 from nas.resources import shipped
 from nas.run import read_json
 
@@ -48,8 +46,8 @@ def this_device() -> Device:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         name = properties.name
-        return Device(_slug(name), name, True, properties.total_memory, facts=_nvml_facts())
-    name = _cpu_name()
+        return Device(_slug(name), name, True, properties.total_memory, facts=nvml_facts())
+    name = cpu_name()
     cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
     facts = {"cores": cores, "threads": torch.get_num_threads()}
     return Device(_slug(f"cpu {name} {cores} cores"), name, False, psutil.virtual_memory().total, facts=facts)
@@ -81,34 +79,3 @@ def find_device(reference: str) -> Device:
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file() and (match := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text())):
-        return match[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _nvml_facts() -> dict[str, Any]:
-    """Driver, clocks and power limit; whatever NVML does not answer is left out."""
-    facts: dict[str, Any] = {}
-    try:
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
-    except pynvml.NVMLError:
-        return facts
-    questions = {
-        "nvml_name": lambda: pynvml.nvmlDeviceGetName(handle),
-        "driver": pynvml.nvmlSystemGetDriverVersion,
-        "sm_clock_at_start_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-        "memory_clock_at_start_mhz": lambda: pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-        "power_limit_watts": lambda: pynvml.nvmlDeviceGetPowerManagementLimit(handle) / 1000,
-    }
-    for key, ask in questions.items():
-        try:
-            facts[key] = ask()
-        except pynvml.NVMLError:
-            continue
-    pynvml.nvmlShutdown()
-    return facts

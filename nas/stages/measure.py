@@ -10,7 +10,7 @@ import pandas as pd
 import torch
 
 from nas.config import Measure
-from nas.console import complain, say
+from nas.console import say
 from nas.errors import UserError
 from nas.latency.device import Device, this_device
 from nas.latency.measure import grid_for, measure, pool_bytes, predict_check, summarise_check
@@ -42,11 +42,7 @@ def find_table(runs_dir: Path, device: Device, space: SearchSpace, workload: Wor
     """A measured table that covers a workload: of this user's newest fitting run, else one that ships."""
 
     def tables() -> Iterator[TableLatency]:
-        for run in find_runs(runs_dir, "measure"):
-            try:
-                yield table_of(run)
-            except UserError as error:  # an old run's damage must not stop this search
-                complain(f"Passing over a latency table: {error}")
+        yield from map(table_of, find_runs(runs_dir, "measure"))
         metas = sorted((shipped("latency_models") / device.slug).glob(f"*/{META}"))
         yield from (TableLatency(meta.parent) for meta in metas)
 

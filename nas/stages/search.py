@@ -103,13 +103,13 @@ def _quality(config: Search, space: SearchSpace) -> tuple[FinishedRun, Callable[
             supernet = train_supernet(config, space, data, path)
     else:
         supernet = FinishedRun(Path(config.supernet), "train")
-        for key in ("space", "data"):
-            part = "digest" if key == "data" else None
-            theirs, ours = supernet.config[key], wanted[key]
-            if (theirs[part] != ours[part]) if part else (theirs != ours):
-                raise UserError(
-                    f"supernet {config.supernet} was not trained on the {key} of this search; give the same {key}="
-                )
+        theirs = supernet.config
+        same = {"space": theirs["space"] == wanted["space"], "data": theirs["data"]["digest"] == data.digest}
+        if different := [key for key, equal in same.items() if not equal]:
+            raise UserError(
+                f"supernet {supernet.path} was not trained on the {different[0]} of this search; give the same "
+                f"{different[0]}="
+            )
     say(f"Supernet: {supernet.path}")
     length = window_length(config.train, space.shape.max_position_embeddings)
     windows = validation_windows(data.validation, config.train.validation_windows, length)

@@ -49,8 +49,12 @@ def supernet_config(config: Any, space: SearchSpace, data: TokenData) -> dict[st
 
 
 def find_supernet(runs_dir: Path, wanted: dict[str, Any]) -> FinishedRun | None:
-    """The newest finished train run of exactly this config."""
-    return next((run for run in find_runs(runs_dir, "train") if run.config == wanted), None)
+    """The newest finished train run of this config; the same text under another path is the same data."""
+
+    def identity(config: dict[str, Any]) -> dict[str, Any]:
+        return {**config, "data": config["data"]["digest"], "tokenizer": None}  # the digest covers the tokenizer
+
+    return next((run for run in find_runs(runs_dir, "train") if identity(run.config) == identity(wanted)), None)
 
 
 def train_supernet(config: Any, space: SearchSpace, data: TokenData, path: Path) -> FinishedRun:
@@ -113,9 +117,15 @@ def check_trainable(options: TrainConfig, space: SearchSpace) -> None:
     """Refuses what cannot be trained here; cheap, so that it can come before any text is read.
 
     Raises:
-        UserError: train.length is beyond the model's context, or the space is too large for this machine.
+        UserError: train.length is beyond the model's context, the shares of rows exceed 1, or the space is too large
+            for this machine.
     """
     window_length(options, space.shape.max_position_embeddings)
+    if options.largest_share + options.smallest_share > 1:
+        raise UserError(
+            f"train.largest_share {options.largest_share} and train.smallest_share {options.smallest_share} are more "
+            "than all rows together; lower one"
+        )
     device = training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
