@@ -7,7 +7,14 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := demo-$(shell date +%Y%m%d-%H%M%S)
+# An interrupted demo keeps its name here, and goes on with the first step that is not complete.
+UNFINISHED := runs/.demo
+DEMO := $(shell cat $(UNFINISHED) 2>/dev/null || echo demo-$$(date +%Y%m%d-%H%M%S))
+SEARCHED := runs/search/$(DEMO)/complete.json
+EXPORTED := runs/export/$(DEMO)/complete.json
+KNEE := runs/export/$(DEMO)-knee/complete.json
+FINETUNED := runs/finetune/$(DEMO)/complete.json
+REPORTED := runs/report/$(DEMO)/complete.json
 
 .PHONY: demo test test-transformers-4 check clean
 
@@ -16,15 +23,26 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# The supernet and the timings are kept and used again by a second demo; an interrupted one goes on where it stopped.
-demo: $(VENV)/installed
-	$(BIN)/nas search --budget 80 space=tiny name=$(DEMO)
-	$(BIN)/nas export run=runs/search/$(DEMO) select=all name=$(DEMO)
-	$(BIN)/nas export run=runs/search/$(DEMO) select=knee name=$(DEMO)-knee
-	$(BIN)/nas finetune checkpoint=runs/export/$(DEMO)-knee name=$(DEMO)
-	$(BIN)/nas report run=runs/search/$(DEMO) name=$(DEMO)
+demo: $(REPORTED)
 	@echo "Exports: $$(ls -d runs/export/$(DEMO)/*/ | tr '\n' ' ')"
 	@echo "Finetuned: runs/finetune/$(DEMO)/model"
+	@rm -f $(UNFINISHED)
+
+$(SEARCHED): | $(VENV)/installed
+	@mkdir -p runs && echo $(DEMO) > $(UNFINISHED)
+	$(BIN)/nas search --budget 80 space=tiny name=$(DEMO)
+
+$(EXPORTED): | $(SEARCHED)
+	$(BIN)/nas export run=runs/search/$(DEMO) select=all name=$(DEMO)
+
+$(KNEE): | $(EXPORTED)
+	$(BIN)/nas export run=runs/search/$(DEMO) select=knee name=$(DEMO)-knee
+
+$(FINETUNED): | $(KNEE)
+	$(BIN)/nas finetune checkpoint=runs/export/$(DEMO)-knee name=$(DEMO)
+
+$(REPORTED): | $(FINETUNED)
+	$(BIN)/nas report run=runs/search/$(DEMO) name=$(DEMO)
 
 test: $(VENV)/installed
 	$(BIN)/pytest

@@ -17,13 +17,14 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nas import __version__
 from nas.config import STAGES, register, to_stage
 from nas.console import complain
-from nas.errors import UserError
+from nas.errors import AlreadyFinishedError, UserError, causes
 from nas.resources import shipped
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
@@ -93,11 +94,15 @@ def _hydra(stage: str, overrides: list[str]) -> int:
         nonlocal failed
         try:
             _run_stage(config)
-        except (UserError, OSError) as error:
+        except BaseException as error:
+            if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):  # libraries may cover it up
+                again = f"the same command with name={config.name} goes on where it stopped"
+                raise KeyboardInterrupt(again) from None
+            if not isinstance(error, UserError | OSError):
+                raise
             complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")
-            failed = True
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"the same command with name={config.name} goes on where it stopped") from None
+            done_before = isinstance(error, AlreadyFinishedError) and HydraConfig.get().mode == RunMode.MULTIRUN
+            failed |= not done_before  # a sweep that is repeated goes on with what is left
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach _guarded

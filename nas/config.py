@@ -13,14 +13,13 @@ import hydra.utils
 from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue
 
 from nas.errors import UserError
 
 
 @dataclass
 class TrainConfig:
-    """How to train, for a supernet, a sub-network or a finetuned model alike."""
+    """How to train any model: a supernet, or a finetuned one."""
 
     steps: int = 500
     batch: int = 8  # rows a step
@@ -32,13 +31,19 @@ class TrainConfig:
     clip_norm: float = 0.5
     seed: int = 0
     precision: str = "auto"  # fp32 | bf16 (autocast); auto: bf16 on a GPU
-    sharing: str = "sliced"  # the supernet's sharing rule
-    largest_share: float = 0.125  # of a step's rows that run the largest vector
-    smallest_share: float = 0.125
     log_every: int = 10
     validate_every: int = 100
     checkpoint_every: int = 50
     validation_windows: int = 32  # context-long windows of validation text
+
+
+@dataclass
+class SupernetConfig(TrainConfig):
+    """What only a supernet's training has."""
+
+    sharing: str = "sliced"  # the sharing rule
+    largest_share: float = 0.125  # of a step's rows that run the largest vector
+    smallest_share: float = 0.125
 
 
 @dataclass
@@ -72,14 +77,18 @@ class StageConfig:
 
 
 @dataclass
-class _SupernetParts:
+class SupernetParts(StageConfig):
+    """What the commands have that may train a supernet."""
+
     data: dict[str, Any] = MISSING
     tokenizer: str | None = None
-    train: TrainConfig = field(default_factory=TrainConfig)
+    train: SupernetConfig = field(default_factory=SupernetConfig)
 
 
 @dataclass
-class _LatencyParts:
+class LatencyParts(StageConfig):
+    """What the commands have that may measure."""
+
     device: str = "this"
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
@@ -87,14 +96,14 @@ class _LatencyParts:
 
 
 @dataclass
-class Train(_SupernetParts, StageConfig):
+class Train(SupernetParts):
     """nas train"""
 
     space: str = "tiny"
 
 
 @dataclass
-class Measure(_LatencyParts, StageConfig):
+class Measure(LatencyParts):
     """nas measure"""
 
     space: str = "tiny"
@@ -102,7 +111,7 @@ class Measure(_LatencyParts, StageConfig):
 
 
 @dataclass
-class Search(_LatencyParts, _SupernetParts, StageConfig):
+class Search(LatencyParts, SupernetParts):
     """nas search"""
 
     space: str = "tiny"
@@ -164,12 +173,9 @@ def to_stage(config: DictConfig) -> Any:
     Raises:
         UserError: A value that must be given is not.
     """
-    try:
-        stage = OmegaConf.to_object(config)
-    except MissingMandatoryValue as error:
-        keys = re.findall(r"[\w.]+(?=\s*$)|full_key: ([\w.]+)", str(error))
-        key = next((key for key in keys if key), getattr(error, "full_key", "") or str(error).split(":")[-1].strip())
-        raise UserError(f"{key} is needed; give {key}=…") from None
+    if missing := sorted(OmegaConf.missing_keys(config)):
+        raise UserError(f"{missing[0]} is needed; give {missing[0]}=…")
+    stage = OmegaConf.to_object(config)
     validate(stage)
     return stage
 

@@ -16,12 +16,17 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def nvml_facts() -> dict[str, Any]:
-    """Name, driver, clocks (MHz) and power limit (W) of the first GPU; whatever NVML does not answer is left out."""
+def nvml_facts(uuid: str | None = None) -> dict[str, Any]:
+    """Name, driver, clocks (MHz) and power limit (W) of a GPU; whatever NVML does not answer is left out.
+
+    Args:
+        uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
+    """
     facts: dict[str, Any] = {}
     try:
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        by_index = uuid is None
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0) if by_index else pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
     except pynvml.NVMLError:
         return facts
     questions = {

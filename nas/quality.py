@@ -13,7 +13,7 @@ from nas.errors import UserError
 from nas.model import Supernet
 from nas.space import Vector, format_vector, parse_vector
 
-ROWS = 32  # windows in one forward pass
+_TOKENS = 8192  # in one forward pass; their logits are what takes memory
 
 
 @torch.no_grad()
@@ -25,7 +25,7 @@ def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> floa
         windows_NT: Token ids, T + 1 a window: inputs and the targets one to the right.
     """
     total = 0.0
-    for rows in windows_NT.split(ROWS):
+    for rows in windows_NT.split(max(1, _TOKENS // windows_NT.shape[1])):
         total += row_losses(logits_of(rows[:, :-1]), rows[:, 1:]).double().sum().item()
     return total / len(windows_NT)
 

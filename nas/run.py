@@ -6,20 +6,16 @@
     (artifacts)     whatever the stage makes
     complete.json   written last: the hash of every artifact. Its absence means unfinished
 
-A run directory knows nothing of what a stage does. Files are written beside their name and renamed, so nothing
-half-written ever looks finished; reading an artifact of a finished run checks its hash.
+A run directory knows nothing of what a stage does. Reading an artifact of a finished run checks its hash.
 """
 
-import errno
-import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -28,7 +24,8 @@ from typing import Any
 import filelock
 
 import nas
-from nas.errors import UserError
+from nas.errors import AlreadyFinishedError, UserError
+from nas.files import file_hash, read_json, write_json
 from nas.hardware import cpu_name, nvml_facts
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
@@ -38,71 +35,6 @@ _PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers",
 def now() -> str:
     """The current time in UTC, to the second, in ISO format."""
     return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Calls ``write`` with a temporary path beside ``path`` and renames the result into place.
-
-    Raises:
-        OSError: The system refuses, a full disk for one; it names ``path``, whatever library did the writing.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    except Exception as error:
-        number = _system_error(error)
-        if number is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _system_error(error: BaseException | None) -> int | None:
-    """The operating system's number of an error while writing, which libraries wrap in errors of their own."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error.errno or errno.ENOSPC  # NumPy gives no number when a write stops short
-        if match := re.search(r"\(os error (\d+)\)", str(error)):  # tokenizers and safetensors
-            return int(match[1])
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def write_json(path: Path, value: object) -> None:
-    """Writes ``value`` as indented JSON, atomically."""
-    text = json.dumps(value, indent=2, default=str) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: The file is missing or is not a JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON ({error}); restore it or run its stage again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} does not hold a JSON object; restore it or run its stage again")
-    return value
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def value_hash(value: object, length: int = 10) -> str:
-    """A short stable hash of plain values, for names and cache keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
 
 
 class FinishedRun:
@@ -182,14 +114,21 @@ class Run:
         with (self.path / _METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
 
-    def finish(self) -> None:
-        """Writes the completion mark. Nothing may be written to the run afterwards."""
+    def finish(self, scaffold: Path | None = None) -> None:
+        """Writes the completion mark. Nothing may be written to the run afterwards.
+
+        Args:
+            scaffold: A file that was needed only until here, such as a checkpoint; removed once the mark is there.
+        """
         artifacts = {
             str(path.relative_to(self.path)): file_hash(path)
             for path in sorted(self.path.rglob("*"))
             if path.is_file() and not path.name.startswith(".") and path.name not in (_RUN, _COMPLETE)
+            if path != scaffold
         }
         write_json(self.path / _COMPLETE, {"finished": now(), "artifacts": artifacts})
+        if scaffold:
+            scaffold.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -237,8 +176,6 @@ def start_run(
 
 
 def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, Any]) -> None:
-    if (path / _COMPLETE).is_file():
-        raise UserError(f"{path} is already finished; give another name= or remove it")
     before = read_json(path / _RUN)
     if before.get("stage") != stage:
         raise UserError(f"{path} belongs to 'nas {before.get('stage')}'; give another name=")
@@ -249,6 +186,8 @@ def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents:
         )
     if before.get("parents") != parents:
         raise UserError(f"{path} was begun from other parent runs; give another name=")
+    if (path / _COMPLETE).is_file():
+        raise AlreadyFinishedError(f"{path} is already finished; give another name= or remove it")
 
 
 def _end_cut_line(file: Path) -> None:
@@ -265,21 +204,18 @@ def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     return [] if before == after else [f"{prefix[:-1]} was {before}, now {after}"]
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; a line that a kill cut short is skipped."""
-    file = path / _METRICS
-    values = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else []:
-        with suppress(ValueError):
-            values.append(json.loads(line))
-    return values
-
-
 def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
     """Finished runs of a stage under ``runs_dir``, newest first."""
     marks = (runs_dir / stage).glob(f"**/{_COMPLETE}")
     for mark in sorted(marks, key=lambda path: path.stat().st_mtime, reverse=True):
         yield FinishedRun(mark.parent, stage)
+
+
+def recorded_parent(path: Path, role: str) -> FinishedRun | None:
+    """The parent that an earlier, unfinished attempt at the run ``path`` was built on, if there was one."""
+    if not (path / _RUN).is_file() or role not in (read_json(path / _RUN).get("parents") or {}):
+        return None
+    return FinishedRun(Path(os.path.normpath(path / read_json(path / _RUN)["parents"][role]["path"])))
 
 
 def is_run(path: Path) -> bool:
@@ -292,10 +228,10 @@ def _provenance() -> dict[str, Any]:
     for package in _PACKAGES:
         versions[package] = metadata.version(package)
     device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
-    return {"git": _git_state(), "versions": versions, "device": device}
+    return {"git": git_state(), "versions": versions, "device": device}
 
 
-def _git_state() -> dict[str, object] | None:
+def git_state() -> dict[str, object] | None:
     """Commit of the checkout that the package runs from, or None for an installed wheel."""
     here = Path(__file__).resolve().parent
 

@@ -3,12 +3,14 @@
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -113,6 +115,23 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, micro_file: Path, text_f
     command = [sys.executable, "-m", "nas", "search", "--budget", "9", "name=base", *arguments]
     subprocess.run(command, cwd=path, check=True, capture_output=True)
     return Workspace(path, arguments)
+
+
+@pytest.fixture
+def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
+    """A copy of the workspace that a test may spoil; the working directory of ``nas``."""
+    shutil.copytree(workspace.runs, tmp_path / "runs")
+    return Workspace(tmp_path, workspace.arguments)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl so far; one that is just being written, or was cut short, is skipped."""
+    file = run / "metrics.jsonl"
+    values = []
+    for line in file.read_text().splitlines() if file.is_file() else []:
+        with suppress(ValueError):
+            values.append(json.loads(line))
+    return values
 
 
 def random_supernet(space: SearchSpace, seed: int = 0, spread: float = 0.3) -> Supernet:

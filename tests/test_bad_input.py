@@ -25,10 +25,10 @@ import pytest
 import torch
 import zstandard
 
+from nas.files import read_json
 from nas.quality import InheritedLoss
-from nas.run import read_json, read_metrics
 from nas.space import SearchSpace, format_vector
-from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet
+from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
 
 TEXT = ("data=text", "data.path=text.txt")
 TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
@@ -70,13 +70,6 @@ def refused(nas: Nas, files: None, tmp_path: Path) -> Refused:  # noqa: ARG001
         assert set(tmp_path.rglob("complete.json")) == before
 
     return run
-
-
-@pytest.fixture
-def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the workspace that a test may spoil; the working directory of ``nas``."""
-    shutil.copytree(workspace.runs, tmp_path / "runs")
-    return Workspace(tmp_path, workspace.arguments)
 
 
 def only(folder: Path, pattern: str) -> Path:
@@ -570,6 +563,24 @@ def test_ctrl_c_during_training_says_how_to_go_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("files")
+def test_ctrl_c_amid_a_write_is_still_a_ctrl_c(
+    refused: Refused, nas: Nas, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def save(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # what torch.save makes of it
+
+    command = ["train", *DEFAULTS["train"], "name=mine"]
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.save", save)
+        refused(command, ["interrupted", "same command", "name=mine"])
+    assert not (tmp_path / "runs/train/mine/checkpoint.pt").exists()
+    assert nas(*command).code == 0
+
+
+@pytest.mark.usefixtures("files")
 def test_a_full_disk_stops_a_training_that_then_goes_on(nas: Nas, tmp_path: Path) -> None:
 
     def fill_disk() -> None:
@@ -653,7 +664,7 @@ def test_a_gpu_without_enough_memory_is_named_together_with_its_mend(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("nas.stages.train.row_losses", fail)
+    monkeypatch.setattr("nas.training.text.row_losses", fail)
     refused(["train", *DEFAULTS["train"]], ["4 rows", "memory", "lower train.batch"])
 
 

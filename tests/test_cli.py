@@ -8,10 +8,12 @@ import sys
 import zipfile
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
 from nas.config import STAGES, register, to_stage
+from nas.latency import this_device
 from nas.resources import shipped
 from nas.run import FinishedRun
 from nas.search import COLUMNS
@@ -86,6 +88,21 @@ def test_a_second_search_trains_and_measures_nothing_again(nas: Nas, workspace: 
     assert result.code == 0, result.err
     assert "Training" not in result.out
     assert "Timing" not in result.out
+
+
+def test_a_published_table_is_used_where_the_device_is_named(nas: Nas, workspace: Workspace) -> None:
+    space, timing = workspace.arguments[0], workspace.arguments[-3:]
+    published = nas("measure", space, *timing, "runs_dir=elsewhere", "name=m", "publish=latency_models")
+    assert published.code == 0, published.err
+    slug = this_device().slug
+    named = ("workload.dtype=fp32", "workload.runtime=eager", f"device={slug}")
+    (supernet,) = (workspace.runs / "train").glob("*/")
+    arguments = (*workspace.arguments, *named, f"supernet={supernet}", "name=named")
+    result = nas("search", "--budget", 4, *arguments)
+    assert result.code == 0, result.err
+    assert f"measured on {this_device().name}" in result.out
+    assert set(pd.read_csv("runs/search/named/front.csv")["latency_source"]) == {"measured"}
+    assert f"there is no device '{slug}x'" in nas("search", *arguments, f"device={slug}x").err
 
 
 def test_the_wheel_works_from_an_empty_directory(tmp_path: Path, workspace: Workspace) -> None:

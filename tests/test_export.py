@@ -98,6 +98,8 @@ def test_saving_with_transformers_keeps_the_layers(exported: tuple[Vector, Path]
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
     blocks = json.loads((tmp_path / "config.json").read_text())["block_configs"]
     assert [4 // block["attention"]["n_heads_in_group"] for block in blocks] == list(vector)
+    ours, theirs = (read_exported(where).state_dict() for where in (folder, tmp_path))
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     tokens = torch.arange(20)[None]
     first = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -156,6 +158,10 @@ def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
     assert "212 zero neurons" in (tmp_path / "README.md").read_text()
+    again = read_exported(tmp_path)  # the zeros are not trained any further
+    assert again.shape == shape
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert read_exported(tmp_path, with_weights=False).shape == shape
 
 
 def test_the_command_exports_the_front_with_a_card_that_names_its_sources(nas: Nas, workspace: Workspace) -> None:

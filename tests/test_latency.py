@@ -18,10 +18,10 @@ from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
 from nas.latency.estimate import RooflineLatency
-from nas.latency.measure import grid_for, measure, predict_check, summarise_check
+from nas.latency.measure import LayerPool, grid_for, measure, predict_check, summarise_check
 from nas.latency.table import COLUMNS, TableLatency, layer_shape, summarise
 from nas.latency.timing import time_side_by_side
-from nas.model.decoder import attend_packed
+from nas.model.decoder import Decoder, attend_packed
 from nas.resources import shipped
 from nas.space import SearchSpace, load_space
 from tests.conftest import Workspace
@@ -51,7 +51,9 @@ def write_table(folder: Path, micro: SearchSpace, **changes: Any) -> Path:
         "dtype": "fp32",
         "runtime": "eager",
     }
-    meta |= {"shape": layer_shape(micro.shape), "check": {"n": 3, "mape": 0.012, "worst": 0.02, "kendall_tau": 1.0}}
+    error = {"n": 3, "mape": 0.012, "worst": 0.02, "kendall_tau": 1.0}
+    meta |= {"shape": layer_shape(micro.shape), "check": {"decode": error, "prefill": {**error, "mape": 0.03}}}
+    meta |= {"workload": {"batch": 4, "context": 16, "prompt": 8}}
     (folder / "latency.json").write_text(json.dumps(meta | changes))
     return folder
 
@@ -95,7 +97,10 @@ def test_a_table_fits_only_its_own_device_shape_and_workload(micro: SearchSpace,
 
 def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: Path) -> None:
     words = TableLatency(write_table(tmp_path, micro)).describe()
-    assert words == "measured on Box on 2026-01-02, decode off by 1.2% on average over 3 whole models"
+    assert words == (
+        "measured on Box on 2026-01-02; mean error decode 1.2%, prefill 3.0% over 3 whole models at batch 4, "
+        "context 16, prompt 8"
+    )
 
 
 @pytest.mark.parametrize(
@@ -112,6 +117,15 @@ def test_a_corrupt_table_is_one_sentence(micro: SearchSpace, tmp_path: Path, dam
     file = write_table(tmp_path, micro) / "table.csv"
     file.write_text(damage(file.read_text()))
     with pytest.raises(UserError, match=r"table\.csv"):
+        TableLatency(tmp_path)
+
+
+def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
+    file = write_table(tmp_path, micro) / "latency.json"
+    meta = json.loads(file.read_text())
+    del meta["workload"], meta["dtype"]
+    file.write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"latency\.json is corrupt \(it lacks dtype, workload\)"):
         TableLatency(tmp_path)
 
 
@@ -175,11 +189,49 @@ def test_a_measurement_covers_the_grid_and_checks_whole_models(micro: SearchSpac
     assert (check["predicted_ms"] > 0).all()
 
 
-def test_check_summaries_measure_relative_errors_of_decode() -> None:
+def test_a_layer_is_timed_as_a_share_of_all_layers_and_a_whole_model_as_it_is(
+    micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(work: dict[Any, Any], rounds: int, *_: object) -> dict[Any, list[float]]:
+        for call in work.values():
+            call()
+        seconds = {"layer": 0.3, "ends": 0.05, "whole": 7.0}
+        return {key: [seconds[key[0]]] * rounds for key in work}
+
+    monkeypatch.setattr("nas.latency.measure.time_side_by_side", fake)
+    config = MeasureConfig(rounds=5)
+    table, wholes = measure(micro, grid_for(config, WORKLOAD), WORKLOAD, config, 3, torch.device("cpu"))
+    layers, ends = (table.loc[table["part"] == part, "median_ms"].to_numpy() for part in ("layer", "ends"))
+    assert len(layers) == 3 * len(ends) > 0
+    assert layers == pytest.approx(100.0)  # three layers took 0.3 s
+    assert ends == pytest.approx(50.0)
+    assert wholes["measured_ms"].tolist() == pytest.approx([7000.0] * len(wholes))
+
+
+def test_whole_models_of_the_pool_compute_what_a_decoder_computes(micro: SearchSpace) -> None:
+    pool = LayerPool(micro, grid_for(MeasureConfig(), WORKLOAD), WORKLOAD, torch.device("cpu"))
+    vector = (4, 1, 2)
+    model = Decoder(micro.shape, vector)
+    model.load_state_dict(
+        pool._models[1].state_dict()
+        | {
+            name: tensor
+            for index, groups in enumerate(vector)
+            for name, tensor in pool._models[groups].state_dict().items()
+            if name.startswith(f"model.layers.{index}.")
+        }
+    )
+    with torch.no_grad():
+        logits = pool.whole("prefill", vector, 4, 8)()
+        torch.testing.assert_close(logits, model(pool._tokens[:4, :8], last_only=True))
+
+
+def test_check_summaries_measure_relative_errors_by_phase() -> None:
     rows = [("decode", "1", 1, 1, 10.0, 11.0), ("decode", "2", 1, 1, 20.0, 19.0), ("prefill", "1", 1, 1, 1.0, 9.0)]
     check = pd.DataFrame(rows, columns=["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"])
     summary = summarise_check(check)
-    assert summary == pytest.approx({"n": 2, "mape": 0.075, "worst": 0.1, "kendall_tau": 1.0})
+    assert summary["decode"] == pytest.approx({"n": 2, "mape": 0.075, "worst": 0.1, "kendall_tau": 1.0})
+    assert summary["prefill"]["mape"] == pytest.approx(8.0)
 
 
 def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpace) -> None:
@@ -200,7 +252,7 @@ def test_a_failing_nvml_leaves_a_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> 
         raise pynvml.NVMLError_LibraryNotFound()
 
     class Properties:
-        name, total_memory = "NVIDIA Fake 9000", 123
+        name, total_memory, uuid = "NVIDIA Fake 9000", 123, "0"
 
     monkeypatch.setattr(pynvml, "nvmlInit", fail)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -223,8 +275,8 @@ def test_every_shipped_device_is_found_and_can_be_estimated(path: Path, micro: S
 def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> None:
     table = TableLatency(meta.parent)
     assert table.meta["device"]["slug"] == meta.parent.parent.name
-    check = pd.read_csv(meta.parent / "check.csv")
-    assert summarise_check(check) == pytest.approx(table.meta["check"])
+    for phase, error in summarise_check(pd.read_csv(meta.parent / "check.csv")).items():
+        assert error == pytest.approx(table.meta["check"][phase])
 
 
 def test_a_device_without_a_table_is_estimated_and_says_so(nas: Any, workspace: Workspace) -> None:

@@ -1,27 +1,31 @@
 """Reports: what the figures show, and that they come from the CSVs alone."""
 
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from nas.report.check import check_errors
-from nas.report.front import front_points
-from nas.report.groups import group_matrix
+from nas.report.front import draw_front, front_points
+from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import SearchCurve, curves
 from nas.search import Objectives
+from nas.search.metrics import METRICS
+from nas.stages.report import _labels
 from tests.conftest import Nas, Workspace
 
 TWO = Objectives(("loss_nats", "tokens_per_s"))
 FIGURES = ("front", "groups", "hypervolume", "latency_check")
 
 
-def assert_drawn(folder: Path, names: tuple[str, ...] = FIGURES) -> None:
-    for name in names:
-        pixels = np.asarray(Image.open(folder / f"{name}.png").convert("L"))
-        assert 0.005 < (pixels < 200).mean() < 0.9, f"{name} is empty or black"
+def assert_drawn(folder: Path) -> None:
+    for name in FIGURES:
+        assert Image.open(folder / f"{name}.png").width > 500
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
 
 
@@ -47,6 +51,9 @@ def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds(nas: Nas, wor
     assert "TPE: hypervolume" in report.out
     assert "after 8 evaluations (median of 2)" in report.out
     assert_drawn(workspace.runs / "report" / "sweep")
+    again = nas("search", *swept, *where, *workspace.arguments)  # a sweep that is repeated goes on with what is left
+    assert again.code == 0, again.err
+    assert again.err.count("already finished") == 4
 
 
 def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace) -> None:
@@ -93,6 +100,75 @@ def test_hypervolume_curves_have_median_and_range_of_their_group() -> None:
         ["a", 2, 2.0, 2.0, 2.0, 1],
         ["b", 1, 0.5, 0.5, 0.5, 1],
     ]
+
+
+def test_the_front_is_drawn_from_its_points_with_every_landmark_named() -> None:
+    points = pd.DataFrame(
+        {
+            "vector": ["1-1", "2-2", "1-2", "2-1"],
+            "loss_nats": [3.0, 2.0, 2.5, 2.8],
+            "tokens_per_s": [30.0, 10.0, 20.0, 15.0],
+            "on_front": [True, True, True, False],
+            "name": ["uniform 1", "uniform 2", "Published", ""],
+            "uniform": [True, True, False, False],
+            "latency_source": "estimated",
+        }
+    )
+    drawing = Figure()
+    draw_front(drawing, points, TWO, "a title")
+    (axes,) = drawing.axes
+    assert axes.get_xlabel() == "decode throughput (tokens/s) — estimated"
+    assert axes.get_ylabel() == "inherited validation loss (nats/token)"
+    assert {text.get_text() for text in axes.texts} == {"uniform 1", "uniform 2", "Published"}
+    drawn = {str(dots.get_label()): np.asarray(dots.get_offsets()).tolist() for dots in axes.collections}
+    assert sorted(drawn["evaluated (4)"]) == [[10.0, 2.0], [15.0, 2.8], [20.0, 2.5], [30.0, 3.0]]
+    assert sorted(drawn["Pareto front (3)"]) == [[10.0, 2.0], [20.0, 2.5], [30.0, 3.0]]
+    assert sorted(drawn["uniform"]) == [[10.0, 2.0], [30.0, 3.0]]
+    assert drawn["known"] == [[20.0, 2.5]]
+
+
+@pytest.mark.parametrize(("x", "y"), [("tokens_per_s", "loss_nats"), ("decode_ms", "loss_nats")])
+def test_the_line_through_the_front_never_promises_more_than_was_found(x: str, y: str) -> None:
+    objectives, better = Objectives((y, x)), 1 if METRICS[x].maximise else -1
+    values = np.array([10.0, 20.0, 30.0])
+    points = pd.DataFrame({x: values, y: better * np.array([1.0, 2.0, 3.0]) + 5, "on_front": True})
+    points = points.assign(vector=["1", "2", "4"], name="", uniform=False, latency_source="measured")
+    drawing = Figure()
+    draw_front(drawing, points, objectives, "")
+    (line,) = drawing.axes[0].lines
+    corners = np.asarray(line.get_path().vertices)
+    style = line.get_drawstyle()
+    for (x0, y0), (x1, y1) in pairwise(corners):  # between two front points the worse loss of the two is attainable
+        at_middle = y1 if style == "steps-pre" else y0
+        assert at_middle == max(y0, y1), (x0, x1)
+
+
+def test_the_heat_map_shows_every_number_once() -> None:
+    drawing = Figure()
+    matrix = group_matrix(pd.DataFrame({"vector": ["1-2-4", "4-4-4"], "loss_nats": [3.0, 2.0]}))
+    draw_groups(drawing, matrix, "")
+    axes = drawing.axes[0]
+    texts = {text.get_position(): text.get_text() for text in axes.texts}
+    assert texts == {(0, 0): "4", (0, 1): "4", (0, 2): "4", (1, 0): "1", (1, 1): "2", (1, 2): "4"}
+
+
+def test_runs_are_labelled_by_sampler_and_by_what_else_varies_but_not_by_seed() -> None:
+    def config(sampler: str, seed: int, **more: object) -> dict[str, Any]:
+        return {"sampler": {"_target_": f"some.module.{sampler}Sampler", **more}, "seed": seed, "budget": "8"}
+
+    configs = [config("TPE", 0), config("TPE", 1), config("NSGAII", 0, population_size=10)]
+    assert _labels(configs) == ["TPE", "TPE", "NSGAII"]
+    configs.append(config("NSGAII", 0, population_size=20))
+    assert _labels(configs)[2:] == ["NSGAII, sampler.population_size 10", "NSGAII, sampler.population_size 20"]
+
+
+def test_searches_of_different_things_are_not_compared(nas: Nas, workspace: Workspace) -> None:
+    where = (f"runs_dir={workspace.runs}", "name=unlike")
+    result = nas("search", "-m", "workload.batch=2,1", "--budget", 4, *where, *workspace.arguments[:-3], "check=1")
+    assert result.code == 0, result.err
+    report = nas("report", f"run={workspace.runs}/search/unlike", *where)
+    assert report.code == 1
+    assert "differ in workload and cannot be compared" in report.err
 
 
 def test_check_errors_are_relative_to_the_measurement() -> None:

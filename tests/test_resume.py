@@ -1,6 +1,6 @@
 """kill -9 in the middle, then the same command: the result is that of a run that nobody interrupted."""
 
-import shutil
+import json
 import subprocess
 import sys
 import time
@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nas.run import read_metrics
-from tests.conftest import Nas, Workspace
+from nas.run import FinishedRun
+from tests.conftest import Nas, Workspace, read_metrics
 
 
 def kill_when(command: list[str], cwd: Path, due: Callable[[], bool]) -> None:
@@ -31,13 +31,6 @@ def kill_when(command: list[str], cwd: Path, due: Callable[[], bool]) -> None:
 def last_metrics(run: Path) -> dict[tuple[int, ...], dict[str, float]]:
     """The metrics of a run by step and kind; a repeated step counts as it was logged last."""
     return {(entry["step"], len(entry)): entry for entry in read_metrics(run)}
-
-
-@pytest.fixture
-def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the workspace that a test may spoil."""
-    shutil.copytree(workspace.runs, tmp_path / "runs")
-    return Workspace(tmp_path, workspace.arguments)
 
 
 def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace) -> None:
@@ -91,3 +84,38 @@ def test_a_line_of_metrics_that_was_cut_short_costs_only_itself(nas: Nas, copy: 
     assert nas(*arguments).code == 0
     assert [step for step, _ in sorted(last_metrics(run)) if step <= 12][-1] == 12
     assert {step for step, _ in last_metrics(run)} == set(range(1, 401))
+
+
+def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(nas: Nas, copy: Workspace) -> None:
+    arguments = ["search", "--budget", "200", "seed=5", *copy.arguments]
+    memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
+    before = len(memo.read_text().splitlines())
+    kill_when([*arguments, "name=mine"], copy.path, lambda: len(memo.read_text().splitlines()) >= before + 3)
+    parents = json.loads((copy.runs / "search" / "mine" / "run.json").read_text())["parents"]
+    parts = copy.arguments[:-3]
+    assert nas("measure", parts[0], *copy.arguments[-3:], "name=newer").code == 0
+    assert nas("train", *parts, "name=newer").code == 0
+    assert nas(*arguments, "name=mine").code == 0
+    assert json.loads((copy.runs / "search" / "mine" / "run.json").read_text())["parents"] == parents
+    assert nas(*arguments, "name=fresh").code == 0
+    fresh = json.loads((copy.runs / "search" / "fresh" / "run.json").read_text())["parents"]
+    assert {fact["path"].split("/")[-1] for fact in fresh.values()} == {"newer"}
+
+
+def test_a_kill_after_the_completion_mark_leaves_a_finished_run(
+    nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink = Path.unlink
+
+    def interrupted(path: Path, missing_ok: bool = False) -> None:
+        if path.name == "checkpoint.pt":
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    command, run = ["train", *copy.arguments[:-3], "name=late"], copy.runs / "train" / "late"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", interrupted)
+        assert nas(*command).code == 1
+    assert (run / "checkpoint.pt").exists()
+    assert FinishedRun(run, "train").artifact("supernet.safetensors")
+    assert "already finished" in nas(*command).err

@@ -130,7 +130,7 @@ class HubCorpus:
         dataset: A hub name, or a local folder of the same form (parquet, JSON lines, text).
         config: The dataset's configuration, where it has several.
         split: Which split to read.
-        revision: A commit or branch, to pin the data.
+        revision: A commit, to pin the data: prepared tokens are kept although a branch moves on.
         text_key: The column that holds the text.
         max_mb: Stop after this many megabytes (10^6 bytes) of UTF-8 text.
     """

@@ -19,7 +19,7 @@ from nas.console import say
 from nas.data.corpora import Corpus, Document
 from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
-from nas.run import file_hash, read_json, value_hash, write_atomically, write_json
+from nas.files import file_hash, read_json, value_hash, write_atomically, write_json
 
 _ONE_IN = 20  # documents that go to validation
 _FEW = 2 * _ONE_IN  # with fewer documents, each gives its tail to validation instead

@@ -1,9 +1,10 @@
 """The Hugging Face format: a directory that ``AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`` loads.
 
-It is a `nemotron-nas` model (`DeciLMForCausalLM`): vLLM, llama.cpp and mlx-lm know that type natively and give each
-layer its own KV cache size. transformers does not, so a small file of model code travels along.
+It is a `nemotron-nas` model (`DeciLMForCausalLM`), a type that vLLM, llama.cpp and mlx-lm implement, each layer with a
+KV cache of its own size. transformers does not, so a small file of model code travels along.
 """
 
+import dataclasses
 import math
 import shutil
 from collections.abc import Mapping
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
+from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
-from nas.run import read_json, write_atomically, write_json
 from nas.space import ModelShape, format_vector
 
 _REMOTE_CODE = "modeling_decilm"
+_UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
 
 
@@ -57,6 +59,7 @@ class HfExporter:
 def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_text: int | None) -> dict[str, Any]:
     """The contents of config.json for a model whose FFN is ``width`` wide."""
     heads, ffn_mult = shape.num_attention_heads, 3 * width / (2 * shape.hidden_size)
+    padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
     assert engine_ffn_width(ffn_mult, shape.hidden_size) == width
     return {
         "architectures": ["DeciLMForCausalLM"],
@@ -93,6 +96,7 @@ def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_tex
         "eos_token_id": end_of_text,
         "dtype": "float32",
         "torch_dtype": "float32",
+        **padding,
     }
 
 
@@ -116,6 +120,8 @@ def read_exported(folder: Path, with_weights: bool = True) -> Decoder:
     try:
         fields = ModelShape.__dataclass_fields__
         shape = ModelShape(**{key: config[key] for key in fields})
+        stored, width = shape.intermediate_size, config.get(_UNPADDED, shape.intermediate_size)
+        shape = dataclasses.replace(shape, intermediate_size=width)
         heads = shape.num_attention_heads
         vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
         if len(vector) != shape.num_hidden_layers:
@@ -125,11 +131,19 @@ def read_exported(folder: Path, with_weights: bool = True) -> Decoder:
             state = load_file(folder / "model.safetensors")
             if shape.tie_word_embeddings:
                 state["lm_head.weight"] = state["model.embed_tokens.weight"]
+            if width != stored:
+                state = {name: _without_padding(name, tensor, width) for name, tensor in state.items()}
             model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
         problem = " ".join(" ".join(str(error).splitlines()[:2]).split())
         raise UserError(f"{folder} is corrupt ({problem}); export it again") from None
     return model
+
+
+def _without_padding(name: str, tensor: Tensor, width: int) -> Tensor:
+    if ".mlp." not in name:
+        return tensor
+    return tensor[:, :width] if "down_proj" in name else tensor[:width]
 
 
 def _padded_state(model: Decoder) -> tuple[dict[str, Tensor], int]:
@@ -178,6 +192,12 @@ def _card(model: Decoder, width: int, card: Mapping[str, str]) -> str:
         lines += [
             f"The FFN is stored {width} wide: inference engines round its width up to a multiple of {_FFN_MULTIPLE}, "
             f"so {width - shape.intermediate_size} zero neurons were added, which change no output.",
+            "",
+        ]
+    if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        lines += [
+            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
+            "head_dim from the configuration, llama.cpp and mlx-lm do not.",
             "",
         ]
     lines += ["| what | value |", "| --- | --- |"]

@@ -1,7 +1,8 @@
 """A Llama whose layers differ in their number of key/value heads (variable grouped-query attention).
 
 This file travels with every exported model: `trust_remote_code=True` lets transformers load it. The configuration's
-`block_configs` follow the nemotron-nas convention, which vLLM, llama.cpp and mlx-lm read without this file.
+`block_configs` follow the nemotron-nas convention of inference engines; vLLM reads them as attributes, through the
+configuration class below.
 """
 
 import copy
@@ -33,6 +34,11 @@ class DeciLMConfig(LlamaConfig):
     def __init__(self, block_configs=(), **kwargs):
         super().__init__(**kwargs)
         self.block_configs = [Block(block) for block in block_configs]
+
+    def to_dict(self):  # transformers 5 keeps the base inside rope_parameters alone; engines read it here
+        values = super().to_dict()
+        parameters = values.get("rope_parameters") or {}
+        return {**values, "rope_theta": parameters.get("rope_theta", values.get("rope_theta"))}
 
 
 class DeciLMModel(LlamaModel):

@@ -4,16 +4,20 @@ A device is named as NVML (or the CPU) names it, in lower case with dashes: ``nv
 latency_models/ holds device.json with the facts that an estimate needs, and any measured tables.
 """
 
+import dataclasses
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
 
 from nas.errors import UserError
+from nas.files import read_json
 from nas.hardware import cpu_name, nvml_facts
 from nas.resources import shipped
-from nas.run import read_json
+
+DEVICE = "device.json"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,22 @@ class Device:
     flops: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
+    def description(self) -> dict[str, Any]:
+        """The contents of its device.json."""
+        values = dataclasses.asdict(self)
+        source = values.pop("facts").get("source", "as the device reports; data-sheet rates unknown")
+        del values["slug"]
+        return values | {"source": source}
+
+
+def device_folders(slug: str) -> list[Path]:
+    """Where a device may be described: latency_models/ here in the working directory, then what ships."""
+    return [root / slug for root in _roots()]
+
+
+def _roots() -> list[Path]:
+    return list(dict.fromkeys((Path("latency_models").resolve(), shipped("latency_models").resolve())))
+
 
 def this_device() -> Device:
     """The first GPU that PyTorch sees, else this machine's CPU."""
@@ -46,7 +66,7 @@ def this_device() -> Device:
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         name = properties.name
-        return Device(_slug(name), name, True, properties.total_memory, facts=nvml_facts())
+        return Device(_slug(name), name, True, properties.total_memory, facts=nvml_facts(str(properties.uuid)))
     name = cpu_name()
     cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
     facts = {"cores": cores, "threads": torch.get_num_threads()}
@@ -61,15 +81,15 @@ def find_device(reference: str) -> Device:
     """
     if reference == "this":
         return this_device()
-    file = shipped("latency_models") / reference / "device.json"
-    if not file.is_file():
-        known = sorted(path.parent.name for path in shipped("latency_models").glob("*/device.json"))
+    files = [folder / DEVICE for folder in device_folders(reference) if (folder / DEVICE).is_file()]
+    if not files:
+        known = sorted({path.parent.name for root in _roots() for path in root.glob(f"*/{DEVICE}")})
         raise UserError(f"there is no device '{reference}'; use this, {', '.join(known)}")
-    values = read_json(file)
+    values = read_json(files[0])
     return Device(
         slug=reference,
         name=values["name"],
-        is_gpu=True,
+        is_gpu=values["is_gpu"],
         memory_bytes=values["memory_bytes"],
         bandwidth_bytes_per_s=values["bandwidth_bytes_per_s"],
         flops=values["flops"],

@@ -25,7 +25,6 @@ from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PREFILL_DEPTH = 2  # layers a prefill point runs: it computes for long on what it reads, so two are like all
 _PREFILL_ROUNDS_SHARE = 0.4  # prefill is slower and steadier than decode
 
 
@@ -98,13 +97,8 @@ class LayerPool:
         self._tokens = torch.randint(vocabulary, (batch, prompt), device=device, generator=generator)
 
     def layers(self, phase: Phase, groups: int, batch: int, length: int) -> Callable[[], Tensor]:
-        """`depth` layers of one ``g`` in a row."""
-        return self._body(phase, (groups,) * self.depth(phase), batch, length)
-
-    def depth(self, phase: Phase) -> int:
-        """How many layers `layers` runs."""
-        layers = len(self._caches[self._choices[0]].layers)
-        return layers if phase == "decode" else min(layers, _PREFILL_DEPTH)
+        """As many layers of one ``g`` in a row as the model has."""
+        return self._body(phase, (groups,) * len(self._caches[groups].layers), batch, length)
 
     def ends(self, phase: Phase, batch: int, length: int) -> Callable[[], Tensor]:
         """Embedding of the tokens; final norm and head at the last position."""
@@ -158,11 +152,7 @@ def measure(
     vectors = sorted({tuple(int(rng.choice(allowed)) for allowed in space.choices) for _ in range(check)})
     parts, wholes = [], []
     for phase in PHASES:
-        work: dict[tuple[Any, ...], Callable[[], object]] = {}
-        for batch, length in itertools.product(grid.batches, grid.lengths(phase)):
-            work["ends", 0, batch, length] = pool.ends(phase, batch, length)
-            for groups in set().union(*space.choices):
-                work["layer", groups, batch, length] = pool.layers(phase, groups, batch, length)
+        work = _work(pool, space, grid, phase)
         length = workload.context if phase == "decode" else workload.prompt
         for vector in vectors:
             work["whole", vector, workload.batch, length] = pool.whole(phase, vector, workload.batch, length)
@@ -172,11 +162,21 @@ def measure(
             if part == "whole":
                 wholes.append((phase, format_vector(what), batch, length, summarise(seconds)["median_ms"]))
             else:
-                depth = pool.depth(phase) if part == "layer" else 1
+                depth = space.shape.num_hidden_layers if part == "layer" else 1
                 times = summarise([second / depth for second in seconds])
                 parts.append({"phase": phase, "part": part, "groups": what, "batch": batch, "length": length} | times)
     table = pd.DataFrame(parts, columns=COLUMNS).sort_values(COLUMNS[:5], ignore_index=True)
     return table, pd.DataFrame(wholes, columns=CHECK_COLUMNS[:-1])
+
+
+def _work(pool: LayerPool, space: SearchSpace, grid: Grid, phase: Phase) -> dict[tuple[Any, ...], Callable[[], object]]:
+    """The parts of a model at every point of the grid, by (part, groups, batch, length)."""
+    work: dict[tuple[Any, ...], Callable[[], object]] = {}
+    for batch, length in itertools.product(grid.batches, grid.lengths(phase)):
+        work["ends", 0, batch, length] = pool.ends(phase, batch, length)
+        for groups in set().union(*space.choices):
+            work["layer", groups, batch, length] = pool.layers(phase, groups, batch, length)
+    return work
 
 
 def predict_check(wholes: pd.DataFrame, predictor: LatencyModel, workload: Workload) -> pd.DataFrame:
@@ -189,11 +189,12 @@ def predict_check(wholes: pd.DataFrame, predictor: LatencyModel, workload: Workl
     return wholes.assign(predicted_ms=predicted)
 
 
-def summarise_check(check: pd.DataFrame) -> dict[str, float]:
-    """Mean and worst absolute relative error of decode predictions, Kendall τ, and how many models."""
-    decode = check[check["phase"] == "decode"]
-    if decode.empty:
-        return {"n": 0}
-    errors = (decode["predicted_ms"] / decode["measured_ms"] - 1).abs()
-    tau = float(kendalltau(decode["predicted_ms"], decode["measured_ms"]).statistic) if len(decode) > 1 else 1.0
-    return {"n": len(decode), "mape": float(errors.mean()), "worst": float(errors.max()), "kendall_tau": tau}
+def summarise_check(check: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """By phase: mean and worst absolute relative error, Kendall τ, and over how many models; empty without a check."""
+    return {str(phase): _summarise_phase(rows) for phase, rows in check.groupby("phase")}
+
+
+def _summarise_phase(rows: pd.DataFrame) -> dict[str, float]:
+    errors = (rows["predicted_ms"] / rows["measured_ms"] - 1).abs()
+    tau = float(kendalltau(rows["predicted_ms"], rows["measured_ms"]).statistic) if len(rows) > 1 else 1.0
+    return {"n": len(rows), "mape": float(errors.mean()), "worst": float(errors.max()), "kendall_tau": tau}

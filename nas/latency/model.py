@@ -4,6 +4,7 @@ Layers of one shape cost the same wherever they stand, so a vector's time is the
 embedding and output head. Where those numbers come from is the model's affair: a measured table, or an estimate.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,6 +91,6 @@ def prefill_ms(model: LatencyModel, vector: Sequence[int], workload: Workload) -
 
 
 def _sum(model: LatencyModel, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
-    counts = Counter(vector)
-    layers = sum(count * model.layer_ms(phase, groups, batch, length) for groups, count in counts.items())
+    counts = sorted(Counter(vector).items())  # in one order: vectors with equal counts cost the same to the last bit
+    layers = math.fsum(count * model.layer_ms(phase, groups, batch, length) for groups, count in counts)
     return layers + model.ends_ms(phase, batch, length)

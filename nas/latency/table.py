@@ -17,12 +17,13 @@ import pandas as pd
 from scipy.interpolate import RegularGridInterpolator
 
 from nas.errors import UserError
-from nas.latency.model import Phase, Workload
-from nas.run import read_json
+from nas.files import read_json
+from nas.latency.model import PHASES, Phase, Workload
 from nas.space import ModelShape, SearchSpace
 
 TABLE, META, CHECK = "table.csv", "latency.json", "check.csv"
 COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n"]
+_META_KEYS = {"date", "device", "shape", "dtype", "runtime", "workload"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 
 
@@ -46,6 +47,8 @@ class TableLatency:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.meta: dict[str, Any] = read_json(folder / META)
+        if missing := sorted(_META_KEYS - self.meta.keys()):
+            raise UserError(f"{folder / META} is corrupt (it lacks {', '.join(missing)}); restore it or measure again")
         table = read_csv(folder / TABLE, COLUMNS)
         bad = table.index[~(pd.to_numeric(table["median_ms"], errors="coerce") > 0)]
         if table.empty or len(bad):
@@ -60,11 +63,12 @@ class TableLatency:
         return self._at(phase, "ends", 0, batch, length)
 
     def describe(self) -> str:
-        check = self.meta.get("check") or {}
-        error = (
-            f", decode off by {check['mape']:.1%} on average over {check['n']} whole models" if check.get("n") else ""
-        )
-        return f"measured on {self.meta['device']['name']} on {self.meta['date'][:10]}{error}"
+        words = f"measured on {self.meta['device']['name']} on {self.meta['date'][:10]}"
+        if check := self.meta.get("check"):
+            at, errors = self.meta["workload"], [f"{phase} {check[phase]['mape']:.1%}" for phase in PHASES]
+            words += f"; mean error {', '.join(errors)} over {check['decode']['n']} whole models"
+            words += f" at batch {at['batch']}, context {at['context']}, prompt {at['prompt']}"
+        return words
 
     def fits(self, device: str, space: SearchSpace, workload: Workload) -> bool:
         """Whether the table covers a device, the groups of a space and a workload."""

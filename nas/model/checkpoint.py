@@ -7,8 +7,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from nas.errors import UserError
+from nas.files import read_json, write_atomically, write_json
 from nas.model.supernet import Supernet
-from nas.run import FinishedRun, read_json, write_atomically, write_json
+from nas.run import FinishedRun
 from nas.space import space_from_dict
 
 _WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"

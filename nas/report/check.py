@@ -24,8 +24,10 @@ def draw_check(drawing: Figure, check: pd.DataFrame, title: str) -> None:
         axes.plot(ends, ends, color="black", linewidth=0.8, label="perfect")
         axes.scatter(rows["measured_ms"], rows["predicted_ms"], s=24, color=colour, label=f"{len(rows)} whole models")
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)")
+        at = f"batch {rows['batch'].iloc[0]}, length {rows['length'].iloc[0]}"
         axes.set_title(
-            f"{phase}: mean error {rows['error'].abs().mean():.1%}, worst {rows['error'].abs().max():.1%}", fontsize=9
+            f"{phase}, {at}\nmean error {rows['error'].abs().mean():.1%}, worst {rows['error'].abs().max():.1%}",
+            fontsize=9,
         )
         axes.legend(fontsize=8)
     drawing.suptitle(title, fontsize=9)

@@ -35,7 +35,7 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
     front = points[points["on_front"]].sort_values(x)
     axes.scatter(points[x], points[y], s=14, color=GREY, label=f"evaluated ({len(points)})")
     if staircase:
-        where = "pre" if METRICS[x].maximise == METRICS[y].maximise or METRICS[x].maximise else "post"
+        where = "pre" if METRICS[x].maximise else "post"  # the best y among points at least as good in x
         axes.step(front[x], front[y], where=where, color=COLOURS[0], linewidth=1.2)  # type: ignore[arg-type]
     axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
     marks = (
@@ -51,7 +51,10 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
             rows[x], rows[y], s=size, marker=marker, facecolors="none", edgecolors=colour, label=label, zorder=4
         )
         for _, row in rows.iterrows():
-            axes.annotate(row["name"], (row[x], row[y]), (6, 5), textcoords="offset points", fontsize=8, color=colour)
+            text = axes.annotate(
+                row["name"], (row[x], row[y]), (6, 6), textcoords="offset points", color=colour, zorder=5
+            )
+            text.set(fontsize=8, bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
     source = " and ".join(sorted(points["latency_source"].unique()))
     timed = ("decode_ms", "prefill_ms", "tokens_per_s")
     axes.set_xlabel(METRICS[x].label + (f" — {source}" if x in timed else ""))

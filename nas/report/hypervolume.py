@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from nas.report.figure import COLOURS
 from nas.search.front import Objectives, hypervolume_curve
@@ -53,5 +54,6 @@ def draw_hypervolume(
         )
     at = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives.names, reference, strict=True))
     axes.set(xlabel="evaluated vectors", ylabel=f"hypervolume\n(reference point: {at})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right", fontsize=8)
     drawing.suptitle(title, fontsize=9)

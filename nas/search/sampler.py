@@ -52,7 +52,7 @@ class DistinctSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A vector that no finished or running trial has."""
+        """A vector that no finished trial has."""
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         taken = {vector_of(other, self._space) for other in finished}
         for attempt in range(_ATTEMPTS):

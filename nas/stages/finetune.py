@@ -4,25 +4,24 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nas.config import Finetune, build
 from nas.console import say
-from nas.data import prepare_tokens, training_batch, validation_windows
+from nas.data import prepare_tokens, validation_windows
 from nas.errors import UserError
 from nas.export.hf import read_exported
-from nas.quality import mean_loss, row_losses
-from nas.run import FinishedRun, file_hash, is_run, start_run
+from nas.files import file_hash
+from nas.quality import mean_loss
+from nas.run import FinishedRun, is_run, start_run
 from nas.space import format_vector
-from nas.stages.train import window_length
-from nas.training import fit, training_device
-from nas.training.loop import autocast
+from nas.training import fit, text_loss, training_device, window_length
+from nas.training.loop import CHECKPOINT, autocast
 
 
 def run(config: Finetune, path: Path) -> None:
     """Finetunes into ``path``/model."""
     source = resolve_checkpoint(Path(config.checkpoint))
-    _verify(source)
+    parents = _writer(source)
     options, device = config.train, training_device()
     model = read_exported(source, with_weights=not config.from_scratch)
     length = window_length(options, model.shape.max_position_embeddings)
@@ -33,30 +32,24 @@ def run(config: Finetune, path: Path) -> None:
     data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
     asked = {
-        "checkpoint": {"path": str(source), "hash": file_hash(source / "model.safetensors")},
+        "checkpoint": {"name": source.name, "hash": file_hash(source / "model.safetensors")},
         "from_scratch": config.from_scratch,
         "data": {**config.data, "digest": data.digest},
         "train": dataclasses.asdict(options),
         "export": config.export,
     }
 
-    def loss_at(step: int) -> Tensor:
-        batch = training_batch(data.train, options.seed, step, options.batch, length).to(device, non_blocking=True)
-        with autocast(options.precision, device):
-            return row_losses(model(batch[:, :-1]), batch[:, 1:]).mean()
-
     def validate() -> dict[str, float]:
         with autocast(options.precision, device):
             return {"validation_loss_nats": mean_loss(model, windows)}
 
-    with start_run(path, "finetune", asked, {"train": options.seed}) as run:
+    with start_run(path, "finetune", asked, {"train": options.seed}, parents) as run:
         start = "fresh weights" if config.from_scratch else "inherited weights"
         say(f"Training {format_vector(model.kv_heads)} from {start} for {options.steps} steps in {path}")
         with torch.no_grad():
             before = validate()["validation_loss_nats"]
-        fit(model, loss_at, options, run, validate)
-        with torch.no_grad():
-            after = validate()["validation_loss_nats"]
+        loss_at = text_loss(lambda tokens, _: model(tokens), data.train, options, length, device)
+        after = fit(model, loss_at, options, run, validate)["validation_loss_nats"]
         card = {
             "KV groups by layer": format_vector(model.kv_heads),
             "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
@@ -64,17 +57,18 @@ def run(config: Finetune, path: Path) -> None:
             "trained from": str(source),
         }
         build(config.export).export(model, Path(tokenizer), path / "model", card)
-        (path / "checkpoint.pt").unlink(missing_ok=True)
-        run.finish()
+        run.finish(scaffold=path / CHECKPOINT)
     say(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")
 
 
-def _verify(folder: Path) -> None:
-    """Checks an exported model against the hashes of the run that wrote it, if it still lies there."""
-    if is_run(folder.parent):
-        writer = FinishedRun(folder.parent)
-        for name in ("config.json", "model.safetensors", "tokenizer.json"):
-            writer.artifact(f"{folder.name}/{name}")
+def _writer(folder: Path) -> dict[str, FinishedRun]:
+    """The run that wrote an exported model, if the model still lies there; its files are verified."""
+    if not is_run(folder.parent):
+        return {}
+    writer = FinishedRun(folder.parent)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        writer.artifact(f"{folder.name}/{name}")
+    return {"checkpoint": writer}
 
 
 def resolve_checkpoint(folder: Path) -> Path:

@@ -1,23 +1,23 @@
 """nas measure: times the layers of a space on this machine, and checks the predictor against whole models."""
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import torch
 
-from nas.config import Measure
+from nas.config import LatencyParts, Measure
 from nas.console import say
 from nas.errors import UserError
-from nas.latency.device import Device, this_device
+from nas.files import write_atomically, write_json
+from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.measure import grid_for, measure, pool_bytes, predict_check, summarise_check
 from nas.latency.model import Workload, resolve_workload
 from nas.latency.table import CHECK, META, TABLE, TableLatency, layer_shape
-from nas.resources import shipped
-from nas.run import FinishedRun, find_runs, now, start_run, write_atomically, write_json
+from nas.run import FinishedRun, find_runs, git_state, now, start_run
 from nas.space import SearchSpace, load_space
 
 
@@ -31,10 +31,13 @@ def run(config: Measure, path: Path) -> None:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
     table = measure_space(config, space, device, resolve_workload(config.workload, space.shape, device), path)
     if config.publish:
-        folder = Path(config.publish) / device.slug / f"{space.name}-{table.meta['dtype']}-{table.meta['runtime']}"
+        home = Path(config.publish) / device.slug
+        folder = home / f"{space.name}-{table.meta['dtype']}-{table.meta['runtime']}"
+        folder.mkdir(parents=True, exist_ok=True)
         for name in (TABLE, META, CHECK):
-            folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(path / name, folder / name)
+        if not (home / DEVICE).is_file():
+            write_json(home / DEVICE, device.description())
         say(f"Copied the table to {folder}")
 
 
@@ -42,9 +45,10 @@ def find_table(runs_dir: Path, device: Device, space: SearchSpace, workload: Wor
     """A measured table that covers a workload: of this user's newest fitting run, else one that ships."""
 
     def tables() -> Iterator[TableLatency]:
-        yield from map(table_of, find_runs(runs_dir, "measure"))
-        metas = sorted((shipped("latency_models") / device.slug).glob(f"*/{META}"))
-        yield from (TableLatency(meta.parent) for meta in metas)
+        own = (run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug)
+        yield from map(table_of, own)
+        metas = (folder.glob(f"*/{META}") for folder in device_folders(device.slug))
+        yield from (TableLatency(meta.parent) for meta in sorted(itertools.chain(*metas)))
 
     return next((table for table in tables() if table.fits(device.slug, space, workload)), None)
 
@@ -60,11 +64,13 @@ def table_of(run: FinishedRun) -> TableLatency:
     return TableLatency(run.path)
 
 
-def measure_space(config: Any, space: SearchSpace, device: Device, workload: Workload, path: Path) -> TableLatency:
+def measure_space(
+    config: LatencyParts, space: SearchSpace, device: Device, workload: Workload, path: Path
+) -> TableLatency:
     """Times the grid around ``workload`` and whole models, and prints how far the predictor is off.
 
     Args:
-        config: Has ``measure`` and ``check``: a `Measure` or a `Search`.
+        config: A `Measure` or a `Search`.
         space: Its layer shape and groups are timed.
         device: The device at hand.
         workload: Is a point of the grid.
@@ -99,7 +105,10 @@ def measure_space(config: Any, space: SearchSpace, device: Device, workload: Wor
             "shape": layer_shape(space.shape),
             "dtype": workload.dtype,
             "runtime": workload.runtime,
+            "workload": dataclasses.asdict(workload),
+            "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,
+            "git": git_state(),
         }
         try:
             table, wholes = measure(space, grid, workload, config.measure, config.check, torch_device)
@@ -118,9 +127,8 @@ def measure_space(config: Any, space: SearchSpace, device: Device, workload: Wor
 
 
 def _say_check(check: pd.DataFrame) -> None:
-    error = summarise_check(check)
-    if error["n"]:
+    for phase, error in summarise_check(check).items():
         say(
-            f"  predicted against {error['n']:.0f} whole models, decode: mean error {error['mape']:.1%}, "
+            f"  predicted against {error['n']:.0f} whole models, {phase}: mean error {error['mape']:.1%}, "
             f"worst {error['worst']:.1%}, Kendall τ {error['kendall_tau']:.2f}"
         )

@@ -20,6 +20,8 @@ from nas.report.table import front_table
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives, on_front, reference_point
 
+_COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency")
+
 
 def run(config: Report, path: Path) -> None:
     """Draws into ``path``."""
@@ -55,7 +57,7 @@ def _draw(searches: list[FinishedRun], path: Path) -> None:
     with figure(path / "groups", width=max(5.0, 2.0 + 0.32 * len(front))) as drawing:
         draw_groups(drawing, group_matrix(front), title)
 
-    known = trials[0][trials[0]["vector"].isin(landmarks["vector"])]
+    known = everything[everything["vector"].isin(landmarks["vector"])]
     reference = reference_point(known, objectives)
     labels = _labels([search.config for search in searches])
     table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
@@ -87,22 +89,27 @@ def _title(config: dict[str, Any]) -> str:
 
 
 def _check_comparable(searches: list[FinishedRun]) -> None:
-    first = searches[0].config
+    def facts(search: FinishedRun) -> dict[str, Any]:
+        return {key: search.config[key] for key in _COMPARABLE} | {
+            "supernet": search.info["parents"]["supernet"]["hash"]
+        }
+
+    first = facts(searches[0])
     for search in searches[1:]:
-        for key in ("space", "device", "workload", "objectives"):
-            if search.config[key] != first[key]:
-                raise UserError(
-                    f"{search.path} and {searches[0].path} differ in {key} and cannot be compared; report them apart"
-                )
+        if different := [key for key, value in facts(search).items() if value != first[key]]:
+            raise UserError(
+                f"{search.path} and {searches[0].path} differ in {different[0]} and cannot be compared; report each "
+                "alone"
+            )
 
 
 def _labels(configs: list[dict[str, Any]]) -> list[str]:
-    """What sets each run apart from the others, seeds aside: the sampler, and any other key that the sweep varied."""
-    flat = [pd.json_normalize(config).iloc[0].to_dict() for config in configs]
-    keys = [key for key in map(str, flat[0]) if key != "seed" and len({str(values.get(key)) for values in flat}) > 1]
+    """What sets each run apart, seeds aside: its sampler, and any key that varies among the runs of that sampler."""
+    flat = [pd.json_normalize(config).drop(columns="seed").to_dict("records")[0] for config in configs]
     labels = []
-    for config, values in zip(configs, flat, strict=True):
-        sampler = config["sampler"]["_target_"].rsplit(".", 1)[-1].removesuffix("Sampler")
-        others = [f"{key} {values.get(key)}" for key in keys if not key.startswith("sampler.")]
-        labels.append(", ".join([sampler, *others]))
+    for values in flat:
+        alike = [other for other in flat if other["sampler._target_"] == values["sampler._target_"]]
+        varied = [key for key in values if len({str(other.get(key)) for other in alike}) > 1]
+        sampler = values["sampler._target_"].rsplit(".", 1)[-1].removesuffix("Sampler")
+        labels.append(", ".join([sampler, *(f"{key} {values[key]}" for key in varied)]))
     return labels

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from torch import Tensor
 
 from nas.config import Search, build, parse_budget
 from nas.console import say
 from nas.data import validation_windows
 from nas.errors import UserError
+from nas.files import value_hash, write_atomically
 from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import DTYPE_BYTES
@@ -26,7 +28,7 @@ from nas.latency.table import CHECK, TableLatency
 from nas.model.checkpoint import load_supernet
 from nas.quality import InheritedLoss
 from nas.report.table import front_table
-from nas.run import FinishedRun, find_runs, start_run, value_hash, write_atomically
+from nas.run import FinishedRun, find_runs, recorded_parent, start_run
 from nas.search import Objectives, search
 from nas.space import SearchSpace, Vector, format_vector, load_space
 from nas.stages.measure import find_table, measure_space, table_of
@@ -35,14 +37,15 @@ from nas.stages.train import (
     find_supernet,
     supernet_config,
     supernet_data,
+    supernet_identity,
     train_supernet,
-    window_length,
 )
 from nas.training import training_device
 
 
 def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
+    runs_dir = Path(config.runs_dir)
     space = load_space(config.space)
     objectives = Objectives(tuple(config.objectives))
     budget = parse_budget(config.budget)
@@ -51,24 +54,23 @@ def run(config: Search, path: Path) -> None:
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
 
-    given = _given_table(config, space, device, workload)
-    supernet, loss = _quality(config, space)
-    latency = given or _latency(config, space, device, workload)
+    given = _given(config.supernet, path, "supernet", "train"), _given(config.latency, path, "latency", "measure")
+    if given[0] is None and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
+        check_trainable(config.train, space)
+    latency = _latency(config, given[1], space, device, workload)  # minutes; before the supernet, which takes longer
+    supernet, loss, windows = _quality(config, given[0], space)
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
     parents = {"supernet": supernet}
     if isinstance(latency, TableLatency) and (latency.folder / "run.json").is_file():
         parents["latency"] = FinishedRun(latency.folder, "measure")
-    asked = {
+    asked = dataclasses.asdict(config) | {
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
-        "objectives": list(objectives.names),
-        "sampler": config.sampler,
-        "budget": config.budget,
-        "seed": config.seed,
-        "validation_windows": config.train.validation_windows,
+        "windows": list(windows.shape),
         "latency": latency.describe(),
     }
+    del asked["name"], asked["runs_dir"]
     with start_run(path, "search", asked, {"search": config.seed}, parents) as run:
         say(f"Searching {space.size:,} vectors of {space.name}, budget {config.budget}, in {path}")
         evaluate = _evaluator(space, loss, latency, workload)
@@ -87,52 +89,50 @@ def run(config: Search, path: Path) -> None:
     say(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
 
 
-def _quality(config: Search, space: SearchSpace) -> tuple[FinishedRun, Callable[[Vector], float]]:
-    """The supernet to search (given, found or trained now) and the inherited loss of its vectors."""
+def _given(folder: str | None, path: Path, role: str, stage: str) -> FinishedRun | None:
+    """The parent that the user names, or else that an interrupted search in ``path`` was begun with."""
+    return FinishedRun(Path(folder), stage) if folder else recorded_parent(path, role)
+
+
+def _quality(
+    config: Search, given: FinishedRun | None, space: SearchSpace
+) -> tuple[FinishedRun, Callable[[Vector], float], Tensor]:
+    """The supernet to search (given, found or trained now), the inherited loss of its vectors, and the windows."""
     runs_dir = Path(config.runs_dir)
-    trained = (run.config["space"]["name"] for run in find_runs(runs_dir, "train"))
-    if config.supernet is None and space.name not in trained:
-        check_trainable(config.train, space)
     data = supernet_data(config, space)
     wanted = supernet_config(config, space, data)
-    if config.supernet is None:
-        supernet = find_supernet(runs_dir, wanted)
-        if supernet is None:
-            say("No trained supernet fits this space, data and training: training one first")
-            path = runs_dir / "train" / f"{space.name}-{value_hash(wanted)}"
-            supernet = train_supernet(config, space, data, path)
-    else:
-        supernet = FinishedRun(Path(config.supernet), "train")
-        theirs = supernet.config
-        same = {"space": theirs["space"] == wanted["space"], "data": theirs["data"]["digest"] == data.digest}
-        if different := [key for key, equal in same.items() if not equal]:
-            raise UserError(
-                f"supernet {supernet.path} was not trained on the {different[0]} of this search; give the same "
-                f"{different[0]}="
-            )
+    supernet = given or find_supernet(runs_dir, wanted)
+    if supernet is None:
+        say("No trained supernet fits this space, data and training: training one first")
+        path = runs_dir / "train" / f"{space.name}-{value_hash(supernet_identity(wanted))}"
+        supernet = train_supernet(config, space, data, path)
+    theirs = supernet.config
+    same = {"space": theirs["space"] == wanted["space"], "data": theirs["data"]["digest"] == data.digest}
+    if different := [key for key, equal in same.items() if not equal]:
+        raise UserError(
+            f"supernet {supernet.path} was not trained on the {different[0]} of this search; give the same "
+            f"{different[0]}="
+        )
     say(f"Supernet: {supernet.path}")
-    length = window_length(config.train, space.shape.max_position_embeddings)
+    length = theirs["train"]["length"] or space.shape.max_position_embeddings
     windows = validation_windows(data.validation, config.train.validation_windows, length)
     memo = runs_dir / "cache" / f"losses-{value_hash([supernet.digest(), list(windows.shape), data.digest])}.jsonl"
-    return supernet, InheritedLoss(load_supernet(supernet, training_device()), windows, memo)
+    return supernet, InheritedLoss(load_supernet(supernet, training_device()), windows, memo), windows
 
 
-def _given_table(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency | None:
-    if config.latency is None:
-        return None
-    table = table_of(FinishedRun(Path(config.latency), "measure"))
-    if not table.fits(device.slug, space, workload):
-        raise UserError(
-            f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
-        )
-    return table
-
-
-def _latency(config: Search, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:
-    """Found, measured now where the device is at hand, else estimated."""
+def _latency(
+    config: Search, given: FinishedRun | None, space: SearchSpace, device: Device, workload: Workload
+) -> LatencyModel:
+    """Given, found, measured now where the device is at hand, else estimated."""
     runs_dir = Path(config.runs_dir)
-    found = find_table(runs_dir, device, space, workload)
-    if found is not None:
+    if given:
+        table = table_of(given)
+        if not table.fits(device.slug, space, workload):
+            raise UserError(
+                f"latency {given.path} does not cover {space.name} on {device.slug} at {workload}; measure that"
+            )
+        return table
+    if found := find_table(runs_dir, device, space, workload):
         return found
     if config.device != "this":
         return RooflineLatency(device, space.shape, workload.dtype)

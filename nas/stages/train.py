@@ -9,19 +9,20 @@ import psutil
 import torch
 from torch import Tensor
 
-from nas.config import Train, TrainConfig, build
+from nas.config import SupernetConfig, SupernetParts, Train, build
 from nas.console import say
-from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
+from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.errors import UserError
 from nas.model import Supernet
 from nas.model.checkpoint import save_supernet
-from nas.quality import row_losses, vector_loss
+from nas.quality import vector_loss
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace, load_space
-from nas.training import fit, training_device
-from nas.training.loop import autocast
+from nas.training import fit, text_loss, training_device, window_length
+from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import mixed_vectors
 
+_ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
 _BYTES_A_PARAMETER = 16  # fp32 weight, gradient and two AdamW moments
 
 
@@ -32,14 +33,14 @@ def run(config: Train, path: Path) -> None:
     train_supernet(config, space, supernet_data(config, space), path)
 
 
-def supernet_data(config: Any, space: SearchSpace) -> TokenData:
+def supernet_data(config: SupernetParts, space: SearchSpace) -> TokenData:
     """The tokens that a supernet of ``space`` is trained and validated on."""
     vocabulary = space.shape.vocab_size
     return prepare_tokens(build(config.data), config.tokenizer, vocabulary, Path(config.runs_dir) / "cache")
 
 
-def supernet_config(config: Any, space: SearchSpace, data: TokenData) -> dict[str, Any]:
-    """What makes a supernet what it is; two runs with equal ones are the same supernet."""
+def supernet_config(config: SupernetParts, space: SearchSpace, data: TokenData) -> dict[str, Any]:
+    """The resolved config of a train run."""
     return {
         "space": {"name": space.name, **space.to_dict()},
         "data": {**config.data, "digest": data.digest},
@@ -49,19 +50,22 @@ def supernet_config(config: Any, space: SearchSpace, data: TokenData) -> dict[st
 
 
 def find_supernet(runs_dir: Path, wanted: dict[str, Any]) -> FinishedRun | None:
-    """The newest finished train run of this config; the same text under another path is the same data."""
-
-    def identity(config: dict[str, Any]) -> dict[str, Any]:
-        return {**config, "data": config["data"]["digest"], "tokenizer": None}  # the digest covers the tokenizer
-
-    return next((run for run in find_runs(runs_dir, "train") if identity(run.config) == identity(wanted)), None)
+    """The newest finished train run with the same `supernet_identity`."""
+    identity = supernet_identity(wanted)
+    return next((run for run in find_runs(runs_dir, "train") if supernet_identity(run.config) == identity), None)
 
 
-def train_supernet(config: Any, space: SearchSpace, data: TokenData, path: Path) -> FinishedRun:
+def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides a supernet's weights: the text itself and not its path, and no key that only watches."""
+    train = {key: value for key, value in config["train"].items() if key not in _ONLY_WATCHING}
+    return {"space": config["space"], "data": config["data"]["digest"], "train": train}
+
+
+def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, path: Path) -> FinishedRun:
     """Trains a supernet of ``space`` into ``path``, or goes on with an unfinished one there.
 
     Args:
-        config: Has ``data``, ``tokenizer`` and ``train``: a `Train` or a `Search`.
+        config: A `Train` or a `Search`.
         space: The search space.
         data: What `supernet_data` returned.
         path: The run directory.
@@ -69,7 +73,7 @@ def train_supernet(config: Any, space: SearchSpace, data: TokenData, path: Path)
     Raises:
         UserError: See `fit`, `start_run` and `check_trainable`.
     """
-    options: TrainConfig = config.train
+    options = config.train
     check_trainable(options, space)
     device = training_device()
     length = window_length(options, space.shape.max_position_embeddings)
@@ -81,11 +85,9 @@ def train_supernet(config: Any, space: SearchSpace, data: TokenData, path: Path)
         supernet.decoder.initialise(torch.Generator().manual_seed(options.seed))
         supernet.to(device)
 
-        def loss_at(step: int) -> Tensor:
-            batch = training_batch(data.train, options.seed, step, options.batch, length).to(device, non_blocking=True)
-            choices = supernet.choice_indices(mixed_vectors(space, options, step))
-            with autocast(options.precision, device):
-                return row_losses(supernet(batch[:, :-1], choices), batch[:, 1:]).mean()
+        def logits_of(tokens: Tensor, step: int) -> Tensor:
+            logits: Tensor = supernet(tokens, supernet.choice_indices(mixed_vectors(space, options, step)))
+            return logits
 
         def validate() -> dict[str, float]:
             named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}
@@ -94,26 +96,14 @@ def train_supernet(config: Any, space: SearchSpace, data: TokenData, path: Path)
             say("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
             return {f"{name}_loss_nats": loss for name, loss in losses.items()}
 
-        fit(supernet, loss_at, options, run, validate)
+        fit(supernet, text_loss(logits_of, data.train, options, length, device), options, run, validate)
         save_supernet(supernet, options.sharing, path)
         shutil.copy(data.tokenizer, path / "tokenizer.json")
-        (path / "checkpoint.pt").unlink(missing_ok=True)
-        run.finish()
+        run.finish(scaffold=path / CHECKPOINT)
     return FinishedRun(path, "train")
 
 
-def window_length(options: TrainConfig, context: int) -> int:
-    """Tokens of a training window.
-
-    Raises:
-        UserError: train.length is beyond the model's context.
-    """
-    if options.length is not None and options.length > context:
-        raise UserError(f"train.length is {options.length} but the model's context is {context}; lower it")
-    return options.length or context
-
-
-def check_trainable(options: TrainConfig, space: SearchSpace) -> None:
+def check_trainable(options: SupernetConfig, space: SearchSpace) -> None:
     """Refuses what cannot be trained here; cheap, so that it can come before any text is read.
 
     Raises:

@@ -1,5 +1,6 @@
 """One training loop for the supernet, a sub-network and a finetuned model."""
 
 from nas.training.loop import fit, training_device
+from nas.training.text import text_loss, window_length
 
-__all__ = ["fit", "training_device"]
+__all__ = ["fit", "text_loss", "training_device", "window_length"]

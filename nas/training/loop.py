@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from nas.config import TrainConfig
 from nas.console import progress_bar
 from nas.errors import UserError
-from nas.run import Run, write_atomically
+from nas.files import write_atomically
+from nas.run import Run
 
-_CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"
 
 
 def training_device() -> torch.device:
@@ -80,7 +81,7 @@ def fit(
     config: TrainConfig,
     run: Run,
     validate: Callable[[], dict[str, float]],
-) -> None:
+) -> dict[str, float]:
     """Trains ``model`` in place for ``config.steps``, going on from the run's checkpoint if it has one.
 
     Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` returns every
@@ -93,6 +94,9 @@ def fit(
         run: Where metrics and the checkpoint go.
         validate: Measures the model; called under no_grad, in eval mode.
 
+    Returns:
+        The last validation, made after the last step.
+
     Raises:
         UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, or a
             step does not fit into memory.
@@ -103,10 +107,11 @@ def fit(
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
     state = _State(model, optimizer)
-    checkpoint = run.path / _CHECKPOINT
+    checkpoint = run.path / CHECKPOINT
     if checkpoint.is_file():
         state.load(checkpoint, device)
 
+    validated: dict[str, float] = {}
     pending: list[Tensor] = []  # losses and gradient norms not yet looked at: looking waits for the GPU
     with progress_bar("Training", config.steps, state.step) as bar:
         while state.step < config.steps:
@@ -129,9 +134,11 @@ def fit(
                 run.log(step=state.step, loss_nats=loss, gradient_norm=norm, learning_rate=rate)
                 bar.update(state.step, f"loss {loss:.3f}")
             if state.step % config.validate_every == 0 or last:
-                run.log(step=state.step, **_validated(model, validate))
+                validated = _validated(model, validate)
+                run.log(step=state.step, **validated)
             if checkpoint_due:
                 state.save(checkpoint)
+    return validated
 
 
 def _step(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:

@@ -3,11 +3,11 @@ distributed run draws the same."""
 
 import numpy as np
 
-from nas.config import TrainConfig
+from nas.config import SupernetConfig
 from nas.space import SearchSpace, Vector
 
 
-def mixed_vectors(space: SearchSpace, config: TrainConfig, step: int) -> list[Vector]:
+def mixed_vectors(space: SearchSpace, config: SupernetConfig, step: int) -> list[Vector]:
     """One vector a row: shares of largest and smallest ones, and the rest drawn layer by layer.
 
     Each drawn row first draws how much it favours each choice (uniform on the simplex), then its layers. Layers

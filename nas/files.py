@@ -1,0 +1,76 @@
+"""Files that never look finished when they are not: written beside their name and renamed; and hashes of content."""
+
+import errno
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nas.errors import UserError, causes
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Calls ``write`` with a temporary path beside ``path`` and renames the result into place.
+
+    Raises:
+        OSError: The system refuses, a full disk for one; it names ``path``, whatever library did the writing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    except Exception as error:
+        number = _system_error(error)
+        if number is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException) -> int | None:
+    """The operating system's number of an error while writing, which libraries wrap in errors of their own."""
+    for cause in causes(error):
+        if isinstance(cause, OSError):
+            return cause.errno or errno.ENOSPC  # NumPy gives no number when a write stops short
+        if match := re.search(r"\(os error (\d+)\)", str(cause)):  # tokenizers and safetensors
+            return int(match[1])
+    return None
+
+
+def write_json(path: Path, value: object) -> None:
+    """Writes ``value`` as indented JSON, atomically."""
+    text = json.dumps(value, indent=2, default=str) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object.
+
+    Raises:
+        UserError: The file is missing or is not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; check the path") from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON ({error}); restore it or run its stage again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} does not hold a JSON object; restore it or run its stage again")
+    return value
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def value_hash(value: object, length: int = 10) -> str:
+    """A short stable hash of plain values, for names and cache keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
