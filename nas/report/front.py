@@ -38,6 +38,8 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
         where = "pre" if METRICS[x].maximise else "post"  # the best y among points at least as good in x
         axes.step(front[x], front[y], where=where, color=COLOURS[0], linewidth=1.2)  # type: ignore[arg-type]
     axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
+    axes.margins(x=0.12)  # room for the names
+    ahead = 1 if METRICS[x].maximise else -1  # names go to the dominated side, where no front point is
     marks = (
         ("uniform", points["uniform"], "s", COLOURS[1]),
         ("known", ~points["uniform"] & (points["name"] != ""), "*", COLOURS[2]),
@@ -51,10 +53,9 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
             rows[x], rows[y], s=size, marker=marker, facecolors="none", edgecolors=colour, label=label, zorder=4
         )
         for _, row in rows.iterrows():
-            text = axes.annotate(
-                row["name"], (row[x], row[y]), (6, 6), textcoords="offset points", color=colour, zorder=5
-            )
-            text.set(fontsize=8, bbox={"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
+            text = axes.annotate(row["name"], (row[x], row[y]), (-6 * ahead, 6), textcoords="offset points")
+            text.set(fontsize=8, color=colour, ha="right" if ahead > 0 else "left", zorder=2.5)
+            text.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
     source = " and ".join(sorted(points["latency_source"].unique()))
     timed = ("decode_ms", "prefill_ms", "tokens_per_s")
     axes.set_xlabel(METRICS[x].label + (f" — {source}" if x in timed else ""))

@@ -53,7 +53,8 @@ def draw_hypervolume(
             rows["evaluations"], rows["low"], rows["high"], step="post", color=colour, alpha=0.2, linewidth=0
         )
     at = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives.names, reference, strict=True))
-    axes.set(xlabel="evaluated vectors", ylabel=f"hypervolume\n(reference point: {at})")
+    axes.set(xlabel="evaluated vectors", ylabel="hypervolume")
+    axes.set_title(f"reference point: {at}", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right", fontsize=8)
     drawing.suptitle(title, fontsize=9)
