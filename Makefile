@@ -9,6 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # An interrupted demo keeps its name here, and goes on with the first step that is not complete.
 UNFINISHED := runs/.demo
+nas = @echo "nas $(1)"; $(BIN)/nas $(1) || { echo "make demo goes on here; remove $(UNFINISHED) to start a new one"; exit 1; }
 DEMO := $(shell cat $(UNFINISHED) 2>/dev/null || echo demo-$$(date +%Y%m%d-%H%M%S))
 SEARCHED := runs/search/$(DEMO)/complete.json
 EXPORTED := runs/export/$(DEMO)/complete.json
@@ -30,19 +31,19 @@ demo: $(REPORTED)
 
 $(SEARCHED): | $(VENV)/installed
 	@mkdir -p runs && echo $(DEMO) > $(UNFINISHED)
-	$(BIN)/nas search --budget 80 space=tiny name=$(DEMO)
+	$(call nas,search --budget 80 space=tiny name=$(DEMO))
 
 $(EXPORTED): | $(SEARCHED)
-	$(BIN)/nas export run=runs/search/$(DEMO) select=all name=$(DEMO)
+	$(call nas,export run=runs/search/$(DEMO) select=all name=$(DEMO))
 
 $(KNEE): | $(EXPORTED)
-	$(BIN)/nas export run=runs/search/$(DEMO) select=knee name=$(DEMO)-knee
+	$(call nas,export run=runs/search/$(DEMO) select=knee name=$(DEMO)-knee)
 
 $(FINETUNED): | $(KNEE)
-	$(BIN)/nas finetune checkpoint=runs/export/$(DEMO)-knee name=$(DEMO)
+	$(call nas,finetune checkpoint=runs/export/$(DEMO)-knee name=$(DEMO))
 
 $(REPORTED): | $(FINETUNED)
-	$(BIN)/nas report run=runs/search/$(DEMO) name=$(DEMO)
+	$(call nas,report run=runs/search/$(DEMO) name=$(DEMO))
 
 test: $(VENV)/installed
 	$(BIN)/pytest

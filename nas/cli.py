@@ -96,8 +96,7 @@ def _hydra(stage: str, overrides: list[str]) -> int:
             _run_stage(config)
         except BaseException as error:
             if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):  # libraries may cover it up
-                again = f"the same command with name={config.name} goes on where it stopped"
-                raise KeyboardInterrupt(again) from None
+                raise KeyboardInterrupt(f"the same command with name={config.name} finishes it") from None
             if not isinstance(error, UserError | OSError):
                 raise
             complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")

@@ -24,6 +24,7 @@ from typing import Any
 import filelock
 
 import nas
+from nas.console import complain
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import file_hash, read_json, write_json
 from nas.hardware import cpu_name, nvml_facts
@@ -205,17 +206,24 @@ def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
 
 
 def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
-    """Finished runs of a stage under ``runs_dir``, newest first."""
+    """Finished runs of a stage under ``runs_dir``, newest first; corrupt ones are passed over with a warning."""
     marks = (runs_dir / stage).glob(f"**/{_COMPLETE}")
     for mark in sorted(marks, key=lambda path: path.stat().st_mtime, reverse=True):
-        yield FinishedRun(mark.parent, stage)
+        try:
+            yield FinishedRun(mark.parent, stage)
+        except UserError as error:
+            complain(f"Passing over {mark.parent}: {error}")
 
 
 def recorded_parent(path: Path, role: str) -> FinishedRun | None:
-    """The parent that an earlier, unfinished attempt at the run ``path`` was built on, if there was one."""
-    if not (path / _RUN).is_file() or role not in (read_json(path / _RUN).get("parents") or {}):
-        return None
-    return FinishedRun(Path(os.path.normpath(path / read_json(path / _RUN)["parents"][role]["path"])))
+    """The parent that an earlier attempt at the run ``path`` was built on, if there was one."""
+    parents = (read_json(path / _RUN).get("parents") or {}) if is_run(path) else {}
+    return FinishedRun(Path(os.path.normpath(path / parents[role]["path"]))) if role in parents else None
+
+
+def recorded_config(path: Path) -> dict[str, Any]:
+    """The config of an earlier attempt at the run ``path``; empty if there was none."""
+    return (read_json(path / _RUN).get("config") or {}) if is_run(path) else {}
 
 
 def is_run(path: Path) -> bool:

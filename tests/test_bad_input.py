@@ -430,10 +430,35 @@ def test_a_damaged_study_is_refused_when_the_search_goes_on(refused: Refused, co
     refused(["search", *copy.arguments, "--budget", "9", "name=base"], ["study.db", "restore it"])
 
 
-def test_another_config_under_the_same_name_is_refused(refused: Refused, copy: Workspace) -> None:
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("seed=1", ["seed was 0, now 1"]),
+        ("workload.batch=1", ["begun with another", "workload"]),
+        ("data.path=text.txt", ["begun with another data"]),
+        ("space=tiny", ["begun with another space"]),
+    ],
+)
+def test_another_config_under_the_same_name_is_refused(
+    refused: Refused, copy: Workspace, change: str, words: list[str]
+) -> None:
     harm(copy.runs / "search/base/complete.json", None)
-    arguments = ["search", *copy.arguments, "--budget", "9", "name=base", "seed=1"]
-    refused(arguments, ["runs/search/base", "seed was 0, now 1", "name="])
+    arguments = ["search", *copy.arguments, "--budget", "9", "name=base"]
+    kept = [argument for argument in arguments if argument.split("=")[0] != change.split("=")[0]]
+    refused([*kept, change], ["runs/search/base", "name=", *words])
+
+
+def test_a_damaged_run_of_another_kind_stops_nobody(nas: Nas, copy: Workspace) -> None:
+    for stage, file in (("train", "run.json"), ("measure", "latency.json")):
+        spoilt = copy.runs / stage / "spoilt"
+        shutil.copytree(only(copy.runs / stage, "*"), spoilt)
+        (spoilt / file).write_text("{}")
+    result = nas("search", *copy.arguments, "--budget", "4", "name=mine")
+    assert result.code == 0, result.err
+    assert "Passing over runs/train/spoilt" in result.err
+    assert "runs/measure/spoilt/latency.json is corrupt" in result.err
+    assert "Timing" not in result.out
+    assert "Training" not in result.out
 
 
 def test_a_name_that_another_process_uses_is_refused(refused: Refused, tmp_path: Path) -> None:

@@ -95,6 +95,11 @@ def test_a_published_table_is_used_where_the_device_is_named(nas: Nas, workspace
     published = nas("measure", space, *timing, "runs_dir=elsewhere", "name=m", "publish=latency_models")
     assert published.code == 0, published.err
     slug = this_device().slug
+    (table,) = Path("latency_models").glob("*/*/table.csv")
+    table.unlink()
+    again = nas("measure", space, *timing, "runs_dir=elsewhere", "name=m", "publish=latency_models")
+    assert again.code == 0, again.err  # what was measured before can still be published
+    assert table.read_bytes() == Path("elsewhere/measure/m/table.csv").read_bytes()
     named = ("workload.dtype=fp32", "workload.runtime=eager", f"device={slug}")
     (supernet,) = (workspace.runs / "train").glob("*/")
     arguments = (*workspace.arguments, *named, f"supernet={supernet}", "name=named")

@@ -10,10 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nas.report.check import check_errors
+from nas.latency.table import CHECK_COLUMNS
+from nas.report.check import check_errors, draw_check
 from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix
-from nas.report.hypervolume import SearchCurve, curves
+from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
 from nas.search import Objectives
 from nas.search.metrics import METRICS
 from nas.stages.report import _labels
@@ -150,6 +151,30 @@ def test_the_heat_map_shows_every_number_once() -> None:
     axes = drawing.axes[0]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts == {(0, 0): "4", (0, 1): "4", (0, 2): "4", (1, 0): "1", (1, 1): "2", (1, 2): "4"}
+
+
+def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:
+    rows = [("a", 1, 2.0, 1.0, 3.0, 2), ("a", 2, 4.0, 3.0, 5.0, 2), ("b", 1, 0.5, 0.5, 0.5, 1)]
+    table = pd.DataFrame(rows, columns=["label", "evaluations", "median", "low", "high", "runs"])
+    drawing = Figure()
+    draw_hypervolume(drawing, table, TWO, np.array([4.0, 10.0]), "")
+    (axes,) = drawing.axes
+    drawn = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
+    assert drawn == {"a (2 runs)": [[1, 2.0], [2, 4.0]], "b (1 run)": [[1, 0.5]]}
+    band = np.asarray(axes.collections[0].get_paths()[0].vertices)
+    assert (band[:, 1].min(), band[:, 1].max()) == (1.0, 5.0)
+    assert axes.get_title() == "reference point: loss_nats 4, tokens_per_s 10"
+
+
+def test_the_check_is_drawn_measured_to_the_right_and_predicted_up() -> None:
+    rows = [("decode", "1", 4, 16, 10.0, 11.0), ("decode", "2", 4, 16, 20.0, 20.0), ("prefill", "1", 4, 8, 5.0, 4.0)]
+    drawing = Figure()
+    draw_check(drawing, check_errors(pd.DataFrame(rows, columns=CHECK_COLUMNS)), "")
+    decode, prefill = drawing.axes
+    assert np.asarray(decode.collections[0].get_offsets()).tolist() == [[10.0, 11.0], [20.0, 20.0]]
+    assert np.asarray(prefill.collections[0].get_offsets()).tolist() == [[5.0, 4.0]]
+    assert (decode.get_xlabel(), decode.get_ylabel()) == ("measured (ms)", "predicted (ms)")
+    assert decode.get_title() == "decode, batch 4, length 16\nmean error 5.0%, worst 10.0%"
 
 
 def test_runs_are_labelled_by_sampler_and_by_what_else_varies_but_not_by_seed() -> None:

@@ -102,6 +102,17 @@ def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(nas: Nas
     assert {fact["path"].split("/")[-1] for fact in fresh.values()} == {"newer"}
 
 
+def test_an_interrupted_training_stands_in_nobodys_way(nas: Nas, copy: Workspace) -> None:
+    arguments = ["search", "--budget", "4", *copy.arguments, "train.steps=400"]
+    known = set((copy.runs / "train").iterdir())
+
+    def due() -> bool:
+        return any(read_metrics(run) for run in set((copy.runs / "train").iterdir()) - known)
+
+    kill_when([*arguments, "name=before"], copy.path, due)
+    assert nas(*arguments, "name=after", "train.log_every=100").code == 0
+
+
 def test_a_kill_after_the_completion_mark_leaves_a_finished_run(
     nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from nas.config import MeasureConfig
 from nas.latency.model import DTYPE_BYTES, PHASES, LatencyModel, Phase, Workload, decode_ms, prefill_ms
-from nas.latency.table import COLUMNS, summarise
+from nas.latency.table import CHECK_COLUMNS, COLUMNS, summarise
 from nas.latency.timing import time_side_by_side
 from nas.model.decoder import Decoder, KVCache
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
-CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _PREFILL_ROUNDS_SHARE = 0.4  # prefill is slower and steadier than decode
 
@@ -190,11 +189,12 @@ def predict_check(wholes: pd.DataFrame, predictor: LatencyModel, workload: Workl
 
 
 def summarise_check(check: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """By phase: mean and worst absolute relative error, Kendall τ, and over how many models; empty without a check."""
+    """By phase: over how many models, mean and worst absolute relative error, and Kendall τ where there is one."""
     return {str(phase): _summarise_phase(rows) for phase, rows in check.groupby("phase")}
 
 
 def _summarise_phase(rows: pd.DataFrame) -> dict[str, float]:
     errors = (rows["predicted_ms"] / rows["measured_ms"] - 1).abs()
-    tau = float(kendalltau(rows["predicted_ms"], rows["measured_ms"]).statistic) if len(rows) > 1 else 1.0
-    return {"n": len(rows), "mape": float(errors.mean()), "worst": float(errors.max()), "kendall_tau": tau}
+    tau = kendalltau(rows["predicted_ms"], rows["measured_ms"]).statistic if len(rows) > 1 else np.nan
+    ranking = {"kendall_tau": float(tau)} if np.isfinite(tau) else {}  # nor is there one where all predictions tie
+    return {"n": len(rows), "mape": float(errors.mean()), "worst": float(errors.max())} | ranking

@@ -17,13 +17,14 @@ import pandas as pd
 from scipy.interpolate import RegularGridInterpolator
 
 from nas.errors import UserError
-from nas.files import read_json
+from nas.files import file_hash, read_json
 from nas.latency.model import PHASES, Phase, Workload
 from nas.space import ModelShape, SearchSpace
 
 TABLE, META, CHECK = "table.csv", "latency.json", "check.csv"
 COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n"]
-_META_KEYS = {"date", "device", "shape", "dtype", "runtime", "workload"}
+CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
+_META_KEYS = {"check", "date", "device", "dtype", "runtime", "shape", "workload"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 
 
@@ -64,11 +65,24 @@ class TableLatency:
 
     def describe(self) -> str:
         words = f"measured on {self.meta['device']['name']} on {self.meta['date'][:10]}"
-        if check := self.meta.get("check"):
-            at, errors = self.meta["workload"], [f"{phase} {check[phase]['mape']:.1%}" for phase in PHASES]
-            words += f"; mean error {', '.join(errors)} over {check['decode']['n']} whole models"
+        check, at = self.meta["check"], self.meta["workload"]
+        if phases := [phase for phase in PHASES if phase in check]:
+            errors = ", ".join(f"{phase} {check[phase]['mape']:.1%}" for phase in phases)
+            words += f"; mean error {errors} over {check[phases[0]]['n']} whole models"
             words += f" at batch {at['batch']}, context {at['context']}, prompt {at['prompt']}"
         return words
+
+    def digest(self) -> str:
+        """Hash of the times."""
+        return file_hash(self.folder / TABLE)
+
+    def check(self) -> pd.DataFrame:
+        """The whole models that the table was checked against: `CHECK_COLUMNS`.
+
+        Raises:
+            UserError: check.csv is missing or corrupt.
+        """
+        return read_csv(self.folder / CHECK, CHECK_COLUMNS)
 
     def fits(self, device: str, space: SearchSpace, workload: Workload) -> bool:
         """Whether the table covers a device, the groups of a space and a workload."""

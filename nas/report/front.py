@@ -39,7 +39,7 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
         axes.step(front[x], front[y], where=where, color=COLOURS[0], linewidth=1.2)  # type: ignore[arg-type]
     axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
     axes.margins(x=0.12)  # room for the names
-    ahead = 1 if METRICS[x].maximise else -1  # names go to the dominated side, where no front point is
+    left, up = (1 if METRICS[x].maximise else -1), (-1 if METRICS[y].maximise else 1)  # where no front point is
     marks = (
         ("uniform", points["uniform"], "s", COLOURS[1]),
         ("known", ~points["uniform"] & (points["name"] != ""), "*", COLOURS[2]),
@@ -53,8 +53,14 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
             rows[x], rows[y], s=size, marker=marker, facecolors="none", edgecolors=colour, label=label, zorder=4
         )
         for _, row in rows.iterrows():
-            text = axes.annotate(row["name"], (row[x], row[y]), (-6 * ahead, 6), textcoords="offset points")
-            text.set(fontsize=8, color=colour, ha="right" if ahead > 0 else "left", zorder=2.5)
+            text = axes.annotate(row["name"], (row[x], row[y]), (-6 * left, 6 * up), textcoords="offset points")
+            text.set(
+                fontsize=8,
+                color=colour,
+                ha="right" if left > 0 else "left",
+                va="bottom" if up > 0 else "top",
+                zorder=2.5,
+            )
             text.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
     source = " and ".join(sorted(points["latency_source"].unique()))
     timed = ("decode_ms", "prefill_ms", "tokens_per_s")

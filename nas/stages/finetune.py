@@ -31,8 +31,9 @@ def run(config: Finetune, path: Path) -> None:
     tokenizer = str(source / "tokenizer.json")
     data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
+    weights = file_hash(source / "model.safetensors")
     asked = {
-        "checkpoint": {"name": source.name, "hash": file_hash(source / "model.safetensors")},
+        "checkpoint": {"name": source.name, "hash": weights},
         "from_scratch": config.from_scratch,
         "data": {**config.data, "digest": data.digest},
         "train": dataclasses.asdict(options),
@@ -54,7 +55,7 @@ def run(config: Finetune, path: Path) -> None:
             "KV groups by layer": format_vector(model.kv_heads),
             "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
             "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
-            "trained from": str(source),
+            "trained from": f"{source.name} (weights {weights[:12]})",
         }
         build(config.export).export(model, Path(tokenizer), path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)

@@ -1,17 +1,17 @@
 """nas measure: times the layers of a space on this machine, and checks the predictor against whole models."""
 
 import dataclasses
-import itertools
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 import torch
 
 from nas.config import LatencyParts, Measure
-from nas.console import say
-from nas.errors import UserError
+from nas.console import complain, say
+from nas.errors import AlreadyFinishedError, UserError
 from nas.files import write_atomically, write_json
 from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.measure import grid_for, measure, pool_bytes, predict_check, summarise_check
@@ -29,28 +29,43 @@ def run(config: Measure, path: Path) -> None:
     device = this_device()
     if config.publish:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
-    table = measure_space(config, space, device, resolve_workload(config.workload, space.shape, device), path)
+    workload = resolve_workload(config.workload, space.shape, device)
+    try:
+        table = measure_space(config, space, device, workload, path)
+    except AlreadyFinishedError:
+        if not config.publish:
+            raise
+        table = table_of(FinishedRun(path, "measure"))  # measured before; publishing it is what is left to do
     if config.publish:
-        home = Path(config.publish) / device.slug
-        folder = home / f"{space.name}-{table.meta['dtype']}-{table.meta['runtime']}"
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (TABLE, META, CHECK):
-            shutil.copy(path / name, folder / name)
-        if not (home / DEVICE).is_file():
-            write_json(home / DEVICE, device.description())
-        say(f"Copied the table to {folder}")
+        _publish(table, space, device, Path(config.publish))
 
 
-def find_table(runs_dir: Path, device: Device, space: SearchSpace, workload: Workload) -> TableLatency | None:
-    """A measured table that covers a workload: of this user's newest fitting run, else one that ships."""
+def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path) -> None:
+    folder = root / device.slug / f"{space.name}-{table.meta['dtype']}-{table.meta['runtime']}"
+    (folder / META).unlink(missing_ok=True)  # a table without its meaning is none: nothing half-copied is ever read
+    for name in (TABLE, CHECK, META):
+        write_atomically(folder / name, partial(shutil.copy, table.folder / name))
+    if not any((known / DEVICE).is_file() for known in device_folders(device.slug)):
+        write_json(root / device.slug / DEVICE, device.description())
+    say(f"Copied the table to {folder}")
 
-    def tables() -> Iterator[TableLatency]:
-        own = (run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug)
-        yield from map(table_of, own)
-        metas = (folder.glob(f"*/{META}") for folder in device_folders(device.slug))
-        yield from (TableLatency(meta.parent) for meta in sorted(itertools.chain(*metas)))
 
-    return next((table for table in tables() if table.fits(device.slug, space, workload)), None)
+def fitting_tables(runs_dir: Path, device: Device, space: SearchSpace, workload: Workload) -> Iterator[TableLatency]:
+    """Measured tables that cover a workload: of this user's runs, newest first, then those that ship.
+
+    Unusable ones are passed over with a warning.
+    """
+    own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
+    published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
+    for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
+        try:
+            table = load()
+            table.check()
+        except UserError as error:
+            complain(f"Passing over a latency table: {error}")
+            continue
+        if table.fits(device.slug, space, workload):
+            yield table
 
 
 def table_of(run: FinishedRun) -> TableLatency:
@@ -109,6 +124,7 @@ def measure_space(
             "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,
             "git": git_state(),
+            "check": {},
         }
         try:
             table, wholes = measure(space, grid, workload, config.measure, config.check, torch_device)
@@ -128,7 +144,8 @@ def measure_space(
 
 def _say_check(check: pd.DataFrame) -> None:
     for phase, error in summarise_check(check).items():
+        tau = f", Kendall τ {error['kendall_tau']:.2f}" if "kendall_tau" in error else ""
         say(
             f"  predicted against {error['n']:.0f} whole models, {phase}: mean error {error['mape']:.1%}, "
-            f"worst {error['worst']:.1%}, Kendall τ {error['kendall_tau']:.2f}"
+            f"worst {error['worst']:.1%}{tau}"
         )

@@ -9,8 +9,7 @@ import pandas as pd
 from nas.config import Report
 from nas.console import say
 from nas.errors import UserError
-from nas.latency.measure import CHECK_COLUMNS
-from nas.latency.table import read_csv
+from nas.latency.table import CHECK_COLUMNS, read_csv
 from nas.report.check import check_errors, draw_check
 from nas.report.figure import figure
 from nas.report.front import draw_front, front_points
@@ -20,7 +19,7 @@ from nas.report.table import front_table
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives, on_front, reference_point
 
-_COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency")
+_COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
 
 def run(config: Report, path: Path) -> None:
@@ -90,7 +89,7 @@ def _title(config: dict[str, Any]) -> str:
 
 def _check_comparable(searches: list[FinishedRun]) -> None:
     def facts(search: FinishedRun) -> dict[str, Any]:
-        return {key: search.config[key] for key in _COMPARABLE} | {
+        return {key: search.config.get(key) for key in _COMPARABLE} | {
             "supernet": search.info["parents"]["supernet"]["hash"]
         }
 

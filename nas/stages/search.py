@@ -18,29 +18,30 @@ from torch import Tensor
 
 from nas.config import Search, build, parse_budget
 from nas.console import say
-from nas.data import validation_windows
+from nas.data import TokenData, validation_windows
 from nas.errors import UserError
 from nas.files import value_hash, write_atomically
 from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import DTYPE_BYTES
-from nas.latency.table import CHECK, TableLatency
+from nas.latency.table import TableLatency
 from nas.model.checkpoint import load_supernet
 from nas.quality import InheritedLoss
 from nas.report.table import front_table
-from nas.run import FinishedRun, find_runs, recorded_parent, start_run
+from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent, start_run
 from nas.search import Objectives, search
 from nas.space import SearchSpace, Vector, format_vector, load_space
-from nas.stages.measure import find_table, measure_space, table_of
+from nas.stages.measure import fitting_tables, measure_space, table_of
 from nas.stages.train import (
     check_trainable,
     find_supernet,
     supernet_config,
     supernet_data,
-    supernet_identity,
     train_supernet,
 )
 from nas.training import training_device
+
+_BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first command to resume it, or give another name="
 
 
 def run(config: Search, path: Path) -> None:
@@ -54,92 +55,108 @@ def run(config: Search, path: Path) -> None:
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
 
-    given = _given(config.supernet, path, "supernet", "train"), _given(config.latency, path, "latency", "measure")
-    if given[0] is None and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
-        check_trainable(config.train, space)
-    latency = _latency(config, given[1], space, device, workload)  # minutes; before the supernet, which takes longer
-    supernet, loss, windows = _quality(config, given[0], space)
+    begun_or_named = config.supernet or recorded_config(path)
+    if not begun_or_named and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
+        check_trainable(config.train, space)  # before any text is read
+    data = supernet_data(config, space)
+    supernet = _supernet(config, path, supernet_config(config, space, data))
+    latency = _latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
+    supernet = supernet or _train(config, space, data)
+    say(f"Supernet: {supernet.path}")
+    loss, windows = _inherited_loss(config, supernet, data)
+
     parents = {"supernet": supernet}
-    if isinstance(latency, TableLatency) and (latency.folder / "run.json").is_file():
-        parents["latency"] = FinishedRun(latency.folder, "measure")
+    table = latency if isinstance(latency, TableLatency) else None
+    if table and is_run(table.folder):
+        parents["latency"] = FinishedRun(table.folder, "measure")
     asked = dataclasses.asdict(config) | {
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
         "windows": list(windows.shape),
         "latency": latency.describe(),
+        "latency_table": table.digest() if table else None,
     }
     del asked["name"], asked["runs_dir"]
     with start_run(path, "search", asked, {"search": config.seed}, parents) as run:
         say(f"Searching {space.size:,} vectors of {space.name}, budget {config.budget}, in {path}")
         evaluate = _evaluator(space, loss, latency, workload)
         trials = search(space, objectives, make_sampler, evaluate, budget, config.seed, path / "study.db")
-        front = trials[trials["on_front"]].sort_values("loss_nats")
-        names = pd.DataFrame(
-            [(name, format_vector(vector)) for name, vector in space.landmarks().items()], columns=["name", "vector"]
-        )
-        tables = {"trials.csv": trials, "front.csv": front, "landmarks.csv": names}
-        if isinstance(latency, TableLatency):
-            tables["latency_check.csv"] = pd.read_csv(latency.folder / CHECK)
-        for file, table in tables.items():
-            write_atomically(path / file, partial(table.to_csv, index=False))
+        front = _write_tables(path, trials, space, table.check() if table else None)
         run.finish()
     say(front_table(front))
     say(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
 
 
-def _given(folder: str | None, path: Path, role: str, stage: str) -> FinishedRun | None:
-    """The parent that the user names, or else that an interrupted search in ``path`` was begun with."""
-    return FinishedRun(Path(folder), stage) if folder else recorded_parent(path, role)
-
-
-def _quality(
-    config: Search, given: FinishedRun | None, space: SearchSpace
-) -> tuple[FinishedRun, Callable[[Vector], float], Tensor]:
-    """The supernet to search (given, found or trained now), the inherited loss of its vectors, and the windows."""
-    runs_dir = Path(config.runs_dir)
-    data = supernet_data(config, space)
-    wanted = supernet_config(config, space, data)
-    supernet = given or find_supernet(runs_dir, wanted)
+def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun | None:
+    """The supernet that the user names, or that an interrupted search in ``path`` was begun with, or one that fits."""
+    supernet = FinishedRun(Path(config.supernet), "train") if config.supernet else recorded_parent(path, "supernet")
     if supernet is None:
-        say("No trained supernet fits this space, data and training: training one first")
-        path = runs_dir / "train" / f"{space.name}-{value_hash(supernet_identity(wanted))}"
-        supernet = train_supernet(config, space, data, path)
+        return find_supernet(Path(config.runs_dir), wanted)
     theirs = supernet.config
-    same = {"space": theirs["space"] == wanted["space"], "data": theirs["data"]["digest"] == data.digest}
+    same = {"space": theirs["space"] == wanted["space"], "data": theirs["data"]["digest"] == wanted["data"]["digest"]}
     if different := [key for key, equal in same.items() if not equal]:
-        raise UserError(
-            f"supernet {supernet.path} was not trained on the {different[0]} of this search; give the same "
-            f"{different[0]}="
-        )
-    say(f"Supernet: {supernet.path}")
-    length = theirs["train"]["length"] or space.shape.max_position_embeddings
+        if config.supernet:
+            raise UserError(
+                f"supernet {supernet.path} was not trained on the {different[0]} of this search; give the same "
+                f"{different[0]}="
+            )
+        raise UserError(_BEGUN_OTHERWISE.format(path=path, what=different[0]))
+    return supernet
+
+
+def _train(config: Search, space: SearchSpace, data: TokenData) -> FinishedRun:
+    say("No trained supernet fits this space, data and training: training one first")
+    name = f"{space.name}-{value_hash(supernet_config(config, space, data))}"
+    return train_supernet(config, space, data, Path(config.runs_dir) / "train" / name)
+
+
+def _inherited_loss(config: Search, supernet: FinishedRun, data: TokenData) -> tuple[Callable[[Vector], float], Tensor]:
+    """The inherited loss of a supernet's vectors, and the windows that it is taken on."""
+    length = supernet.config["train"]["length"] or supernet.config["space"]["max_position_embeddings"]
     windows = validation_windows(data.validation, config.train.validation_windows, length)
-    memo = runs_dir / "cache" / f"losses-{value_hash([supernet.digest(), list(windows.shape), data.digest])}.jsonl"
-    return supernet, InheritedLoss(load_supernet(supernet, training_device()), windows, memo), windows
+    name = f"losses-{value_hash([supernet.digest(), list(windows.shape), data.digest])}.jsonl"
+    memo = Path(config.runs_dir) / "cache" / name
+    return InheritedLoss(load_supernet(supernet, training_device()), windows, memo), windows
 
 
-def _latency(
-    config: Search, given: FinishedRun | None, space: SearchSpace, device: Device, workload: Workload
-) -> LatencyModel:
-    """Given, found, measured now where the device is at hand, else estimated."""
+def _latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:
+    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated."""
     runs_dir = Path(config.runs_dir)
-    if given:
-        table = table_of(given)
+    if config.latency:
+        table = table_of(FinishedRun(Path(config.latency), "measure"))
         if not table.fits(device.slug, space, workload):
             raise UserError(
-                f"latency {given.path} does not cover {space.name} on {device.slug} at {workload}; measure that"
+                f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
             )
         return table
-    if found := find_table(runs_dir, device, space, workload):
+    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload)
+    if begun and begun["latency_table"]:
+        same = (table for table in tables if table.digest() == begun["latency_table"])
+        if found := next(same, None):
+            return found
+        raise UserError(_BEGUN_OTHERWISE.format(path=path, what="space, device, workload or latency table"))
+    if not begun and (found := next(tables, None)):
         return found
-    if config.device != "this":
+    if begun or config.device != "this":
         return RooflineLatency(device, space.shape, workload.dtype)
     say("No measured table covers this space, device and workload: measuring first")
     facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
-    path = runs_dir / "measure" / f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
-    return measure_space(config, space, device, workload, path)
+    name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
+    return measure_space(config, space, device, workload, runs_dir / "measure" / name)
+
+
+def _write_tables(path: Path, trials: pd.DataFrame, space: SearchSpace, check: pd.DataFrame | None) -> pd.DataFrame:
+    """Writes the CSVs that reports are drawn from; returns the front."""
+    front = trials[trials["on_front"]].sort_values("loss_nats")
+    named = [(name, format_vector(vector)) for name, vector in space.landmarks().items()]
+    tables = {"trials": trials, "front": front, "landmarks": pd.DataFrame(named, columns=["name", "vector"])}
+    if check is not None:
+        tables["latency_check"] = check
+    for name, table in tables.items():
+        write_atomically(path / f"{name}.csv", partial(table.to_csv, index=False))
+    return front
 
 
 def _evaluator(
