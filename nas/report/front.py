@@ -38,7 +38,7 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
         where = "pre" if METRICS[x].maximise else "post"  # the best y among points at least as good in x
         axes.step(front[x], front[y], where=where, color=COLOURS[0], linewidth=1.2)  # type: ignore[arg-type]
     axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
-    axes.margins(x=0.12)  # room for the names
+    axes.margins(x=0.18)  # room for the names
     left, up = (1 if METRICS[x].maximise else -1), (-1 if METRICS[y].maximise else 1)  # where no front point is
     marks = (
         ("uniform", points["uniform"], "s", COLOURS[1]),
