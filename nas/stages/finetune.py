@@ -14,7 +14,7 @@ from nas.files import file_hash
 from nas.quality import mean_loss
 from nas.run import FinishedRun, is_run, start_run
 from nas.space import format_vector
-from nas.training import fit, text_loss, training_device, window_length
+from nas.training import check_memory, fit, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
 
@@ -24,6 +24,7 @@ def run(config: Finetune, path: Path) -> None:
     parents = _writer(source)
     options, device = config.train, training_device()
     model = read_exported(source, with_weights=not config.from_scratch)
+    check_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
     length = window_length(options, model.shape.max_position_embeddings)
     if config.from_scratch:
         model.initialise(torch.Generator().manual_seed(options.seed))

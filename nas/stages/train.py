@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -18,12 +17,11 @@ from nas.model.checkpoint import save_supernet
 from nas.quality import vector_loss
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace, load_space
-from nas.training import fit, text_loss, training_device, window_length
+from nas.training import check_memory, fit, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import mixed_vectors
 
 _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
-_BYTES_A_PARAMETER = 16  # fp32 weight, gradient and two AdamW moments
 
 
 def run(config: Train, path: Path) -> None:
@@ -107,21 +105,11 @@ def check_trainable(options: SupernetConfig, space: SearchSpace) -> None:
     """Refuses what cannot be trained here; cheap, so that it can come before any text is read.
 
     Raises:
-        UserError: train.length is beyond the model's context, the shares of rows exceed 1, or the space is too large
-            for this machine.
+        UserError: The shares of rows exceed 1, or as `check_memory`.
     """
-    window_length(options, space.shape.max_position_embeddings)
     if options.largest_share + options.smallest_share > 1:
         raise UserError(
             f"train.largest_share {options.largest_share} and train.smallest_share {options.smallest_share} are more "
             "than all rows together; lower one"
         )
-    device = training_device()
-    on_gpu = device.type == "cuda"
-    total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    needed = space.shape.parameters(space.largest) * _BYTES_A_PARAMETER
-    if needed > total:
-        raise UserError(
-            f"training space {space.name} takes at least {needed / 2**30:.0f} GiB but the {device.type} has "
-            f"{total / 2**30:.0f}; take a smaller space or a larger machine"
-        )
+    check_memory(f"space {space.name}", options, space.shape, space.largest)
