@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from nas.errors import UserError
 from nas.model import Decoder, KVCache, Supernet
-from nas.model.sharing import SHARING_RULES
+from nas.model.sharing import SHARING_RULES, pooling
 from nas.quality import row_losses
 from nas.space import ModelShape, SearchSpace, Vector
 from tests.conftest import random_supernet
@@ -22,6 +22,9 @@ SHAPE = ModelShape(
     vocab_size=97,
     max_position_embeddings=24,
 )
+
+
+RULES = st.sampled_from(sorted(SHARING_RULES))
 
 
 @st.composite
@@ -41,7 +44,7 @@ def vectors_of(space: SearchSpace) -> st.SearchStrategy[Vector]:
 def test_a_row_of_a_mixed_batch_has_the_loss_of_its_extracted_sub_network(data: st.DataObject) -> None:
     space = data.draw(spaces())
     vectors = data.draw(st.lists(vectors_of(space), min_size=1, max_size=5))
-    supernet = random_supernet(space, seed=data.draw(st.integers(0, 100)))
+    supernet = random_supernet(space, data.draw(st.integers(0, 100)), sharing=data.draw(RULES))
     tokens = torch.randint(SHAPE.vocab_size, (len(vectors), 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mixed = row_losses(supernet(tokens[:, :-1], supernet.choice_indices(vectors)), tokens[:, 1:])
@@ -60,9 +63,10 @@ def test_vectors_of_a_batch_really_differ(micro: SearchSpace) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_largest_vector_equals_transformers_llama(tied: bool) -> None:
+@pytest.mark.parametrize("sharing", ["sliced", "pooled"])
+def test_the_largest_vector_equals_transformers_llama(tied: bool, sharing: str) -> None:
     shape = ModelShape(**{**SHAPE.__dict__, "tie_word_embeddings": tied})
-    supernet = random_supernet(SearchSpace("nested", shape, ((1, 2, 4),) * 3))
+    supernet = random_supernet(SearchSpace("nested", shape, ((1, 2, 4),) * 3), sharing=sharing)
     config = LlamaConfig(
         **{name: value for name, value in shape.__dict__.items() if name != "rope_theta"},
         num_key_value_heads=4,
@@ -113,7 +117,7 @@ def test_a_large_published_shape_has_its_published_number_of_parameters() -> Non
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1), st.sampled_from(sorted(SHARING_RULES)))
+@given(st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1), RULES)
 def test_every_sharing_rule_mixes_stored_heads_with_weights_that_sum_to_one(choices: set[int], rule: str) -> None:
     ascending = sorted(choices)
     stored = SHARING_RULES[rule].stored_heads(ascending)
@@ -124,10 +128,37 @@ def test_every_sharing_rule_mixes_stored_heads_with_weights_that_sum_to_one(choi
         assert torch.linalg.matrix_rank(mixture) == groups  # no two heads of a choice are the same
 
 
-def test_sliced_takes_evenly_spaced_heads() -> None:
-    rule = SHARING_RULES["sliced"]
-    picked = {g: rule.mixture([1, 2, 4], g).argmax(1).tolist() for g in (1, 2, 4)}
-    assert picked == {1: [0], 2: [0, 2], 4: [0, 1, 2, 3]}
+@pytest.mark.parametrize(
+    ("rule", "picked"),
+    [
+        ("sliced", {1: [[0]], 2: [[0], [2]], 4: [[0], [1], [2], [3]]}),
+        ("pooled", {1: [[0, 1, 2, 3]], 2: [[0, 1], [2, 3]], 4: [[0], [1], [2], [3]]}),
+        ("separate", {1: [[0]], 2: [[1], [2]], 4: [[3], [4], [5], [6]]}),
+    ],
+)
+def test_each_rule_reads_the_stored_heads_that_it_says(rule: str, picked: dict[int, list[list[int]]]) -> None:
+    for groups, heads in picked.items():
+        mixture = SHARING_RULES[rule].mixture([1, 2, 4], groups)
+        assert [row.nonzero().flatten().tolist() for row in mixture] == heads
+        assert all(row[row > 0].unique().numel() == 1 for row in mixture)  # a plain mean
+
+
+def test_means_over_stretches_that_do_not_fit_the_heads_share_the_head_between_them() -> None:
+    torch.testing.assert_close(pooling(3, 2), torch.tensor([[2, 1, 0], [0, 1, 2]]) / 3)
+    torch.testing.assert_close(pooling(5, 3).sum(0), torch.full((5,), 3 / 5))  # every head counts the same
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1), RULES)
+def test_a_trained_layer_loses_nothing_at_its_largest_choice(choices: set[int], rule: str) -> None:
+    ascending = sorted(choices)
+    stored = SHARING_RULES[rule].from_largest(ascending)
+    for groups in ascending:
+        entered = SHARING_RULES[rule].mixture(ascending, groups) @ stored
+        if groups == ascending[-1]:
+            torch.testing.assert_close(entered, torch.eye(groups))
+        elif rule != "sliced":
+            torch.testing.assert_close(entered, pooling(ascending[-1], groups))
 
 
 def test_an_unknown_sharing_rule_is_refused(micro: SearchSpace) -> None:

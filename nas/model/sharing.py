@@ -12,13 +12,32 @@ from torch import Tensor
 
 
 class SharingRule(Protocol):
-    """How the choices of one layer share stored K/V heads."""
+    """How the choices of one layer share stored K/V heads. Choices are ascending."""
 
     def stored_heads(self, choices: Sequence[int]) -> int:
         """S, the number of K/V heads that a layer with these choices keeps as weights."""
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         """The (groups, S) matrix that makes the heads of choice ``groups`` out of the stored ones."""
+
+    def from_largest(self, choices: Sequence[int]) -> Tensor:
+        """The (S, C) matrix that makes the stored heads out of a plain layer's C = max(choices) K/V heads."""
+
+
+def pooling(heads: int, groups: int) -> Tensor:
+    """The (groups, heads) matrix of means over neighbouring heads, as in arXiv 2305.13245.
+
+    Group j covers the j-th of ``groups`` equal stretches of the heads; where ``groups`` does not divide ``heads``, a
+    head that lies in two stretches counts in each by the part that lies there.
+
+    Example:
+        ``pooling(4, 2)`` is ``[[1/2, 1/2, 0, 0], [0, 0, 1/2, 1/2]]``; ``pooling(3, 2)`` is
+        ``[[2/3, 1/3, 0], [0, 1/3, 2/3]]``.
+    """
+    group = torch.arange(groups).unsqueeze(1) * heads  # in units of 1 / groups of a head, so that all is whole
+    head = torch.arange(heads) * groups
+    overlap = (torch.minimum(group + heads, head + groups) - torch.maximum(group, head)).clamp(min=0)
+    return overlap / heads
 
 
 class Sliced:
@@ -32,8 +51,37 @@ class Sliced:
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         stored = self.stored_heads(choices)
-        heads = [group * stored // groups for group in range(groups)]
-        return torch.eye(stored)[heads]
+        return torch.eye(stored)[[group * stored // groups for group in range(groups)]]
+
+    def from_largest(self, choices: Sequence[int]) -> Tensor:
+        return torch.eye(max(choices))
 
 
-SHARING_RULES: dict[str, SharingRule] = {"sliced": Sliced()}
+class Pooled:
+    """The heads of a choice are means of neighbouring heads of the largest choice."""
+
+    def stored_heads(self, choices: Sequence[int]) -> int:
+        return max(choices)
+
+    def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
+        return pooling(max(choices), groups)
+
+    def from_largest(self, choices: Sequence[int]) -> Tensor:
+        return torch.eye(max(choices))
+
+
+class Separate:
+    """Every choice has K/V heads of its own: with choices 1, 2 and 4, seven are stored."""
+
+    def stored_heads(self, choices: Sequence[int]) -> int:
+        return sum(choices)
+
+    def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
+        before = sum(choice for choice in choices if choice < groups)
+        return torch.eye(sum(choices))[before : before + groups]
+
+    def from_largest(self, choices: Sequence[int]) -> Tensor:
+        return torch.cat([pooling(max(choices), groups) for groups in choices])
+
+
+SHARING_RULES: dict[str, SharingRule] = {"sliced": Sliced(), "pooled": Pooled(), "separate": Separate()}
