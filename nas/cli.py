@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from nas import __version__
 from nas.config import STAGES, register, to_stage
 from nas.console import complain
+from nas.distributed import SIZE, agree, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes
 from nas.resources import shipped
 
@@ -37,8 +38,10 @@ _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
   nas finetune checkpoint=DIR                      go on training an exported model
 
 nas <stage> --help lists the stage's keys; -m sweeps; --cfg job shows the config.
+torchrun --nproc-per-node 8 -m nas train … trains on many GPUs.
 eval "$(nas -sc install=bash)" switches tab completion on."""
 
+_MANY_PROCESSES = ("train", "finetune")
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -128,8 +131,12 @@ def _sentence(error: Exception, runs_dir: str = "runs") -> str:
 def _run_stage(config: DictConfig) -> None:
     hydra_config = HydraConfig.get()
     path = Path(os.path.relpath(hydra_config.runtime.output_dir))
+    stage = hydra_config.job.config_name
+    if SIZE > 1 and stage not in _MANY_PROCESSES:
+        raise UserError(f"nas {stage} is one process; use torchrun with nas {' and nas '.join(_MANY_PROCESSES)} only")
     try:
-        importlib.import_module(f"nas.stages.{hydra_config.job.config_name}").run(to_stage(config), path)
+        with process_group():
+            importlib.import_module(f"nas.stages.{stage}").run(to_stage(config), agree(path))
     finally:
         with suppress(OSError):  # Hydra made the directory; do not leave it behind empty
             path.rmdir()

@@ -31,6 +31,10 @@ class TrainConfig:
     clip_norm: float = 0.5
     seed: int = 0
     precision: str = "auto"  # fp32 | bf16 (autocast); auto: bf16 on a GPU
+    accumulate: int = 1  # passes that share out the rows of a step: less memory, the same step
+    recompute: bool = False  # activation checkpointing: a layer's activations are computed again in the backward pass
+    compile: bool = False  # torch.compile; a minute once, then faster steps on a GPU
+    parallel: str = "ddp"  # under torchrun: ddp (a whole model each) | fsdp (FSDP2: each a part of the model)
     log_every: int = 10
     validate_every: int = 100
     checkpoint_every: int = 50
@@ -41,9 +45,14 @@ class TrainConfig:
 class SupernetConfig(TrainConfig):
     """What only a supernet's training has."""
 
-    sharing: str = "sliced"  # the sharing rule
-    largest_share: float = 0.125  # of a step's rows that run the largest vector
+    sharing: str = "sliced"  # which K/V heads the choices of a layer share: sliced | pooled | separate
+    recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
+    largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
+    largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
     smallest_share: float = 0.125
+    vectors_per_text: int = 4  # sandwich: the largest, the smallest and random ones
+    distillation_weight: float = 0.5  # sandwich: share of the loss of all but the largest that follows its logits
+    distillation_temperature: float = 1.0
 
 
 @dataclass
@@ -181,11 +190,24 @@ def to_stage(config: DictConfig) -> Any:
 
 
 _POSITIVE = {"steps", "batch", "length", "learning_rate", "log_every", "validate_every", "checkpoint_every"}
-_POSITIVE |= {"validation_windows", "clip_norm", "context", "prompt", "rounds", "batches", "contexts", "prompts"}
+_POSITIVE |= {
+    "accumulate",
+    "vectors_per_text",
+    "distillation_temperature",
+    "validation_windows",
+    "clip_norm",
+    "context",
+    "prompt",
+    "rounds",
+    "batches",
+    "contexts",
+    "prompts",
+}
 _NOT_NEGATIVE = {"check", "weight_decay"}
-_SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share"}
+_SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}
 _NAMED = {
     "precision": ("auto", "fp32", "bf16"),
+    "parallel": ("ddp", "fsdp"),
     "dtype": ("auto", "fp32", "bf16"),
     "runtime": ("auto", "eager", "graph"),
 }

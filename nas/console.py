@@ -1,6 +1,7 @@
 """What a person at a terminal sees: lines, tables, and progress bars that say how long is left.
 
-Progress goes to stderr and only to a terminal; in a pipe or a batch job nothing but the result lines appears.
+Progress goes to stderr and only to a terminal; in a pipe or a batch job nothing but the result lines appears. Of
+several processes that train together only the first one speaks, except to say what went wrong.
 """
 
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-_out = Console(soft_wrap=True, highlight=False, markup=False)
+from nas.distributed import IS_MAIN
+
+_out = Console(soft_wrap=True, highlight=False, markup=False, quiet=not IS_MAIN)
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -46,5 +49,5 @@ def progress_bar(title: str, total: float, completed: float = 0) -> Iterator[Bar
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_err, disable=not _err.is_terminal, transient=True) as progress:
+    with Progress(*columns, console=_err, disable=not (_err.is_terminal and IS_MAIN), transient=True) as progress:
         yield Bar(progress, progress.add_task(title, total=total, completed=int(completed), note=""))

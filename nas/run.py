@@ -25,6 +25,7 @@ import filelock
 
 import nas
 from nas.console import complain
+from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import file_hash, read_json, write_json
 from nas.hardware import cpu_name, nvml_facts
@@ -112,6 +113,8 @@ class Run:
 
     def log(self, **values: object) -> None:
         """Appends one line to metrics.jsonl."""
+        if not IS_MAIN:
+            return
         with (self.path / _METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(values) + "\n")
 
@@ -121,6 +124,8 @@ class Run:
         Args:
             scaffold: A file that was needed only until here, such as a checkpoint; removed once the mark is there.
         """
+        if not IS_MAIN:
+            return
         artifacts = {
             str(path.relative_to(self.path)): file_hash(path)
             for path in sorted(self.path.rglob("*"))
@@ -142,6 +147,8 @@ def start_run(
 ) -> Iterator[Run]:
     """Begins a run, or goes on with an unfinished one of the same name and config.
 
+    Of several processes under torchrun the first one keeps the run; to the others it is write-protected.
+
     Args:
         path: The run directory, made if needed.
         stage: Name of the stage.
@@ -152,6 +159,9 @@ def start_run(
     Raises:
         UserError: The directory holds a finished run, a run of another config, or is in use.
     """
+    if not IS_MAIN:
+        yield Run(path)
+        return
     path.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(path / _LOCK)
     try:

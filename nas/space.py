@@ -7,7 +7,7 @@ that there is one vocabulary from the YAML file to the exported model.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,6 +155,17 @@ class SearchSpace:
                     f"allows {', '.join(map(str, allowed))} there"
                 )
         return tuple(vector)
+
+    def choice_indices(self, vectors: Iterable[Vector]) -> list[list[int]]:
+        """For each vector, the number of its choice in every layer.
+
+        Raises:
+            UserError: One of them is not of this space.
+        """
+        return [
+            [allowed.index(g) for g, allowed in zip(self.check(vector), self.choices, strict=True)]
+            for vector in vectors
+        ]
 
     def parse(self, text: str) -> Vector:
         """Parses ``4-2-2-1`` and checks it against the space.

@@ -1,5 +1,7 @@
 """The decoder and the supernet: against transformers, against each other, and with a cache against without."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -175,3 +177,22 @@ def test_gradients_reach_only_the_heads_that_a_batch_uses(micro: SearchSpace) ->
     gradient = weight.grad.unflatten(0, (4, -1)).abs().sum((1, 2))
     assert gradient[0] > 0
     assert gradient[1:].sum() == 0
+
+
+def test_one_compiled_graph_serves_all_layers_at_all_vectors(micro: SearchSpace) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    supernet = random_supernet(micro)
+    for layer in supernet.decoder.model.layers:
+        layer.compile(backend=backend, fullgraph=True)
+    tokens = torch.randint(micro.shape.vocab_size, (2, 8))
+    for vectors in ([(1, 1, 1), (4, 4, 4)], [(4, 2, 1), (2, 2, 2)], [(1, 2, 4), (1, 2, 4)]):
+        compiled = supernet(tokens, supernet.choice_indices(vectors))
+        with torch.compiler.set_stance("force_eager"):
+            torch.testing.assert_close(compiled, supernet(tokens, supernet.choice_indices(vectors)))
+    assert len(graphs) == 1

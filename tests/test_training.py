@@ -1,56 +1,120 @@
 """Training: which vectors a step runs, the learning rate's schedule, and the loop on a model with a known optimum."""
 
+import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from nas.config import SupernetConfig, TrainConfig
+from nas.errors import UserError
 from nas.run import Run
-from nas.space import SearchSpace, load_space
+from nas.space import SearchSpace, Vector, load_space
+from nas.totals import Totals
 from nas.training import fit
 from nas.training.loop import learning_rate_at
-from nas.training.recipes import mixed_vectors
+from nas.training.parts import Part
+from nas.training.recipes import distilled_loss, step_plan
+
+RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(0, 10**6), st.integers(1, 40))
-def test_the_vectors_of_a_step_are_a_function_of_seed_and_step_and_belong_to_the_space(
-    seed: int, step: int, batch: int
+def vectors_of(space: SearchSpace, config: SupernetConfig, step: int) -> list[Vector]:
+    """All vectors of a step, in order."""
+    return [vector for text in step_plan(space, config, step) for vector in text]
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 10**6), st.sampled_from(sorted(RECIPES_AND_TEXTS)))
+def test_the_plan_of_a_step_is_a_function_of_seed_and_step_and_fills_the_batch(
+    seed: int, step: int, recipe: str
 ) -> None:
-    space, config = load_space("tiny"), SupernetConfig(seed=seed, batch=batch)
-    vectors = mixed_vectors(space, config, step)
-    assert vectors == mixed_vectors(space, config, step)
-    assert len(vectors) == batch
+    space, config = load_space("tiny"), SupernetConfig(seed=seed, batch=12, recipe=recipe)
+    plan = step_plan(space, config, step)
+    assert plan == step_plan(space, config, step)
+    assert len(plan) == RECIPES_AND_TEXTS[recipe]
+    vectors = vectors_of(space, config, step)
+    assert len(vectors) == 12
     for vector in vectors:
         space.check(vector)
 
 
-def test_the_largest_and_smallest_get_their_shares_and_totals_spread(micro: SearchSpace) -> None:
+def test_a_sandwich_has_the_largest_first_the_smallest_and_vectors_of_its_own_between(micro: SearchSpace) -> None:
+    config = SupernetConfig(recipe="sandwich", batch=40, vectors_per_text=5)
+    plan = step_plan(micro, config, 3)
+    assert {len(text) for text in plan} == {5}
+    assert {(text[0], text[1]) for text in plan} == {(micro.largest, micro.smallest)}
+    assert len({tuple(text[2:]) for text in plan}) > 4
+
+
+def test_the_largest_and_smallest_get_their_shares(micro: SearchSpace) -> None:
     config = SupernetConfig(batch=6, largest_share=0.25, smallest_share=0.125)
-    vectors = [vector for step in range(4000) for vector in mixed_vectors(micro, config, step)]
-    free = [
-        vector
-        for step in range(4000)
-        for vector in mixed_vectors(micro, SupernetConfig(batch=6, largest_share=0, smallest_share=0), step)
+    vectors = [vector for step in range(2000) for vector in vectors_of(micro, config, step)]
+    by_chance = (1 - 0.375) / len(Totals(micro.choices).reachable)  # an end is the only vector of its total
+    assert vectors.count(micro.largest) / len(vectors) == pytest.approx(0.25 + by_chance, abs=0.015)
+    assert vectors.count(micro.smallest) / len(vectors) == pytest.approx(0.125 + by_chance, abs=0.015)
+
+
+def test_the_first_steps_train_the_largest_vector_alone_where_asked_for(micro: SearchSpace) -> None:
+    config = SupernetConfig(steps=10, batch=8, largest_first=0.3, recipe="sandwich")
+    alone = [set(vectors_of(micro, config, step)) == {micro.largest} for step in range(10)]
+    assert alone == [True] * 3 + [False] * 7
+    assert len(step_plan(micro, config, 0)) == 8  # no text is run twice at the same vector
+
+
+def test_every_total_of_a_step_comes_from_its_own_stretch_of_the_range() -> None:
+    totals = Totals(load_space("tiny").choices)
+    for seed in range(20):
+        drawn = [sum(vector) for vector in totals.draw_stratified(len(totals.reachable), np.random.default_rng(seed))]
+        assert drawn == totals.reachable.tolist()
+
+
+@given(st.lists(st.sets(st.sampled_from([1, 2, 4, 8]), min_size=1), min_size=1, max_size=5))
+def test_the_counts_of_totals_are_those_of_brute_force(choices: list[set[int]]) -> None:
+    counts = Counter(sum(vector) for vector in itertools.product(*choices))
+    totals = Totals([tuple(sorted(allowed)) for allowed in choices])
+    assert {total: totals.count(total) for total in totals.reachable.tolist()} == counts
+
+
+def test_draws_of_one_total_are_uniform_over_its_vectors(micro: SearchSpace) -> None:
+    vectors = Totals(micro.choices).draw(np.full(7000, 7), np.random.default_rng(0))
+    counts = Counter(vectors)
+    wanted = {vector for vector in itertools.product((1, 2, 4), repeat=3) if sum(vector) == 7}
+    assert counts.keys() == wanted
+    assert all(abs(count / 7000 - 1 / len(wanted)) < 0.02 for count in counts.values())
+
+
+def test_distillation_is_the_divergence_that_pytorch_computes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 5, 11, generator=generator, requires_grad=True)
+    targets = torch.randint(11, (6, 5), generator=generator)
+    entropy = [F.cross_entropy(logits[row], targets[row]) for row in range(6)]
+    first, others = [entropy[0], entropy[3]], [entropy[row] for row in (1, 2, 4, 5)]
+    logs = (logits / 2).log_softmax(-1)
+    soft = [
+        4 * F.kl_div(logs[row], logs[teacher].detach(), log_target=True, reduction="batchmean")
+        for row, teacher in ((1, 0), (2, 0), (4, 3), (5, 3))
     ]
-    for wanted, vector in ((0.25, micro.largest), (0.125, micro.smallest)):
-        by_chance = (1 - 0.375) * free.count(vector) / len(free)
-        assert vectors.count(vector) / len(vectors) == pytest.approx(wanted + by_chance, abs=0.01)
-    odds = 1 / 3**3  # of either end, were every layer drawn with equal odds
-    assert free.count(micro.largest) / len(free) > 2 * odds
-    assert free.count(micro.smallest) / len(free) > 2 * odds
+    wanted = torch.stack([*first, *(0.3 * loss for loss in others), *(0.7 * loss for loss in soft)]).sum() / 6
+    loss = distilled_loss(logits, targets, vectors_per_text=3, weight=0.7, temperature=2.0)
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert logits.grad is not None
+    teacher = torch.autograd.grad(torch.stack(first).sum() / 6, logits)[0]
+    torch.testing.assert_close(logits.grad[[0, 3]], teacher[[0, 3]])  # nothing flows into the teacher
 
 
-def test_a_layer_with_fewer_choices_draws_among_its_own() -> None:
-    space = SearchSpace("uneven", load_space("tiny").shape, ((1, 2, 4), (2,), (1, 4), *((1,),) * 5))
-    vectors = mixed_vectors(space, SupernetConfig(batch=200), 0)
-    drawn = [set(layer) for layer in zip(*vectors, strict=True)]
-    assert drawn == [{1, 2, 4}, {2}, {1, 4}, *[{1}] * 5]
+def test_the_parts_of_a_step_share_out_its_rows_once_each() -> None:
+    rows = list(range(12))
+    assert [row for index in range(4) for row in rows[Part(index, 4).of(12)]] == rows
+    with pytest.raises(UserError, match=r"12 texts .* train.batch"):
+        Part(0, 5).of(12)
 
 
 def test_the_learning_rate_climbs_to_its_peak_and_falls_to_its_final_share() -> None:
@@ -83,7 +147,7 @@ def test_the_loop_finds_a_known_optimum_and_returns_the_last_validation(tmp_path
         return {"distance": float((model.at - target).norm())}
 
     config = TrainConfig(steps=400, learning_rate=0.1, clip_norm=1e9, validate_every=100, log_every=50)
-    last = fit(model, lambda _: ((model.at - target) ** 2).sum(), config, Run(tmp_path), validate)
+    last = fit(model, lambda *_: ((model.at - target) ** 2).sum(), config, Run(tmp_path), validate)
     assert last["distance"] < 0.05
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "distance" in line] == [100, 200, 300, 400]

@@ -8,17 +8,25 @@ from nas.data.tokens import Tokens
 from nas.errors import UserError
 
 
-def training_batch(tokens: Tokens, seed: int, step: int, rows: int, length: int) -> Tensor:
+def training_batch(tokens: Tokens, seed: int, step: int, rows: int, length: int, own: slice = slice(None)) -> Tensor:
     """Random windows of ``tokens`` for one step.
 
+    Args:
+        tokens: The training text.
+        seed: Which random windows.
+        step: Number of the step.
+        rows: Windows of the whole step.
+        length: Tokens that a window predicts.
+        own: Which of these windows to read, for one of several processes.
+
     Returns:
-        Token ids (rows, length + 1): inputs are all but the last column, targets all but the first.
+        Token ids (rows of ``own``, length + 1): inputs are all but the last column, targets all but the first.
 
     Raises:
         UserError: There are fewer than length + 1 tokens.
     """
     _check(tokens, length, "training")
-    starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - length, size=rows)
+    starts = np.random.default_rng([seed, step]).integers(0, len(tokens) - length, size=rows)[own]
     return torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64))
 
 

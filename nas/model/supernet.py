@@ -47,16 +47,8 @@ class Supernet(nn.Module):
         return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
     def choice_indices(self, vectors: Sequence[Vector]) -> Tensor:
-        """Vectors as the (B, L) index tensor that `forward` takes.
-
-        Raises:
-            UserError: One of them is not of the space.
-        """
-        rows = [
-            [allowed.index(g) for g, allowed in zip(self.space.check(vector), self.space.choices, strict=True)]
-            for vector in vectors
-        ]
-        return torch.tensor(rows, device=self.decoder.rope_cos.device)
+        """Vectors as the (B, L) index tensor that `forward` takes; see `SearchSpace.choice_indices`."""
+        return torch.tensor(self.space.choice_indices(vectors), device=self.decoder.rope_cos.device)
 
     @torch.no_grad()
     def extract(self, vector: Vector) -> Decoder:

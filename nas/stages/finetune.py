@@ -8,13 +8,15 @@ import torch
 from nas.config import Finetune, build
 from nas.console import say
 from nas.data import prepare_tokens, validation_windows
+from nas.distributed import IS_MAIN
 from nas.errors import UserError
 from nas.export.hf import read_exported
 from nas.files import file_hash
+from nas.model import Decoder
 from nas.quality import mean_loss
 from nas.run import FinishedRun, is_run, start_run
 from nas.space import format_vector
-from nas.training import check_memory, fit, text_loss, training_device, window_length
+from nas.training import check_memory, fit, text_loss, training_device, whole_state, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
 
@@ -28,7 +30,6 @@ def run(config: Finetune, path: Path) -> None:
     length = window_length(options, model.shape.max_position_embeddings)
     if config.from_scratch:
         model.initialise(torch.Generator().manual_seed(options.seed))
-    model.to(device)
     tokenizer = str(source / "tokenizer.json")
     data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
@@ -48,17 +49,21 @@ def run(config: Finetune, path: Path) -> None:
     with start_run(path, "finetune", asked, {"train": options.seed}, parents) as run:
         start = "fresh weights" if config.from_scratch else "inherited weights"
         say(f"Training {format_vector(model.kv_heads)} from {start} for {options.steps} steps in {path}")
+        model.to(device)
         with torch.no_grad():
             before = validate()["validation_loss_nats"]
-        loss_at = text_loss(lambda tokens, _: model(tokens), data.train, options, length, device)
-        after = fit(model, loss_at, options, run, validate)["validation_loss_nats"]
+        after = fit(model, text_loss(data.train, options, length), options, run, validate)["validation_loss_nats"]
         card = {
             "KV groups by layer": format_vector(model.kv_heads),
             "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
             "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
             "trained from": f"{source.name} (weights {weights[:12]})",
         }
-        build(config.export).export(model, Path(tokenizer), path / "model", card)
+        state = whole_state(model)
+        if IS_MAIN:
+            trained = Decoder(model.shape, model.kv_heads)
+            trained.load_state_dict(state)
+            build(config.export).export(trained, Path(tokenizer), path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
     say(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")
 

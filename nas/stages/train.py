@@ -6,20 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from nas.config import SupernetConfig, SupernetParts, Train, build
 from nas.console import say
 from nas.data import TokenData, prepare_tokens, validation_windows
-from nas.errors import UserError
+from nas.distributed import IS_MAIN, agree
 from nas.model import Supernet
 from nas.model.checkpoint import save_supernet
 from nas.quality import vector_loss
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace, load_space
-from nas.training import check_memory, fit, text_loss, training_device, window_length
+from nas.training import check_memory, fit, supernet_loss, training_device, whole_state, window_length
 from nas.training.loop import CHECKPOINT, autocast
-from nas.training.recipes import mixed_vectors
+from nas.training.recipes import check_recipe
 
 _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
 
@@ -81,11 +80,6 @@ def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, p
     with start_run(path, "train", supernet_config(config, space, data), seeds) as run:
         say(f"Training a supernet of {space.name} ({space.size:,} vectors) for {options.steps} steps in {path}")
         supernet.decoder.initialise(torch.Generator().manual_seed(options.seed))
-        supernet.to(device)
-
-        def logits_of(tokens: Tensor, step: int) -> Tensor:
-            logits: Tensor = supernet(tokens, supernet.choice_indices(mixed_vectors(space, options, step)))
-            return logits
 
         def validate() -> dict[str, float]:
             named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}
@@ -94,10 +88,13 @@ def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, p
             say("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
             return {f"{name}_loss_nats": loss for name, loss in losses.items()}
 
-        fit(supernet, text_loss(logits_of, data.train, options, length, device), options, run, validate)
-        save_supernet(supernet, options.sharing, path)
-        shutil.copy(data.tokenizer, path / "tokenizer.json")
+        fit(supernet, supernet_loss(space, data.train, options, length), options, run, validate)
+        state = whole_state(supernet.decoder)
+        if IS_MAIN:
+            save_supernet(space, options.sharing, state, path)
+            shutil.copy(data.tokenizer, path / "tokenizer.json")
         run.finish(scaffold=path / CHECKPOINT)
+    agree(None)  # that it is finished
     return FinishedRun(path, "train")
 
 
@@ -105,11 +102,7 @@ def check_trainable(options: SupernetConfig, space: SearchSpace) -> None:
     """Refuses what cannot be trained here; cheap, so that it can come before any text is read.
 
     Raises:
-        UserError: The shares of rows exceed 1, or as `check_memory`.
+        UserError: As `check_recipe` and `check_memory`.
     """
-    if options.largest_share + options.smallest_share > 1:
-        raise UserError(
-            f"train.largest_share {options.largest_share} and train.smallest_share {options.smallest_share} are more "
-            "than all rows together; lower one"
-        )
+    check_recipe(options)
     check_memory(f"space {space.name}", options, space.shape, space.largest)

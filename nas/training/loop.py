@@ -1,7 +1,8 @@
-"""The training loop: AdamW, warm-up and cosine, gradient clipping, checkpoints, exact resume.
+"""The training loop: AdamW, warm-up and cosine, gradient clipping, checkpoints, exact resume, on one or many processes.
 
 What a step computes is a function of its number, given by the caller: the loop knows nothing of vectors or text. All
-randomness lives in that function and comes from a seed and the step, so a resumed run is the same run.
+randomness lives in that function and comes from a seed and the step, so a resumed run is the same run, and so is one
+that goes on with another number of processes.
 """
 
 import math
@@ -13,19 +14,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from nas.config import TrainConfig
 from nas.console import progress_bar
+from nas.distributed import IS_MAIN
 from nas.errors import UserError
 from nas.files import write_atomically
 from nas.run import Run
+from nas.training.parallel import (
+    gradients_kept_local,
+    load_whole_state,
+    make_ready,
+    mean_over_processes,
+    training_device,
+    whole_optimizer_state,
+    whole_state,
+)
+from nas.training.parts import Part, own_parts
 
 CHECKPOINT = "checkpoint.pt"
 
-
-def training_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+Loss = Callable[[nn.Module, int, Part], Tensor]
+"""Mean training loss (nats a token, scalar) of one part of the rows of a step: model, number of the step, part."""
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -51,17 +62,18 @@ class _State:
     step: int = 0
 
     def save(self, path: Path) -> None:
-        content = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(), "step": self.step}
-        write_atomically(path, lambda temporary: _torch_save(content, temporary))
+        optimizer = whole_optimizer_state(self.model, self.optimizer)
+        content = {"model": whole_state(self.model), "optimizer": optimizer, "step": self.step}
+        if IS_MAIN:
+            write_atomically(path, lambda temporary: _torch_save(content, temporary))
 
-    def load(self, path: Path, device: torch.device) -> None:
+    def load(self, path: Path) -> None:
         try:
             with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums but does not look at them
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
-            content: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-            self.model.load_state_dict(content["model"])
-            self.optimizer.load_state_dict(content["optimizer"])
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            load_whole_state(self.model, self.optimizer, content["model"], content["optimizer"])
             self.step = int(content["step"])
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             problem = (str(error) or type(error).__name__).splitlines()[0]
@@ -77,7 +89,7 @@ def _torch_save(content: object, path: Path) -> None:
 
 def fit(
     model: nn.Module,
-    loss_at: Callable[[int], Tensor],
+    loss_at: Loss,
     config: TrainConfig,
     run: Run,
     validate: Callable[[], dict[str, float]],
@@ -89,7 +101,7 @@ def fit(
 
     Args:
         model: The model.
-        loss_at: The training loss (nats a token, scalar) of a step by its number.
+        loss_at: The training loss.
         config: How to train.
         run: Where metrics and the checkpoint go.
         validate: Measures the model; called under no_grad, in eval mode.
@@ -98,18 +110,15 @@ def fit(
         The last validation, made after the last step.
 
     Raises:
-        UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, or a
-            step does not fit into memory.
+        UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, a step
+            does not fit into memory, or its rows cannot be shared out.
     """
-    device = next(model.parameters()).device
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    ready = make_ready(model, config)
+    optimizer = make_optimizer(model, config)
     state = _State(model, optimizer)
     checkpoint = run.path / CHECKPOINT
     if checkpoint.is_file():
-        state.load(checkpoint, device)
+        state.load(checkpoint)
 
     validated: dict[str, float] = {}
     pending: list[Tensor] = []  # losses and gradient norms not yet looked at: looking waits for the GPU
@@ -118,15 +127,15 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state.step, config)
             try:
-                pending.append(_step(model, loss_at(state.step), optimizer, config.clip_norm))
+                pending.append(training_step(ready, loss_at, state.step, optimizer, config))
             except (MemoryError, RuntimeError) as error:
-                _stop_out_of_memory(error, config, device)
+                _stop_out_of_memory(error, config)
                 raise
             state.step += 1
             last = state.step == config.steps
             checkpoint_due = state.step % config.checkpoint_every == 0 and not last
             if state.step % config.log_every == 0 or checkpoint_due or last:
-                loss, norm = torch.stack(pending).double().mean(0).tolist()
+                loss, norm = mean_over_processes(torch.stack(pending).double().mean(0)).tolist()
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     _stop_diverged(state.step, config, checkpoint)
@@ -141,27 +150,48 @@ def fit(
     return validated
 
 
-def _step(model: nn.Module, loss: Tensor, optimizer: torch.optim.Optimizer, clip_norm: float) -> Tensor:
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; weight decay on matrices only."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+
+
+def training_step(
+    model: nn.Module, loss_at: Loss, step: int, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> Tensor:
+    """One step of the optimizer.
+
+    Returns:
+        This process's loss and the gradient norm, shape (2,).
+    """
+    losses = []
+    for number, part in enumerate(own_parts(config.accumulate), start=1):
+        with gradients_kept_local(model, number < config.accumulate):
+            loss = loss_at(model, step, part) / config.accumulate
+            loss.backward()
+        losses.append(loss.detach())
+    norm: Tensor = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return torch.stack((loss.detach(), norm))
+    return torch.stack((torch.stack(losses).sum(), norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
 
 @torch.no_grad()
 def _validated(model: nn.Module, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
     model.eval()
-    values = validate()
+    with torch.compiler.set_stance("force_eager"):  # its shapes differ, and are not worth a graph
+        values = validate()
     model.train()
     return values
 
 
-def _stop_out_of_memory(error: Exception, config: TrainConfig, device: torch.device) -> None:
+def _stop_out_of_memory(error: Exception, config: TrainConfig) -> None:
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         raise UserError(
-            f"a training step of {config.batch} rows does not fit into the memory of the {device.type}; lower "
-            "train.batch or train.length under a new name"
+            f"a training step of {config.batch} rows does not fit into the memory of the {training_device().type}; "
+            "raise train.accumulate, or lower train.batch or train.length, under a new name"
         ) from None
 
 

@@ -1,31 +1,93 @@
-"""Which vectors the rows of a supernet step run. Drawn from the seed and the step number, so that a resumed or
-distributed run draws the same."""
+"""What a supernet learns from a step: which texts run at which vectors, and the loss over them.
+
+Vectors are drawn from the seed and the step number, so that a resumed or distributed run draws the same. A new recipe
+is one function and one entry in `RECIPES`.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
+from torch import Tensor
 
 from nas.config import SupernetConfig
+from nas.errors import UserError
+from nas.quality import row_losses
 from nas.space import SearchSpace, Vector
+from nas.totals import Totals
+
+Plan = list[list[Vector]]  # for each text of a step, the vectors that it runs at: as many for each text
+Recipe = Callable[[SearchSpace, SupernetConfig, np.random.Generator], Plan]
+
+_totals = lru_cache(maxsize=8)(Totals)
 
 
-def mixed_vectors(space: SearchSpace, config: SupernetConfig, step: int) -> list[Vector]:
-    """One vector a row: shares of largest and smallest ones, and the rest drawn layer by layer.
-
-    Each drawn row first draws how much it favours each choice (uniform on the simplex), then its layers. Layers
-    drawn with equal odds would crowd around the middle total of groups; this spreads the totals.
-
-    Returns:
-        ``config.batch`` vectors.
-    """
-    rng = np.random.default_rng([config.seed, step, 1])
+def mixed(space: SearchSpace, config: SupernetConfig, rng: np.random.Generator) -> Plan:
+    """Every row has a text and a vector of its own: largest and smallest by their shares, the others stratified."""
     largest = int(config.largest_share * config.batch + rng.random())  # rounds up as often as the fraction says
     smallest = int(config.smallest_share * config.batch + rng.random())
-    rows = [space.largest] * largest + [space.smallest] * smallest
-    while len(rows) < config.batch:
-        weights = rng.dirichlet(np.ones(max(len(allowed) for allowed in space.choices)))
-        rows.append(tuple(_draw(rng, allowed, weights) for allowed in space.choices))
-    return rows[: config.batch]
+    ends = ([space.largest] * largest + [space.smallest] * smallest)[: config.batch]
+    return [[vector] for vector in ends + _totals(space.choices).draw_stratified(config.batch - len(ends), rng)]
 
 
-def _draw(rng: np.random.Generator, allowed: Vector, weights: np.ndarray) -> int:
-    odds = weights[: len(allowed)] / weights[: len(allowed)].sum()
-    return allowed[int(rng.choice(len(allowed), p=odds))]
+def sandwich(space: SearchSpace, config: SupernetConfig, rng: np.random.Generator) -> Plan:
+    """Each text runs at the largest and the smallest vector and at stratified ones between them."""
+    texts, free = config.batch // config.vectors_per_text, config.vectors_per_text - 2
+    drawn = _totals(space.choices).draw_stratified(texts * free, rng)
+    return [[space.largest, space.smallest, *drawn[text::texts]] for text in range(texts)]
+
+
+RECIPES: dict[str, Recipe] = {"mixed": mixed, "sandwich": sandwich}
+
+
+def check_recipe(config: SupernetConfig) -> None:
+    """Refuses a recipe whose numbers do not go together.
+
+    Raises:
+        UserError: It is unknown, the shares exceed 1, or sandwiches do not fill the batch.
+    """
+    if config.recipe not in RECIPES:
+        raise UserError(f"train.recipe is '{config.recipe}'; use {', '.join(RECIPES)}")
+    if config.largest_share + config.smallest_share > 1:
+        raise UserError(
+            f"train.largest_share {config.largest_share} and train.smallest_share {config.smallest_share} are more "
+            "than all rows together; lower one"
+        )
+    if config.recipe == "sandwich" and (config.vectors_per_text < 2 or config.batch % config.vectors_per_text):
+        raise UserError(
+            f"train.vectors_per_text is {config.vectors_per_text} but must be 2 or more and divide train.batch, "
+            f"{config.batch}; change one"
+        )
+
+
+def step_plan(space: SearchSpace, config: SupernetConfig, step: int) -> Plan:
+    """The texts and vectors of a step, by its number."""
+    if step < config.largest_first * config.steps:
+        return [[space.largest]] * config.batch
+    return RECIPES[config.recipe](space, config, np.random.default_rng([config.seed, step, 1]))
+
+
+def distilled_loss(
+    logits_BTV: Tensor, targets_BT: Tensor, vectors_per_text: int, weight: float, temperature: float
+) -> Tensor:
+    """Mean loss over rows: cross-entropy for the first vector of a text; the others also follow the first's logits.
+
+    Args:
+        logits_BTV: Logits; the rows of a text lie side by side.
+        targets_BT: The right tokens.
+        vectors_per_text: Rows of one text.
+        weight: Share of the others' loss that is the divergence from the first's distribution, which is held fixed.
+        temperature: Both sides' logits are divided by it, the divergence multiplied by its square.
+
+    Returns:
+        Nats a token, scalar.
+    """
+    entropy_NK = row_losses(logits_BTV, targets_BT).view(-1, vectors_per_text)  # N texts × K vectors
+    if vectors_per_text == 1 or weight == 0:
+        return entropy_NK.mean()
+    log_NKTV = (logits_BTV.float() / temperature).log_softmax(-1).unflatten(0, entropy_NK.shape)
+    teacher_N1TV = log_NKTV[:, :1].detach()
+    divergence_NK = (teacher_N1TV.exp() * (teacher_N1TV - log_NKTV[:, 1:])).sum(-1).mean(-1) * temperature**2
+    others = (1 - weight) * entropy_NK[:, 1:].sum() + weight * divergence_NK.sum()
+    total: Tensor = entropy_NK[:, 0].sum() + others
+    return total / entropy_NK.numel()

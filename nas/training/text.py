@@ -1,18 +1,22 @@
-"""What a training step computes on windows of text, for any model that maps tokens to logits."""
+"""What a training step computes on windows of text, for a plain model and for a supernet."""
 
-from collections.abc import Callable
+import itertools
 
 import psutil
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from nas.config import TrainConfig
+from nas.config import SupernetConfig, TrainConfig
 from nas.data import training_batch
 from nas.data.tokens import Tokens
+from nas.distributed import SIZE
 from nas.errors import UserError
 from nas.quality import row_losses
-from nas.space import ModelShape, Vector
-from nas.training.loop import autocast, training_device
+from nas.space import ModelShape, SearchSpace, Vector
+from nas.training.loop import Loss, autocast
+from nas.training.parallel import training_device
+from nas.training.parts import Part
+from nas.training.recipes import distilled_loss, step_plan
 
 
 def window_length(options: TrainConfig, context: int) -> int:
@@ -29,7 +33,7 @@ def window_length(options: TrainConfig, context: int) -> int:
 def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vector) -> None:
     """Refuses a training that cannot fit into this machine, counting only what is certain.
 
-    That is 16 bytes a parameter (fp32 weight, gradient and AdamW's two moments) and the fp32 logits of one step.
+    That is 16 bytes a parameter (fp32 weight, gradient and AdamW's two moments) and the fp32 logits of one pass.
 
     Args:
         what: What is trained, for the sentence.
@@ -43,31 +47,52 @@ def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vec
     length, device = window_length(options, shape.max_position_embeddings), training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    state, logits = 16 * shape.parameters(vector), 4 * options.batch * length * shape.vocab_size
+    rows = max(1, options.batch // (options.accumulate * SIZE))
+    state, logits = 16 * shape.parameters(vector), 4 * rows * length * shape.vocab_size
+    if options.parallel == "fsdp":
+        state //= SIZE
     if state + logits > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
-            f"{logits / 2**30:.1f} for the logits of {options.batch} rows, but the {device.type} has "
+            f"{logits / 2**30:.1f} for the logits of {rows} rows, but the {device.type} has "
             f"{total / 2**30:.1f}; lower train.batch or train.length, or take a smaller space or a larger machine"
         )
 
 
-def text_loss(
-    logits_of: Callable[[Tensor, int], Tensor], tokens: Tokens, options: TrainConfig, length: int, device: torch.device
-) -> Callable[[int], Tensor]:
-    """The loss of a step by its number, as `fit` wants it.
+def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
+    """The loss of a step of a plain model, as `fit` wants it.
 
     Args:
-        logits_of: Maps token ids (rows, T) and the step to logits (rows, T, V).
         tokens: The training text.
         options: Rows, seed and precision.
         length: Tokens of a window, T.
-        device: Where the model is.
     """
+    losses = torch.compile(row_losses) if options.compile else row_losses
 
-    def loss_at(step: int) -> Tensor:
-        batch = training_batch(tokens, options.seed, step, options.batch, length).to(device, non_blocking=True)
+    def loss_at(model: nn.Module, step: int, part: Part) -> Tensor:
+        device = next(model.parameters()).device
+        windows = training_batch(tokens, options.seed, step, options.batch, length, part.of(options.batch)).to(device)
         with autocast(options.precision, device):
-            return row_losses(logits_of(batch[:, :-1], step), batch[:, 1:]).mean()
+            return losses(model(windows[:, :-1]), windows[:, 1:]).mean()
+
+    return loss_at
+
+
+def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
+    """The loss of a step of a supernet by its recipe; arguments as `text_loss`."""
+    losses = torch.compile(distilled_loss) if options.compile else distilled_loss
+
+    def loss_at(model: nn.Module, step: int, part: Part) -> Tensor:
+        plan = step_plan(space, options, step)
+        own, vectors_per_text = part.of(len(plan)), len(plan[0])
+        device = next(model.parameters()).device
+        windows = training_batch(tokens, options.seed, step, len(plan), length, own).to(device)
+        rows = windows.repeat_interleave(vectors_per_text, dim=0)
+        choices_BL = space.choice_indices(itertools.chain.from_iterable(plan[own]))
+        with autocast(options.precision, device):
+            logits = model(rows[:, :-1], torch.tensor(choices_BL, device=device))
+            return losses(
+                logits, rows[:, 1:], vectors_per_text, options.distillation_weight, options.distillation_temperature
+            )
 
     return loss_at

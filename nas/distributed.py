@@ -1,0 +1,44 @@
+"""Several processes that train one model: who is who under torchrun, and the little that they say to each other.
+
+Only the first process (rank 0) writes files and speaks; the others compute. Without torchrun there is one process, and
+everything here does nothing.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+RANK, LOCAL_RANK, SIZE = (
+    int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
+)
+IS_MAIN = RANK == 0
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that torchrun started, for as long as the block runs."""
+    if SIZE == 1:
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    if torch.cuda.is_available():
+        torch.cuda.set_device(LOCAL_RANK)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(value: Any) -> Any:
+    """The first process's ``value``, in every process; a point where all wait for each other."""
+    if SIZE == 1:
+        return value
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]

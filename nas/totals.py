@@ -1,0 +1,62 @@
+"""Vectors by their total of groups: how many there are of each total, and uniform draws among them.
+
+Layers drawn with equal odds crowd around the middle total; drawing the total first spreads vectors over the whole
+range from the smallest to the largest.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.space import Vector
+
+
+class Totals:
+    """The vectors of a space, sorted by their total.
+
+    Args:
+        choices: The allowed groups of every layer.
+
+    Attributes:
+        reachable: Ascending totals that some vector has.
+    """
+
+    def __init__(self, choices: Sequence[Vector]) -> None:
+        self._choices = choices
+        top = sum(map(max, choices))
+        # ways[l][t]: in how many ways layers l, l + 1, … add up to t; floats, as 3^32 and more are odds to us
+        self._ways = [np.zeros(top + 1) for _ in range(len(choices) + 1)]
+        self._ways[-1][0] = 1
+        for layer in reversed(range(len(choices))):
+            for groups in choices[layer]:
+                self._ways[layer][groups:] += self._ways[layer + 1][: top + 1 - groups]
+        self.reachable = np.flatnonzero(self._ways[0])
+
+    def count(self, total: int) -> float:
+        """How many vectors have this total."""
+        return float(self._ways[0][total])
+
+    def draw(self, totals: npt.ArrayLike, rng: np.random.Generator) -> list[Vector]:
+        """One vector for each entry of ``totals``, uniform among the vectors of that total.
+
+        Args:
+            totals: Reachable totals, shape (n,).
+            rng: The source of randomness.
+        """
+        left = np.array(totals)
+        columns = []
+        for layer, allowed in enumerate(self._choices):
+            groups = np.array(allowed)
+            rest = left[:, None] - groups  # (n, choices)
+            ways = np.where(rest >= 0, self._ways[layer + 1][np.maximum(rest, 0)], 0.0)
+            odds = np.cumsum(ways, axis=1) / ways.sum(axis=1, keepdims=True)
+            picked = groups[(rng.random((len(left), 1)) >= odds).sum(axis=1).clip(max=len(groups) - 1)]
+            left = left - picked
+            columns.append(picked.tolist())
+        return list(zip(*columns, strict=True))
+
+    def draw_stratified(self, vectors: int, rng: np.random.Generator) -> list[Vector]:
+        """Vectors whose totals lie one in each of ``vectors`` equal stretches of the range."""
+        places = (np.arange(vectors) + rng.random(vectors)) / max(vectors, 1) * len(self.reachable)
+        return self.draw(self.reachable[places.astype(int)], rng)

@@ -1,0 +1,97 @@
+"""A model made ready for training: on its device, compiled, shared out over processes; and its whole state again.
+
+The state that is saved is that of the whole model in plain tensors, whatever the number of processes and however the
+model lay on them, so that any number of processes can go on from it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from nas.config import TrainConfig
+from nas.distributed import SIZE
+from nas.model.decoder import Layer
+
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def training_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Moves ``model`` to its device and returns what a training step calls: the model, or a wrapper that shares it out.
+
+    Layers are compiled one by one: all of one shape share a graph, which compiles in a fraction of the time of a whole
+    model.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    for layer in layers:
+        if config.recompute:
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if config.compile:
+            layer.compile(fullgraph=True)
+    if SIZE > 1 and config.parallel == "fsdp":
+        for layer in layers:
+            fully_shard(layer)
+        fully_shard(model)
+        return model
+    model.to(training_device())
+    return DistributedDataParallel(model, broadcast_buffers=False) if SIZE > 1 else model
+
+
+@contextmanager
+def gradients_kept_local(model: nn.Module, local: bool) -> Iterator[None]:
+    """While the block runs, backward passes add up gradients without telling the other processes, if ``local``."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not local)
+    if local and isinstance(model, DistributedDataParallel):
+        with model.no_sync():
+            yield
+    else:
+        yield
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    """The mean of each process's ``values``."""
+    if SIZE > 1:
+        dist.all_reduce(values)
+    return values / SIZE
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the whole model on the CPU in the first process, nothing in the others; all must call it."""
+    return get_model_state_dict(model, options=_WHOLE)  # type: ignore[return-value]
+
+
+def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """As `whole_state`, for the optimizer."""
+    return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+
+
+def load_whole_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], optimizer_state: dict[str, Any]
+) -> None:
+    """Restores what `whole_state` and `whole_optimizer_state` gave; every process passes the same."""
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=state,
+        optim_state_dict=optimizer_state,
+        options=StateDictOptions(full_state_dict=True),
+    )

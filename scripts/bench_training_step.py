@@ -1,0 +1,94 @@
+"""What a supernet's training step costs beside a plain step of the plain model of the same size.
+
+Steps are interleaved, so that a slow moment of the machine meets all kinds alike; the figures are ratios of medians.
+On a CPU the space is tiny, in fp32; on a GPU it is small, compiled, in bf16. The last line of stdout is JSON.
+
+python scripts/bench_training_step.py [ROUNDS]
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from torch import nn
+
+from nas.config import SupernetConfig, TrainConfig
+from nas.hardware import cpu_name
+from nas.model import Decoder, Supernet
+from nas.model.sharing import SHARING_RULES
+from nas.space import load_space
+from nas.training import supernet_loss, text_loss, training_device
+from nas.training.loop import Loss, make_optimizer, training_step
+from nas.training.parallel import make_ready
+
+ON_GPU = training_device().type == "cuda"
+SPACE = load_space("small" if ON_GPU else "tiny")
+ROWS = 16 if ON_GPU else 8
+WARM_UP = 5
+
+
+def main(rounds: int) -> None:
+    """Times the steps and prints the ratios."""
+    torch.manual_seed(0)
+    length = SPACE.shape.max_position_embeddings
+    tokens = np.random.default_rng(0).integers(0, SPACE.shape.vocab_size, 1_000_000).astype(np.uint32)
+
+    def plain() -> Callable[[int], None]:
+        options = TrainConfig(batch=ROWS, compile=ON_GPU)
+        model = Decoder(SPACE.shape, SPACE.largest)
+        model.initialise(torch.Generator().manual_seed(0))
+        return stepper(model, text_loss(tokens, options, length), options)
+
+    def supernet(sharing: str, recipe: str = "mixed") -> Callable[[int], None]:
+        options = SupernetConfig(batch=ROWS, compile=ON_GPU, sharing=sharing, recipe=recipe)
+        model = Supernet(SPACE, sharing)
+        model.decoder.initialise(torch.Generator().manual_seed(0))
+        return stepper(model, supernet_loss(SPACE, tokens, options, length), options)
+
+    def stepper(model: nn.Module, loss_at: Loss, options: TrainConfig) -> Callable[[int], None]:
+        ready = make_ready(model, options)
+        optimizer = make_optimizer(model, options)
+
+        def step(number: int) -> None:
+            training_step(ready, loss_at, number, optimizer, options)
+            if ON_GPU:
+                torch.cuda.synchronize()
+
+        return step
+
+    kinds = {"plain": plain(), "sandwich": supernet("sliced", "sandwich")}
+    kinds |= {f"mixed {rule}": supernet(rule) for rule in SHARING_RULES}
+    seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
+    for number in range(rounds + WARM_UP):
+        for kind, step in kinds.items():
+            begin = time.perf_counter()
+            step(number)
+            if number >= WARM_UP:
+                seconds[kind].append(time.perf_counter() - begin)
+    medians = {kind: statistics.median(times) for kind, times in seconds.items()}
+    for kind, median in medians.items():
+        print(f"{kind:15s} {1e3 * median:8.2f} ms  {median / medians['plain']:.3f} × plain")
+    facts = {
+        "mixed_over_plain": round(medians["mixed sliced"] / medians["plain"], 4),
+        "sandwich_over_plain": round(medians["sandwich"] / medians["plain"], 4),
+        "pooled_over_plain": round(medians["mixed pooled"] / medians["plain"], 4),
+        "separate_over_plain": round(medians["mixed separate"] / medians["plain"], 4),
+        "device": torch.cuda.get_device_name() if ON_GPU else cpu_name(),
+        "space": SPACE.name,
+        "rows": ROWS,
+        "rounds": rounds,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    print(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
