@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from nas import __version__
 from nas.config import STAGES, register, to_stage
 from nas.console import complain
-from nas.distributed import SIZE, agree, process_group
+from nas.distributed import SIZE, agree, leave, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes
 from nas.resources import shipped
 
@@ -61,7 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in STAGES:
         complain(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
-    return _guarded(arguments[0], _expand_budget(arguments[1:]))
+    code = _guarded(arguments[0], _expand_budget(arguments[1:]))
+    return code if SIZE == 1 else leave(code)
 
 
 def _guarded(stage: str, overrides: list[str]) -> int:

@@ -689,7 +689,7 @@ def test_a_gpu_without_enough_memory_is_named_together_with_its_mend(
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("nas.training.text.row_losses", fail)
+    monkeypatch.setattr("nas.training.text.distilled_loss", fail)
     refused(["train", *DEFAULTS["train"]], ["4 rows", "memory", "lower train.batch"])
 
 

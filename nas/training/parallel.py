@@ -4,6 +4,7 @@ The state that is saved is that of the whole model in plain tensors, whatever th
 model lay on them, so that any number of processes can go on from it.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -52,7 +53,11 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
         fully_shard(model)
         return model
     model.to(training_device())
-    return DistributedDataParallel(model, broadcast_buffers=False) if SIZE > 1 else model
+    if SIZE == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the name that replaces this one is not in every PyTorch yet
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 @contextmanager
