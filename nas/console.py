@@ -38,8 +38,8 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(title: str, total: float, completed: float = 0) -> Iterator[Bar]:
-    """A bar with the time left; invisible when stderr is not a terminal."""
+def progress_bar(title: str, total: float | None, completed: float = 0) -> Iterator[Bar]:
+    """A bar with the time left, unless the total is unknown; invisible when stderr is not a terminal."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -9,7 +9,9 @@ import random
 import shutil
 import string
 import sysconfig
+import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -315,6 +317,41 @@ def test_tokens_are_read_where_they_lie_on_disk(tmp_path: Path) -> None:
     data = prepare_tokens(numbered(write_documents(60)), None, VOCABULARY, tmp_path)
     assert isinstance(data.train, np.memmap)
     assert isinstance(data.validation, np.memmap)
+
+
+def test_a_corpus_is_never_in_memory_as_a_whole(
+    tokenizer_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stream(ListCorpus):
+        def documents(self) -> Iterator[Document]:
+            rng = random.Random(0)
+            for number in range(120):
+                yield Document(str(number), "".join(rng.choices(string.ascii_letters, k=50_000)))
+
+    monkeypatch.setattr("nas.data.tokens._BATCH", 200_000)
+    tracemalloc.start()
+    data = prepare_tokens(Stream(()), str(tokenizer_file), VOCABULARY, tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(data.train) + len(data.validation) > 4_500_000
+    assert peak < 9_000_000  # of 6 MB of text and 18 MB of tokens, the pieces under way
+
+
+def test_processes_that_want_the_same_tokens_make_them_once(tokenizer_file: Path, tmp_path: Path) -> None:
+    reads = []
+
+    class Counted(ListCorpus):
+        def documents(self) -> Iterator[Document]:
+            reads.append(self)
+            return super().documents()
+
+    corpus = Counted(numbered(write_documents(60)).keyed)
+    with ThreadPoolExecutor(4) as pool:
+        digests = list(
+            pool.map(lambda _: prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path).digest, range(4))
+        )
+    assert len(set(digests)) == 1
+    assert len(reads) == 1
 
 
 def test_changed_text_gives_other_tokens_and_another_digest(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Token ids of a corpus: split, tokenised once, kept on disk and memory-mapped from there.
+"""Token ids of a corpus: read as a stream, split, tokenised once, kept on disk and memory-mapped from there.
+
+Neither the text nor its tokens are ever in memory as a whole, so a corpus may be larger than memory.
 
 The cache folder's name is a hash of the text and of the tokenizer, so a changed corpus is never mistaken for the old
 one. Documents go to training or validation by a hash of their key: the split is the same on every machine.
@@ -7,23 +9,27 @@ one. Documents go to training or validation by a hash of their key: the split is
 import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Self
 
+import filelock
 import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from nas.console import say
-from nas.data.corpora import Corpus, Document
+from nas.console import progress_bar, say
+from nas.data.corpora import Corpus
 from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
 from nas.files import file_hash, read_json, value_hash, write_atomically, write_json
 
 _ONE_IN = 20  # documents that go to validation
 _FEW = 2 * _ONE_IN  # with fewer documents, each gives its tail to validation instead
-_PIECE = 100_000  # characters that are tokenised at once: long documents in parallel, and in little memory
+_PIECE = 100_000  # characters that are tokenised as one: long documents on all cores
+_BATCH = 4_000_000  # characters that are in memory at once, and the rest of the last document
+_MARK = "meta.json"  # written last
 
 Tokens = npt.NDArray[np.uint32]
 
@@ -65,62 +71,133 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
         )
     recipe = [corpus.fingerprint(), given.to_str() if given else f"bpe {vocab_size}", _ONE_IN]
     folder = cache / f"tokens-{value_hash(recipe)}"
-    if not (folder / "meta.json").is_file():
-        _tokenise(corpus, given, vocab_size, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
+        if not (folder / _MARK).is_file():
+            _tokenise(corpus, given, vocab_size, folder)
     try:
         return TokenData(
             train=np.load(folder / "train.npy", mmap_mode="r"),
             validation=np.load(folder / "validation.npy", mmap_mode="r"),
             tokenizer=folder / "tokenizer.json",
-            digest=read_json(folder / "meta.json")["digest"],
+            digest=read_json(folder / _MARK)["digest"],
         )
     except (ValueError, EOFError, KeyError, FileNotFoundError) as error:
         raise UserError(f"the tokens in {folder} are corrupt ({error}); remove that folder") from None
 
 
 def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: Path) -> None:
+    """Reads the corpus as a stream, at most twice: its head for the tokenizer, all of it for the tokens."""
     say(f"Tokenising {type(corpus).__name__} into {folder}")
-    documents = list(corpus.documents())  # read once: a streamed corpus is downloaded
-    if not any(document.text.strip() for document in documents):
-        raise UserError(f"{corpus} holds no text; check data.*")
-    model = given or train_tokenizer(_split(documents, "train"), vocab_size)
+    model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
     tokenizer_file = folder / "tokenizer.json"
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
-    digest = hashlib.sha256(file_hash(tokenizer_file).encode())
-    for name in ("train", "validation"):
-        tokens = _encode(model, _split(documents, name))
-        if len(tokens) < 2:
-            raise UserError(f"the corpus leaves no text for {name}; give more text")
-        write_atomically(folder / f"{name}.npy", partial(_save, tokens))
-        digest.update(file_hash(folder / f"{name}.npy").encode())
-    write_json(folder / "meta.json", {"digest": digest.hexdigest()})
+    files = [folder / "train.npy", folder / "validation.npy"]
+    with ExitStack() as stack:
+        rows = [stack.enter_context(_GrowingRow(file)) for file in files]
+        bar = stack.enter_context(progress_bar("Tokenising (MB of text)", None))
+        characters = 0
+        for batch in _batches(_splits(corpus)):
+            for row, texts in zip(rows, zip(*batch, strict=True), strict=True):
+                row.append(_encode(model, texts))
+            characters += sum(len(text) for texts in batch for text in texts)
+            bar.update(characters / 1e6)
+    for file, row in zip(files, rows, strict=True):
+        if row.count < 2:
+            raise UserError(f"the corpus leaves no text for {file.stem}; give more text")
+    digest = hashlib.sha256("".join(map(file_hash, [tokenizer_file, *files])).encode())
+    write_json(folder / _MARK, {"digest": digest.hexdigest()})
 
 
-def _split(documents: Sequence[Document], name: str) -> Iterator[str]:
-    """The texts of one split: whole documents by key, or of few documents the last 1 / _ONE_IN of each."""
-    few = len(documents) < _FEW
-    for key, text in documents:
-        if few:
+def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
+    """For each document what goes to training and what to validation.
+
+    All of it to one, by its key; or of few documents the last 1 / _ONE_IN of each. Documents of nothing but white
+    space are left out.
+
+    Raises:
+        UserError: None is left.
+    """
+    documents = (document for document in corpus.documents() if document.text.strip())
+    first = list(itertools.islice(documents, _FEW))
+    if not first:
+        raise UserError(f"{corpus} holds no text; check data.*")
+    for key, text in itertools.chain(first, documents):
+        if len(first) < _FEW:
             cut = len(text) - len(text) // _ONE_IN
-            yield text[:cut] if name == "train" else text[cut:]
-        elif (int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % _ONE_IN == 0) == (name == "validation"):
-            yield text
+        else:
+            cut = 0 if int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % _ONE_IN == 0 else len(text)
+        yield text[:cut], text[cut:]
 
 
-def _encode(tokenizer: Tokenizer, texts: Iterator[str]) -> Tokens:
-    """Token ids of all texts, each closed by the tokenizer's end of text (if it has one)."""
+def _batches(splits: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Documents that are tokenised together, on all cores, in little memory."""
+    batch: list[tuple[str, str]] = []
+    characters = 0
+    for split in splits:
+        batch.append(split)
+        characters += sum(map(len, split))
+        if characters >= _BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
+    """Token ids of all texts that are not empty, each closed by the tokenizer's end of text (if it has one)."""
     end = end_of_text_id(tokenizer)
     closing = np.array([] if end is None else [end], dtype=np.uint32)
+    documents = [[text[at : at + _PIECE] for at in range(0, len(text), _PIECE)] for text in texts if text]
+    encodings = iter(tokenizer.encode_batch_fast(list(itertools.chain(*documents)), add_special_tokens=False))
     chunks = [np.empty(0, np.uint32)]
-    while batch := list(itertools.islice(texts, 64)):
-        pieces = [[text[at : at + _PIECE] for at in range(0, len(text), _PIECE)] for text in batch]
-        encodings = iter(tokenizer.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False))
-        for document in pieces:
-            chunks += [np.array(next(encodings).ids, dtype=np.uint32) for _ in document]
-            chunks.append(closing)
+    for pieces in documents:
+        chunks += [np.array(next(encodings).ids, dtype=np.uint32) for _ in pieces]
+        chunks.append(closing)
     return np.concatenate(chunks)
 
 
-def _save(tokens: Tokens, path: Path) -> None:
-    with path.open("wb") as stream:
-        np.save(stream, tokens)
+class _GrowingRow:
+    """A .npy file of one row of tokens that is written piece by piece, never held in memory.
+
+    It lies beside its name until it is whole. Its header is written again at the end, into the room that NumPy leaves
+    for a first axis that grows.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.count = 0
+        self._path, self._temporary = path, path.with_name(f".{path.name}")
+
+    def __enter__(self) -> Self:
+        self._stream = self._temporary.open("wb")
+        self._write_header()
+        return self
+
+    def append(self, tokens: Tokens) -> None:
+        """Adds tokens at the end.
+
+        Raises:
+            OSError: The disk is full; it names the file.
+        """
+        try:
+            self._stream.write(tokens.tobytes())
+            self._stream.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from error
+        self.count += len(tokens)
+
+    def _write_header(self) -> None:
+        facts = {"descr": np.dtype(np.uint32).str, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self._stream, facts)
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        try:
+            if not failed:
+                self._stream.seek(0)
+                self._write_header()
+        finally:
+            self._stream.close()
+        if failed:
+            self._temporary.unlink()
+        else:
+            self._temporary.replace(self._path)
