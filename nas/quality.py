@@ -1,7 +1,7 @@
 """The loss of vectors on a fixed set of validation windows, remembered on disk by vector."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nas.console import progress_bar
 from nas.errors import UserError
 from nas.model import Supernet
 from nas.space import Vector, format_vector, parse_vector
@@ -16,30 +17,51 @@ from nas.space import Vector, format_vector, parse_vector
 _TOKENS = 8192  # in one forward pass; their logits are what takes memory
 
 
+def row_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean loss of each row in nats a token, shape (B,)."""
+    losses = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+    return losses.view(targets_BT.shape).mean(1)
+
+
 @torch.no_grad()
 def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
-    """Mean loss in nats a token.
+    """Mean loss of a model in nats a token.
 
     Args:
         logits_of: Maps token ids (rows, T) to logits (rows, T, V).
         windows_NT: Token ids, T + 1 a window: inputs and the targets one to the right.
     """
-    total = 0.0
-    for rows in windows_NT.split(max(1, _TOKENS // windows_NT.shape[1])):
-        total += row_losses(logits_of(rows[:, :-1]), rows[:, 1:]).double().sum().item()
-    return total / len(windows_NT)
+    rows = _rows_at_once(windows_NT)
+    losses = [row_losses(logits_of(windows[:, :-1]), windows[:, 1:]) for windows in windows_NT.split(rows)]
+    return float(torch.cat(losses).double().mean())
 
 
-def vector_loss(supernet: Supernet, vector: Vector, windows_NT: Tensor) -> float:
-    """`mean_loss` of a supernet at one vector."""
-    choices_1L = supernet.choice_indices([vector])
-    return mean_loss(lambda tokens: supernet(tokens, choices_1L.expand(len(tokens), -1)), windows_NT)
+@torch.no_grad()
+def vector_losses(supernet: Supernet, vectors: Sequence[Vector], windows_NT: Tensor) -> list[float]:
+    """`mean_loss` of a supernet at each of some vectors, in passes of many vectors that share their first layers.
+
+    Every pass takes as many vectors as fit, and only then several windows, for vectors share work and windows do not.
+    """
+    losses: dict[Vector, float] = {}
+    for some in _passes(vectors, windows_NT):
+        rows = max(1, _rows_at_once(windows_NT) // len(some))
+        parts = []
+        for windows in windows_NT.split(rows):
+            logits_VNTW = supernet.shared_forward(windows[:, :-1], some)
+            targets = windows[:, 1:].repeat(len(some), 1)
+            parts.append(row_losses(logits_VNTW.flatten(0, 1), targets).view(len(some), -1))
+        losses |= zip(some, torch.cat(parts, dim=1).double().mean(1).tolist(), strict=True)
+    return [losses[vector] for vector in vectors]
 
 
-def row_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean loss of each row in nats a token, shape (B,)."""
-    losses = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
-    return losses.view(targets_BT.shape).mean(1)
+def _rows_at_once(windows_NT: Tensor) -> int:
+    return max(1, _TOKENS // windows_NT.shape[1])
+
+
+def _passes(vectors: Sequence[Vector], windows_NT: Tensor) -> Iterator[list[Vector]]:
+    """The distinct vectors in lexicographic order, as many at a time as go through the model together."""
+    ordered, most = sorted(set(vectors)), _rows_at_once(windows_NT)
+    return (ordered[at : at + most] for at in range(0, len(ordered), most))
 
 
 class InheritedLoss:
@@ -64,8 +86,24 @@ class InheritedLoss:
     def __call__(self, vector: Vector) -> float:
         """Loss in nats a token."""
         if vector not in self._known:
-            self._known[vector] = vector_loss(self.supernet, vector, self.windows)
-            self.memo.parent.mkdir(parents=True, exist_ok=True)
-            with self.memo.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps({"vector": format_vector(vector), "loss_nats": self._known[vector]}) + "\n")
+            self._evaluate([vector])
         return self._known[vector]
+
+    def of(self, vectors: Sequence[Vector]) -> list[float]:
+        """Losses of many vectors, far faster than one by one if they share their first layers."""
+        missing = [vector for vector in vectors if vector not in self._known]
+        with progress_bar("Evaluating vectors", len(set(missing))) as bar:
+            done = 0
+            for some in _passes(missing, self.windows):
+                self._evaluate(some)
+                done += len(some)
+                bar.update(done)
+        return [self._known[vector] for vector in vectors]
+
+    def _evaluate(self, vectors: list[Vector]) -> None:
+        losses = dict(zip(vectors, vector_losses(self.supernet, vectors, self.windows), strict=True))
+        self._known |= losses
+        self.memo.parent.mkdir(parents=True, exist_ok=True)
+        with self.memo.open("a", encoding="utf-8") as stream:
+            for vector, loss in losses.items():
+                stream.write(json.dumps({"vector": format_vector(vector), "loss_nats": loss}) + "\n")

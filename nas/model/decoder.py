@@ -234,12 +234,16 @@ class Decoder(nn.Module):
         Returns:
             Logits, BTV, or B1V with ``last_only``.
         """
-        end = start + tokens_BT.shape[1]
-        x_BTD = self.model.embed_tokens(tokens_BT)
-        rope = (self.rope_cos[start:end], self.rope_sin[start:end])
+        x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(start, start + tokens_BT.shape[1])
         for index, layer in enumerate(self.model.layers):
             selection = selections[index] if selections is not None else None
             x_BTD = layer(x_BTD, rope, selection, cache.layers[index] if cache else None, start)
-        if last_only:
-            x_BTD = x_BTD[:, -1:]
+        return self.logits(x_BTD[:, -1:] if last_only else x_BTD)
+
+    def rope(self, start: int, end: int) -> Rope:
+        """The rows of the rotary table for the positions from ``start`` up to ``end``."""
+        return self.rope_cos[start:end], self.rope_sin[start:end]
+
+    def logits(self, x_BTD: Tensor) -> Tensor:
+        """Logits BTV of what comes out of the last layer."""
         return self.lm_head(self.model.norm(x_BTD))  # type: ignore[no-any-return]

@@ -9,6 +9,8 @@ its choices, each smaller choice repeating its own; attention over repeated head
 import math
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -46,6 +48,25 @@ class Supernet(nn.Module):
         selections = [getattr(self, f"mixtures_{layer}")[choices_BL[:, layer]] for layer in layers]
         return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
+    def shared_forward(self, tokens_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
+        """Logits VNTW (W: vocabulary) of the same N texts at each of V vectors, in one pass.
+
+        Vectors with the same first layers share their computation: layer l runs once for every distinct beginning of
+        l + 1 entries. Of vectors that are neighbours in lexicographic order, most of the work is shared.
+        """
+        texts, decoder = len(tokens_NT), self.decoder
+        x_BTD, rope = decoder.model.embed_tokens(tokens_NT), decoder.rope(0, tokens_NT.shape[1])
+        beginning = np.zeros(len(vectors), dtype=int)  # number of each vector's beginning, among the distinct ones
+        for layer, choices in enumerate(np.array(self.space.choice_indices(vectors)).T):
+            options = len(self.space.choices[layer])
+            distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
+            x_PNTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options)
+            selection_PGS = getattr(self, f"mixtures_{layer}")[distinct % options]
+            x_BTD = decoder.model.layers[layer](
+                x_PNTD.flatten(0, 1), rope, selection_PGS.repeat_interleave(texts, dim=0)
+            )
+        return _picked(decoder.logits(x_BTD).unflatten(0, (-1, texts)), beginning)
+
     def choice_indices(self, vectors: Sequence[Vector]) -> Tensor:
         """Vectors as the (B, L) index tensor that `forward` takes; see `SearchSpace.choice_indices`."""
         return torch.tensor(self.space.choice_indices(vectors), device=self.decoder.rope_cos.device)
@@ -67,3 +88,8 @@ class Supernet(nn.Module):
                 state[name] = torch.einsum("gs,sdi->gdi", mixture, stored_SdD).flatten(0, 1)
         plain.load_state_dict(state)
         return plain
+
+
+def _picked(x: Tensor, index: npt.NDArray[np.intp]) -> Tensor:
+    """``x[index]``, without a copy where that is ``x``: logits are large."""
+    return x if np.array_equal(index, np.arange(len(x))) else x[index]

@@ -13,7 +13,7 @@ from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, agree
 from nas.model import Supernet
 from nas.model.checkpoint import save_supernet
-from nas.quality import vector_loss
+from nas.quality import vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace, load_space
 from nas.training import check_memory, fit, supernet_loss, training_device, whole_state, window_length
@@ -84,7 +84,7 @@ def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, p
         def validate() -> dict[str, float]:
             named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}
             with autocast(options.precision, device):
-                losses = {name: vector_loss(supernet, vector, windows) for name, vector in named.items()}
+                losses = dict(zip(named, vector_losses(supernet, list(named.values()), windows), strict=True))
             say("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
             return {f"{name}_loss_nats": loss for name, loss in losses.items()}
 

@@ -1,0 +1,75 @@
+"""The loss of vectors: together as alone, shared work done once, nothing evaluated twice."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nas import quality
+from nas.model import Supernet
+from nas.model.sharing import SHARING_RULES
+from nas.quality import InheritedLoss, mean_loss, vector_losses
+from nas.space import SearchSpace, Vector
+from tests.conftest import random_supernet
+
+WINDOWS = torch.randint(320, (5, 13), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module", params=sorted(SHARING_RULES))
+def supernet(request: pytest.FixtureRequest, micro: SearchSpace) -> Supernet:
+    """A random supernet of the micro space by each rule."""
+    return random_supernet(micro, sharing=request.param)
+
+
+@pytest.mark.parametrize(
+    "tokens", [1, 30, 70, 10_000]
+)  # in a pass: a window, two, a window of five vectors, everything
+def test_the_losses_of_many_vectors_are_those_of_their_extracted_models(
+    supernet: Supernet, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "_TOKENS", tokens)
+    vectors = list(itertools.product((1, 2, 4), repeat=3))[::-2]
+    alone = [mean_loss(supernet.extract(vector), WINDOWS) for vector in vectors]
+    assert vector_losses(supernet, vectors, WINDOWS) == pytest.approx(alone, abs=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(vectors=st.lists(st.tuples(*[st.sampled_from([1, 2, 4])] * 3), min_size=1, max_size=12))
+def test_losses_come_in_the_order_of_the_vectors_however_often_one_is_named(
+    micro: SearchSpace, vectors: list[Vector]
+) -> None:
+    supernet = random_supernet(micro, seed=1)
+    each = {vector: vector_losses(supernet, [vector], WINDOWS)[0] for vector in set(vectors)}
+    assert vector_losses(supernet, vectors, WINDOWS) == pytest.approx([each[vector] for vector in vectors], abs=1e-5)
+
+
+def test_vectors_that_begin_alike_share_those_layers(micro: SearchSpace) -> None:
+    supernet = random_supernet(micro)
+    rows: list[int] = []
+    for layer in supernet.decoder.model.layers:
+        layer.register_forward_pre_hook(lambda _, arguments: rows.append(len(arguments[0])))
+    vectors = [(1, 2, 4), (1, 2, 2), (1, 4, 4), (4, 1, 1)]
+    vector_losses(supernet, vectors, WINDOWS)
+    beginnings = [len({vector[: layer + 1] for vector in vectors}) for layer in range(3)]
+    assert rows == [count * len(WINDOWS) for count in beginnings]
+
+
+def test_a_loss_is_evaluated_once_and_remembered_on_disk(
+    micro: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    supernet, memo = random_supernet(micro), tmp_path / "cache" / "losses.jsonl"
+    first = InheritedLoss(supernet, WINDOWS, memo)
+    losses = first.of([(1, 1, 1), (4, 4, 4), (1, 1, 1)])
+    assert losses[0] == losses[2] != losses[1]
+    later = InheritedLoss(supernet, WINDOWS, memo)
+    assert later((2, 2, 2)) == vector_losses(supernet, [(2, 2, 2)], WINDOWS)[0]
+    assert len(memo.read_text().splitlines()) == 3
+
+    def fail(*_: object) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(quality, "vector_losses", fail)
+    assert InheritedLoss(supernet, WINDOWS, memo).of([(1, 1, 1), (2, 2, 2)]) == [losses[0], later((2, 2, 2))]
