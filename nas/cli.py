@@ -36,6 +36,7 @@ _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
   nas report   run=runs/search/NAME                draw the figures of a search or of a sweep
   nas export   run=runs/search/NAME select=all     write model directories
   nas finetune checkpoint=DIR                      go on training an exported model
+  nas fidelity supernet=runs/train/NAME            train some vectors: does the supernet rank them rightly?
 
 nas <stage> --help lists the stage's keys; -m sweeps; --cfg job shows the config.
 torchrun --nproc-per-node 8 -m nas train … trains on many GPUs.

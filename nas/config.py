@@ -159,6 +159,39 @@ class Finetune(StageConfig):
     export: dict[str, Any] = MISSING
 
 
+@dataclass
+class FurtherConfig:
+    """More training of the extracted sub-networks, each on the same batches."""
+
+    steps: int | None = None  # null: a quarter of the supernet's
+    learning_rate: float | None = None  # null: a quarter of the supernet's
+    seed: int = 1000  # of the batches; not the supernet's
+
+
+@dataclass
+class AloneConfig:
+    """Models trained from the start without a supernet, by its configuration: a whole training for each seed."""
+
+    vectors: int = 8  # of those that are compared; 0: leave this part out
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of weights and batches
+    steps: int | None = None  # null: as many as the supernet's
+
+
+@dataclass
+class Fidelity(StageConfig):
+    """nas fidelity"""
+
+    supernet: str = MISSING
+    data: dict[str, Any] = MISSING  # the text that the supernet was trained on
+    vectors: int = 24
+    equal_total: int = 12  # of these, so many with the same total of groups
+    seed: int = 0  # which vectors
+    validation_windows: int = 256
+    checkpoint_every: int = 200
+    further: FurtherConfig = field(default_factory=FurtherConfig)
+    alone: AloneConfig = field(default_factory=AloneConfig)
+
+
 STAGES: dict[str, type[StageConfig]] = {
     "train": Train,
     "measure": Measure,
@@ -166,6 +199,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "report": Report,
     "export": Export,
     "finetune": Finetune,
+    "fidelity": Fidelity,
 }
 
 
@@ -203,7 +237,7 @@ _POSITIVE |= {
     "contexts",
     "prompts",
 }
-_NOT_NEGATIVE = {"check", "weight_decay"}
+_NOT_NEGATIVE = {"check", "weight_decay", "vectors", "equal_total", "seeds"}
 _SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}
 _NAMED = {
     "precision": ("auto", "fp32", "bf16"),
@@ -224,18 +258,22 @@ def validate(config: Any, prefix: str = "") -> None:
         if dataclasses.is_dataclass(value):
             validate(value, f"{key}.")
         elif item.name in _POSITIVE and value is not None:
-            if not all(number > 0 for number in (value if isinstance(value, list) else [value])) or value == []:
+            if not all(number > 0 for number in _as_list(value)) or value == []:
                 raise UserError(f"{key} is {value} but must be positive")
         elif item.name in _SHARES and not 0 <= value <= 1:
             raise UserError(f"{key} is {value} but must lie between 0 and 1")
         elif item.name in _NAMED and value not in _NAMED[item.name]:
             raise UserError(f"{key} is '{value}'; use {', '.join(_NAMED[item.name])}")
-        elif item.name in _NOT_NEGATIVE and value < 0:
+        elif item.name in _NOT_NEGATIVE and not all(number >= 0 for number in _as_list(value)):
             raise UserError(f"{key} is {value} but must be 0 or more")
         elif item.name == "seed" and not 0 <= value < 2**32:
             raise UserError(f"{key} is {value} but must lie between 0 and {2**32 - 1}")
         elif item.name == "name" and not value.strip("./ "):
             raise UserError(f"name is '{value}', which names no run directory; give another name=")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def build(spec: dict[str, Any], **more: Any) -> Any:

@@ -1,7 +1,7 @@
 """The loss of vectors on a fixed set of validation windows, remembered on disk by vector."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.console import progress_bar
-from nas.errors import UserError
 from nas.model import Supernet
-from nas.space import Vector, format_vector, parse_vector
+from nas.space import Vector, format_vector
 
 _TOKENS = 8192  # in one forward pass; their logits are what takes memory
 
@@ -64,46 +63,63 @@ def _passes(vectors: Sequence[Vector], windows_NT: Tensor) -> Iterator[list[Vect
     return (ordered[at : at + most] for at in range(0, len(ordered), most))
 
 
+class LossMemo:
+    """Losses (nats a token) by name, remembered in a file of JSON lines, of which a kill may cut the last one short."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._known: dict[str, float] = {}
+        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+            with suppress(ValueError, KeyError, TypeError):
+                entry = json.loads(line)
+                self._known[str(entry["name"])] = float(entry["loss_nats"])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
+    def __getitem__(self, name: str) -> float:
+        return self._known[name]
+
+    def add(self, losses: Mapping[str, float]) -> None:
+        """Remembers losses."""
+        self._known |= losses
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.writelines(json.dumps({"name": name, "loss_nats": loss}) + "\n" for name, loss in losses.items())
+
+
 class InheritedLoss:
     """Inherited loss of vectors: the supernet's, with no further training.
 
     Args:
         supernet: The supernet, on the device where it shall run.
         windows_NT: Validation windows, T + 1 tokens each.
-        memo: A file that remembers losses; it must belong to this supernet and these windows alone.
+        memo: Remembers losses by vector; it must belong to this supernet and these windows alone.
     """
 
-    def __init__(self, supernet: Supernet, windows_NT: Tensor, memo: Path) -> None:
+    def __init__(self, supernet: Supernet, windows_NT: Tensor, memo: LossMemo) -> None:
         self.supernet = supernet.eval()
         self.windows = windows_NT.to(supernet.decoder.rope_cos.device)
         self.memo = memo
-        self._known: dict[Vector, float] = {}
-        for line in memo.read_text(encoding="utf-8", errors="replace").splitlines() if memo.is_file() else []:
-            with suppress(ValueError, KeyError, TypeError, UserError):  # a line that a kill cut short
-                entry = json.loads(line)
-                self._known[parse_vector(entry["vector"])] = entry["loss_nats"]
 
     def __call__(self, vector: Vector) -> float:
         """Loss in nats a token."""
-        if vector not in self._known:
+        name = format_vector(vector)
+        if name not in self.memo:
             self._evaluate([vector])
-        return self._known[vector]
+        return self.memo[name]
 
     def of(self, vectors: Sequence[Vector]) -> list[float]:
         """Losses of many vectors, far faster than one by one if they share their first layers."""
-        missing = [vector for vector in vectors if vector not in self._known]
+        missing = [vector for vector in vectors if format_vector(vector) not in self.memo]
         with progress_bar("Evaluating vectors", len(set(missing))) as bar:
             done = 0
             for some in _passes(missing, self.windows):
                 self._evaluate(some)
                 done += len(some)
                 bar.update(done)
-        return [self._known[vector] for vector in vectors]
+        return [self.memo[format_vector(vector)] for vector in vectors]
 
     def _evaluate(self, vectors: list[Vector]) -> None:
-        losses = dict(zip(vectors, vector_losses(self.supernet, vectors, self.windows), strict=True))
-        self._known |= losses
-        self.memo.parent.mkdir(parents=True, exist_ok=True)
-        with self.memo.open("a", encoding="utf-8") as stream:
-            for vector, loss in losses.items():
-                stream.write(json.dumps({"vector": format_vector(vector), "loss_nats": loss}) + "\n")
+        losses = vector_losses(self.supernet, vectors, self.windows)
+        self.memo.add(dict(zip(map(format_vector, vectors), losses, strict=True)))

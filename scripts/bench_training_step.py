@@ -29,7 +29,7 @@ from nas.training.parallel import make_ready
 
 ON_GPU = training_device().type == "cuda"
 SPACE = load_space("small" if ON_GPU else "tiny")
-ROWS = 16 if ON_GPU else 8
+ROWS = 32 if ON_GPU else 8
 WARM_UP = 5
 
 

@@ -26,7 +26,7 @@ import torch
 import zstandard
 
 from nas.files import read_json
-from nas.quality import InheritedLoss
+from nas.quality import InheritedLoss, LossMemo
 from nas.space import SearchSpace, format_vector
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
 
@@ -37,6 +37,7 @@ DEFAULTS = {
     "train": ("space=micro.yaml", *TEXT, *TRAINING),
     "measure": ("space=micro.yaml", *TIMING),
     "search": ("space=micro.yaml", *TEXT, *FAST),
+    "fidelity": TEXT,
 }
 
 Refused = Callable[[Sequence[object], Sequence[str]], None]
@@ -160,6 +161,21 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("train train.precision=fp8", ["train.precision", "'fp8'", "bf16"]),
         ("train train.sharing=stolen", ["train.sharing", "'stolen'", "sliced"]),
         ("train train.batch=1000000000000", ["1000000000000 rows", "train.batch"]),
+        ("train train.recipe=secret", ["train.recipe", "'secret'", "mixed, sandwich"]),
+        ("train train.recipe=sandwich train.vectors_per_text=3", ["vectors_per_text is 3", "train.batch, 4"]),
+        (
+            "train train.largest_share=0.8 train.smallest_share=0.3",
+            ["largest_share 0.8", "smallest_share 0.3", "lower"],
+        ),
+        ("train train.largest_first=1.5", ["train.largest_first is 1.5", "between 0 and 1"]),
+        ("train train.distillation_temperature=0", ["train.distillation_temperature is 0", "positive"]),
+        ("train train.accumulate=3", ["4 texts", "3 passes", "train.accumulate"]),
+        ("train train.parallel=pipeline", ["train.parallel", "'pipeline'", "fsdp"]),
+        ("fidelity supernet=nowhere", ["nowhere", "finished run"]),
+        ("fidelity supernet=x vectors=1", ["vectors is 1", "two or more"]),
+        ("fidelity supernet=x alone.vectors=25", ["alone.vectors 25", "among the others"]),
+        ("fidelity supernet=x alone.seeds=[-1]", ["alone.seeds is [-1]", "0 or more"]),
+        ("fidelity supernet=x further.steps=0", ["further.steps is 0", "positive"]),
         ("train name=", ["name", "''"]),
         ("train name=..", ["name", "'..'"]),
         (f"train name={'n' * 300}", ["too long", "name="]),
@@ -371,6 +387,9 @@ def test_text_shorter_than_a_window_is_refused(refused: Refused, tmp_path: Path)
         ("search latency={measure} workload.batch=7", ["{measure}", "batch 7", "measure that"]),
         ("search supernet={train} space=other.yaml", ["{train}", "space", "give the same space="]),
         ("search supernet={train} data.path=other.txt", ["{train}", "data", "give the same data="]),
+        ("fidelity supernet={measure}", ["nas measure", "give a train run"]),
+        ("fidelity supernet={train} data=text data.path=other.txt", ["{train}", "another text", "the same data="]),
+        ("fidelity supernet={train} data=text data.path=text.txt vectors=28", ["vectors is 28", "27 vectors", "lower"]),
         ("search --budget 9 name=base", ["runs/search/base", "already finished", "name="]),
         ("finetune checkpoint={train}", ["{train}", "config.json", "nas export"]),
     ],
@@ -380,6 +399,7 @@ def test_a_run_that_does_not_fit_is_refused(
 ) -> None:
     (copy.path / "other.yaml").write_text(MICRO.replace("rms_norm_eps", "") + "rms_norm_eps: 0.001\n")
     (copy.path / "other.txt").write_text(2 * text_file.read_text())
+    shutil.copy(text_file, copy.path / "text.txt")
     refused(with_runs(command, copy), [with_runs(f"x {word}", copy)[1] if "{" in word else word for word in words])
 
 
@@ -470,8 +490,8 @@ def test_a_name_that_another_process_uses_is_refused(refused: Refused, tmp_path:
 
 def test_a_damaged_memory_of_losses_is_passed_over(micro: SearchSpace, tmp_path: Path) -> None:
     memo = tmp_path / "losses.jsonl"
-    memo.write_bytes(b'[1]\n{"vector": "x", "loss_nats": 1}\n\xff\n{"vector": "1-1-1", "loss_nats": 2.5}\n{"vec')
-    loss = InheritedLoss(random_supernet(micro), torch.zeros(1, 5, dtype=torch.int64), memo)
+    memo.write_bytes(b'[1]\n{"name": "1-1-1", "loss_nats": "x"}\n\xff\n{"name": "1-1-1", "loss_nats": 2.5}\n{"nam')
+    loss = InheritedLoss(random_supernet(micro), torch.zeros(1, 5, dtype=torch.int64), LossMemo(memo))
     assert loss((1, 1, 1)) == 2.5
 
 

@@ -19,7 +19,7 @@ from nas.run import FinishedRun
 from nas.search import COLUMNS
 from tests.conftest import Nas, Workspace
 
-NEEDED = {"report": ["run=x"], "export": ["run=x"], "finetune": ["checkpoint=x"]}
+NEEDED = {"report": ["run=x"], "export": ["run=x"], "finetune": ["checkpoint=x"], "fidelity": ["supernet=x"]}
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_every_config_composes_into_its_dataclass(stage: str, data: str, sampler: str) -> None:
     register()
     overrides = list(NEEDED.get(stage, []))
-    overrides += [f"data={data}"] if stage in ("train", "search", "finetune") else []
+    overrides += [f"data={data}"] if stage in ("train", "fidelity", "search", "finetune") else []
     overrides += ["data.path=x"] if data == "text" and len(overrides) > len(NEEDED.get(stage, [])) else []
     overrides += [f"sampler={sampler}"] if stage == "search" else []
     with initialize_config_dir(str(shipped("conf")), version_base="1.3"):

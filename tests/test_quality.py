@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nas import quality
 from nas.model import Supernet
 from nas.model.sharing import SHARING_RULES
-from nas.quality import InheritedLoss, mean_loss, vector_losses
+from nas.quality import InheritedLoss, LossMemo, mean_loss, vector_losses
 from nas.space import SearchSpace, Vector
 from tests.conftest import random_supernet
 
@@ -61,10 +61,10 @@ def test_a_loss_is_evaluated_once_and_remembered_on_disk(
     micro: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     supernet, memo = random_supernet(micro), tmp_path / "cache" / "losses.jsonl"
-    first = InheritedLoss(supernet, WINDOWS, memo)
+    first = InheritedLoss(supernet, WINDOWS, LossMemo(memo))
     losses = first.of([(1, 1, 1), (4, 4, 4), (1, 1, 1)])
     assert losses[0] == losses[2] != losses[1]
-    later = InheritedLoss(supernet, WINDOWS, memo)
+    later = InheritedLoss(supernet, WINDOWS, LossMemo(memo))
     assert later((2, 2, 2)) == vector_losses(supernet, [(2, 2, 2)], WINDOWS)[0]
     assert len(memo.read_text().splitlines()) == 3
 
@@ -72,4 +72,4 @@ def test_a_loss_is_evaluated_once_and_remembered_on_disk(
         raise AssertionError("evaluated again")
 
     monkeypatch.setattr(quality, "vector_losses", fail)
-    assert InheritedLoss(supernet, WINDOWS, memo).of([(1, 1, 1), (2, 2, 2)]) == [losses[0], later((2, 2, 2))]
+    assert InheritedLoss(supernet, WINDOWS, LossMemo(memo)).of([(1, 1, 1), (2, 2, 2)]) == [losses[0], later((2, 2, 2))]

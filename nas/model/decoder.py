@@ -107,8 +107,7 @@ class Attention(nn.Module):
         k_BGTd = self._heads(self.k_proj(x_BTD))
         v_BGTd = self._heads(self.v_proj(x_BTD))
         if selection_BGS is not None:
-            k_BGTd = torch.einsum("bgs,bstd->bgtd", selection_BGS.to(k_BGTd.dtype), k_BGTd)
-            v_BGTd = torch.einsum("bgs,bstd->bgtd", selection_BGS.to(v_BGTd.dtype), v_BGTd)
+            k_BGTd, v_BGTd = mix_heads(selection_BGS, k_BGTd), mix_heads(selection_BGS, v_BGTd)
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
         if cache is not None:
             end = start + x_BTD.shape[1]
@@ -122,6 +121,14 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+def mix_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
+    """Each row's own G mixtures of the S stored heads, BGTd."""
+    selection_BGS = selection_BGS.to(x_BSTd.dtype)
+    if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, a matrix product not
+        return (selection_BGS[..., None, None] * x_BSTd.unsqueeze(1)).sum(2)
+    return torch.einsum("bgs,bstd->bgtd", selection_BGS, x_BSTd)
 
 
 def attend_packed(q_BH1d: Tensor, k_BGCd: Tensor, v_BGCd: Tensor) -> Tensor:

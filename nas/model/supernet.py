@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nas.errors import UserError
 from nas.model.decoder import Decoder
 from nas.model.sharing import SHARING_RULES
-from nas.space import SearchSpace, Vector
+from nas.space import SearchSpace, Vector, format_vector
 
 
 class Supernet(nn.Module):
@@ -37,16 +37,21 @@ class Supernet(nn.Module):
             raise UserError(f"train.sharing is '{sharing}'; use {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
-        for layer, choices in enumerate(space.choices):
+        for choices in set(space.choices):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
-            self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
+            self.register_buffer(_buffer(choices), torch.stack(mixtures), persistent=False)  # (choices, G, S)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
         """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``."""
+        if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
+            return self.decoder(tokens_BT, self._mixtures(0)[choices_BL].unbind(1))  # type: ignore[no-any-return]
         layers = range(len(self.space.choices))
-        selections = [getattr(self, f"mixtures_{layer}")[choices_BL[:, layer]] for layer in layers]
-        return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
+        return self.decoder(tokens_BT, [self._mixtures(layer)[choices_BL[:, layer]] for layer in layers])  # type: ignore[no-any-return]
+
+    def _mixtures(self, layer: int) -> Tensor:
+        """Every choice's mixture of the stored heads of a layer, (choices, G, S)."""
+        return getattr(self, _buffer(self.space.choices[layer]))  # type: ignore[no-any-return]
 
     def shared_forward(self, tokens_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
         """Logits VNTW (W: vocabulary) of the same N texts at each of V vectors, in one pass.
@@ -61,7 +66,7 @@ class Supernet(nn.Module):
             options = len(self.space.choices[layer])
             distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
             x_PNTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options)
-            selection_PGS = getattr(self, f"mixtures_{layer}")[distinct % options]
+            selection_PGS = self._mixtures(layer)[distinct % options]
             x_BTD = decoder.model.layers[layer](
                 x_PNTD.flatten(0, 1), rope, selection_PGS.repeat_interleave(texts, dim=0)
             )
@@ -88,6 +93,10 @@ class Supernet(nn.Module):
                 state[name] = torch.einsum("gs,sdi->gdi", mixture, stored_SdD).flatten(0, 1)
         plain.load_state_dict(state)
         return plain
+
+
+def _buffer(choices: Vector) -> str:
+    return f"mixtures_{format_vector(choices)}"
 
 
 def _picked(x: Tensor, index: npt.NDArray[np.intp]) -> Tensor:

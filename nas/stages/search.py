@@ -14,19 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from torch import Tensor
 
 from nas.config import Search, build, parse_budget
 from nas.console import say
-from nas.data import TokenData, validation_windows
+from nas.data import TokenData
 from nas.errors import UserError
 from nas.files import value_hash, write_atomically
 from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import DTYPE_BYTES
 from nas.latency.table import TableLatency
-from nas.model.checkpoint import load_supernet
-from nas.quality import InheritedLoss
 from nas.report.table import front_table
 from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent, start_run
 from nas.search import Objectives, search
@@ -35,11 +32,11 @@ from nas.stages.measure import fitting_tables, measure_space, table_of
 from nas.stages.train import (
     check_trainable,
     find_supernet,
+    inherited_loss,
     supernet_config,
     supernet_data,
     train_supernet,
 )
-from nas.training import training_device
 
 _BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first command to resume it, or give another name="
 
@@ -64,7 +61,7 @@ def run(config: Search, path: Path) -> None:
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
     supernet = supernet or _train(config, space, data)
     say(f"Supernet: {supernet.path}")
-    loss, windows = _inherited_loss(config, supernet, data)
+    loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
 
     parents = {"supernet": supernet}
     table = latency if isinstance(latency, TableLatency) else None
@@ -74,7 +71,7 @@ def run(config: Search, path: Path) -> None:
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
-        "windows": list(windows.shape),
+        "windows": list(loss.windows.shape),
         "latency": latency.describe(),
         "latency_table": table.digest() if table else None,
     }
@@ -110,15 +107,6 @@ def _train(config: Search, space: SearchSpace, data: TokenData) -> FinishedRun:
     say("No trained supernet fits this space, data and training: training one first")
     name = f"{space.name}-{value_hash(supernet_config(config, space, data))}"
     return train_supernet(config, space, data, Path(config.runs_dir) / "train" / name)
-
-
-def _inherited_loss(config: Search, supernet: FinishedRun, data: TokenData) -> tuple[Callable[[Vector], float], Tensor]:
-    """The inherited loss of a supernet's vectors, and the windows that it is taken on."""
-    length = supernet.config["train"]["length"] or supernet.config["space"]["max_position_embeddings"]
-    windows = validation_windows(data.validation, config.train.validation_windows, length)
-    name = f"losses-{value_hash([supernet.digest(), list(windows.shape), data.digest])}.jsonl"
-    memo = Path(config.runs_dir) / "cache" / name
-    return InheritedLoss(load_supernet(supernet, training_device()), windows, memo), windows
 
 
 def _latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:

@@ -11,9 +11,10 @@ from nas.config import SupernetConfig, SupernetParts, Train, build
 from nas.console import say
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, agree
+from nas.files import value_hash
 from nas.model import Supernet
-from nas.model.checkpoint import save_supernet
-from nas.quality import vector_losses
+from nas.model.checkpoint import load_supernet, save_supernet
+from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace, load_space
 from nas.training import check_memory, fit, supernet_loss, training_device, whole_state, window_length
@@ -54,8 +55,21 @@ def find_supernet(runs_dir: Path, wanted: dict[str, Any]) -> FinishedRun | None:
 
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
     """What decides a supernet's weights: the text itself and not its path, and no key that only watches."""
-    train = {key: value for key, value in config["train"].items() if key not in _ONLY_WATCHING}
+    train = weights_identity(config["train"])
     return {"space": config["space"], "data": config["data"]["digest"], "train": train}
+
+
+def weights_identity(train: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of a training those that decide the weights."""
+    return {key: value for key, value in train.items() if key not in _ONLY_WATCHING}
+
+
+def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_dir: Path) -> InheritedLoss:
+    """The inherited loss of a supernet's vectors, on so many validation windows as long as those it was trained on."""
+    length = supernet.config["train"]["length"] or supernet.config["space"]["max_position_embeddings"]
+    windows_NT = validation_windows(data.validation, windows, length)
+    name = f"losses-{value_hash([supernet.digest(), list(windows_NT.shape), data.digest])}.jsonl"
+    return InheritedLoss(load_supernet(supernet, training_device()), windows_NT, LossMemo(runs_dir / "cache" / name))
 
 
 def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, path: Path) -> FinishedRun:

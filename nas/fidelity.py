@@ -1,0 +1,146 @@
+"""Can inherited losses be trusted to rank vectors? Which vectors to ask, and what their trained losses say.
+
+All functions here are pure: the trainings happen in the stage. A *measurement* is one loss of one vector, a row with
+
+    vector, total     the vector and its total of groups
+    equal_total       whether it is of the set in which all have the same total
+    kind              inherited | further (after more training) | alone (trained from the start without a supernet)
+    seed, steps       of that training; empty for inherited losses
+    loss_nats         validation loss
+"""
+
+import itertools
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from scipy.stats import kendalltau
+
+from nas.errors import UserError
+from nas.space import SearchSpace, Vector
+from nas.totals import Totals
+
+Array = npt.NDArray[np.float64]
+
+MEASUREMENTS = ["vector", "total", "equal_total", "kind", "seed", "steps", "loss_nats"]
+PREDICTORS = {"inherited": "inherited loss", "total": "total of groups"}
+TRUTHS = ("further", "alone")
+_RESAMPLES = 2000
+_ATTEMPTS = 1000
+
+
+def choose_vectors(space: SearchSpace, count: int, equal_total: int, seed: int) -> tuple[list[Vector], list[Vector]]:
+    """Two sets of distinct vectors: with totals spread over the whole range, and all with the same middle total.
+
+    Args:
+        space: The search space.
+        count: Vectors in both sets together.
+        equal_total: Vectors in the second.
+        seed: Of the draw.
+
+    Returns:
+        The spread ones, ascending by total, from the smallest vector to the largest; and those of equal total.
+
+    Raises:
+        UserError: The space does not have that many.
+    """
+    totals, rng = Totals(space.choices), np.random.default_rng(seed)
+    reachable: list[int] = totals.reachable.tolist()
+    enough = [total for total in reachable if totals.count(total) >= equal_total]
+    if not enough or count > space.size:
+        raise UserError(
+            f"vectors is {count} and equal_total {equal_total}, but space {space.name} has {space.size} vectors, "
+            f"at most {max(map(totals.count, reachable)):.0f} of one total; lower them"
+        )
+    middle = min(enough, key=lambda total: abs(2 * total - reachable[0] - reachable[-1]))
+    equal = _distinct(lambda: totals.draw(np.full(equal_total, middle), rng), equal_total, set())
+    places = np.linspace(0, len(totals.reachable) - 1, count - equal_total).round().astype(int)
+    spread = _distinct(lambda: totals.draw(totals.reachable[places], rng), count - equal_total, set(equal))
+    return sorted(spread, key=sum), equal
+
+
+def _distinct(draw: Callable[[], list[Vector]], count: int, taken: set[Vector]) -> list[Vector]:
+    chosen: dict[Vector, None] = {}
+    for _ in range(_ATTEMPTS):
+        if len(chosen) >= count:
+            return list(chosen)[:count]
+        chosen |= dict.fromkeys(vector for vector in draw() if vector not in taken)
+    raise UserError(f"could not draw {count} different vectors; lower vectors or equal_total")
+
+
+def choose_some(spread: list[Vector], equal: list[Vector], count: int) -> list[Vector]:
+    """Of both sets of `choose_vectors`, ``count`` vectors, half of each where there are enough."""
+    of_equal = min(count // 2, len(equal))
+    places = np.linspace(0, len(spread) - 1, count - of_equal).round().astype(int)
+    return [*(spread[place] for place in places), *equal[:of_equal]]
+
+
+def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """How well each predictor ranks vectors by each kind of trained loss.
+
+    Args:
+        measurements: Rows of `MEASUREMENTS`.
+        seed: Of the bootstrap.
+
+    Returns:
+        Rows with ``truth, among`` (all | equal total), ``predictor, vectors, tau`` (Kendall's τ-b), ``low, high`` (95 %
+        by resampling vectors) and ``ceiling``: how well the truth agrees with itself, see `noise_ceiling`.
+    """
+    rows = []
+    by_kind = {kind: rows_of.set_index("vector") for kind, rows_of in measurements.groupby("kind")}
+    inherited = by_kind["inherited"]
+    for truth in (kind for kind in TRUTHS if kind in by_kind):
+        losses = by_kind[truth].pivot_table("loss_nats", "vector", "seed")
+        for among, chosen in (("all", slice(None)), ("equal total", inherited.loc[losses.index, "equal_total"])):
+            true = losses.loc[chosen]
+            facts = inherited.loc[true.index]
+            for predictor, values in (("inherited", facts["loss_nats"]), ("total", -facts["total"])):
+                pair = values.to_numpy(float), true.mean(axis=1).to_numpy()
+                low, high = bootstrap_interval(*pair, seed)
+                row = (truth, among, predictor, len(true), kendall(*pair), low, high, noise_ceiling(true.to_numpy()))
+                rows.append(row)
+    columns = ["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def kendall(predicted: Array, true: Array) -> float:
+    """Kendall's τ-b; NaN where one side is constant."""
+    return float(kendalltau(predicted, true).statistic) if len(true) > 1 else float("nan")
+
+
+def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined.
+
+    τ-b is a sum over pairs of signs, so that of a sample in which pair i occurs c_i times is a quadratic form in c.
+    """
+    signs_x, signs_y = (np.sign(np.subtract.outer(values, values)) for values in (predicted, true))
+    counts_RN = np.random.default_rng(seed).multinomial(len(true), np.full(len(true), 1 / len(true)), _RESAMPLES)
+    both, x, y = (
+        np.einsum("ri,ij,rj->r", counts_RN, signs, counts_RN) for signs in (signs_x * signs_y, signs_x**2, signs_y**2)
+    )
+    defined = (x > 0) & (y > 0)
+    if not defined.any():
+        return float("nan"), float("nan")
+    low, high = np.percentile(both[defined] / np.sqrt(x[defined] * y[defined]), [2.5, 97.5])
+    return float(low), float(high)
+
+
+def noise_ceiling(losses_VS: Array) -> float:
+    """Kendall's τ between vectors' mean losses in disjoint halves of the seeds, averaged over all halvings.
+
+    What a predictor can be held to: a second measurement of the same kind, each by half of the seeds, does no better.
+
+    Args:
+        losses_VS: Losses by vector and seed.
+
+    Returns:
+        NaN for a single seed.
+    """
+    seeds = range(losses_VS.shape[1])
+    taus = []
+    for half in itertools.combinations(seeds, len(seeds) // 2):
+        rest = [seed for seed in seeds if seed not in half]
+        if half:
+            taus.append(kendall(losses_VS[:, list(half)].mean(1), losses_VS[:, rest].mean(1)))
+    return float(np.mean(taus)) if taus else float("nan")

@@ -1,0 +1,89 @@
+"""Inherited against trained losses, and how well each predictor ranks vectors."""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from nas.fidelity import PREDICTORS
+from nas.report.figure import COLOURS, GREY
+
+TRUTHS = {"further": "after further training", "alone": "trained alone"}
+
+
+def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
+    """One row a vector: ``inherited``, the ``mean`` trained loss over seeds, its ``spread``, ``equal_total``.
+
+    The spread is the standard error of the mean over seeds once what a seed does to all vectors alike is taken out;
+    0 for a single seed.
+    """
+    inherited = measurements[measurements["kind"] == "inherited"].set_index("vector")
+    losses = measurements[measurements["kind"] == truth].pivot_table("loss_nats", "vector", "seed")
+    paired = losses - losses.mean(axis=0)
+    return pd.DataFrame(
+        {
+            "inherited": inherited.loc[losses.index, "loss_nats"],
+            "mean": losses.mean(axis=1),
+            "spread": (paired.std(axis=1) / np.sqrt(losses.shape[1])).fillna(0.0),
+            "equal_total": inherited.loc[losses.index, "equal_total"],
+        }
+    )
+
+
+def draw_fidelity(drawing: Figure, measurements: pd.DataFrame, table: pd.DataFrame, title: str) -> None:
+    """A panel of losses for each kind of trained loss, and one of the agreements."""
+    truths = list(table["truth"].unique())
+    panels = drawing.subplots(1, len(truths) + 1, squeeze=False)[0]
+    for axes, truth in zip(panels, truths, strict=False):
+        _draw_losses(axes, loss_pairs(measurements, truth), TRUTHS[truth])
+    _draw_agreement(panels[-1], table)
+    drawing.suptitle(title, fontsize=9)
+
+
+def _draw_losses(axes: Axes, pairs: pd.DataFrame, label: str) -> None:
+    for equal, colour, name in ((False, GREY, "other totals"), (True, COLOURS[0], "equal total")):
+        rows = pairs[pairs["equal_total"] == equal]
+        axes.errorbar(
+            rows["inherited"], rows["mean"], yerr=rows["spread"], fmt="o", markersize=4, color=colour, label=name
+        )
+    axes.set(xlabel="inherited loss (nats/token)", ylabel=f"loss {label} (nats/token)")
+    axes.legend(fontsize=8)
+
+
+def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
+    groups = table[["truth", "among"]].drop_duplicates().reset_index(drop=True)
+    for index, (predictor, colour) in enumerate(zip(PREDICTORS, (COLOURS[0], GREY), strict=True)):
+        rows = groups.merge(table[table["predictor"] == predictor], on=["truth", "among"])
+        at = np.arange(len(rows)) + 0.36 * index - 0.18
+        errors = [rows["tau"] - rows["low"], rows["high"] - rows["tau"]]
+        axes.bar(at, rows["tau"], width=0.32, color=colour, label=PREDICTORS[predictor])
+        axes.errorbar(at, rows["tau"], yerr=errors, fmt="none", color="black", linewidth=0.8, capsize=2)
+    ceilings = table.drop_duplicates(["truth", "among"])["ceiling"].to_numpy()
+    axes.hlines(
+        ceilings, np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color=COLOURS[1], label="noise ceiling"
+    )
+    labels = [f"{TRUTHS[truth]},\n{among}" for truth, among in groups.itertuples(index=False)]
+    axes.set_xticks(range(len(groups)), labels, fontsize=7, rotation=20)
+    axes.set(ylabel="Kendall's τ (95 % interval over vectors)", ylim=(min(-0.1, axes.get_ylim()[0]), 1.05))
+    axes.legend(fontsize=8, loc="lower left")
+
+
+def agreement_table(table: pd.DataFrame) -> Table:
+    """The agreements for the terminal."""
+    shown = Table()
+    for heading in ("trained loss", "among", "vectors", "predictor", "tau", "95 %", "noise ceiling"):
+        shown.add_column(heading, justify="left" if heading in ("trained loss", "among", "predictor") else "right")
+    for row in table.to_dict("records"):
+        interval = "" if np.isnan(row["low"]) else f"{row['low']:.2f} to {row['high']:.2f}"
+        tau, ceiling = ("" if np.isnan(row[key]) else f"{row[key]:.3f}" for key in ("tau", "ceiling"))
+        shown.add_row(
+            TRUTHS[row["truth"]],
+            row["among"],
+            str(row["vectors"]),
+            PREDICTORS[row["predictor"]],
+            tau,
+            interval,
+            ceiling,
+        )
+    return shown

@@ -1,0 +1,61 @@
+"""A series of trainings that are alike but for the vector and the seed: what rankings of vectors are held against."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from nas.config import TrainConfig
+from nas.data.tokens import Tokens
+from nas.model import Decoder
+from nas.quality import LossMemo, mean_loss
+from nas.run import Run
+from nas.space import Vector, format_vector
+from nas.training.loop import CHECKPOINT, fit
+from nas.training.text import text_loss
+
+
+@dataclass(frozen=True)
+class Series:
+    """The trainings, and the losses that they end with.
+
+    Attributes:
+        name: What sets this series apart.
+        start: The model to train, by vector and seed.
+        options: How to train it; the seed is replaced by each training's own.
+        tokens: The training text.
+        windows: Validation windows (N, T + 1); training windows are as long.
+        memo: Remembers the losses; it must belong to these very trainings.
+    """
+
+    name: str
+    start: Callable[[Vector, int], Decoder]
+    options: TrainConfig
+    tokens: Tokens
+    windows: Tensor
+    memo: LossMemo
+
+    def loss(self, vector: Vector, seed: int, folder: Path) -> float:
+        """Validation loss (nats a token) at the end of a training, which goes on where a kill stopped it.
+
+        Args:
+            vector: The vector.
+            seed: Of the batches, and of fresh weights.
+            folder: Where each training keeps its metrics, and its checkpoint while it is under way.
+
+        Raises:
+            UserError: As `fit`.
+        """
+        known = f"{format_vector(vector)} seed {seed}"
+        if known not in self.memo:
+            run = Run(folder / f"{self.name}-{format_vector(vector)}-{seed}")
+            run.path.mkdir(parents=True, exist_ok=True)
+            options = dataclasses.replace(self.options, seed=seed)
+            model = self.start(vector, seed)
+            training_loss = text_loss(self.tokens, options, self.windows.shape[1] - 1)
+            validated = fit(model, training_loss, options, run, lambda: {"loss": mean_loss(model, self.windows)})
+            (run.path / CHECKPOINT).unlink(missing_ok=True)
+            self.memo.add({known: validated["loss"]})
+        return self.memo[known]
