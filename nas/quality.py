@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -69,10 +70,16 @@ class LossMemo:
     def __init__(self, file: Path) -> None:
         self.file = file
         self._known: dict[str, float] = {}
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        self.reload()
+
+    def reload(self) -> Self:
+        """Takes in what other processes have added."""
+        text = self.file.read_text(encoding="utf-8", errors="replace") if self.file.is_file() else ""
+        for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
                 self._known[str(entry["name"])] = float(entry["loss_nats"])
+        return self
 
     def __contains__(self, name: str) -> bool:
         return name in self._known

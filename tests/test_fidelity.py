@@ -1,6 +1,9 @@
 """Fidelity: which vectors are asked, what their losses say, and the stage that trains them."""
 
 import itertools
+import os
+import subprocess
+import sys
 from pathlib import Path
 from random import Random
 
@@ -208,3 +211,15 @@ def test_a_comparison_goes_on_where_it_was_killed(nas: Nas, copy: Workspace, arg
     assert nas(*long, "name=whole").code == 0
     killed, whole = ((copy.runs / "fidelity" / name / "measurements.csv").read_bytes() for name in ("killed", "whole"))
     assert killed == whole
+
+
+def test_two_processes_share_the_trainings(copy: Workspace, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "nas", *arguments, "further.steps=30", "alone.steps=30"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    both = [subprocess.Popen([*command, f"name={name}"], cwd=copy.path, env=one_thread) for name in ("one", "two")]
+    assert [process.wait(timeout=120) for process in both] == [0, 0]
+    one, two = (copy.runs / "fidelity" / name for name in ("one", "two"))
+    assert (one / "measurements.csv").read_bytes() == (two / "measurements.csv").read_bytes()
+    made = [path.name for run in (one, two) for path in (run / "trainings").iterdir()]
+    assert len(made) == len(set(made)) == 12
+    assert all(list((run / "trainings").iterdir()) for run in (one, two))

@@ -3,13 +3,14 @@
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import FigureBase
+from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rich.table import Table
 
 from nas.fidelity import PREDICTORS
 from nas.report.figure import COLOURS, GREY
 
-TRUTHS = {"further": "after further training", "alone": "trained alone"}
+TRUTHS = {"further": "trained further", "alone": "trained alone"}
 
 
 def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
@@ -31,57 +32,63 @@ def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
     )
 
 
-def draw_fidelity(drawing: Figure, measurements: pd.DataFrame, table: pd.DataFrame, title: str) -> None:
+def draw_fidelity(drawing: FigureBase, measurements: pd.DataFrame, table: pd.DataFrame, title: str) -> None:
     """A panel of losses for each kind of trained loss, and one of the agreements."""
     truths = list(table["truth"].unique())
     panels = drawing.subplots(1, len(truths) + 1, squeeze=False)[0]
     for axes, truth in zip(panels, truths, strict=False):
-        _draw_losses(axes, loss_pairs(measurements, truth), TRUTHS[truth])
+        _draw_losses(axes, loss_pairs(measurements, truth), truth, table)
     _draw_agreement(panels[-1], table)
     drawing.suptitle(title, fontsize=9)
 
 
-def _draw_losses(axes: Axes, pairs: pd.DataFrame, label: str) -> None:
+def _draw_losses(axes: Axes, pairs: pd.DataFrame, truth: str, table: pd.DataFrame) -> None:
+    taus = table[(table["truth"] == truth) & (table["predictor"] == "inherited")].set_index("among")["tau"]
     for equal, colour, name in ((False, GREY, "other totals"), (True, COLOURS[0], "equal total")):
         rows = pairs[pairs["equal_total"] == equal]
         axes.errorbar(
             rows["inherited"], rows["mean"], yerr=rows["spread"], fmt="o", markersize=4, color=colour, label=name
         )
-    axes.set(xlabel="inherited loss (nats/token)", ylabel=f"loss {label} (nats/token)")
+    axes.set(xlabel="inherited loss (nats/token)", ylabel=f"loss {TRUTHS[truth]} (nats/token)")
+    axes.set_title(f"Kendall's τ {taus['all']:.2f}, among equal totals {taus['equal total']:.2f}", fontsize=9)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(ScalarFormatter(useOffset=False))
     axes.legend(fontsize=8)
 
 
 def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
     groups = table[["truth", "among"]].drop_duplicates().reset_index(drop=True)
+    places = np.arange(len(groups))
     for index, (predictor, colour) in enumerate(zip(PREDICTORS, (COLOURS[0], GREY), strict=True)):
         rows = groups.merge(table[table["predictor"] == predictor], on=["truth", "among"])
-        at = np.arange(len(rows)) + 0.36 * index - 0.18
+        at = places + 0.36 * index - 0.18
         errors = [rows["tau"] - rows["low"], rows["high"] - rows["tau"]]
         axes.bar(at, rows["tau"], width=0.32, color=colour, label=PREDICTORS[predictor])
         axes.errorbar(at, rows["tau"], yerr=errors, fmt="none", color="black", linewidth=0.8, capsize=2)
     ceilings = table.drop_duplicates(["truth", "among"])["ceiling"].to_numpy()
-    axes.hlines(
-        ceilings, np.arange(len(groups)) - 0.4, np.arange(len(groups)) + 0.4, color=COLOURS[1], label="noise ceiling"
-    )
+    axes.hlines(ceilings, places - 0.4, places + 0.4, color=COLOURS[1], label="noise ceiling")
     labels = [f"{TRUTHS[truth]},\n{among}" for truth, among in groups.itertuples(index=False)]
-    axes.set_xticks(range(len(groups)), labels, fontsize=7, rotation=20)
-    axes.set(ylabel="Kendall's τ (95 % interval over vectors)", ylim=(min(-0.1, axes.get_ylim()[0]), 1.05))
-    axes.legend(fontsize=8, loc="lower left")
+    axes.set_xticks(places, labels, fontsize=7, rotation=20)
+    axes.set(ylabel="Kendall's τ (95 % over vectors)", ylim=(min(-0.05, axes.get_ylim()[0]), 1.05))
+    axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def agreement_table(table: pd.DataFrame) -> Table:
     """The agreements for the terminal."""
     shown = Table()
-    for heading in ("trained loss", "among", "vectors", "predictor", "tau", "95 %", "noise ceiling"):
-        shown.add_column(heading, justify="left" if heading in ("trained loss", "among", "predictor") else "right")
+    for heading in ("trained loss", "among", "by"):
+        shown.add_column(heading, no_wrap=True)
+    for heading in ("vectors", "tau", "95 %", "ceiling"):
+        shown.add_column(heading, justify="right", no_wrap=True)
     for row in table.to_dict("records"):
         interval = "" if np.isnan(row["low"]) else f"{row['low']:.2f} to {row['high']:.2f}"
         tau, ceiling = ("" if np.isnan(row[key]) else f"{row[key]:.3f}" for key in ("tau", "ceiling"))
         shown.add_row(
             TRUTHS[row["truth"]],
             row["among"],
-            str(row["vectors"]),
             PREDICTORS[row["predictor"]],
+            str(row["vectors"]),
             tau,
             interval,
             ceiling,

@@ -8,6 +8,7 @@ trainings/         metrics of every training
 
 import dataclasses
 import math
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from nas.run import FinishedRun, start_run
 from nas.space import Vector, format_vector
 from nas.stages.train import inherited_loss, weights_identity
 from nas.training.series import Series
+
+Training = tuple[Series, Vector, int]  # with its seed
 
 
 def run(config: Fidelity, path: Path) -> None:
@@ -92,16 +95,22 @@ def _inherited_rows(inherited: InheritedLoss, vectors: list[Vector]) -> list[tup
     ]
 
 
-def _trained_rows(trainings: list[tuple[Series, Vector, int]], folder: Path) -> list[tuple[Any, ...]]:
-    rows: list[tuple[Any, ...]] = []
-    done = 0
+def _trained_rows(trainings: list[Training], folder: Path) -> list[tuple[Any, ...]]:
+    """Makes all trainings, together with any other process that is at the same ones."""
+    losses: dict[Training, float] = {}
     with progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
-        for series, vector, seed in trainings:
-            bar.update(done, f"{series.name} {format_vector(vector)}")
-            steps = series.options.steps
-            rows.append((vector, series.name, seed, steps, series.loss(vector, seed, folder)))
-            done += steps
-    return rows
+        while missing := [training for training in trainings if training not in losses]:
+            before = len(losses)
+            for series, vector, seed in missing:
+                bar.update(sum(done.options.steps for done, _, _ in losses), f"{series.name} {format_vector(vector)}")
+                if (loss := series.settle(vector, seed, folder)) is not None:
+                    losses[series, vector, seed] = loss
+            if len(losses) == before:
+                time.sleep(1)  # others are at all that is left
+    return [
+        (vector, series.name, seed, series.options.steps, losses[series, vector, seed])
+        for series, vector, seed in trainings
+    ]
 
 
 def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:

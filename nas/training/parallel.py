@@ -41,6 +41,7 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     Layers are compiled one by one: all of one shape share a graph, which compiles in a fraction of the time of a whole
     model.
     """
+    torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     for layer in layers:
         if config.recompute:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import filelock
 from torch import Tensor
 
 from nas.config import TrainConfig
@@ -17,7 +18,7 @@ from nas.training.loop import CHECKPOINT, fit
 from nas.training.text import text_loss
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Series:
     """The trainings, and the losses that they end with.
 
@@ -37,25 +38,39 @@ class Series:
     windows: Tensor
     memo: LossMemo
 
-    def loss(self, vector: Vector, seed: int, folder: Path) -> float:
-        """Validation loss (nats a token) at the end of a training, which goes on where a kill stopped it.
+    def settle(self, vector: Vector, seed: int, folder: Path) -> float | None:
+        """Validation loss (nats a token) at the end of a training, which is made now unless it was made before.
+
+        A training goes on where a kill stopped it. Processes that share the memo share the work: what another one is
+        just at is left to it.
 
         Args:
             vector: The vector.
             seed: Of the batches, and of fresh weights.
             folder: Where each training keeps its metrics, and its checkpoint while it is under way.
 
+        Returns:
+            None if another process is at it.
+
         Raises:
             UserError: As `fit`.
         """
-        known = f"{format_vector(vector)} seed {seed}"
-        if known not in self.memo:
-            run = Run(folder / f"{self.name}-{format_vector(vector)}-{seed}")
-            run.path.mkdir(parents=True, exist_ok=True)
-            options = dataclasses.replace(self.options, seed=seed)
-            model = self.start(vector, seed)
-            training_loss = text_loss(self.tokens, options, self.windows.shape[1] - 1)
-            validated = fit(model, training_loss, options, run, lambda: {"loss": mean_loss(model, self.windows)})
-            (run.path / CHECKPOINT).unlink(missing_ok=True)
-            self.memo.add({known: validated["loss"]})
-        return self.memo[known]
+        name = f"{format_vector(vector)} seed {seed}"
+        lock = filelock.FileLock(self.memo.file.with_name(f".{self.memo.file.stem}-{name}.lock"), blocking=False)
+        try:
+            with lock:
+                if name not in self.memo.reload():
+                    self.memo.add({name: self._train(vector, seed, folder)})
+        except filelock.Timeout:
+            return None
+        return self.memo[name]
+
+    def _train(self, vector: Vector, seed: int, folder: Path) -> float:
+        run = Run(folder / f"{self.name}-{format_vector(vector)}-{seed}")
+        run.path.mkdir(parents=True, exist_ok=True)
+        options = dataclasses.replace(self.options, seed=seed)
+        model = self.start(vector, seed)
+        training_loss = text_loss(self.tokens, options, self.windows.shape[1] - 1)
+        validated = fit(model, training_loss, options, run, lambda: {"loss": mean_loss(model, self.windows)})
+        (run.path / CHECKPOINT).unlink(missing_ok=True)
+        return validated["loss"]
