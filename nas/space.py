@@ -128,7 +128,7 @@ class SearchSpace:
     """A model shape and, for every layer, the KV groups that it may keep.
 
     Attributes:
-        name: The YAML file's stem.
+        name: The stem of its YAML file, or the name of the checkpoint's folder that it was derived from.
         shape: The model shape.
         choices: One ascending tuple of allowed groups a layer.
         known_vectors: Published vectors of this shape by name; reports mark them.
@@ -304,7 +304,8 @@ def load_space(reference: str) -> SearchSpace:
     path = Path(reference) if is_path else shipped("search_spaces") / f"{reference}.yaml"
     if not path.is_file() or (not is_path and "/" in reference):
         raise UserError(
-            f"there is no search space '{reference}'; use {', '.join(shipped_spaces())} or the path of a .yaml file"
+            f"there is no search space '{reference}'; use {', '.join(shipped_spaces())}, the path of a .yaml file, or "
+            "a trained model's directory"
         )
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)  # safe: it makes plain values only

@@ -199,7 +199,7 @@ def test_a_trained_layer_loses_nothing_at_its_largest_choice(choices: set[int], 
 
 
 def test_an_unknown_sharing_rule_is_refused(micro: SearchSpace) -> None:
-    with pytest.raises(UserError, match=r"train.sharing is 'nonsense'; use sliced"):
+    with pytest.raises(UserError, match=r"train.sharing is 'nonsense'; use auto, sliced"):
         Supernet(micro, "nonsense")
 
 

@@ -32,7 +32,7 @@ class Supernet(nn.Module):
     def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING) -> None:
         super().__init__()
         if sharing not in SHARING_RULES:
-            raise UserError(f"train.sharing is '{sharing}'; use {', '.join(SHARING_RULES)}")
+            raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
         for layer, choices in enumerate(space.choices):
