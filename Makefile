@@ -1,7 +1,7 @@
 # make demo    the whole path on this machine: train, measure, search, report, export, finetune
 # make test    the tests
 # make check   formatting, lint, types
-# make test-transformers-4   the export tests against transformers 4.57, in an environment of their own
+# make test-transformers-4   what reads and writes checkpoints, against transformers 4.57, in an environment of its own
 # make clean   removes what the three above made (never runs/)
 
 PYTHON ?= python3
@@ -52,7 +52,7 @@ test-transformers-4:
 	$(PYTHON) -m venv $(VENV)-transformers-4
 	$(VENV)-transformers-4/bin/pip install --quiet --editable '.[dev]' 'transformers==4.57.*' \
 		$$(grep '^torch==' constraints.txt)
-	$(VENV)-transformers-4/bin/pytest tests/test_export.py
+	$(VENV)-transformers-4/bin/pytest tests/test_export.py tests/test_pretrained.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .

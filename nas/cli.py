@@ -31,6 +31,7 @@ from nas.resources import shipped
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
 
   nas train    space=tiny                          train a supernet
+  nas train    init=DIR                            the same, from the weights of a Hugging Face checkpoint
   nas measure  space=tiny device=this              time the space's layers on this machine
   nas search   --budget 200 space=tiny             find the Pareto front (trains and measures first if need be)
   nas report   run=runs/search/NAME                draw the figures of a search or of a sweep

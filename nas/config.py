@@ -16,6 +16,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nas.errors import UserError
 
+FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; from trained ones
+
 
 @dataclass
 class TrainConfig:
@@ -24,7 +26,7 @@ class TrainConfig:
     steps: int = 500
     batch: int = 8  # rows a step
     length: int | None = None  # tokens a row; null: the model's whole context
-    learning_rate: float = 4e-3
+    learning_rate: float | None = None  # null: 4e-3 from random weights, 5e-4 from trained ones
     warmup_share: float = 0.2  # of the steps, linear; then cosine down to final_share of the learning rate
     final_share: float = 0.05
     weight_decay: float = 0.1  # on matrices only
@@ -40,12 +42,18 @@ class TrainConfig:
     checkpoint_every: int = 50
     validation_windows: int = 32  # context-long windows of validation text
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The learning rate at the end of the warm-up."""
+        return FRESH_LEARNING_RATE if self.learning_rate is None else self.learning_rate
+
 
 @dataclass
 class SupernetConfig(TrainConfig):
     """What only a supernet's training has."""
 
-    sharing: str = "sliced"  # which K/V heads the choices of a layer share: sliced | pooled | separate
+    # Which K/V heads the choices of a layer share: sliced | pooled | separate; auto: separate with init, else sliced
+    sharing: str = "auto"
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
@@ -89,8 +97,10 @@ class StageConfig:
 class SupernetParts(StageConfig):
     """What the commands have that may train a supernet."""
 
+    space: str | None = None  # a name, a .yaml file, or a checkpoint's directory; null: that of init, else tiny
+    init: str | None = None  # directory of a trained Hugging Face checkpoint to start from; null: random weights
     data: dict[str, Any] = MISSING
-    tokenizer: str | None = None
+    tokenizer: str | None = None  # a tokenizer.json or a directory with one; null: init's, else one is trained
     train: SupernetConfig = field(default_factory=SupernetConfig)
 
 
@@ -108,14 +118,12 @@ class LatencyParts(StageConfig):
 class Train(SupernetParts):
     """nas train"""
 
-    space: str = "tiny"
-
 
 @dataclass
 class Measure(LatencyParts):
     """nas measure"""
 
-    space: str = "tiny"
+    space: str = "tiny"  # a name, a .yaml file, or a checkpoint's directory
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
 
@@ -123,7 +131,6 @@ class Measure(LatencyParts):
 class Search(LatencyParts, SupernetParts):
     """nas search"""
 
-    space: str = "tiny"
     budget: str = "60"
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
     sampler: dict[str, Any] = MISSING

@@ -19,3 +19,8 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(current))
         yield current
         current = current.__cause__ or current.__context__
+
+
+def in_short(error: BaseException) -> str:
+    """The first two lines of an error's message as one, or its name if it says nothing."""
+    return " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__

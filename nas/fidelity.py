@@ -110,20 +110,22 @@ def kendall(predicted: Array, true: Array) -> float:
 
 
 def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined.
+    """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined."""
+    odds = np.full(len(true), 1 / len(true))
+    taus = resampled_taus(predicted, true, np.random.default_rng(seed).multinomial(len(true), odds, _RESAMPLES))
+    if np.isnan(taus).all():
+        return float("nan"), float("nan")
+    low, high = np.nanpercentile(taus, [2.5, 97.5])
+    return float(low), float(high)
 
-    τ-b is a sum over pairs of signs, so that of a sample in which pair i occurs c_i times is a quadratic form in c.
-    """
+
+def resampled_taus(predicted: Array, true: Array, counts_RN: npt.NDArray[np.int64]) -> Array:
+    """`kendall` of samples in which pair i occurs ``counts[r, i]`` times: a sum over pairs, so a quadratic form."""
     signs_x, signs_y = (np.sign(np.subtract.outer(values, values)) for values in (predicted, true))
-    counts_RN = np.random.default_rng(seed).multinomial(len(true), np.full(len(true), 1 / len(true)), _RESAMPLES)
     both, x, y = (
         np.einsum("ri,ij,rj->r", counts_RN, signs, counts_RN) for signs in (signs_x * signs_y, signs_x**2, signs_y**2)
     )
-    defined = (x > 0) & (y > 0)
-    if not defined.any():
-        return float("nan"), float("nan")
-    low, high = np.percentile(both[defined] / np.sqrt(x[defined] * y[defined]), [2.5, 97.5])
-    return float(low), float(high)
+    return np.divide(both, np.sqrt(x * y), out=np.full(len(both), np.nan), where=x * y > 0)
 
 
 def noise_ceiling(losses_VS: Array) -> float:

@@ -36,7 +36,7 @@ def main(rounds: int) -> None:
     """Times and compares."""
     generator = torch.Generator().manual_seed(0)
     supernet = Supernet(SPACE)
-    supernet.decoder.initialise(generator)
+    supernet.initialise(generator)
     with torch.no_grad():
         for parameter in supernet.parameters():  # far enough from the start that vectors differ clearly
             parameter.mul_(3.0)

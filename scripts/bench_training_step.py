@@ -48,7 +48,7 @@ def main(rounds: int) -> None:
     def supernet(sharing: str, recipe: str = "mixed") -> Callable[[int], None]:
         options = SupernetConfig(batch=ROWS, compile=ON_GPU, sharing=sharing, recipe=recipe)
         model = Supernet(SPACE, sharing)
-        model.decoder.initialise(torch.Generator().manual_seed(0))
+        model.initialise(torch.Generator().manual_seed(0))
         return stepper(model, supernet_loss(SPACE, tokens, options, length), options)
 
     def stepper(model: nn.Module, loss_at: Loss, options: TrainConfig) -> Callable[[int], None]:

@@ -1,8 +1,11 @@
 """Exported directories: loaded by transformers, read back by us, finetuned further."""
 
+import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -162,6 +165,58 @@ def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_
     assert again.shape == shape
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert read_exported(tmp_path, with_weights=False).shape == shape
+
+
+ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 10}
+FEATURED: dict[str, dict[str, Any]] = {
+    "llama-biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
+    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    "llama-3": {"rope_scaling": {"rope_type": "llama3", **ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
+    "qwen2": {"qkv_bias": True, "rope_scaling": {"rope_type": "yarn", **ORIGINAL}, "tie_word_embeddings": True},
+    "qwen3": {"qk_norm": True, "tie_word_embeddings": True},
+    "output-bias-and-norms": {"qk_norm": True, "o_bias": True, "mlp_bias": True},
+}
+
+
+@pytest.mark.parametrize("kind", FEATURED)
+def test_what_llamas_relatives_have_travels_to_transformers_and_back(
+    kind: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    shape = dataclasses.replace(ModelShape(3, 32, 8, 8, 300, 280, 40), **FEATURED[kind])
+    model = random_supernet(SearchSpace(kind, shape, ((1, 2, 4),) * 3)).extract((4, 1, 2))
+    HfExporter().export(model, tokenizer, tmp_path / "exported", {})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    loaded.save_pretrained(tmp_path / "saved")
+    tokens = torch.randint(280, (2, 40), generator=torch.Generator().manual_seed(0))
+    for folder in (tmp_path / "exported", tmp_path / "saved"):
+        reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+        with torch.no_grad():
+            torch.testing.assert_close(reference(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
+        again = read_exported(folder)
+        assert (again.shape, again.kv_heads) == (shape, (4, 1, 2))
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
+    how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
+    assert torch.equal(loaded.generate(tokens[:, :6], use_cache=False, **how), loaded.generate(tokens[:, :6], **how))
+
+    config = json.loads((tmp_path / "exported" / "config.json").read_text())  # vLLM's words
+    assert (config["qkv_bias"], config["attention_bias"]) == (shape.qkv_bias, shape.o_bias)
+    assert {"rope_theta": 10000.0, **config.get("rope_scaling", {"rope_type": "default"})} == config["rope_parameters"]
+    card = (tmp_path / "exported" / "README.md").read_text()
+    assert ("vLLM, llama.cpp and mlx-lm does not know it" in card) == shape.qk_norm
+    assert ("mlx-lm expects all or none" in card) == (shape.qkv_bias != shape.o_bias)
+
+
+def test_an_export_from_before_these_features_is_still_read(exported: tuple[Vector, Path], tmp_path: Path) -> None:
+    _, folder = exported
+    shutil.copytree(folder, tmp_path / "old")
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("qkv_bias", "qk_norm"):
+        del config[key]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(config))
+    assert read_exported(tmp_path / "old").shape == read_exported(folder).shape
+    tokens = torch.arange(20)[None]
+    old, new = (AutoModelForCausalLM.from_pretrained(at, trust_remote_code=True) for at in (tmp_path / "old", folder))
+    assert torch.equal(old(tokens).logits, new(tokens).logits)
 
 
 def test_the_command_exports_the_front_with_a_card_that_names_its_sources(nas: Nas, workspace: Workspace) -> None:

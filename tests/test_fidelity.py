@@ -11,13 +11,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.errors import UserError
-from nas.fidelity import agreement, bootstrap_interval, choose_some, choose_vectors, kendall, noise_ceiling
+from nas.fidelity import (
+    agreement,
+    bootstrap_interval,
+    choose_some,
+    choose_vectors,
+    kendall,
+    noise_ceiling,
+    resampled_taus,
+)
 from nas.model import Decoder
 from nas.quality import mean_loss
 from nas.run import Run
@@ -83,18 +91,12 @@ def test_kendalls_tau_counts_the_pairs_in_the_same_order(values: list[int], rand
     assert kendall(predicted, true) == pytest.approx(signs.prod(1).sum() / norm if norm else np.nan, nan_ok=True)
 
 
-@settings(deadline=None)
-@given(LOSSES)
-def test_the_bootstrap_resamples_pairs(values: list[int]) -> None:
-    true = np.array(values, float)
-    predicted = true[::-1].copy()
-    rng = np.random.default_rng(5)
-    taus = [kendall(predicted[drawn], true[drawn]) for drawn in rng.integers(len(true), size=(300, len(true)))]
-    low, high = bootstrap_interval(predicted, true, seed=0)
-    if np.isnan(taus).all():
-        assert np.isnan([low, high]).all()
-    else:
-        assert [low, high] == pytest.approx(np.nanpercentile(taus, [2.5, 97.5]), abs=0.35)
+@given(LOSSES, st.randoms(use_true_random=False))
+def test_a_resampled_tau_is_that_of_the_sample(values: list[int], random: Random) -> None:
+    true, predicted = np.array(values, float), np.array(random.sample(values, len(values)), float)
+    counts = np.random.default_rng(len(values)).multinomial(len(values), np.full(len(values), 1 / len(values)), 5)
+    samples = [kendall(np.repeat(predicted, row), np.repeat(true, row)) for row in counts]
+    assert resampled_taus(predicted, true, counts) == pytest.approx(samples, nan_ok=True)
 
 
 def test_an_interval_shrinks_with_more_vectors_and_holds_what_was_planted() -> None:

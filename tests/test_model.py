@@ -1,5 +1,6 @@
 """The decoder and the supernet: against transformers, against each other, and with a cache against without."""
 
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from nas.errors import UserError
 from nas.model import Decoder, KVCache, Supernet
 from nas.model.sharing import SHARING_RULES, pooling
 from nas.quality import row_losses
-from nas.space import ModelShape, SearchSpace, Vector
+from nas.space import FEATURES, ModelShape, SearchSpace, Vector
 from tests.conftest import random_supernet
 
 SHAPE = ModelShape(
@@ -26,14 +27,28 @@ SHAPE = ModelShape(
 )
 
 
+ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 6}
+SCALINGS = [
+    None,
+    {"rope_type": "linear", "factor": 2.0},
+    {"rope_type": "llama3", **ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    {"rope_type": "yarn", **ORIGINAL},
+]
 RULES = st.sampled_from(sorted(SHARING_RULES))
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelShape:
+    """Shapes with any of the features that Llama and its relatives have."""
+    flags = {key: draw(st.booleans()) for key in FEATURES if key != "rope_scaling"}
+    return dataclasses.replace(SHAPE, **flags, rope_scaling=draw(st.sampled_from(SCALINGS)))
 
 
 @st.composite
 def spaces(draw: st.DrawFn) -> SearchSpace:
     """Spaces of 12 heads whose layers allow any sets of divisors, nested or not."""
     allowed = st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1, max_size=3)
-    return SearchSpace("drawn", SHAPE, tuple(tuple(sorted(draw(allowed))) for _ in range(3)))
+    return SearchSpace("drawn", draw(shapes()), tuple(tuple(sorted(draw(allowed))) for _ in range(3)))
 
 
 def vectors_of(space: SearchSpace) -> st.SearchStrategy[Vector]:
@@ -70,7 +85,7 @@ def test_the_largest_vector_equals_transformers_llama(tied: bool, sharing: str) 
     shape = ModelShape(**{**SHAPE.__dict__, "tie_word_embeddings": tied})
     supernet = random_supernet(SearchSpace("nested", shape, ((1, 2, 4),) * 3), sharing=sharing)
     config = LlamaConfig(
-        **{name: value for name, value in shape.__dict__.items() if name != "rope_theta"},
+        **{name: value for name, value in shape.to_dict().items() if name != "rope_theta"},
         num_key_value_heads=4,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
     )
@@ -106,6 +121,26 @@ def test_parameters_and_cache_bytes_match_the_closed_forms(micro: SearchSpace) -
     cache = KVCache(micro.shape, vector, batch=3, length=5)
     held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
     assert held == 3 * 5 * micro.shape.kv_bytes_per_token(vector, dtype_bytes=4)
+
+
+@settings(max_examples=40, deadline=None)
+@given(shapes(), st.booleans(), st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=3, max_size=3))
+def test_every_feature_is_counted_as_the_module_has_it(shape: ModelShape, tied: bool, vector: list[int]) -> None:
+    shape = dataclasses.replace(shape, tie_word_embeddings=tied)
+    assert sum(parameter.numel() for parameter in Decoder(shape, vector).parameters()) == shape.parameters(vector)
+
+
+def test_fresh_norms_are_one_and_fresh_biases_zero() -> None:
+    shape = dataclasses.replace(SHAPE, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True)
+    model = Decoder(shape, (1, 2, 4))
+    model.initialise(torch.Generator().manual_seed(0))
+    kinds = {name.split(".")[-2]: parameter for name, parameter in model.named_parameters() if parameter.dim() == 1}
+    biases = {name: parameter for name, parameter in model.named_parameters() if name.endswith("bias")}
+    assert {"q_norm", "k_norm", "input_layernorm", "post_attention_layernorm", "norm"} <= kinds.keys()
+    assert len(biases) == 3 * 7
+    assert all((parameter == 0).all() for parameter in biases.values())
+    norms = [parameter for name, parameter in kinds.items() if "norm" in name]
+    assert all((parameter == 1).all() for parameter in norms)
 
 
 def test_a_large_published_shape_has_its_published_number_of_parameters() -> None:
@@ -164,7 +199,7 @@ def test_a_trained_layer_loses_nothing_at_its_largest_choice(choices: set[int], 
 
 
 def test_an_unknown_sharing_rule_is_refused(micro: SearchSpace) -> None:
-    with pytest.raises(UserError, match=r"train.sharing is 'nonsense'; use sliced"):
+    with pytest.raises(UserError, match=r"train.sharing is 'nonsense'; use auto, sliced"):
         Supernet(micro, "nonsense")
 
 

@@ -1,6 +1,7 @@
 """Spaces and vectors: the shipped facts, parsing, validation, counting."""
 
 import itertools
+from pathlib import Path
 
 import pytest
 import yaml
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import UserError
-from nas.space import SearchSpace, format_vector, load_space, parse_vector, shipped_spaces, space_from_dict
+from nas.space import FEATURES, SearchSpace, format_vector, load_space, parse_vector, shipped_spaces, space_from_dict
 
 
 @pytest.mark.parametrize("name", list(shipped_spaces()))
@@ -65,3 +66,36 @@ def test_what_is_not_a_vector_is_refused(micro: SearchSpace, text: str) -> None:
 def test_groups_may_differ_by_layer(micro: SearchSpace) -> None:
     values = {**micro.to_dict(), "kv_groups": [[4, 2], [1], [2]], "known_vectors": {}}
     assert space_from_dict("own", values).choices == ((2, 4), (1,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("scaling", "words"),
+    [
+        (4.0, "rope_scaling is 4.0 but needs a rope_type, one of linear, llama3, yarn"),
+        ({"factor": 4.0}, "needs a rope_type, one of linear, llama3, yarn"),
+        ({"rope_type": "longrope", "factor": 4.0}, "needs a rope_type, one of linear, llama3, yarn"),
+        ({"rope_type": "llama3", "factor": 4.0}, "lacks original_max_position_embeddings, low_freq_factor, high"),
+        ({"rope_type": "linear", "factor": 4.0, "colour": 1}, "unknown key colour; remove it"),
+        ({"rope_type": "linear", "factor": -1}, "rope_scaling.factor is -1 but must be a positive number"),
+        (
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1.5},
+            "rope_scaling.original_max_position_embeddings is 1.5 but must be a positive integer",
+        ),
+    ],
+)
+def test_a_space_with_a_wrong_rope_scaling_is_refused(micro: SearchSpace, scaling: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        space_from_dict("mine", micro.to_dict() | {"rope_scaling": scaling})
+
+
+def test_features_survive_a_round_trip_and_absent_ones_are_not_written(micro: SearchSpace) -> None:
+    features = {"qkv_bias": True, "qk_norm": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    space = space_from_dict("own", micro.to_dict() | features)
+    assert not set(FEATURES) & micro.to_dict().keys()
+    assert {key: value for key, value in space.to_dict().items() if key in FEATURES} == features
+    assert space_from_dict("own", yaml.safe_load(yaml.safe_dump(space.to_dict()))) == space
+
+
+def test_a_number_may_be_written_as_json_writes_it(micro_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "own.yaml").write_text(micro_file.read_text() + "rms_norm_eps: 1e-05\n")
+    assert load_space(str(tmp_path / "own.yaml")).shape.rms_norm_eps == 1e-5

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
-from nas.errors import UserError
+from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
-from nas.space import ModelShape, format_vector
+from nas.space import FEATURES, ModelShape, format_vector
 
 _REMOTE_CODE = "modeling_decilm"
 _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
@@ -60,6 +60,7 @@ def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_tex
     """The contents of config.json for a model whose FFN is ``width`` wide."""
     heads, ffn_mult = shape.num_attention_heads, 3 * width / (2 * shape.hidden_size)
     padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
+    scaling = dict(shape.rope_scaling or {})
     assert engine_ffn_width(ffn_mult, shape.hidden_size) == width
     return {
         "architectures": ["DeciLMForCausalLM"],
@@ -87,11 +88,14 @@ def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_tex
         "max_position_embeddings": shape.max_position_embeddings,
         "rms_norm_eps": shape.rms_norm_eps,
         "rope_theta": shape.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **scaling},
+        **({"rope_scaling": scaling} if scaling else {}),  # where transformers 4 looks for it
         "tie_word_embeddings": shape.tie_word_embeddings,
         "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
+        "attention_bias": shape.o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
+        "qkv_bias": shape.qkv_bias,
+        "mlp_bias": shape.mlp_bias,
+        "qk_norm": shape.qk_norm,
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": "float32",
@@ -118,10 +122,7 @@ def read_exported(folder: Path, with_weights: bool = True) -> Decoder:
     if not (folder / "model.safetensors").is_file():
         raise UserError(f"{folder} has no model.safetensors; export it again")
     try:
-        fields = ModelShape.__dataclass_fields__
-        shape = ModelShape(**{key: config[key] for key in fields})
-        stored, width = shape.intermediate_size, config.get(_UNPADDED, shape.intermediate_size)
-        shape = dataclasses.replace(shape, intermediate_size=width)
+        shape = _shape(config)
         heads = shape.num_attention_heads
         vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
         if len(vector) != shape.num_hidden_layers:
@@ -131,19 +132,37 @@ def read_exported(folder: Path, with_weights: bool = True) -> Decoder:
             state = load_file(folder / "model.safetensors")
             if shape.tie_word_embeddings:
                 state["lm_head.weight"] = state["model.embed_tokens.weight"]
-            if width != stored:
-                state = {name: _without_padding(name, tensor, width) for name, tensor in state.items()}
+            state = {name: _without_padding(name, tensor, shape.intermediate_size) for name, tensor in state.items()}
             model.load_state_dict(state)
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        problem = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise UserError(f"{folder} is corrupt ({problem}); export it again") from None
+        raise UserError(f"{folder} is corrupt ({in_short(error)}); export it again") from None
     return model
 
 
+def _shape(config: Mapping[str, Any]) -> ModelShape:
+    """The shape that `hf_config` wrote, without padding."""
+    plain = {field.name for field in dataclasses.fields(ModelShape)} - {"intermediate_size", *FEATURES}
+    return ModelShape(
+        **{key: config[key] for key in plain},
+        intermediate_size=config.get(_UNPADDED, config["intermediate_size"]),
+        qkv_bias=config.get("qkv_bias", False),
+        o_bias=config.get("attention_bias", False),
+        mlp_bias=config.get("mlp_bias", False),
+        qk_norm=config.get("qk_norm", False),
+        rope_scaling=config.get("rope_scaling"),
+    )
+
+
+def _ffn_axis(name: str) -> int | None:
+    """The axis of a tensor that is as long as the FFN is wide, if it has one."""
+    if ".mlp." not in name or name.endswith("down_proj.bias"):
+        return None
+    return 1 if "down_proj" in name else 0
+
+
 def _without_padding(name: str, tensor: Tensor, width: int) -> Tensor:
-    if ".mlp." not in name:
-        return tensor
-    return tensor[:, :width] if "down_proj" in name else tensor[:width]
+    axis = _ffn_axis(name)
+    return tensor if axis is None else tensor.narrow(axis, 0, width)
 
 
 def _padded_state(model: Decoder) -> tuple[dict[str, Tensor], int]:
@@ -154,8 +173,9 @@ def _padded_state(model: Decoder) -> tuple[dict[str, Tensor], int]:
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.shape.tie_word_embeddings:
             continue
-        if missing and ".mlp." in name:  # silu(0) · 0 = 0: the added neurons say nothing
-            tensor = F.pad(tensor, (0, missing) if "down_proj" in name else (0, 0, 0, missing))
+        axis = _ffn_axis(name)
+        if missing and axis is not None:  # silu(0) · 0 = 0: the added neurons say nothing
+            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, missing))
         state[name] = tensor.detach().to("cpu", torch.float32).contiguous()
     return state, width
 
@@ -170,6 +190,30 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> int | None:
     facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **special}
     write_json(folder / "tokenizer_config.json", facts)
     return end
+
+
+def _engine_warnings(shape: ModelShape) -> list[str]:
+    """What inference engines' code for nemotron-nas models does not know of this one, a paragraph each."""
+    lines = []
+    if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
+        lines += [
+            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
+            "head_dim from the configuration, llama.cpp and mlx-lm do not.",
+            "",
+        ]
+    if shape.qk_norm:
+        lines += [
+            "It normalises queries and keys head by head (q_norm, k_norm): transformers computes that with the code in "
+            "this folder, but the nemotron-nas code of vLLM, llama.cpp and mlx-lm does not know it.",
+            "",
+        ]
+    if shape.qkv_bias != shape.o_bias:
+        lines += [
+            "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
+            "attention_bias which of them do, mlx-lm expects all or none.",
+            "",
+        ]
+    return lines
 
 
 def _card(model: Decoder, width: int, card: Mapping[str, str]) -> str:
@@ -194,12 +238,7 @@ def _card(model: Decoder, width: int, card: Mapping[str, str]) -> str:
             f"so {width - shape.intermediate_size} zero neurons were added, which change no output.",
             "",
         ]
-    if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
-        lines += [
-            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
-            "head_dim from the configuration, llama.cpp and mlx-lm do not.",
-            "",
-        ]
+    lines += _engine_warnings(shape)
     lines += ["| what | value |", "| --- | --- |"]
     lines += [f"| {title} | {value} |" for title, value in card.items()]
     lines += [

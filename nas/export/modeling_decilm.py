@@ -10,6 +10,7 @@ import copy
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
 
 class Block(dict):
@@ -31,14 +32,19 @@ class Block(dict):
 class DeciLMConfig(LlamaConfig):
     model_type = "nemotron-nas"
 
-    def __init__(self, block_configs=(), **kwargs):
+    def __init__(self, block_configs=(), qkv_bias=None, qk_norm=False, **kwargs):
         super().__init__(**kwargs)
         self.block_configs = [Block(block) for block in block_configs]
+        self.qkv_bias = self.attention_bias if qkv_bias is None else qkv_bias  # attention_bias: the output projection's
+        self.qk_norm = qk_norm
 
-    def to_dict(self):  # transformers 5 keeps the base inside rope_parameters alone; engines read it here
+    def to_dict(self):  # transformers 5 keeps these inside rope_parameters alone; engines read them here
         values = super().to_dict()
-        parameters = values.get("rope_parameters") or {}
-        return {**values, "rope_theta": parameters.get("rope_theta", values.get("rope_theta"))}
+        parameters = dict(values.get("rope_parameters") or {})
+        values["rope_theta"] = parameters.pop("rope_theta", values.get("rope_theta"))
+        if parameters.get("rope_type", "default") != "default":
+            values["rope_scaling"] = parameters
+        return values
 
 
 class DeciLMModel(LlamaModel):
@@ -53,7 +59,14 @@ class DeciLMModel(LlamaModel):
     def _layer(config, index):
         own = copy.copy(config)
         own.num_key_value_heads = config.num_attention_heads // config.block_configs[index].attention.n_heads_in_group
+        own.attention_bias = config.qkv_bias
         layer = LlamaDecoderLayer(own, index)
+        if config.qk_norm:  # Qwen3's attention is Llama's with norms of queries and keys
+            own.layer_types = ["full_attention"] * config.num_hidden_layers
+            layer.self_attn = Qwen3Attention(own, index)
+        if config.qkv_bias != config.attention_bias:
+            old = layer.self_attn.o_proj
+            layer.self_attn.o_proj = nn.Linear(old.in_features, old.out_features, bias=config.attention_bias)
         layer.self_attn.config = config  # one config, so that a later change of attention kernel reaches every layer
         return layer
 

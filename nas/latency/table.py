@@ -19,7 +19,7 @@ from scipy.interpolate import RegularGridInterpolator
 from nas.errors import UserError
 from nas.files import file_hash, read_json
 from nas.latency.model import PHASES, Phase, Workload
-from nas.space import ModelShape, SearchSpace
+from nas.space import FEATURES, ModelShape, SearchSpace
 
 TABLE, META, CHECK = "table.csv", "latency.json", "check.csv"
 COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n"]
@@ -29,8 +29,9 @@ _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_s
 
 
 def layer_shape(shape: ModelShape) -> dict[str, int]:
-    """The part of a shape that a table depends on: not the number of layers."""
-    return {key: getattr(shape, key) for key in _SHAPE_KEYS}
+    """The part of a shape that a table depends on: not the number of layers, nor the rotary embeddings' values."""
+    features = [key for key in FEATURES if key != "rope_scaling" and getattr(shape, key)]
+    return {key: getattr(shape, key) for key in (*_SHAPE_KEYS, *features)}
 
 
 class TableLatency:

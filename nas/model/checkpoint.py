@@ -8,7 +8,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nas.errors import UserError
+from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model.supernet import Supernet
 from nas.run import FinishedRun
@@ -39,6 +39,5 @@ def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
             state["lm_head.weight"] = state["model.embed_tokens.weight"]
         supernet.decoder.load_state_dict(state)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        problem = " ".join(" ".join(str(error).splitlines()[:2]).split())
-        raise UserError(f"supernet {run.path} is corrupt ({problem}); train it again") from None
+        raise UserError(f"supernet {run.path} is corrupt ({in_short(error)}); train it again") from None
     return supernet.to(device)

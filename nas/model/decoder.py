@@ -1,15 +1,17 @@
 """A Llama-style decoder in plain PyTorch whose layers may differ in their number of KV groups.
 
-RMSNorm, rotary embeddings in Hugging Face's half-split form, SwiGLU, no biases. Tensor names are those of a Hugging
-Face Llama checkpoint, so exporting a state dict needs no renaming.
+RMSNorm, rotary embeddings in Hugging Face's half-split form, SwiGLU; where the shape asks for them, also what Llama's
+relatives have: biases, norms of queries and keys, stretched rotary embeddings. Tensor names are those of a Hugging Face
+checkpoint, so exporting a state dict needs no renaming.
 
 Shape suffixes: B rows of a batch, T tokens, D model width, H query heads, G K/V heads that attention reads,
 S K/V heads that are stored as weights, R query heads of one group (H / G), C cache length, d head width,
 L layers, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +56,32 @@ class KVCache:
 
 def rope_table(shape: ModelShape) -> Rope:
     """Cosines and sines of every position, each (max_position_embeddings, d), in fp32."""
-    frequencies = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim)
+    if shape.rope_scaling is None:
+        steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        frequencies, amplitude = shape.rope_theta**-steps, 1.0
+    else:
+        frequencies, amplitude = _scaled_frequencies(shape, shape.rope_scaling)
     angles = torch.outer(torch.arange(shape.max_position_embeddings, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
-    return angles.cos(), angles.sin()
+    return angles.cos() * amplitude, angles.sin() * amplitude
+
+
+def _scaled_frequencies(shape: ModelShape, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
+    """Frequencies (d / 2) and the factor of sines and cosines, as transformers computes them."""
+    from transformers import LlamaConfig  # heavy, and only stretched embeddings need it
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    original = scaling.get("original_max_position_embeddings", shape.max_position_embeddings)
+    config = LlamaConfig(
+        hidden_size=shape.num_attention_heads * shape.head_dim,
+        num_attention_heads=shape.num_attention_heads,
+        head_dim=shape.head_dim,
+        max_position_embeddings=int(original * scaling["factor"]),  # decides nothing, but must fit the other values
+        rope_theta=shape.rope_theta,
+        rope_scaling=dict(scaling),
+    )
+    rotary = LlamaRotaryEmbedding(config)
+    return rotary.inv_freq, rotary.attention_scaling
 
 
 def rotate(x_BnTd: Tensor, rope: Rope) -> Tensor:
@@ -88,12 +112,15 @@ class Attention(nn.Module):
 
     def __init__(self, shape: ModelShape, kv_heads: int) -> None:
         super().__init__()
-        self.head_dim = shape.head_dim
+        self.head_dim, self.qk_norm = shape.head_dim, shape.qk_norm
         heads_width, kv_width = shape.num_attention_heads * shape.head_dim, kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, heads_width, bias=False)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(heads_width, shape.hidden_size, bias=False)
+        self.q_proj = nn.Linear(shape.hidden_size, heads_width, bias=shape.qkv_bias)
+        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
+        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
+        self.o_proj = nn.Linear(heads_width, shape.hidden_size, bias=shape.o_bias)
+        if shape.qk_norm:
+            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
 
     def forward(
         self,
@@ -107,7 +134,9 @@ class Attention(nn.Module):
         k_BGTd = self._heads(self.k_proj(x_BTD))
         v_BGTd = self._heads(self.v_proj(x_BTD))
         if selection_BGS is not None:
-            k_BGTd, v_BGTd = mix_heads(selection_BGS, k_BGTd), mix_heads(selection_BGS, v_BGTd)
+            k_BGTd, v_BGTd = select_heads(selection_BGS, k_BGTd), select_heads(selection_BGS, v_BGTd)
+        if self.qk_norm:  # after the mixing: a norm of mixtures is no mixture of norms
+            q_BHTd, k_BGTd = self.q_norm(q_BHTd), self.k_norm(k_BGTd)
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
         if cache is not None:
             end = start + x_BTD.shape[1]
@@ -123,7 +152,7 @@ class Attention(nn.Module):
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
 
 
-def mix_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
+def select_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
     """Each row's own G mixtures of the S stored heads, BGTd."""
     selection_BGS = selection_BGS.to(x_BSTd.dtype)
     if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, a matrix product not
@@ -147,9 +176,9 @@ class MLP(nn.Module):
 
     def __init__(self, shape: ModelShape) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
@@ -212,10 +241,10 @@ class Decoder(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
         """Draws fresh weights: normal with deviation 0.02, smaller where a projection ends on the residual stream
-        (deviation / sqrt(2 layers), as in GPT-2)."""
+        (deviation / sqrt(2 layers), as in GPT-2); norms start at one, biases at zero."""
         for name, parameter in self.named_parameters():
             if parameter.dim() < 2:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
                 continue
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / (2 * len(self.kv_heads)) ** 0.5 if residual else 0.02

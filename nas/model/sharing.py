@@ -40,6 +40,21 @@ def pooling(heads: int, groups: int) -> Tensor:
     return overlap / heads
 
 
+def mix_heads(mixture: Tensor, stacked: Tensor) -> Tensor:
+    """Mixes heads that are stacked along the first axis of a projection's weight or bias.
+
+    Args:
+        mixture: (heads after, heads before).
+        stacked: (heads before × d, …).
+
+    Returns:
+        (heads after × d, …).
+    """
+    heads = stacked.unflatten(0, (mixture.shape[1], -1))
+    mixed: Tensor = torch.tensordot(mixture.to(stacked), heads, dims=1)
+    return mixed.flatten(0, 1)
+
+
 class Sliced:
     """The heads of a choice are an evenly spaced subset of the largest choice's heads.
 
@@ -85,3 +100,6 @@ class Separate:
 
 
 SHARING_RULES: dict[str, SharingRule] = {"sliced": Sliced(), "pooled": Pooled(), "separate": Separate()}
+
+DEFAULT_SHARING = "sliced"  # for a supernet that is trained from random weights
+INIT_SHARING = "separate"  # for one that starts from a trained checkpoint: every choice keeps heads of its own

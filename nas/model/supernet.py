@@ -7,7 +7,7 @@ its choices, each smaller choice repeating its own; attention over repeated head
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nas.errors import UserError
 from nas.model.decoder import Decoder
-from nas.model.sharing import SHARING_RULES
+from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
 from nas.space import SearchSpace, Vector, format_vector
 
 
@@ -31,10 +31,10 @@ class Supernet(nn.Module):
         UserError: There is no such rule.
     """
 
-    def __init__(self, space: SearchSpace, sharing: str = "sliced") -> None:
+    def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING) -> None:
         super().__init__()
         if sharing not in SHARING_RULES:
-            raise UserError(f"train.sharing is '{sharing}'; use {', '.join(SHARING_RULES)}")
+            raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
         for choices in set(space.choices):
@@ -84,15 +84,42 @@ class Supernet(nn.Module):
             UserError: The vector is not of the space.
         """
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
-        state = dict(self.decoder.state_dict())
-        for layer, (choices, groups) in enumerate(zip(self.space.choices, vector, strict=True)):
-            mixture = self.rule.mixture(choices, groups).to(self.decoder.rope_cos.device)
-            for projection in ("k_proj", "v_proj"):
-                name = f"model.layers.{layer}.self_attn.{projection}.weight"
-                stored_SdD = state[name].unflatten(0, (-1, self.space.shape.head_dim))
-                state[name] = torch.einsum("gs,sdi->gdi", mixture, stored_SdD).flatten(0, 1)
-        plain.load_state_dict(state)
+        mixtures = (self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True))
+        plain.load_state_dict(_with_mixed_heads(self.decoder.state_dict(), mixtures))
         return plain
+
+    @torch.no_grad()
+    def load_plain(self, state: Mapping[str, Tensor], kv_heads: Sequence[int]) -> None:
+        """Takes over the weights of a plain model of this shape.
+
+        Its K/V heads become means of neighbours where they are more than a layer's largest choice, and then enter the
+        store as the sharing rule says. So the largest vector computes what the model computes, if it has as many.
+
+        Args:
+            state: The model's state dict.
+            kv_heads: K/V heads of its layers, at least as many as each layer's largest choice.
+        """
+        assert all(heads >= groups for heads, groups in zip(kv_heads, self.space.largest, strict=True))
+        layers = zip(self.space.choices, kv_heads, strict=True)
+        mixtures = (self.rule.from_largest(choices) @ pooling(heads, choices[-1]) for choices, heads in layers)
+        self.decoder.load_state_dict(_with_mixed_heads(state, mixtures))
+
+    def initialise(self, generator: torch.Generator) -> None:
+        """Draws fresh weights: those that the plain largest model draws, whatever the sharing rule."""
+        plain = Decoder(self.space.shape, self.space.largest)
+        plain.initialise(generator)
+        self.load_plain(plain.state_dict(), plain.kv_heads)
+
+
+def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
+    """A state dict whose K/V heads are mixed, one mixture a layer."""
+    mixed = dict(state)
+    for layer, mixture in enumerate(mixtures):
+        for tensor in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
+            name = f"model.layers.{layer}.self_attn.{tensor}"
+            if name in state:
+                mixed[name] = mix_heads(mixture, state[name])
+    return mixed
 
 
 def _buffer(choices: Vector) -> str:

@@ -117,7 +117,7 @@ def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, da
     """Extracted sub-networks, trained further."""
     options = _options(config, source)
     steps = config.further.steps or math.ceil(options.steps / 4)
-    rate = config.further.learning_rate or options.learning_rate / 4
+    rate = config.further.learning_rate or options.peak_learning_rate / 4
     options = dataclasses.replace(options, steps=steps, validate_every=steps, learning_rate=rate)
     memo = _memo(config, "further", inherited, data, options, source.digest())
     return Series(
@@ -138,7 +138,7 @@ def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data
 
     def start(vector: Vector, seed: int) -> Decoder:
         fresh = Supernet(space, "sliced")
-        fresh.decoder.initialise(torch.Generator().manual_seed(seed))
+        fresh.initialise(torch.Generator().manual_seed(seed))
         return fresh.extract(vector)
 
     memo = _memo(config, "alone", inherited, data, options, space.to_dict())

@@ -17,13 +17,14 @@ from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.measure import grid_for, measure, pool_bytes, predict_check, summarise_check
 from nas.latency.model import Workload, resolve_workload
 from nas.latency.table import CHECK, META, TABLE, TableLatency, layer_shape
+from nas.model.pretrained import resolve_space
 from nas.run import FinishedRun, find_runs, git_state, now, start_run
-from nas.space import SearchSpace, load_space
+from nas.space import SearchSpace
 
 
 def run(config: Measure, path: Path) -> None:
     """Measures into ``path``."""
-    space = load_space(config.space)
+    space = resolve_space(config.space)
     if config.device != "this":
         raise UserError(f"device is '{config.device}' but only the machine at hand can be measured; use device=this")
     device = this_device()

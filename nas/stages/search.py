@@ -24,15 +24,17 @@ from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, 
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import DTYPE_BYTES
 from nas.latency.table import TableLatency
+from nas.model.pretrained import Checkpoint
 from nas.report.table import front_table
 from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent, start_run
 from nas.search import Objectives, search
-from nas.space import SearchSpace, Vector, format_vector, load_space
+from nas.space import SearchSpace, Vector, format_vector
 from nas.stages.measure import fitting_tables, measure_space, table_of
 from nas.stages.train import (
     check_trainable,
     find_supernet,
     inherited_loss,
+    settle,
     supernet_config,
     supernet_data,
     train_supernet,
@@ -44,7 +46,7 @@ _BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first comma
 def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
     runs_dir = Path(config.runs_dir)
-    space = load_space(config.space)
+    config, space, init = settle(config)
     objectives = Objectives(tuple(config.objectives))
     budget = parse_budget(config.budget)
     make_sampler = build(config.sampler, _partial_=True)
@@ -56,10 +58,11 @@ def run(config: Search, path: Path) -> None:
     if not begun_or_named and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
         check_trainable(config.train, space)  # before any text is read
     data = supernet_data(config, space)
-    supernet = _supernet(config, path, supernet_config(config, space, data))
+    wanted = supernet_config(config, space, init, data)
+    supernet = _supernet(config, path, wanted)
     latency = _latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
-    supernet = supernet or _train(config, space, data)
+    supernet = supernet or _train(config, space, init, data, f"{space.name}-{value_hash(wanted)}")
     say(f"Supernet: {supernet.path}")
     loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
 
@@ -69,6 +72,7 @@ def run(config: Search, path: Path) -> None:
         parents["latency"] = FinishedRun(table.folder, "measure")
     asked = dataclasses.asdict(config) | {
         "space": {"name": space.name, **space.to_dict()},
+        "init": wanted["init"],
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
         "windows": list(loss.windows.shape),
@@ -92,21 +96,24 @@ def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun
     if supernet is None:
         return find_supernet(Path(config.runs_dir), wanted)
     theirs = supernet.config
-    same = {"space": theirs["space"] == wanted["space"], "data": theirs["data"]["digest"] == wanted["data"]["digest"]}
+    same = {
+        "space": theirs["space"] == wanted["space"],
+        "data": theirs["data"]["digest"] == wanted["data"]["digest"],
+        "init": wanted["init"] in (None, theirs.get("init")),
+    }
     if different := [key for key, equal in same.items() if not equal]:
         if config.supernet:
             raise UserError(
-                f"supernet {supernet.path} was not trained on the {different[0]} of this search; give the same "
+                f"supernet {supernet.path} was trained with another {different[0]} than this search's; give the same "
                 f"{different[0]}="
             )
         raise UserError(_BEGUN_OTHERWISE.format(path=path, what=different[0]))
     return supernet
 
 
-def _train(config: Search, space: SearchSpace, data: TokenData) -> FinishedRun:
+def _train(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData, name: str) -> FinishedRun:
     say("No trained supernet fits this space, data and training: training one first")
-    name = f"{space.name}-{value_hash(supernet_config(config, space, data))}"
-    return train_supernet(config, space, data, Path(config.runs_dir) / "train" / name)
+    return train_supernet(config, space, init, data, Path(config.runs_dir) / "train" / name)
 
 
 def _latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:

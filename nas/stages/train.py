@@ -3,32 +3,60 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from nas.config import SupernetConfig, SupernetParts, Train, build
+from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, SupernetParts, Train, build
 from nas.console import say
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, agree
 from nas.files import value_hash
 from nas.model import Supernet
 from nas.model.checkpoint import load_supernet, save_supernet
+from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
+from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
-from nas.space import SearchSpace, load_space
+from nas.space import SearchSpace
 from nas.training import check_memory, fit, supernet_loss, training_device, whole_state, window_length
 from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import check_recipe
+
+Parts = TypeVar("Parts", bound=SupernetParts)
 
 _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
 
 
 def run(config: Train, path: Path) -> None:
     """Trains a supernet into ``path``."""
-    space = load_space(config.space)
+    config, space, init = settle(config)
     check_trainable(config.train, space)
-    train_supernet(config, space, supernet_data(config, space), path)
+    train_supernet(config, space, init, supernet_data(config, space), path)
+
+
+def settle(config: Parts) -> tuple[Parts, SearchSpace, Checkpoint | None]:
+    """Finds the space and the checkpoint of a command, and fills in what follows from them.
+
+    Returns:
+        The config with its tokenizer, sharing rule and learning rate settled; the space; the checkpoint of ``init``.
+
+    Raises:
+        UserError: There is no such space or checkpoint, it is not supported, or they do not fit each other.
+    """
+    init = read_checkpoint(Path(config.init)) if config.init else None
+    if init and config.space in (None, config.init):
+        space = init.space()
+    else:
+        space = resolve_space(config.space or "tiny")
+        if init:
+            init.check_space(space)
+    options = config.train
+    sharing = (INIT_SHARING if init else DEFAULT_SHARING) if options.sharing == "auto" else options.sharing
+    rate = TRAINED_LEARNING_RATE if init and options.learning_rate is None else options.peak_learning_rate
+    options = dataclasses.replace(options, sharing=sharing, learning_rate=rate)
+    tokenizer = config.tokenizer or (str(init.folder / "tokenizer.json") if init else None)
+    return dataclasses.replace(config, train=options, tokenizer=tokenizer), space, init
 
 
 def supernet_data(config: SupernetParts, space: SearchSpace) -> TokenData:
@@ -37,10 +65,13 @@ def supernet_data(config: SupernetParts, space: SearchSpace) -> TokenData:
     return prepare_tokens(build(config.data), config.tokenizer, vocabulary, Path(config.runs_dir) / "cache")
 
 
-def supernet_config(config: SupernetParts, space: SearchSpace, data: TokenData) -> dict[str, Any]:
-    """The resolved config of a train run."""
+def supernet_config(
+    config: SupernetParts, space: SearchSpace, init: Checkpoint | None, data: TokenData
+) -> dict[str, Any]:
+    """The resolved config of a train run; ``config`` is settled."""
     return {
         "space": {"name": space.name, **space.to_dict()},
+        "init": init.identity if init else None,
         "data": {**config.data, "digest": data.digest},
         "tokenizer": config.tokenizer,
         "train": dataclasses.asdict(config.train),
@@ -54,9 +85,9 @@ def find_supernet(runs_dir: Path, wanted: dict[str, Any]) -> FinishedRun | None:
 
 
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides a supernet's weights: the text itself and not its path, and no key that only watches."""
+    """What decides a supernet's weights: text and checkpoint by content and not by path, no key that only watches."""
     train = weights_identity(config["train"])
-    return {"space": config["space"], "data": config["data"]["digest"], "train": train}
+    return {"space": config["space"], "init": config.get("init"), "data": config["data"]["digest"], "train": train}
 
 
 def weights_identity(train: dict[str, Any]) -> dict[str, Any]:
@@ -72,17 +103,20 @@ def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_di
     return InheritedLoss(load_supernet(supernet, training_device()), windows_NT, LossMemo(runs_dir / "cache" / name))
 
 
-def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, path: Path) -> FinishedRun:
+def train_supernet(
+    config: SupernetParts, space: SearchSpace, init: Checkpoint | None, data: TokenData, path: Path
+) -> FinishedRun:
     """Trains a supernet of ``space`` into ``path``, or goes on with an unfinished one there.
 
     Args:
-        config: A `Train` or a `Search`.
+        config: A settled `Train` or `Search`.
         space: The search space.
+        init: The checkpoint to start from; None starts from random weights.
         data: What `supernet_data` returned.
         path: The run directory.
 
     Raises:
-        UserError: See `fit`, `start_run` and `check_trainable`.
+        UserError: See `fit`, `start_run`, `check_trainable` and `Checkpoint.load_into`.
     """
     options = config.train
     check_trainable(options, space)
@@ -91,9 +125,13 @@ def train_supernet(config: SupernetParts, space: SearchSpace, data: TokenData, p
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
     supernet = Supernet(space, options.sharing)
     seeds = {"train": options.seed}
-    with start_run(path, "train", supernet_config(config, space, data), seeds) as run:
-        say(f"Training a supernet of {space.name} ({space.size:,} vectors) for {options.steps} steps in {path}")
-        supernet.decoder.initialise(torch.Generator().manual_seed(options.seed))
+    with start_run(path, "train", supernet_config(config, space, init, data), seeds) as run:
+        start = f"the weights of {init.folder}" if init else "random weights"
+        say(f"Training {space.name} ({space.size:,} vectors) from {start} for {options.steps} steps in {path}")
+        if init:
+            init.load_into(supernet)
+        else:
+            supernet.initialise(torch.Generator().manual_seed(options.seed))
 
         def validate() -> dict[str, float]:
             named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}

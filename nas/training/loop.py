@@ -49,10 +49,10 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then a cosine down to ``final_share`` of the peak at the last step."""
     warmup = max(1, round(config.warmup_share * config.steps))
     if step < warmup:
-        return config.learning_rate * (step + 1) / warmup
+        return config.peak_learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, config.steps - 1 - warmup)
     share = config.final_share + (1 - config.final_share) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * share
+    return config.peak_learning_rate * share
 
 
 @dataclass
@@ -155,7 +155,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     others = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=(0.9, 0.95), fused=True)
 
 
 def training_step(
@@ -199,5 +199,5 @@ def _stop_diverged(step: int, config: TrainConfig, checkpoint: Path) -> None:
     kept = f"the last good checkpoint is kept in {checkpoint}" if checkpoint.is_file() else "no checkpoint was due yet"
     raise UserError(
         f"the training loss is no longer finite within the {config.log_every} steps up to {step}; lower "
-        f"train.learning_rate (now {config.learning_rate}) under a new name; {kept}"
+        f"train.learning_rate (now {config.peak_learning_rate}) under a new name; {kept}"
     )

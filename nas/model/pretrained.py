@@ -1,0 +1,266 @@
+"""A trained Hugging Face checkpoint that a supernet can start from: the shape that its config states, and its weights.
+
+transformers reads both, so that every model type has the defaults and the loading code of its own; a config that asks
+for what our decoder does not compute is refused. Code that a checkpoint brings along is never run.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nas.console import say
+from nas.errors import UserError, in_short
+from nas.files import file_hash, read_json, value_hash
+from nas.model.supernet import Supernet
+from nas.space import ROPE_KEYS, ModelShape, SearchSpace, load_space, shipped_spaces
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+_MOST_GROUPS = 4  # that a derived space allows
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose config has been read, and found to be one that our decoder can compute.
+
+    Attributes:
+        folder: Its directory.
+        shape: Its shape.
+        kv_heads: K/V heads in each of its layers.
+    """
+
+    folder: Path
+    shape: ModelShape
+    kv_heads: int
+
+    @property
+    def name(self) -> str:
+        """The name of its folder."""
+        return self.folder.resolve().name
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """Its name and the hash of its weights; reads all of them once."""
+        return {"name": self.name, "hash": value_hash([file_hash(file) for file in _weight_files(self.folder)], 64)}
+
+    def space(self) -> SearchSpace:
+        """The space that suits it: the divisors of its K/V heads up to 4 or, where that is 1 alone, 1 and all of them.
+
+        Raises:
+            UserError: It has one K/V head, which leaves nothing to choose.
+        """
+        if self.kv_heads == 1:
+            raise UserError(
+                f"checkpoint {self.folder} has one K/V head in every layer, so there is nothing to choose; give a "
+                "checkpoint with more"
+            )
+        groups = tuple(g for g in range(1, _MOST_GROUPS + 1) if self.kv_heads % g == 0)
+        groups = groups if len(groups) > 1 else (1, self.kv_heads)
+        return SearchSpace(self.name, self.shape, (groups,) * self.shape.num_hidden_layers)
+
+    def check_space(self, space: SearchSpace) -> None:
+        """Refuses a space whose supernet cannot take over these weights; its context may be shorter.
+
+        Raises:
+            UserError: Its shape is another, or a layer may have more groups than there are K/V heads.
+        """
+        for key in (field.name for field in dataclasses.fields(ModelShape)):
+            asked, here = getattr(space.shape, key), getattr(self.shape, key)
+            if asked != here and not (key == "max_position_embeddings" and asked < here):
+                raise UserError(
+                    f"space {space.name} has {key} {asked} but checkpoint {self.folder} has {here}; change that in the "
+                    "space, or leave space= out"
+                )
+        for layer, groups in enumerate(space.largest):
+            if groups > self.kv_heads:
+                raise UserError(
+                    f"space {space.name} allows {groups} groups in layer {layer} but checkpoint {self.folder} has "
+                    f"{self.kv_heads} K/V heads; allow at most that many in kv_groups"
+                )
+
+    def load_into(self, supernet: Supernet) -> None:
+        """Makes the checkpoint's weights the supernet's; see `Supernet.load_plain`.
+
+        Raises:
+            UserError: They are missing, corrupt, or not those that the config describes.
+        """
+        supernet.load_plain(self._weights(), [self.kv_heads] * self.shape.num_hidden_layers)
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        try:
+            model, report = _transformers().AutoModelForCausalLM.from_pretrained(
+                self.folder,
+                dtype=torch.float32,
+                local_files_only=True,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are in the report
+                output_loading_info=True,
+            )
+        except Exception as error:  # a damaged file fails in as many ways as there are bytes
+            raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
+        weights: Mapping[str, Tensor] = model.state_dict()
+        if problem := next(_problems(report, weights), None):
+            raise UserError(
+                f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
+            )
+        return weights
+
+
+def resolve_space(reference: str) -> SearchSpace:
+    """The space of a shipped name, of a YAML file, or the one that suits the checkpoint in a directory.
+
+    Raises:
+        UserError: There is no such space, or it is not valid.
+    """
+    if reference not in shipped_spaces() and Path(reference).is_dir():
+        return read_checkpoint(Path(reference)).space()
+    return load_space(reference)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint's config and looks whether its weights are there, without reading them.
+
+    Raises:
+        UserError: It is no checkpoint, or one that our decoder does not compute.
+    """
+    if not folder.is_dir():
+        raise UserError(f"checkpoint {folder} is not a directory; give the directory of a Hugging Face model")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"checkpoint {folder} has no config.json; give the directory of a Hugging Face model")
+    stated = read_json(folder / "config.json")
+    if stated.get("model_type") not in MODEL_TYPES:
+        raise UserError(
+            f"checkpoint {folder} is a '{stated.get('model_type')}' model; only {', '.join(MODEL_TYPES)} are supported"
+        )
+    try:
+        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        obstacle = next(_obstacles(stated, config), None)
+        shape = None if obstacle else _shape(config)
+    except Exception as error:  # whatever the library's checks raise, and what values of a wrong kind lead to
+        raise UserError(f"{folder / 'config.json'} is not valid ({in_short(error)}); mend or restore it") from None
+    if not shape:
+        raise UserError(f"checkpoint {folder} {obstacle}; give another checkpoint")
+    _weight_files(folder)
+    if shape.max_position_embeddings < config.max_position_embeddings:
+        say(
+            f"Checkpoint {folder} attends over a sliding window of {config.sliding_window} tokens: its context of "
+            f"{config.max_position_embeddings} is cut to that, within which it computes the same"
+        )
+    return Checkpoint(folder, shape, config.num_key_value_heads)
+
+
+def _transformers() -> Any:
+    """The library, which is heavy to import, with its own messages off: what matters is in our sentences."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _obstacles(stated: Mapping[str, Any], config: Any) -> Iterator[str]:
+    """What a config asks for that our decoder does not compute. ``stated`` is its file, ``config`` has defaults too."""
+    rope = _rope(config)
+    if stated.get("quantization_config"):
+        yield "is quantised (quantization_config), and only full weights can be trained"
+    if config.hidden_act != "silu":
+        yield f"has hidden_act '{config.hidden_act}', and only silu is supported"
+    if other := set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}:
+        yield f"has layers of {', '.join(sorted(map(str, other)))}, and only full and sliding attention are supported"
+    if not all(stated.get("no_rope_layers") or [True]):
+        yield "has layers without rotary embeddings (no_rope_layers), which are not supported"
+    if any(isinstance(value, Mapping) for value in rope.values()):
+        yield "has different rotary embeddings in different layers (rope_parameters), which are not supported"
+    if rope.get("rope_type") not in (None, "default", *ROPE_KEYS):
+        yield f"has rope_type '{rope['rope_type']}', and only default, {', '.join(ROPE_KEYS)} are supported"
+    if (share := rope.get("partial_rotary_factor") or stated.get("partial_rotary_factor") or 1) != 1:
+        yield f"has partial_rotary_factor {share}, and only whole heads are rotated here"
+    if config.num_attention_heads % config.num_key_value_heads:
+        yield f"has {config.num_key_value_heads} K/V heads, which do not divide its {config.num_attention_heads} heads"
+
+
+def _rope(config: Any) -> dict[str, Any]:
+    """What a config says of rotary embeddings; transformers 4 keeps it as rope_scaling, often with a ``type``."""
+    values = dict(getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {})
+    legacy = values.pop("type", None)
+    return {"rope_type": legacy, **values}
+
+
+def _shape(config: Any) -> ModelShape:
+    """The shape of a config that has no `_obstacles`, its context cut to its sliding window."""
+    rope, kind = _rope(config), config.model_type
+    scaling = None
+    if rope["rope_type"] in ROPE_KEYS:
+        known = ("rope_type", *(key for keys in ROPE_KEYS[rope["rope_type"]] for key in keys))
+        scaling = {key: rope[key] for key in known if rope.get(key) is not None}
+        if rope["rope_type"] != "linear":
+            scaling.setdefault("original_max_position_embeddings", config.max_position_embeddings)
+    window = getattr(config, "sliding_window", None)
+    if kind != "mistral" and "sliding_attention" not in (getattr(config, "layer_types", None) or ()):
+        window = None
+    attention_bias = bool(getattr(config, "attention_bias", False)) and kind in ("llama", "qwen3")
+    return ModelShape(
+        num_hidden_layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=min(config.max_position_embeddings, window or config.max_position_embeddings),
+        rms_norm_eps=config.rms_norm_eps,
+        rope_theta=rope["rope_theta"] if rope.get("rope_theta") else config.rope_theta,
+        tie_word_embeddings=config.tie_word_embeddings,
+        qkv_bias=attention_bias or kind == "qwen2",
+        o_bias=attention_bias,
+        mlp_bias=bool(getattr(config, "mlp_bias", False)) and kind == "llama",
+        qk_norm=kind == "qwen3",
+        rope_scaling=scaling,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights that transformers will read, each with a header that fits its length.
+
+    Raises:
+        UserError: There are none, or one is missing or cut short.
+    """
+    files = [folder / _WEIGHTS]
+    if not files[0].is_file():
+        if not (folder / _INDEX).is_file():
+            raise UserError(
+                f"checkpoint {folder} has neither {_WEIGHTS} nor {_INDEX}; give a checkpoint with its weights as "
+                "safetensors"
+            )
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{folder / _INDEX} is corrupt (it has no weight_map); restore it")
+        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} cannot be read ({in_short(error)}); restore it or download it again") from None
+    return files
+
+
+def _problems(report: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with loaded weights, by transformers' report of loading them and by their values."""
+    for name in sorted(report["missing_keys"]):
+        yield f"{name} is missing"
+    for key in sorted(report["mismatched_keys"]):
+        name = key if isinstance(key, str) else key[0]  # transformers 4 gives the name alone, 5 the shapes with it
+        yield f"{name} has another shape than {tuple(weights[name].shape)}"
+    for name in sorted(report["unexpected_keys"]):
+        if not name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints store what follows from their config
+            yield f"{name} has no place in the model"
+    for name, tensor in weights.items():
+        if not tensor.isfinite().all():
+            yield f"{name} has values that are not finite"

@@ -1,0 +1,403 @@
+"""Supernets that start from a trained Hugging Face checkpoint, with transformers as the reference."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+
+from nas.data.tokenizer import train_tokenizer
+from nas.errors import UserError
+from nas.export.hf import read_exported
+from nas.files import read_json
+from nas.model import Supernet
+from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
+from nas.model.sharing import SHARING_RULES, pooling
+from nas.run import FinishedRun
+from nas.space import SearchSpace, space_from_dict
+from tests.conftest import FAST, Nas
+from tests.test_bad_input import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
+
+SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 40,
+    "rms_norm_eps": 1e-5,
+}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3["original_max_position_embeddings"] = 10
+KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "llama": (LlamaConfig, {}),
+    "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
+    "llama-biases": (LlamaConfig, {"attention_bias": True, "mlp_bias": True}),
+    "llama-wide-heads": (LlamaConfig, {"head_dim": 10, "rope_theta": 500.0}),
+    "llama-linear": (LlamaConfig, {"rope_scaling": {"type": "linear", "factor": 2.5}}),
+    "llama-llama3": (LlamaConfig, {"rope_theta": 500.0, "rope_scaling": LLAMA3}),
+    "mistral": (MistralConfig, {"sliding_window": 41, "rope_theta": 1e6}),
+    "mistral-no-window": (MistralConfig, {"sliding_window": None}),
+    "mistral-short-window": (MistralConfig, {"sliding_window": 16}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2-yarn": (
+        Qwen2Config,
+        {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}},
+    ),
+    "qwen2-some-windows": (Qwen2Config, {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}),
+    "qwen3": (Qwen3Config, {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3-biases": (Qwen3Config, {"head_dim": 8, "attention_bias": True}),
+}
+
+
+def save_checkpoint(
+    folder: Path, kind: str = "llama", seed: int = 0, shards: str | None = None, **changes: Any
+) -> Path:
+    """A checkpoint of random weights, large enough for every part to count, in a folder of its own."""
+    config_type, own = KINDS[kind]
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config_type(**(SIZES | own | changes)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
+    model.save_pretrained(folder, **({"max_shard_size": shards} if shards else {}))
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of every kind."""
+    return save_checkpoint(tmp_path_factory.mktemp("checkpoints") / request.param, request.param)
+
+
+def started(source: Checkpoint, sharing: str, space: SearchSpace | None = None) -> Supernet:
+    """A supernet that has taken over a checkpoint."""
+    supernet = Supernet(space or source.space(), sharing)
+    source.load_into(supernet)
+    return supernet.eval()
+
+
+@torch.no_grad()
+def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
+    """What transformers computes."""
+    logits: torch.Tensor = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)(tokens).logits
+    return logits
+
+
+def some_tokens(rows: int, length: int) -> torch.Tensor:
+    """Random tokens, always the same."""
+    return torch.randint(SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_largest_vector_computes_what_the_checkpoint_computes_by_every_sharing_rule(checkpoint: Path) -> None:
+    source = read_checkpoint(checkpoint)
+    tokens = some_tokens(2, source.shape.max_position_embeddings)
+    expected = reference_logits(checkpoint, tokens)
+    assert expected.std() > 0.5
+    for sharing in SHARING_RULES:
+        supernet = started(source, sharing)
+        with torch.no_grad():
+            logits = supernet(tokens, supernet.choice_indices([supernet.space.largest] * 2))
+            torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+            smaller = supernet(tokens, supernet.choice_indices([supernet.space.smallest] * 2))
+        assert (smaller - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("kind", "window"), [("mistral-short-window", 16), ("qwen2-some-windows", 12)])
+def test_the_context_is_cut_to_a_sliding_window_and_that_is_said(
+    kind: str, window: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = save_checkpoint(tmp_path / kind, kind)
+    assert read_checkpoint(folder).shape.max_position_embeddings == window
+    said = capfd.readouterr().out
+    assert f"sliding window of {window} tokens" in said
+    assert "40" in said
+    tokens = some_tokens(1, 40)
+    whole = json.loads((folder / "config.json").read_text()) | {"sliding_window": 100}
+    with_window = reference_logits(folder, tokens)
+    (folder / "config.json").write_text(json.dumps(whole))
+    without = reference_logits(folder, tokens)
+    torch.testing.assert_close(with_window[:, :window], without[:, :window])
+    assert (with_window - without).abs().max() > 0.01  # beyond it the window does count
+
+
+def test_a_window_no_shorter_than_the_context_cuts_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    source = read_checkpoint(save_checkpoint(tmp_path / "mistral", "mistral"))
+    assert source.shape.max_position_embeddings == 40
+    assert "window" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["llama-biases", "qwen3-biases"])
+@pytest.mark.parametrize("sharing", SHARING_RULES)
+def test_more_heads_than_the_largest_choice_become_means_of_neighbours(kind: str, sharing: str, tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "eight", kind, num_key_value_heads=8)
+    source = read_checkpoint(folder)
+    supernet = started(source, sharing)
+    assert supernet.space.largest == (4, 4, 4)
+    pooled = AutoModelForCausalLM.from_config(KINDS[kind][0](**(SIZES | KINDS[kind][1]))).eval()
+    state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    for name, tensor in state.items():
+        if "k_proj" in name or "v_proj" in name:
+            heads = tensor.unflatten(0, (4, 2, -1))  # four pairs of neighbours
+            state[name] = heads.mean(1).flatten(0, 1)
+    pooled.load_state_dict(state)
+    tokens = some_tokens(2, 20)
+    with torch.no_grad():
+        logits = supernet(tokens, supernet.choice_indices([(4, 4, 4)] * 2))
+        torch.testing.assert_close(logits, pooled(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_separate_heads_of_a_smaller_choice_are_means_of_all_heads(tmp_path: Path) -> None:
+    source = read_checkpoint(save_checkpoint(tmp_path / "eight", num_key_value_heads=8))
+    own = load_file(source.folder / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
+    extracted = started(source, "separate").extract((1, 2, 4)).state_dict()["model.layers.1.self_attn.v_proj.weight"]
+    expected = torch.einsum("gc,cdi->gdi", pooling(8, 2), own.unflatten(0, (8, -1))).flatten(0, 1)
+    torch.testing.assert_close(extracted, expected)
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups"),
+    [
+        *[(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (5, (1, 5)), (6, (1, 2, 3)), (7, (1, 7)), (8, (1, 2, 4))],
+        *[(12, (1, 2, 3, 4)), (16, (1, 2, 4)), (32, (1, 2, 4))],
+    ],
+)
+def test_the_derived_space_allows_the_divisors_of_the_heads(
+    heads: int, groups: tuple[int, ...], tmp_path: Path
+) -> None:
+    folder = tmp_path / "some-model"
+    save_checkpoint(folder, num_attention_heads=heads, num_key_value_heads=heads, hidden_size=4 * heads)
+    space = resolve_space(str(folder))
+    assert space.name == "some-model"
+    assert space.choices == (groups,) * 3
+    assert space_from_dict(space.name, json.loads(json.dumps(space.to_dict()))) == space
+
+
+def test_sharded_weights_are_read_and_hashed_as_a_whole(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "sharded", shards="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    source = read_checkpoint(folder)
+    tokens = some_tokens(1, 20)
+    supernet = started(source, "sliced")
+    with torch.no_grad():
+        logits = supernet(tokens, supernet.choice_indices([supernet.space.largest]))
+    torch.testing.assert_close(logits, reference_logits(folder, tokens), atol=1e-4, rtol=1e-4)
+    before, changed = source.identity, load_file(shards[-1])
+    save_file({name: tensor + 1 for name, tensor in changed.items()}, shards[-1], metadata={"format": "pt"})
+    after = read_checkpoint(folder).identity
+    assert after["name"] == before["name"] == "sharded"
+    assert after["hash"] != before["hash"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer.json of 300 tokens."""
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    train_tokenizer([text_file.read_text()], 300).save(str(path))
+    return path
+
+
+# The command line.
+
+
+@pytest.fixture
+def model(tmp_path: Path, text_file: Path, tokenizer: Path) -> Path:
+    """A checkpoint with a tokenizer in the folder ``model`` of the working directory, beside a text.txt."""
+    folder = save_checkpoint(tmp_path / "model", "qwen2")
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    (tmp_path / "text.txt").write_text(text_file.read_text()[:60_000])
+    return folder
+
+
+def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: Path) -> None:
+    arguments = ("init=model", *TEXT, *FAST)
+    trained = nas("train", "init=model", *TEXT, *TRAINING, "name=mine")
+    assert trained.code == 0, trained.err
+    run = FinishedRun(Path("runs/train/mine"), "train")
+    assert run.config["init"] == read_checkpoint(model).identity
+    assert run.config["space"]["name"] == "model"
+    assert run.config["train"]["sharing"] == read_json(run.artifact("supernet.json"))["sharing"] == "separate"
+    assert run.artifact("tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+    searched = nas("search", "--budget", 5, *arguments, "name=mine")
+    assert searched.code == 0, searched.err
+    assert "Supernet: runs/train/mine" in searched.out
+    assert "Training" not in searched.out
+    measured = FinishedRun(Path("runs/search/mine")).parent("latency")
+    assert read_json(measured.artifact("latency.json"))["shape"]["qkv_bias"] is True
+
+    exported = nas("export", "run=runs/search/mine", "select=best_loss", "name=mine")
+    assert exported.code == 0, exported.err
+    (folder,) = (path.parent for path in Path("runs/export/mine").glob("*/config.json"))
+    finetuned = nas("finetune", f"checkpoint={folder}", *TEXT, *TRAINING, "name=mine")
+    assert finetuned.code == 0, finetuned.err
+    before = float(finetuned.out.split(" before")[0].split()[-1])
+    inherited = pd.read_csv("runs/search/mine/front.csv").set_index("vector").loc[folder.name, "loss_nats"]
+    assert before == pytest.approx(inherited, abs=1e-4)
+    assert read_exported(Path("runs/finetune/mine/model")).shape.qkv_bias
+
+    other = save_checkpoint(Path("other") / "model", "qwen2", seed=2)
+    (other / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    again = nas("search", "--budget", 5, *arguments, "init=other/model", "supernet=runs/train/mine", "name=wrong")
+    check_refusal(again, ["runs/train/mine", "another init", "give the same init="])
+
+
+def test_training_goes_on_from_its_checkpoint_and_not_from_the_first_weights(
+    nas: Nas, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("train", f"init={model}", *TEXT, *TRAINING, "train.learning_rate=1e-2")
+    assert nas(*arguments, "name=whole").code == 0
+    with monkeypatch.context() as patch:  # stops the training after its last checkpoint
+        patch.setattr("nas.stages.train.save_supernet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert nas(*arguments, "name=cut").code == 1
+    assert nas(*arguments, "name=cut").code == 0
+    whole, cut = (load_file(f"runs/train/{name}/supernet.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+
+
+@pytest.mark.usefixtures("model")
+def test_two_processes_start_from_the_checkpoint_as_one_does(nas: Nas, tmp_path: Path) -> None:
+    arguments = ("init=model", *TEXT, *FAST[:2], "train.steps=2", "train.validation_windows=1")
+    assert nas("train", *arguments, "name=one").code == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas", "train"]
+    subprocess.run([*torchrun, *arguments, "name=two"], cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    one, two = (load_file(f"runs/train/{name}/supernet.safetensors") for name in ("one", "two"))
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
+
+
+@pytest.mark.usefixtures("model")
+def test_a_space_may_choose_other_groups_and_a_shorter_context(nas: Nas, tmp_path: Path) -> None:
+    values = resolve_space("model").to_dict()
+    own = values | {"kv_groups": [[1, 2], [4], [2, 4]], "max_position_embeddings": 24}
+    (tmp_path / "mine.yaml").write_text(json.dumps(own))
+    arguments = ("space=mine.yaml", "init=model", *TEXT, *TRAINING, "train.sharing=pooled", "name=mine")
+    result = nas("train", *arguments)
+    assert result.code == 0, result.err
+    config = FinishedRun(Path("runs/train/mine")).config
+    assert (config["space"]["name"], config["train"]["sharing"]) == ("mine", "pooled")
+
+
+@pytest.mark.usefixtures("model")
+def test_without_init_a_checkpoint_is_only_a_space_and_the_studied_rule_and_rate_are_taken(nas: Nas) -> None:
+    result = nas("train", "space=model", "tokenizer=model", *TEXT, *TRAINING, "name=mine")
+    assert result.code == 0, result.err
+    config = FinishedRun(Path("runs/train/mine")).config
+    assert (config["init"], config["train"]["sharing"], config["train"]["learning_rate"]) == (None, "sliced", 4e-3)
+    assert config["space"] == {"name": "model", **resolve_space("model").to_dict()}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "gpt_neox"}, ["'gpt_neox'", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": "smollm3"}, ["'smollm3'", "llama, mistral, qwen2, qwen3"]),
+        ({"model_type": None}, ["'None'", "llama, mistral, qwen2, qwen3"]),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'", "silu"]),
+        ({"partial_rotary_factor": 0.5}, ["partial_rotary_factor 0.5", "whole heads"]),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_type 'dynamic'", "llama3, yarn"]),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, ["different rotary", "rope_parameters"]),
+        ({"layer_types": ["full_attention"] * 2 + ["linear_attention"]}, ["linear_attention", "sliding"]),
+        ({"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, ["chunked_attention", "sliding"]),
+        ({"no_rope_layers": [1, 0, 1]}, ["no_rope_layers", "not supported"]),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, ["quantised", "quantization_config"]),
+        ({"num_key_value_heads": 3}, ["3 K/V heads", "8 heads"]),
+        ({"num_key_value_heads": 1}, ["one K/V head", "nothing to choose"]),
+        ({"num_key_value_heads": 8}, ["k_proj.bias has another shape than (32,)"]),
+        ({"hidden_size": "wide"}, ["config.json is not valid", "restore it"]),
+        ({"num_key_value_heads": 0}, ["config.json is not valid", "restore it"]),
+        ({"hidden_size": 24}, ["config.json is not valid", "head_dim is 3", "even"]),
+        ({"vocab_size": 310}, ["embed_tokens.weight has another shape than (310, 32)"]),
+        ({"vocab_size": 290}, ["tokenizer.json", "300 tokens", "vocab_size is 290"]),
+        ({"num_hidden_layers": 4}, ["model.layers.3", "is missing"]),
+        ({"num_hidden_layers": 2}, ["model.layers.2", "has no place in the model"]),
+    ],
+)
+def test_a_config_that_is_not_supported_or_does_not_fit_its_weights_is_refused(
+    nas: Nas, model: Path, change: Mapping[str, Any], words: list[str]
+) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"layer_types": None} | change
+    (model / "config.json").write_text(json.dumps(config))
+    check_refusal(nas("train", "init=model", *TEXT, *TRAINING), ["model", *words])
+    assert not list(Path().rglob("complete.json"))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "words"),
+    [
+        ("config.json", None, ["model has no config.json", "Hugging Face"]),
+        ("config.json", to("{"), ["config.json", "restore it"]),
+        ("config.json", to("[]"), ["config.json", "restore it"]),
+        ("model.safetensors", None, ["neither model.safetensors nor", "safetensors"]),
+        ("model.safetensors", to(""), ["model.safetensors cannot be read", "download it again"]),
+        ("model.safetensors", to("version https://git-lfs.github.com/spec/v1"), ["cannot be read", "download"]),
+        ("model.safetensors", halved, ["model.safetensors cannot be read", "download it again"]),
+        ("tokenizer.json", None, ["model/tokenizer.json", "give a tokenizer.json"]),
+        ("tokenizer.json", to("{}"), ["model/tokenizer.json", "cannot be read"]),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused_before_any_text_is_read(
+    nas: Nas, model: Path, name: str, damage: Damage, words: list[str]
+) -> None:
+    harm(model / name, damage)
+    check_refusal(nas("train", "init=model", *TEXT, *TRAINING), words)
+    assert not Path("runs/cache").exists()
+
+
+def test_weights_that_are_not_finite_are_refused(model: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    source = read_checkpoint(model)
+    with pytest.raises(UserError, match=r"model.norm.weight has values that are not finite; restore it"):
+        source.load_into(Supernet(source.space()))
+
+
+def test_a_missing_shard_or_a_wrong_index_is_refused(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "sharded", shards="40KB")
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.unlink()
+    with pytest.raises(UserError, match=rf"{shard.name} cannot be read .* download it again"):
+        read_checkpoint(folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(UserError, match="no weight_map"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["init=nowhere"], ["checkpoint nowhere is not a directory", "Hugging Face"]),
+        (["init=text.txt"], ["checkpoint text.txt is not a directory", "Hugging Face"]),
+        (["init=empty"], ["checkpoint empty has no config.json", "Hugging Face"]),
+        (["space=empty"], ["checkpoint empty has no config.json", "Hugging Face"]),
+        (["init=model", "space=tiny"], ["space tiny has num_hidden_layers 8", "model has 3", "space="]),
+        (["init=model", "space=wide.yaml"], ["space wide has intermediate_size 64", "model has 48"]),
+        (["init=model", "space=long.yaml"], ["space long has max_position_embeddings 80", "model has 40"]),
+        (["init=model", "space=plain.yaml"], ["space plain has qkv_bias False", "model has True"]),
+        (["init=model", "space=many.yaml"], ["space many allows 8 groups in layer 0", "4 K/V heads", "kv_groups"]),
+    ],
+)
+def test_what_does_not_fit_a_checkpoint_is_refused(
+    nas: Nas, model: Path, arguments: list[str], words: list[str]
+) -> None:
+    values = resolve_space(str(model)).to_dict()
+    Path("empty").mkdir()
+    changes: dict[str, dict[str, Any]] = {
+        "wide": {"intermediate_size": 64},
+        "long": {"max_position_embeddings": 80},
+        "plain": {"qkv_bias": False},
+        "many": {"kv_groups": [[4, 8], [1], [1]]},
+    }
+    for name, change in changes.items():
+        Path(f"{name}.yaml").write_text(json.dumps(values | change))
+    check_refusal(nas("train", *arguments, *TEXT, *TRAINING), words)
+    assert not Path("runs/cache").exists()
