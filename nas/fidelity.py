@@ -125,7 +125,8 @@ def resampled_taus(predicted: Array, true: Array, counts_RN: npt.NDArray[np.int6
     both, x, y = (
         np.einsum("ri,ij,rj->r", counts_RN, signs, counts_RN) for signs in (signs_x * signs_y, signs_x**2, signs_y**2)
     )
-    return np.divide(both, np.sqrt(x * y), out=np.full(len(both), np.nan), where=x * y > 0)
+    taus: Array = np.divide(both, np.sqrt(x * y), out=np.full(len(both), np.nan), where=x * y > 0)
+    return taus
 
 
 def noise_ceiling(losses_VS: Array) -> float:
