@@ -1,6 +1,7 @@
 """Supernets that start from a trained Hugging Face checkpoint, with transformers as the reference."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,11 +21,15 @@ from nas.files import read_json
 from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import SHARING_RULES, pooling
+from nas.quality import vector_loss
 from nas.run import FinishedRun
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
 from tests.conftest import FAST, Nas
 from tests.test_bad_input import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
+
+ROOT = Path(__file__).resolve().parent.parent
+STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 
 SIZES = {
     "vocab_size": 300,
@@ -455,3 +460,14 @@ def test_what_does_not_fit_a_checkpoint_is_refused(
         Path(f"{name}.yaml").write_text(json.dumps(values | change))
     check_refusal(nas("train", *arguments, *TEXT, *TRAINING), words)
     assert not Path("runs/cache").exists()
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real checkpoint is not there: {STORIES}")
+def test_a_real_checkpoint_keeps_its_loss(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "stories260k.py"))
+    folder = script["convert"](STORIES, tmp_path / "stories260k")
+    windows = script["as_windows"](folder, script["SAMPLE_TEXT"], 64)
+    supernet = started(read_checkpoint(folder), "separate")
+    ours = vector_loss(supernet, supernet.space.largest, windows)
+    assert ours == pytest.approx(script["transformers_loss"](folder, windows), abs=1e-4)
+    assert ours < 1.4  # it reads stories; a uniform guess costs 6.24 nats
