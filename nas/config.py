@@ -16,7 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nas.errors import UserError
 
-FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; from trained ones
+FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; from those of a checkpoint
 
 
 @dataclass
@@ -26,7 +26,7 @@ class TrainConfig:
     steps: int = 500
     batch: int = 8  # rows a step
     length: int | None = None  # tokens a row; null: the model's whole context
-    learning_rate: float | None = None  # null: 4e-3 from random weights, 5e-4 from trained ones
+    learning_rate: float | None = None  # null: 4e-3, or 5e-4 for a supernet that starts from a checkpoint
     warmup_share: float = 0.2  # of the steps, linear; then cosine down to final_share of the learning rate
     final_share: float = 0.05
     weight_decay: float = 0.1  # on matrices only

@@ -1,6 +1,7 @@
 """Supernets that start from a trained Hugging Face checkpoint, with transformers as the reference."""
 
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -20,10 +21,15 @@ from nas.files import read_json
 from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import SHARING_RULES, pooling
+from nas.quality import vector_loss
 from nas.run import FinishedRun
 from nas.space import SearchSpace, space_from_dict
+from nas.stages.train import find_supernet
 from tests.conftest import FAST, Nas
 from tests.test_bad_input import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
+
+ROOT = Path(__file__).resolve().parent.parent
+STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 
 SIZES = {
     "vocab_size": 300,
@@ -94,7 +100,7 @@ def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
 
 def some_tokens(rows: int, length: int) -> torch.Tensor:
     """Random tokens, always the same."""
-    return torch.randint(SIZES["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1))  # type: ignore[call-overload, no-any-return]
+    return torch.randint(300, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
 def test_the_largest_vector_computes_what_the_checkpoint_computes_by_every_sharing_rule(checkpoint: Path) -> None:
@@ -181,6 +187,56 @@ def test_the_derived_space_allows_the_divisors_of_the_heads(
     assert space_from_dict(space.name, json.loads(json.dumps(space.to_dict()))) == space
 
 
+LLAMA32 = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "original_max_position_embeddings": 8192}
+PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {  # config.json, the shape's, groups
+    "SmolLM2-360M": (
+        {"model_type": "llama", "hidden_size": 960, "num_attention_heads": 15, "num_key_value_heads": 5}
+        | {"rope_theta": 100000, "rope_interleaved": False, "rope_scaling": None, "tie_word_embeddings": True},
+        {"head_dim": 64, "rope_theta": 100000, "rope_scaling": None, "tie_word_embeddings": True},
+        (1, 5),
+    ),
+    "Llama-3.2-1B": (
+        {"model_type": "llama", "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"head_dim": 64, "max_position_embeddings": 131072, "pretraining_tp": 1, "attention_bias": False}
+        | {"rope_theta": 500000.0, "rope_scaling": {**LLAMA32, "rope_type": "llama3"}, "tie_word_embeddings": True},
+        {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", **LLAMA32}, "qkv_bias": False},
+        (1, 2, 4),
+    ),
+    "Mistral-7B-v0.1": (
+        {"model_type": "mistral", "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+        | {"max_position_embeddings": 32768, "sliding_window": 4096, "rope_theta": 10000.0, "torch_dtype": "bfloat16"},
+        {"max_position_embeddings": 4096, "head_dim": 128, "qkv_bias": False},
+        (1, 2, 4),
+    ),
+    "Qwen2.5-0.5B": (
+        {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
+        | {"max_position_embeddings": 32768, "sliding_window": 32768, "max_window_layers": 21, "use_mrope": False}
+        | {"use_sliding_window": False, "rope_theta": 1000000.0, "rms_norm_eps": 1e-06, "tie_word_embeddings": True},
+        {"max_position_embeddings": 32768, "head_dim": 64, "qkv_bias": True, "o_bias": False, "rms_norm_eps": 1e-6},
+        (1, 2),
+    ),
+    "Qwen3-0.6B": (
+        {"model_type": "qwen3", "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8}
+        | {"head_dim": 128, "attention_bias": False, "max_position_embeddings": 40960, "sliding_window": None}
+        | {"use_sliding_window": False, "rope_scaling": None, "rope_theta": 1000000, "tie_word_embeddings": True},
+        {"head_dim": 128, "qk_norm": True, "qkv_bias": False, "max_position_embeddings": 40960},
+        (1, 2, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_as_they_are_published_are_understood(name: str, tmp_path: Path) -> None:
+    config, expected, groups = PUBLISHED[name]
+    (tmp_path / name).mkdir()
+    rest = {"hidden_act": "silu", "intermediate_size": 512, "num_hidden_layers": 2, "vocab_size": 1000}
+    (tmp_path / name / "config.json").write_text(json.dumps(rest | config))
+    save_file({"unread": torch.zeros(1)}, tmp_path / name / "model.safetensors")
+    space = resolve_space(str(tmp_path / name))
+    assert {key: getattr(space.shape, key) for key in expected} == expected
+    assert (space.name, space.choices) == (name, (groups,) * 2)
+
+
 def test_sharded_weights_are_read_and_hashed_as_a_whole(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "sharded", shards="40KB")
     shards = sorted(folder.glob("model-*.safetensors"))
@@ -227,6 +283,9 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     assert run.config["space"]["name"] == "model"
     assert run.config["train"]["sharing"] == read_json(run.artifact("supernet.json"))["sharing"] == "separate"
     assert run.artifact("tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
+
+    assert find_supernet(Path("runs"), run.config)
+    assert not find_supernet(Path("runs"), run.config | {"init": {**run.config["init"], "hash": "another"}})
 
     searched = nas("search", "--budget", 5, *arguments, "name=mine")
     assert searched.code == 0, searched.err
@@ -401,3 +460,14 @@ def test_what_does_not_fit_a_checkpoint_is_refused(
         Path(f"{name}.yaml").write_text(json.dumps(values | change))
     check_refusal(nas("train", *arguments, *TEXT, *TRAINING), words)
     assert not Path("runs/cache").exists()
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real checkpoint is not there: {STORIES}")
+def test_a_real_checkpoint_keeps_its_loss(tmp_path: Path) -> None:
+    script = runpy.run_path(str(ROOT / "scripts" / "stories260k.py"))
+    folder = script["convert"](STORIES, tmp_path / "stories260k")
+    windows = script["as_windows"](folder, script["SAMPLE_TEXT"], 64)
+    supernet = started(read_checkpoint(folder), "separate")
+    ours = vector_loss(supernet, supernet.space.largest, windows)
+    assert ours == pytest.approx(script["transformers_loss"](folder, windows), abs=1e-4)
+    assert ours < 1.4  # it reads stories; a uniform guess costs 6.24 nats

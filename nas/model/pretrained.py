@@ -99,6 +99,7 @@ class Checkpoint:
                 self.folder,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=False,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are in the report
                 output_loading_info=True,
@@ -137,7 +138,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     stated = read_json(folder / "config.json")
     if stated.get("model_type") not in MODEL_TYPES:
         raise UserError(
-            f"checkpoint {folder} is a '{stated.get('model_type')}' model; only {', '.join(MODEL_TYPES)} are supported"
+            f"checkpoint {folder} is a '{stated.get('model_type')}' model; give one of type {', '.join(MODEL_TYPES)}"
         )
     try:
         config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

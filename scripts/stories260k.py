@@ -1,0 +1,220 @@
+"""A supernet from a real trained model, on a laptop: stories260K, which tells children's stories with 260,000 weights.
+
+Converts llama2.c's stories260K.bin and tok512.bin into a Hugging Face Llama directory, lets the model write text that a
+supernet can learn from, trains a supernet that starts from the model, and writes docs/stories260k/losses.csv: the loss
+of uniform and mixed vectors with the model's own weights, and after the training.
+
+python scripts/stories260k.py SRC OUT      # SRC holds the two files; OUT gets model/, stories.jsonl and runs/
+"""
+
+import json
+import struct
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
+
+from nas import cli
+from nas.data import prepare_tokens, validation_windows
+from nas.data.corpora import TextCorpus
+from nas.data.tokenizer import END_OF_TEXT, load_tokenizer
+from nas.files import write_atomically
+from nas.hardware import cpu_name
+from nas.model import Supernet
+from nas.model.checkpoint import load_supernet
+from nas.model.pretrained import read_checkpoint
+from nas.quality import mean_loss, vector_loss
+from nas.run import FinishedRun
+from nas.space import Vector, format_vector, parse_vector
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
+END = 1  # the token between the stories that the model was trained on; it never saw token 2
+STORIES, ROWS, SEED = 2000, 200, 0
+TRAINING = ("train.steps=400", "train.batch=16", "train.learning_rate=1e-3", "train.validate_every=200")
+MIXED = ("4-4-2-2-1", "1-2-2-4-4", "4-2-1-1-1", "1-1-1-2-4", "2-4-1-4-2", "4-1-2-1-4")
+SAMPLE_TEXT = """\
+Once upon a time, there was a little girl named Lily. She loved to play in the park with her red ball. One day, the \
+ball rolled into a big bush. Lily was sad. She asked her mom for help. Her mom smiled and said, "Let's look for it \
+together." They looked and looked. Then Lily saw the ball behind a tree. She was so happy! She hugged her mom and \
+said, "Thank you, Mom!" They went home and had a yummy lunch.
+One day, Tim and his dog Max went for a walk. The sun was bright and the sky was blue. Max saw a bird and ran fast. \
+Tim said, "Max, wait for me!" The bird flew away to its nest. Max was tired, so they sat under a tree. Tim gave Max \
+some water. They were good friends. They played all day and then they went to bed.
+"""
+
+
+def main(source: Path, out: Path) -> None:
+    """Does all of it; what is there already is not made again."""
+    logging.disable_progress_bar()
+    model, corpus = out / "model", out / "stories.jsonl"
+    convert(source, model)
+    windows = as_windows(model, SAMPLE_TEXT, 64)
+    print(f"Loss of {model} on sentences of our own: {transformers_loss(model, windows):.3f} nats/token")
+    print(f"What it tells, greedily: {next(tell(model, rows=1, greedy=True), '(no end)')}")
+    if not corpus.is_file():
+        write_corpus(model, corpus)
+    run = out / "runs" / "train" / "stories260k"
+    if not (run / "complete.json").is_file():
+        text = (f"init={model}", "data=text", f"data.path={corpus}", *TRAINING)
+        if code := cli.main(["train", *text, "name=stories260k", f"runs_dir={out / 'runs'}"]):
+            raise SystemExit(code)
+    table = losses(model, corpus, FinishedRun(run, "train"))
+    print(table.to_string(index=False))
+    target = ROOT / "docs" / "stories260k" / "losses.csv"
+    write_atomically(target, lambda path: table.to_csv(path, index=False))
+    print(f"Wrote {target.relative_to(ROOT)}")
+
+
+def convert(source: Path, folder: Path) -> Path:
+    """Writes the model and its tokenizer as a Hugging Face directory."""
+    weights = (source / "stories260K.bin").read_bytes()
+    width, hidden, layers, heads, kv_heads, vocabulary, context = struct.unpack_from("7i", weights)
+    assert vocabulary > 0  # negative would announce an output head of its own
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=context,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=END,
+        eos_token_id=END,
+    )
+    model = LlamaForCausalLM(config)
+    values = torch.from_numpy(np.frombuffer(weights, np.float32, offset=struct.calcsize("7i")).copy())
+    model.load_state_dict(_llama_state(config, values))
+    model.save_pretrained(folder)
+    _tokenizer(source / "tok512.bin", vocabulary).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def _llama_state(config: LlamaConfig, values: Tensor) -> dict[str, Tensor]:
+    """The tensors of llama2.c's file, which lie one kind after the other, by their names in Hugging Face's Llama."""
+    width, hidden, depth = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv_width = width // config.num_attention_heads * config.num_key_value_heads
+    kinds = {
+        "input_layernorm": (width,),
+        "self_attn.q_proj": (width, width),
+        "self_attn.k_proj": (kv_width, width),
+        "self_attn.v_proj": (kv_width, width),
+        "self_attn.o_proj": (width, width),
+        "post_attention_layernorm": (width,),
+        "mlp.gate_proj": (hidden, width),
+        "mlp.down_proj": (width, hidden),
+        "mlp.up_proj": (hidden, width),
+    }
+    sizes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, width)}
+    sizes |= {f"model.layers.{layer}.{kind}.weight": size for kind, size in kinds.items() for layer in range(depth)}
+    sizes |= {"model.norm.weight": (width,)}
+    counts = [int(np.prod(size)) for size in sizes.values()]
+    rotary = config.max_position_embeddings * (width // config.num_attention_heads)  # its table, cosines and sines
+    assert len(values) == sum(counts) + rotary
+    parts = zip(sizes.items(), values[: sum(counts)].split(counts), strict=True)
+    state = {name: part.view(size) for (name, size), part in parts}
+    for name in [name for name in state if "q_proj" in name or "k_proj" in name]:
+        heads = config.num_attention_heads if "q_proj" in name else config.num_key_value_heads
+        pairs = state[name].view(heads, -1, 2, width)  # llama2.c rotates neighbours, Hugging Face one half by the other
+        state[name] = pairs.transpose(1, 2).reshape(-1, width)
+    return state | {"lm_head.weight": state["model.embed_tokens.weight"]}
+
+
+def _tokenizer(file: Path, vocabulary: int) -> Tokenizer:
+    """llama2.c's tokenizer: sentencepiece's BPE, which joins the pair whose whole scores best, and spells the rest."""
+    content, at = file.read_bytes(), 4
+    pieces, scores = [], {}
+    for _ in range(vocabulary):
+        score, length = struct.unpack_from("fi", content, at)
+        piece = content[at + 8 : at + 8 + length].decode().replace(" ", SPACE_MARK)
+        at += 8 + length
+        pieces.append(piece)
+        scores[piece] = score
+    pieces[:3] = ["<unk>", END_OF_TEXT, "</s>"]
+    ids = {piece: number for number, piece in enumerate(pieces)}
+    merges = []
+    for piece in sorted(pieces[3 + 256 :], key=lambda piece: -scores[piece]):  # after the specials and the bytes
+        splits = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+        merges += sorted((pair for pair in splits if set(pair) <= ids.keys()), key=lambda pair: [ids[p] for p in pair])
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE_MARK), normalizers.Replace(" ", SPACE_MARK)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in pieces[:3]])
+    return tokenizer
+
+
+def as_windows(model: Path, text: str, length: int) -> Tensor:
+    """The lines of a text as windows of ``length`` predicted tokens, each line a story."""
+    tokenizer = load_tokenizer(str(model))
+    tokens = [token for line in text.splitlines() for token in (END, *tokenizer.encode(line).ids)]
+    return validation_windows(np.array(tokens, np.uint32), len(tokens) // length, length)
+
+
+@torch.no_grad()
+def transformers_loss(model: Path, windows: Tensor) -> float:
+    """The loss in nats a token that transformers computes."""
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    return mean_loss(lambda tokens: reference(tokens).logits, windows)
+
+
+@torch.no_grad()
+def tell(model: Path, rows: int, greedy: bool = False) -> Iterator[str]:
+    """Stories that the model tells; those that its context cuts short are left out."""
+    teller, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_tokenizer(str(model))
+    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    prompt = torch.full((rows, 1), END)
+    told = teller.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_length=512, eos_token_id=END, pad_token_id=END, **how
+    )
+    for tokens in told[:, 1:].tolist():
+        if END in tokens:
+            yield tokenizer.decode(tokens[: tokens.index(END)])
+
+
+def write_corpus(model: Path, file: Path) -> None:
+    """Writes STORIES stories, one a line."""
+    torch.manual_seed(SEED)
+    stories: list[str] = []
+    while len(stories) < STORIES:
+        stories += tell(model, ROWS)
+        print(f"{len(stories)} stories", flush=True)
+    lines = "".join(json.dumps({"text": story}) + "\n" for story in stories)
+    write_atomically(file, lambda path: path.write_text(lines, encoding="utf-8"))
+
+
+def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
+    """The losses of the vectors before and after the run, on the validation windows of its text."""
+    checkpoint, trained = read_checkpoint(model), load_supernet(run, CPU).eval()
+    fresh = Supernet(trained.space, run.config["train"]["sharing"]).eval()
+    checkpoint.load_into(fresh)
+    data = prepare_tokens(TextCorpus(str(corpus)), str(model), 512, run.path.parent.parent / "cache")
+    windows = validation_windows(data.validation, 64, trained.space.shape.max_position_embeddings)
+    vectors: list[Vector] = [*trained.space.uniform_vectors(), *map(parse_vector, MIXED)]
+    rows = [
+        (format_vector(vector), vector_loss(fresh, vector, windows), vector_loss(trained, vector, windows))
+        for vector in vectors
+    ]
+    rows.append(("checkpoint in transformers", transformers_loss(model, windows), float("nan")))
+    return pd.DataFrame(rows, columns=["vector", "before_nats", "after_nats"]).assign(
+        steps=run.config["train"]["steps"],
+        learning_rate=run.config["train"]["learning_rate"],
+        validation_tokens=windows[:, 1:].numel(),
+        machine=cpu_name(),
+        date=datetime.now(UTC).date().isoformat(),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
