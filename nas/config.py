@@ -190,6 +190,7 @@ class Fidelity(StageConfig):
 
     supernet: str = MISSING
     data: dict[str, Any] = MISSING  # the text that the supernet was trained on
+    init: str | None = None  # the checkpoint that it started from, if it did: the models trained alone start there too
     vectors: int = 24
     equal_total: int = 12  # of these, so many with the same total of groups
     seed: int = 0  # which vectors

@@ -1,23 +1,27 @@
 """What evaluating the vectors of a supernet costs beside a plain model, and what shared prefixes save.
 
-`per_vector_over_plain`: the loss of one vector by the supernet over that of its extracted sub-network, both timed in
-turn so that a slow moment of the machine meets both; the median over vectors and rounds. `prefix_speedup`: all 6,561
-vectors of tiny one by one over all of them together; one by one is timed on every 81st, in stretches between the
-stretches of the whole. The losses of both are compared. The last line of stdout is JSON.
+`per_vector_over_plain`: the loss of one vector by the supernet over that of the plain model of the space's size, the
+largest vector's; the median over vectors and rounds. `per_vector_over_extracted`: the same over the vector's own
+extracted model, which is smaller. All are timed in turn, in shuffled order, so that a slow moment of the machine meets
+all. `prefix_speedup`: all 6,561 vectors of tiny one by one over all of them together; one by one is timed on every
+81st, in stretches between the stretches of the whole. The losses of both are compared. The last line of stdout is JSON.
 
-python scripts/bench_evaluation.py [ROUNDS]
+python scripts/bench_evaluation.py [ROUNDS [CSV]]     # adds a line to the CSV
 """
 
 import itertools
 import json
 import platform
+import random
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 
 from nas.hardware import cpu_name
@@ -32,7 +36,7 @@ WINDOWS = 8  # of the space's whole context
 STRETCHES = 27  # equal parts of all vectors
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, table: Path | None) -> None:
     """Times and compares."""
     generator = torch.Generator().manual_seed(0)
     supernet = Supernet(SPACE)
@@ -43,28 +47,36 @@ def main(rounds: int) -> None:
     supernet = supernet.to(DEVICE).eval()
     windows = torch.randint(SPACE.shape.vocab_size, (WINDOWS, 257), generator=generator).to(DEVICE)
 
-    ratios = []
+    plain, rng = supernet.extract(SPACE.largest).eval(), random.Random(0)
+    over_plain, over_extracted = [], []
     for vector in [*SPACE.uniform_vectors(), (4, 2, 1, 4, 2, 1, 4, 2), (1, 1, 1, 1, 4, 4, 4, 4)]:
-        plain = supernet.extract(vector)
+        own = supernet.extract(vector).eval()
+        contestants: dict[str, Callable[[], Any]] = {
+            "elastic": lambda vector=vector: vector_losses(supernet, [vector], windows),  # type: ignore[misc]
+            "plain": lambda: mean_loss(plain, windows),
+            "own": lambda own=own: mean_loss(own, windows),  # type: ignore[misc]
+        }
         for number in range(rounds + 1):
-            elastic, _ = timed(lambda vector=vector: vector_losses(supernet, [vector], windows))  # type: ignore[misc]
-            alone, _ = timed(lambda plain=plain: mean_loss(plain, windows))  # type: ignore[misc]
+            order = rng.sample(sorted(contestants), len(contestants))
+            seconds = {name: timed(contestants[name])[0] for name in order}
             if number:  # the first warms up
-                ratios.append(elastic / alone)
+                over_plain.append(seconds["elastic"] / seconds["plain"])
+                over_extracted.append(seconds["elastic"] / seconds["own"])
 
     everything = list(itertools.product(*SPACE.choices))
     together, one_by_one, difference = 0.0, 0.0, 0.0
     size = len(everything) // STRETCHES
     for start in range(0, len(everything), size):
         stretch = everything[start : start + size]
-        seconds, losses = timed(lambda stretch=stretch: vector_losses(supernet, stretch, windows))  # type: ignore[misc]
-        together += seconds
+        took, losses = timed(lambda stretch=stretch: vector_losses(supernet, stretch, windows))  # type: ignore[misc]
+        together += took
         for index in range(0, size, 81):
-            seconds, alone = timed(lambda vector=stretch[index]: vector_losses(supernet, [vector], windows))  # type: ignore[misc]
-            one_by_one += 81 * seconds
+            took, alone = timed(lambda vector=stretch[index]: vector_losses(supernet, [vector], windows))  # type: ignore[misc]
+            one_by_one += 81 * took
             difference = max(difference, abs(losses[index] - alone[0]))
     facts = {
-        "per_vector_over_plain": round(statistics.median(ratios), 4),
+        "per_vector_over_plain": round(statistics.median(over_plain), 4),
+        "per_vector_over_extracted": round(statistics.median(over_extracted), 4),
         "prefix_speedup": round(one_by_one / together, 3),
         "largest_difference_nats": difference,
         "vectors": len(everything),
@@ -77,6 +89,8 @@ def main(rounds: int) -> None:
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+    if table:
+        pd.DataFrame([facts]).to_csv(table, mode="a", header=not table.is_file(), index=False)
     print(json.dumps(facts))
 
 
@@ -88,4 +102,4 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15, Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -3,7 +3,7 @@
 Steps are interleaved, so that a slow moment of the machine meets all kinds alike; the figures are ratios of medians.
 On a CPU the space is tiny, in fp32; on a GPU it is small, compiled, in bf16. The last line of stdout is JSON.
 
-python scripts/bench_training_step.py [ROUNDS]
+python scripts/bench_training_step.py [ROUNDS [CSV]]     # adds a line to the CSV
 """
 
 import json
@@ -13,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
 
@@ -33,7 +35,7 @@ ROWS = 32 if ON_GPU else 8
 WARM_UP = 5
 
 
-def main(rounds: int) -> None:
+def main(rounds: int, table: Path | None) -> None:
     """Times the steps and prints the ratios."""
     torch.manual_seed(0)
     length = SPACE.shape.max_position_embeddings
@@ -87,8 +89,10 @@ def main(rounds: int) -> None:
         "python": platform.python_version(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+    if table:
+        pd.DataFrame([facts]).to_csv(table, mode="a", header=not table.is_file(), index=False)
     print(json.dumps(facts))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40, Path(sys.argv[2]) if len(sys.argv) > 2 else None)

@@ -85,11 +85,11 @@ def machine() -> dict[str, str]:
 
 def draw() -> None:
     """Writes fidelity.png, agreement.csv and gaps.csv beside the measurements, and prints the tables."""
-    measured = {rule: pd.read_csv(DOCS / f"{rule}.csv") for rule in RULES}
+    measured = {rule: pd.read_csv(DOCS / f"{rule}.csv") for rule in RULES if (DOCS / f"{rule}.csv").is_file()}
     alone = measured[RULES[0]].query("kind == 'alone'")  # models that no supernet touched: the same for all rules
     tables = {}
-    with figure(DOCS / "fidelity", width=12.6, height=3.9 * len(RULES)) as drawing:
-        for part, (rule, rows) in zip(np.ravel([drawing.subfigures(len(RULES), 1)]), measured.items(), strict=True):
+    with figure(DOCS / "fidelity", width=12.6, height=3.9 * len(measured)) as drawing:
+        for part, (rule, rows) in zip(np.ravel([drawing.subfigures(len(measured), 1)]), measured.items(), strict=True):
             everything = pd.concat([rows.query("kind != 'alone'"), alone])
             tables[rule] = agreement(everything)
             draw_fidelity(part, everything, tables[rule], rule)
@@ -98,7 +98,8 @@ def draw() -> None:
     print(table.round(3).to_string(index=False))
 
     at_largest = [rows[rows["kind"] == "inherited"].nlargest(1, "total").assign(seed=0) for rows in measured.values()]
-    gaps = pd.concat([*at_largest, pd.read_csv(DOCS / "largest.csv")])[["rule", "seed", "loss_nats"]]
+    other_seeds = [pd.read_csv(file) for file in DOCS.glob("largest.csv")]
+    gaps = pd.concat([*at_largest, *other_seeds])[["rule", "seed", "loss_nats"]]
     plain = alone[alone["total"] == alone["total"].max()].set_index("seed")["loss_nats"]
     gaps["plain_loss_nats"] = gaps["seed"].map(plain)
     gaps["gap_percent"] = 100 * (gaps["loss_nats"] / gaps["plain_loss_nats"] - 1)

@@ -30,7 +30,7 @@ from nas.hardware import cpu_name
 from nas.model import Supernet
 from nas.model.checkpoint import load_supernet
 from nas.model.pretrained import read_checkpoint
-from nas.quality import mean_loss, vector_loss
+from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun
 from nas.space import Vector, format_vector, parse_vector
 
@@ -202,10 +202,8 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
     data = prepare_tokens(TextCorpus(str(corpus)), str(model), 512, run.path.parent.parent / "cache")
     windows = validation_windows(data.validation, 64, trained.space.shape.max_position_embeddings)
     vectors: list[Vector] = [*trained.space.uniform_vectors(), *map(parse_vector, MIXED)]
-    rows = [
-        (format_vector(vector), vector_loss(fresh, vector, windows), vector_loss(trained, vector, windows))
-        for vector in vectors
-    ]
+    before, after = (vector_losses(supernet, vectors, windows) for supernet in (fresh, trained))
+    rows = list(zip(map(format_vector, vectors), before, after, strict=True))
     rows.append(("checkpoint in transformers", transformers_loss(model, windows), float("nan")))
     return pd.DataFrame(rows, columns=["vector", "before_nats", "after_nats"]).assign(
         steps=run.config["train"]["steps"],

@@ -1,5 +1,6 @@
 """Supernets that start from a trained Hugging Face checkpoint, with transformers as the reference."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -8,12 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
+from nas.config import TrainConfig
+from nas.data.batches import validation_windows
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import read_exported
@@ -21,10 +25,11 @@ from nas.files import read_json
 from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import SHARING_RULES, pooling
-from nas.quality import vector_loss
-from nas.run import FinishedRun
+from nas.quality import mean_loss, vector_losses
+from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
+from nas.training import fit, text_loss
 from tests.conftest import FAST, Nas
 from tests.test_bad_input import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
 
@@ -310,6 +315,29 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     check_refusal(again, ["runs/train/mine", "another init", "give the same init="])
 
 
+def test_models_trained_alone_start_from_the_supernets_checkpoint(nas: Nas, model: Path) -> None:
+    assert nas("train", "init=model", *TEXT, *TRAINING, "name=mine").code == 0
+    counts = ("vectors=6", "equal_total=3", "further.steps=2", "alone.seeds=[0]", "alone.vectors=4", "alone.steps=1")
+    command = ("fidelity", "supernet=runs/train/mine", *TEXT, *counts, "name=mine")
+    check_refusal(nas(*command), ["runs/train/mine", "the checkpoint model", "init=", "alone.vectors=0"])
+    other = save_checkpoint(Path("other") / "model", "qwen2", seed=2)
+    check_refusal(nas(*command, f"init={other}"), ["the checkpoint model", "give the same init="])
+    compared = nas(*command, "init=model")
+    assert compared.code == 0, compared.err
+    rows = pd.read_csv("runs/fidelity/mine/measurements.csv").query("kind == 'alone' and vector == '4-4-4'")
+
+    trained = FinishedRun(Path("runs/train/mine"), "train").config["train"]
+    fields = [field.name for field in dataclasses.fields(TrainConfig)]
+    options = dataclasses.replace(TrainConfig(**{name: trained[name] for name in fields}), steps=1)
+    tokens = {name: np.load(next(Path("runs").glob(f"cache/tokens-*/{name}.npy"))) for name in ("train", "validation")}
+    plain = started(read_checkpoint(model), "separate").extract((4, 4, 4))
+    length = plain.shape.max_position_embeddings
+    Path("plain").mkdir()
+    fit(plain, text_loss(tokens["train"], options, length), options, Run(Path("plain")), dict)
+    windows = validation_windows(tokens["validation"], 256, length)
+    assert rows["loss_nats"].item() == pytest.approx(mean_loss(plain.eval(), windows), abs=1e-6)
+
+
 def test_training_goes_on_from_its_checkpoint_and_not_from_the_first_weights(
     nas: Nas, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -468,6 +496,6 @@ def test_a_real_checkpoint_keeps_its_loss(tmp_path: Path) -> None:
     folder = script["convert"](STORIES, tmp_path / "stories260k")
     windows = script["as_windows"](folder, script["SAMPLE_TEXT"], 64)
     supernet = started(read_checkpoint(folder), "separate")
-    ours = vector_loss(supernet, supernet.space.largest, windows)
+    ours = vector_losses(supernet, [supernet.space.largest], windows)[0]
     assert ours == pytest.approx(script["transformers_loss"](folder, windows), abs=1e-4)
     assert ours < 1.4  # it reads stories; a uniform guess costs 6.24 nats

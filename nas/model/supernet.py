@@ -65,11 +65,9 @@ class Supernet(nn.Module):
         for layer, choices in enumerate(np.array(self.space.choice_indices(vectors)).T):
             options = len(self.space.choices[layer])
             distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
-            x_PNTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options)
-            selection_PGS = self._mixtures(layer)[distinct % options]
-            x_BTD = decoder.model.layers[layer](
-                x_PNTD.flatten(0, 1), rope, selection_PGS.repeat_interleave(texts, dim=0)
-            )
+            selection_BGS = self._mixtures(layer)[distinct % options].repeat_interleave(texts, dim=0)
+            x_BTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options).flatten(0, 1)
+            x_BTD = decoder.model.layers[layer](x_BTD, rope, selection_BGS)
         return _picked(decoder.logits(x_BTD).unflatten(0, (-1, texts)), beginning)
 
     def choice_indices(self, vectors: Sequence[Vector]) -> Tensor:

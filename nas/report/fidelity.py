@@ -63,7 +63,7 @@ def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
     for index, (predictor, colour) in enumerate(zip(PREDICTORS, (COLOURS[0], GREY), strict=True)):
         rows = groups.merge(table[table["predictor"] == predictor], on=["truth", "among"])
         at = places + 0.36 * index - 0.18
-        errors = [rows["tau"] - rows["low"], rows["high"] - rows["tau"]]
+        errors = [(rows["tau"] - rows["low"]).clip(lower=0), (rows["high"] - rows["tau"]).clip(lower=0)]
         axes.bar(at, rows["tau"], width=0.32, color=colour, label=PREDICTORS[predictor])
         axes.errorbar(at, rows["tau"], yerr=errors, fmt="none", color="black", linewidth=0.8, capsize=2)
     ceilings = table.drop_duplicates(["truth", "among"])["ceiling"].to_numpy()

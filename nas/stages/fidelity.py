@@ -23,6 +23,8 @@ from nas.errors import UserError
 from nas.fidelity import MEASUREMENTS, agreement, choose_some, choose_vectors
 from nas.files import value_hash, write_atomically
 from nas.model import Decoder, Supernet
+from nas.model.pretrained import Checkpoint, read_checkpoint
+from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo
 from nas.report.fidelity import agreement_table, draw_fidelity
 from nas.report.figure import figure
@@ -131,18 +133,36 @@ def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, da
 
 
 def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
-    """Models that never saw a supernet; those of one seed start from slices of the same weights."""
+    """Models that no supernet touched; those of one seed start from the same weights, as far as they have the same."""
     space, options = inherited.supernet.space, _options(config, source)
     steps = config.alone.steps or options.steps
     options = dataclasses.replace(options, steps=steps, validate_every=steps)
+    init = _checkpoint(config, source)
 
     def start(vector: Vector, seed: int) -> Decoder:
-        fresh = Supernet(space, "sliced")
-        fresh.initialise(torch.Generator().manual_seed(seed))
-        return fresh.extract(vector)
+        whole = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
+        if init:
+            init.load_into(whole)
+        else:
+            whole.initialise(torch.Generator().manual_seed(seed))
+        return whole.extract(vector)
 
-    memo = _memo(config, "alone", inherited, data, options, space.to_dict())
+    memo = _memo(config, "alone", inherited, data, options, [space.to_dict(), source.config.get("init")])
     return Series("alone", start, options, data.train, inherited.windows, memo)
+
+
+def _checkpoint(config: Fidelity, source: FinishedRun) -> Checkpoint | None:
+    """The checkpoint that the supernet started from, if it did and models are trained alone."""
+    begun = source.config.get("init")
+    if not begun or not config.alone.vectors:
+        return None
+    checkpoint = read_checkpoint(Path(config.init)) if config.init else None
+    if checkpoint is None or checkpoint.identity["hash"] != begun["hash"]:
+        raise UserError(
+            f"supernet {source.path} started from the checkpoint {begun['name']}, and so do the models trained alone; "
+            "give the same init=, or alone.vectors=0"
+        )
+    return checkpoint
 
 
 def _options(config: Fidelity, source: FinishedRun) -> TrainConfig:
