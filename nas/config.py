@@ -144,6 +144,7 @@ class Report(StageConfig):
     """nas report"""
 
     run: str = MISSING
+    reference: str | None = None  # a search whose front the others are measured by, such as an exhaustive one
 
 
 @dataclass

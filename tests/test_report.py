@@ -15,7 +15,9 @@ from nas.report.check import check_errors, draw_check
 from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
+from nas.report.table import gain_sentence
 from nas.search import Objectives
+from nas.search.front import front_distance, gains_over_uniform
 from nas.search.metrics import METRICS
 from nas.stages.report import _labels
 from tests.conftest import Nas, Workspace
@@ -49,12 +51,31 @@ def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds(nas: Nas, wor
     report = nas("report", f"run={workspace.runs}/search/sweep", *where)
     assert report.code == 0, report.err
     assert "NSGAII: hypervolume" in report.out
+    assert len(pd.read_csv(workspace.runs / "report" / "sweep" / "metrics.csv")) == 4
     assert "TPE: hypervolume" in report.out
-    assert "after 8 evaluations (median of 2)" in report.out
+    assert "after 8 evaluations (median of 2); " in report.out
     assert_drawn(workspace.runs / "report" / "sweep")
     again = nas("search", *swept, *where, *workspace.arguments)  # a sweep that is repeated goes on with what is left
     assert again.code == 0, again.err
     assert again.err.count("already finished") == 4
+
+
+def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -> None:
+    where = (f"runs_dir={workspace.runs}",)
+    whole = nas("search", "--budget", "27", *where, "name=whole", *workspace.arguments)
+    assert whole.code == 0, whole.err
+    reference = f"reference={workspace.runs}/search/whole"
+    report = nas("report", f"run={workspace.runs}/search/base", reference, *where, "name=measured")
+    assert report.code == 0, report.err
+    metrics = pd.read_csv(workspace.runs / "report" / "measured" / "metrics.csv").iloc[0]
+    trials = pd.read_csv(workspace.runs / "search" / "base" / "trials.csv")
+    assert metrics["evaluations"] == len(trials) == 9
+    assert metrics["on_front"] == trials["on_front"].sum()
+    assert metrics["uniform_on_front"] == trials[trials["on_front"]]["vector"].isin(["1-1-1", "2-2-2", "4-4-4"]).sum()
+    assert 0 < metrics["hypervolume_share"] <= 1
+    assert metrics["distance"] >= 0
+    itself = nas("report", f"run={workspace.runs}/search/whole", reference, *where, "name=itself")
+    assert "100.0% of the best front's, and distance 0.0000 from it, after 27 evaluations" in itself.out
 
 
 def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace) -> None:
@@ -199,3 +220,36 @@ def test_searches_of_different_things_are_not_compared(nas: Nas, workspace: Work
 def test_check_errors_are_relative_to_the_measurement() -> None:
     check = pd.DataFrame({"measured_ms": [10.0], "predicted_ms": [11.0]})
     assert check_errors(check)["error"].tolist() == pytest.approx([0.1])
+
+
+TRIALS = pd.DataFrame(
+    [("1-1", 3.0, 20), ("2-2", 2.0, 40), ("4-4", 1.5, 80), ("1-2", 1.9, 30), ("4-1", 1.4, 50)],
+    columns=["vector", "loss_nats", "kv_bytes_per_token"],
+)
+
+
+def test_gains_over_uniform_vectors_are_at_their_bytes_and_at_their_loss() -> None:
+    gains = gains_over_uniform(TRIALS, ["1-1", "2-2", "4-4"]).set_index("vector")
+    assert gains["loss_gain_nats"].to_dict() == pytest.approx({"1-1": 0.0, "2-2": 0.1, "4-4": 0.1})
+    assert gains["bytes_saved"].to_dict() == pytest.approx({"1-1": 0.0, "2-2": 0.25, "4-4": 0.375})
+
+
+def test_the_gain_is_said_in_one_sentence() -> None:
+    said = gain_sentence(gains_over_uniform(TRIALS, ["1-1", "2-2", "4-4"]))
+    assert said.startswith("Beside uniform 4: ")
+    assert "0.1000 nats lower" in said
+    assert "37.5% fewer KV bytes" in said
+    assert "No evaluated vector" in gain_sentence(gains_over_uniform(TRIALS[:3], ["1-1", "2-2", "4-4"]))
+    assert "No evaluated vector" in gain_sentence(gains_over_uniform(TRIALS, []))
+
+
+def test_the_distance_from_a_front_is_how_far_its_points_are_missed() -> None:
+    best = np.array([[0.0, 2.0], [1.0, 1.0], [2.0, 0.0]])
+    objectives = Objectives(("loss_nats", "decode_ms"))
+    assert front_distance(best, best, objectives) == 0
+    worse = best + np.array([0.2, 0.0])
+    assert front_distance(worse, best, objectives) == pytest.approx(0.1)  # of a range of 2
+    assert front_distance(best[:1], best, objectives) == pytest.approx((0 + 0.5 + 1) / 3)
+    assert front_distance(best - 1, best, objectives) == 0
+    flipped = Objectives(("loss_nats", "tokens_per_s"))
+    assert front_distance(worse * [1, -1], best * [1, -1], flipped) == pytest.approx(0.1)

@@ -28,3 +28,19 @@ def front_table(front: pd.DataFrame, names: dict[str, str] | None = None) -> Tab
             row["latency_source"],
         )
     return table
+
+
+def gain_sentence(gains: pd.DataFrame) -> str:
+    """What the variable vectors gain over the uniform one over which they gain most bytes, or loss where none is saved.
+
+    Args:
+        gains: What `nas.search.front.gains_over_uniform` returns.
+    """
+    ordered = gains.sort_values(["bytes_saved", "loss_gain_nats"]).to_dict("records")
+    if not ordered or not (ordered[-1]["bytes_saved"] > 0 or ordered[-1]["loss_gain_nats"] > 0):
+        return "No evaluated vector is better than a uniform one at its KV bytes, or smaller at its loss."
+    best = ordered[-1]
+    return (
+        f"Beside uniform {best['vector'].split('-')[0]}: at its KV bytes the best evaluated vector's loss is "
+        f"{best['loss_gain_nats']:.4f} nats lower, and a loss as low takes {best['bytes_saved']:.1%} fewer KV bytes."
+    )

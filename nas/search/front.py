@@ -1,5 +1,6 @@
 """Fronts and hypervolume, by moocore, over data frames whose columns are metrics."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,6 +13,7 @@ from nas.errors import UserError
 from nas.search.metrics import METRICS
 
 _REFERENCE_MARGIN = 0.1  # of the landmarks' range
+_BYTES = "kv_bytes_per_token"
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,41 @@ def hypervolume_curve(
             for count in range(len(points))
         ]
     )
+
+
+def front_distance(points: npt.NDArray[np.float64], best: npt.NDArray[np.float64], objectives: Objectives) -> float:
+    """How far some points stay behind a reference front: moocore's IGD+, each objective scaled to that front's range.
+
+    Args:
+        points: Objective values, (N, objectives).
+        best: Those of the reference front.
+        objectives: What they are.
+
+    Returns:
+        0 if the points are as good everywhere.
+    """
+    low, spread = best.min(axis=0), np.ptp(best, axis=0)
+    scale = np.where(spread > 0, spread, 1.0)
+    return float(moocore.igd_plus((points - low) / scale, (best - low) / scale, maximise=objectives.maximise))
+
+
+def gains_over_uniform(trials: pd.DataFrame, uniform: Collection[str]) -> pd.DataFrame:
+    """What the best vectors gain over each uniform one.
+
+    Args:
+        trials: Evaluated vectors.
+        uniform: The uniform vectors, as texts.
+
+    Returns:
+        One row for each evaluated uniform vector: ``vector``; ``loss_gain_nats``, by how much the best loss at no more
+        KV bytes is lower; ``bytes_saved``, which part of its KV bytes is not needed for a loss as low.
+    """
+    rows = []
+    for vector, loss, size in trials.loc[trials["vector"].isin(uniform), ["vector", "loss_nats", _BYTES]].to_numpy():
+        at_its_bytes = trials.loc[trials[_BYTES] <= size, "loss_nats"].min()
+        at_its_loss = trials.loc[trials["loss_nats"] <= loss, _BYTES].min()
+        rows.append((vector, float(loss - at_its_bytes), 1.0 - float(at_its_loss) / size))
+    return pd.DataFrame(rows, columns=["vector", "loss_gain_nats", "bytes_saved"])
 
 
 def knee(front: pd.DataFrame, objectives: Objectives) -> int:

@@ -1,23 +1,30 @@
 """nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
 
 import textwrap
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import moocore
+import numpy as np
+import numpy.typing as npt
 import pandas as pd
 
 from nas.config import Report
 from nas.console import say
 from nas.errors import UserError
+from nas.files import write_atomically
 from nas.latency.table import CHECK_COLUMNS, read_csv
 from nas.report.check import check_errors, draw_check
 from nas.report.figure import figure
 from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
-from nas.report.table import front_table
+from nas.report.table import front_table, gain_sentence
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives, on_front, reference_point
+from nas.search.front import front_distance, gains_over_uniform
 
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
@@ -31,15 +38,20 @@ def run(config: Report, path: Path) -> None:
     if not folders:
         raise UserError(f"{source} holds no run; give the directory of a search or of a sweep of searches")
     searches = [FinishedRun(folder, "search") for folder in folders]
-    _check_comparable(searches)
     parents = {f"search_{index}": search for index, search in enumerate(searches)}
-    with start_run(path, "report", {"run": config.run}, parents=parents) as run:
-        _draw(searches, path)
+    others = []
+    if config.reference:
+        others.append(FinishedRun(Path(config.reference), "search"))
+        parents["reference"] = others[0]
+    _check_comparable([*searches, *others])
+    with start_run(path, "report", {"run": config.run, "reference": config.reference}, parents=parents) as run:
+        _draw(searches, others, path)
         run.finish()
     say("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
 
 
-def _draw(searches: list[FinishedRun], path: Path) -> None:
+def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) -> None:
+    """Draws the searches; the others only count for the best front known."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
     title = _title(first.config)
@@ -70,10 +82,40 @@ def _draw(searches: list[FinishedRun], path: Path) -> None:
                 draw_check(drawing, check, title)
 
     say(front_table(front, dict(zip(landmarks["vector"], landmarks["name"], strict=True))))
-    for label, rows in table.groupby("label", sort=False):
-        last = rows.iloc[-1]
-        count, runs = int(last["evaluations"]), int(last["runs"])
-        say(f"{label}: hypervolume {last['median']:.6g} after {count} evaluations (median of {runs})")
+    uniform = landmarks.loc[landmarks["name"].str.startswith("uniform "), "vector"].tolist()
+    say(gain_sentence(gains_over_uniform(everything, uniform)))
+    known_trials = [everything, *(read_csv(search.artifact("trials.csv"), COLUMNS) for search in others)]
+    best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
+    rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
+    metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
+    write_atomically(path / "metrics.csv", partial(metrics.to_csv, index=False))
+    for label, of_label in metrics.groupby("label", sort=False):
+        middle = of_label.median(numeric_only=True)
+        say(
+            f"{label}: hypervolume {middle['hypervolume']:.6g}, {middle['hypervolume_share']:.1%} of the best front's, "
+            f"and distance {middle['distance']:.4f} from it, after {middle['evaluations']:.0f} evaluations (median of "
+            f"{len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors are uniform"
+        )
+
+
+def front_metrics(
+    trials: pd.DataFrame,
+    uniform: Collection[str],
+    objectives: Objectives,
+    best: npt.NDArray[np.float64],
+    reference: npt.NDArray[np.float64],
+) -> dict[str, float]:
+    """How good the front of one search is beside the best one known, whose points are ``best``."""
+    points, front = objectives.points(trials), trials[trials["on_front"]]
+    found, most = (moocore.hypervolume(some, ref=reference, maximise=objectives.maximise) for some in (points, best))
+    return {
+        "evaluations": len(trials),
+        "hypervolume": found,
+        "hypervolume_share": found / most,
+        "distance": front_distance(points, best, objectives),
+        "on_front": len(front),
+        "uniform_on_front": int(front["vector"].isin(uniform).sum()),
+    }
 
 
 def _title(config: dict[str, Any]) -> str:
