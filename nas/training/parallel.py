@@ -19,12 +19,13 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_state_dict,
 )
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from nas.config import TrainConfig
 from nas.distributed import SIZE
+from nas.model import Supernet
 from nas.model.decoder import Layer
 
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -52,6 +53,8 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
         for layer in layers:
             fully_shard(layer)
         fully_shard(model)
+        if isinstance(model, Supernet):
+            register_fsdp_forward_method(model, "shared_forward")
         return model
     model.to(training_device())
     if SIZE == 1:
