@@ -60,21 +60,19 @@ def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds(nas: Nas, wor
     assert again.err.count("already finished") == 4
 
 
-def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -> None:
-    where = (f"runs_dir={workspace.runs}",)
-    whole = nas("search", "--budget", "27", *where, "name=whole", *workspace.arguments)
+def test_searches_are_measured_by_a_better_one(nas: Nas, copy: Workspace) -> None:
+    whole = nas("search", "--budget", "27", "name=whole", *copy.arguments)
     assert whole.code == 0, whole.err
-    reference = f"reference={workspace.runs}/search/whole"
-    report = nas("report", f"run={workspace.runs}/search/base", reference, *where, "name=measured")
+    report = nas("report", "run=runs/search/base", "reference=runs/search/whole", "name=measured")
     assert report.code == 0, report.err
-    metrics = pd.read_csv(workspace.runs / "report" / "measured" / "metrics.csv").iloc[0]
-    trials = pd.read_csv(workspace.runs / "search" / "base" / "trials.csv")
+    metrics = pd.read_csv("runs/report/measured/metrics.csv").iloc[0]
+    trials = pd.read_csv("runs/search/base/trials.csv")
     assert metrics["evaluations"] == len(trials) == 9
     assert metrics["on_front"] == trials["on_front"].sum()
     assert metrics["uniform_on_front"] == trials[trials["on_front"]]["vector"].isin(["1-1-1", "2-2-2", "4-4-4"]).sum()
     assert 0 < metrics["hypervolume_share"] <= 1
     assert metrics["distance"] >= 0
-    itself = nas("report", f"run={workspace.runs}/search/whole", reference, *where, "name=itself")
+    itself = nas("report", "run=runs/search/whole", "reference=runs/search/whole", "name=itself")
     assert "100.0% of the best front's, and distance 0.0000 from it, after 27 evaluations" in itself.out
 
 
