@@ -137,6 +137,11 @@ class Search(LatencyParts, SupernetParts):
     seed: int = 0
     supernet: str | None = None  # directory of a train run; null: the newest that fits, else train one
     latency: str | None = None  # directory of a measure run; null: the newest that fits, else measure or estimate
+    warm_start: Any = None  # directory of a finished search, or a list of them: their vectors enter this one
+    workers: int = 1  # processes on this machine that share the search
+    storage: str | None = None  # postgresql://USER@HOST/DATABASE, for workers elsewhere; null: study.db in the run
+    worker: int = 0  # means nothing: sweep over it (worker=0,1,2) to start so many jobs that share one search
+    heartbeat_s: float = 10.0  # a worker that has been silent for six of these is taken for dead
 
 
 @dataclass
@@ -245,6 +250,8 @@ _POSITIVE |= {
     "batches",
     "contexts",
     "prompts",
+    "workers",
+    "heartbeat_s",
 }
 _NOT_NEGATIVE = {"check", "weight_decay", "vectors", "equal_total", "seeds"}
 _SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}

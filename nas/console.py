@@ -1,7 +1,7 @@
 """What a person at a terminal sees: lines, tables, and progress bars that say how long is left.
 
 Progress goes to stderr and only to a terminal; in a pipe or a batch job nothing but the result lines appears. Of
-several processes that train together only the first one speaks, except to say what went wrong.
+several processes that work together only the first one speaks, except to say what went wrong.
 """
 
 from collections.abc import Iterator
@@ -19,6 +19,11 @@ _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 def say(message: object = "") -> None:
     """Print a line or a rich renderable to stdout."""
     _out.print(message)
+
+
+def hush() -> None:
+    """Makes this process silent, except for what went wrong."""
+    _out.quiet = True
 
 
 def complain(message: str) -> None:
@@ -49,5 +54,5 @@ def progress_bar(title: str, total: float | None, completed: float = 0) -> Itera
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
     )
-    with Progress(*columns, console=_err, disable=not (_err.is_terminal and IS_MAIN), transient=True) as progress:
+    with Progress(*columns, console=_err, disable=_out.quiet or not _err.is_terminal, transient=True) as progress:
         yield Bar(progress, progress.add_task(title, total=total, completed=int(completed), note=""))

@@ -11,6 +11,10 @@ class AlreadyFinishedError(UserError):
     """The run asked for is there, finished, with the same config: in a sweep that goes on, no mistake at all."""
 
 
+class InUseError(UserError):
+    """Another process is writing the run directory at this moment."""
+
+
 def causes(error: BaseException) -> Iterator[BaseException]:
     """An error and all that led to it, newest first, each once: a chain of exceptions can be a ring."""
     seen: set[int] = set()

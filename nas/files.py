@@ -1,4 +1,7 @@
-"""Files that never look finished when they are not: written beside their name and renamed; and hashes of content."""
+"""Files that never look finished when they are not: written beside their name and renamed; and hashes of content.
+
+No password gets into a file: `without_passwords`.
+"""
 
 import errno
 import hashlib
@@ -74,3 +77,9 @@ def file_hash(path: Path) -> str:
 def value_hash(value: object, length: int = 10) -> str:
     """A short stable hash of plain values, for names and cache keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
+
+
+def without_passwords(text: str) -> str:
+    """The text with ``***`` for the password of every URL in it."""
+    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", text)

@@ -26,8 +26,8 @@ import filelock
 import nas
 from nas.console import complain
 from nas.distributed import IS_MAIN
-from nas.errors import AlreadyFinishedError, UserError
-from nas.files import file_hash, read_json, write_json
+from nas.errors import AlreadyFinishedError, InUseError, UserError
+from nas.files import file_hash, read_json, without_passwords, write_json
 from nas.hardware import cpu_name, nvml_facts
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
@@ -129,7 +129,8 @@ class Run:
         artifacts = {
             str(path.relative_to(self.path)): file_hash(path)
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and not path.name.startswith(".") and path.name not in (_RUN, _COMPLETE)
+            if path.is_file() and path.name not in (_RUN, _COMPLETE)
+            if not any(part.startswith(".") for part in path.relative_to(self.path).parts)
             if path != scaffold
         }
         write_json(self.path / _COMPLETE, {"finished": now(), "artifacts": artifacts})
@@ -157,7 +158,8 @@ def start_run(
         parents: The finished runs that the stage builds on, by role.
 
     Raises:
-        UserError: The directory holds a finished run, a run of another config, or is in use.
+        UserError: The directory holds a finished run or a run of another config.
+        InUseError: Another process is writing it.
     """
     if not IS_MAIN:
         yield Run(path)
@@ -167,7 +169,7 @@ def start_run(
     try:
         lock.acquire(blocking=False)
     except filelock.Timeout:
-        raise UserError(f"{path} is in use by another process; wait for it or give another name=") from None
+        raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
     try:
         config = json.loads(json.dumps(config, default=str))
         parent_facts = {
@@ -178,7 +180,8 @@ def start_run(
             _check_resumable(path, stage, config, parent_facts)
             _end_cut_line(path / _METRICS)
         else:
-            facts: dict[str, Any] = {"stage": stage, "started": now(), "argv": sys.orig_argv, "config": config}
+            argv = [without_passwords(word) for word in sys.orig_argv]
+            facts: dict[str, Any] = {"stage": stage, "started": now(), "argv": argv, "config": config}
             facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | _provenance()
             write_json(path / _RUN, facts)
         yield Run(path)
@@ -229,6 +232,11 @@ def recorded_parent(path: Path, role: str) -> FinishedRun | None:
     """The parent that an earlier attempt at the run ``path`` was built on, if there was one."""
     parents = (read_json(path / _RUN).get("parents") or {}) if is_run(path) else {}
     return FinishedRun(Path(os.path.normpath(path / parents[role]["path"]))) if role in parents else None
+
+
+def identity(path: Path) -> str:
+    """A short name of the run ``path``, which it keeps when it is moved or goes on."""
+    return file_hash(path / _RUN)[:12]
 
 
 def recorded_config(path: Path) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from nas.config import Budget, parse_budget
 from nas.errors import UserError
-from nas.search import METRICS, Objectives, on_front, reference_point, search
+from nas.search import METRICS, Objectives, Storage, on_front, reference_point, search
 from nas.search.front import hypervolume_curve, knee
-from nas.search.study import Metrics
+from nas.search.worker import Metrics
 from nas.space import SearchSpace, Vector, format_vector
 
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
@@ -53,7 +53,7 @@ def run(
     seed: int = 0,
     evaluate: Callable[[Vector], Metrics] = additive,
 ) -> pd.DataFrame:
-    return search(space, TWO, SAMPLERS[sampler], evaluate, budget, seed, path / "study.db")
+    return search(space, TWO, SAMPLERS[sampler], evaluate, budget, seed, Storage.file(path / "study.db"))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -137,7 +137,7 @@ def test_a_budget_in_time_ends_the_search_and_counts_across_restarts(micro: Sear
 
 def test_three_objectives_are_searched_together(micro: SearchSpace, tmp_path: Path) -> None:
     three = Objectives(("loss_nats", "decode_ms", "kv_bytes_per_token"))
-    trials = search(micro, three, SAMPLERS["tpe"], additive, Budget(12, None), 0, tmp_path / "study.db")
+    trials = search(micro, three, SAMPLERS["tpe"], additive, Budget(12, None), 0, Storage.file(tmp_path / "study.db"))
     assert len(trials) == 12
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert {trial.user_attrs["vector"] for trial in study.best_trials} >= set(trials.loc[trials["on_front"], "vector"])

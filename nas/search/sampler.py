@@ -1,7 +1,8 @@
-"""A wrapper that makes any Optuna sampler propose only vectors that were not evaluated yet, and resume exactly.
+"""A wrapper that makes any Optuna sampler propose only vectors that nobody has claimed yet, and resume exactly.
 
-Every proposal is seeded by the study's seed and the number of finished trials, never by how often this process asked
-before: a search that was killed and resumed proposes what the uninterrupted one would have.
+Every proposal is seeded by the study's seed and the slot that it is for, never by how often this process asked before:
+a search that was killed and resumed proposes what the uninterrupted one would have, and workers on one study draw
+differently.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,15 +36,30 @@ class DistinctSampler(BaseSampler):
         make: Makes the inner sampler from a ``seed``.
         space: The search space.
         seed: The study's seed.
+        first: The vectors of the first slots, in order; the inner sampler proposes what comes after them.
+        claimed: Returns the vectors that any worker has claimed.
     """
 
-    def __init__(self, make: Callable[..., BaseSampler], space: SearchSpace, seed: int) -> None:
-        self._make, self._space, self._seed = make, space, seed
+    def __init__(
+        self,
+        make: Callable[..., BaseSampler],
+        space: SearchSpace,
+        seed: int,
+        first: Sequence[Vector] = (),
+        claimed: Callable[[], set[Vector]] = set,
+    ) -> None:
+        self._make, self._space, self._seed, self._first, self._claimed = make, space, seed, first, claimed
+        self._slot, self._settled = 0, first[0] if first else None
         names = parameter_names(space)
         self.distributions: dict[str, BaseDistribution] = {
             name: CategoricalDistribution(choices) for name, choices in zip(names, space.choices, strict=True)
         }
         self._inner = make(seed=seed)
+
+    def turn_to(self, slot: int, vector: Vector | None = None) -> None:
+        """Makes the next proposal that of ``slot``; it is ``vector`` if that was settled before."""
+        self._slot = slot
+        self._settled = vector or (self._first[slot] if slot < len(self._first) else None)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All layers: a proposal is always a whole vector."""
@@ -52,16 +68,17 @@ class DistinctSampler(BaseSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """A vector that no finished trial has."""
+        """The settled vector of the slot, or one that is neither claimed nor in a finished trial."""
+        if self._settled is not None:
+            self._propose(study, trial, attempt=0)  # lets the sampler make its notes, as NSGA-II does on generations
+            return dict(zip(search_space, self._settled, strict=True))
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        taken = {vector_of(other, self._space) for other in finished}
+        taken = {vector_of(other, self._space) for other in finished} | self._claimed() | set(self._first)
         for attempt in range(_ATTEMPTS):
-            seed = int(np.random.default_rng([self._seed, len(finished), attempt]).integers(2**31))
-            self._inner = self._make(seed=seed)
-            proposal = self._propose(study, trial)
+            proposal = self._propose(study, trial, attempt)
             if tuple(proposal[name] for name in search_space) not in taken:
                 return proposal
-        return self._unseen(proposal, taken, np.random.default_rng([self._seed, len(finished), _ATTEMPTS]))
+        return self._unseen(proposal, taken, np.random.default_rng([self._seed, self._slot, _ATTEMPTS]))
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -75,8 +92,10 @@ class DistinctSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._inner.after_trial(study, trial, state, values)
 
-    def _propose(self, study: Study, trial: FrozenTrial) -> dict[str, Any]:
+    def _propose(self, study: Study, trial: FrozenTrial, attempt: int) -> dict[str, Any]:
         """One proposal of the inner sampler, drawn jointly or layer by layer as it prefers."""
+        seed = int(np.random.default_rng([self._seed, self._slot, attempt]).integers(2**31))
+        self._inner = self._make(seed=seed)
         joint = self._inner.infer_relative_search_space(study, trial)
         proposal = self._inner.sample_relative(study, trial, joint)
         return {

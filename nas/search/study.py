@@ -1,31 +1,26 @@
 """The search itself: an Optuna study that asks for vectors and is told their metrics.
 
-It gets a function from vector to metrics and knows nothing of supernets or GPUs. The study lives in SQLite, one
-finished trial an evaluation; whatever kills the process costs at most the evaluation that was under way.
+It gets a function from vector to metrics and knows nothing of supernets or GPUs. Any number of workers, processes of
+one machine or of many, can call `search` for the same study: they share its budget, and no vector is evaluated twice.
+Whatever kills one of them costs at most the evaluation that it was at, and another worker makes that again.
 """
 
-import time
-import warnings
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 
 import optuna
 import pandas as pd
-from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler
-from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
 
 from nas.config import Budget
 from nas.console import progress_bar
 from nas.errors import UserError
+from nas.search.claims import Claims, Membership
 from nas.search.front import Objectives, on_front
 from nas.search.metrics import COLUMNS
-from nas.search.sampler import DistinctSampler, parameter_names, vector_of
+from nas.search.sampler import DistinctSampler
+from nas.search.storage import Storage
+from nas.search.worker import Allowance, Metrics, Worker, fail_running, finished_trials, vectors_of
 from nas.space import SearchSpace, Vector, format_vector
-
-Metrics = Mapping[str, float | int | str]
-_METRICS = "metrics"
 
 
 def search(
@@ -35,92 +30,76 @@ def search(
     evaluate: Callable[[Vector], Metrics],
     budget: Budget,
     seed: int,
-    database: Path,
+    storage: Storage,
+    *,
+    membership: Membership = Membership(),  # noqa: B008  (it is frozen)
+    known: Sequence[Vector] = (),
+    proposed: Sequence[Vector] = (),
+    facts: Mapping[str, str] | None = None,
 ) -> pd.DataFrame:
-    """Evaluates vectors until the budget or the space is used up; goes on with what ``database`` holds.
+    """Evaluates vectors until the budget or the space is used up; goes on with what ``storage`` holds.
 
-    The space's landmarks come first, then what the sampler proposes; no vector is evaluated twice.
+    ``known`` vectors come first, then the space's landmarks, then ``proposed`` ones, then what the sampler proposes;
+    no vector is evaluated twice. Returns when the evaluations of all other workers are finished too.
 
     Args:
         space: The search space.
         objectives: What to optimise.
         make_sampler: Makes the Optuna sampler from a ``seed``.
         evaluate: Maps a vector to all its metrics.
-        budget: When to stop; the landmarks count.
+        budget: When to stop; the landmarks count. A duration is that in which any worker was at work.
         seed: Seeds the sampler.
-        database: SQLite file of the study.
+        storage: Where the study lives.
+        membership: The standing among the study's workers; by default there is no other.
+        known: Vectors that ``evaluate`` knows from an earlier search; they cost nothing.
+        proposed: Vectors to evaluate early.
+        facts: What else all workers must have in common.
 
     Returns:
-        All evaluated vectors in order, with `COLUMNS`.
+        All evaluated vectors in the order of their slots, with `COLUMNS`.
 
     Raises:
-        UserError: The database is corrupt or cannot be written.
+        UserError: The study cannot be reached, read or written, or was begun with other facts.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    sampler = DistinctSampler(make_sampler, space, seed)
-    try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{database}",
-            study_name="search",
-            directions=objectives.directions,
-            sampler=sampler,
-            load_if_exists=True,
-        )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(list(objectives.names))  # what optuna-dashboard shows
-        _fail_unfinished(study)
-        _spend(study, space, objectives, evaluate, budget, sampler)
-        return trials_frame(study, space, objectives)
-    except (StorageInternalError, SQLAlchemyError) as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(
-            f"study {database} cannot be read or written ({cause}); free disk space or restore it, and run again"
-        ) from None
+    known = list(dict.fromkeys(known))
+    first = list(dict.fromkeys([*known, *space.landmarks().values(), *proposed]))
+    slots = len(known) + min(budget.evaluations or space.size, space.size - len(known))
+    with storage.in_reach():
+        claims = Claims(storage, membership)
+        claims.agree(facts or {})
+        sampler = DistinctSampler(make_sampler, space, seed, first, claims.vectors)
+        study = storage.open(objectives, sampler)
+        _describe(study, facts or {})
+        if membership.dead is not None:
+            claims.release(membership.dead)
+        if membership.dead == "":
+            fail_running(study)
+        worker = Worker(study, sampler, claims, space, objectives, evaluate, Allowance(slots, budget.seconds))
+        with claims.beating(), progress_bar("Evaluating vectors", budget.seconds or slots, worker.spent()) as bar:
+            worker.work(bar)
+        return trials_frame(study, claims, space, objectives, storage)
 
 
-def _fail_unfinished(study: optuna.Study) -> None:
-    """Sets aside what a killed process left half-done; its vector is proposed again."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
+def _describe(study: optuna.Study, facts: Mapping[str, str]) -> None:
+    """Lets whoever opens the study with Optuna's own tools see what it is."""
+    known = study.user_attrs
+    for name, fact in facts.items():
+        if known.get(name) != fact:
+            study.set_user_attr(name, fact)
 
 
-def _spend(
-    study: optuna.Study,
-    space: SearchSpace,
-    objectives: Objectives,
-    evaluate: Callable[[Vector], Metrics],
-    budget: Budget,
-    sampler: DistinctSampler,
-) -> None:
-    names = parameter_names(space)
-    landmarks = list(dict.fromkeys(space.landmarks().values()))
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    count, spent = len(finished), sum(trial.duration.total_seconds() for trial in finished if trial.duration)
-    most = min(budget.evaluations or space.size, space.size)
-    begun = time.monotonic() - spent
-    total, done = (
-        (most, lambda: count) if budget.seconds is None else (budget.seconds, lambda: time.monotonic() - begun)
-    )
-    with progress_bar("Evaluating vectors", total, done()) as bar:
-        while count < most and (budget.seconds is None or time.monotonic() - begun < budget.seconds):
-            waiting = study.get_trials(deepcopy=False, states=(TrialState.WAITING,))  # enqueued just before a kill
-            if count < len(landmarks) and not waiting:
-                study.enqueue_trial(dict(zip(names, landmarks[count], strict=True)))
-            trial = study.ask(sampler.distributions)
-            vector = tuple(trial.params[name] for name in names)
-            metrics = evaluate(vector)
-            trial.set_user_attr("vector", format_vector(vector))
-            trial.set_user_attr(_METRICS, dict(metrics))
-            study.tell(trial, [float(metrics[name]) for name in objectives.names])
-            count += 1
-            bar.update(done(), f"{format_vector(vector)} {metrics['loss_nats']:.4f}")
+def trials_frame(
+    study: optuna.Study, claims: Claims, space: SearchSpace, objectives: Objectives, storage: Storage
+) -> pd.DataFrame:
+    """The evaluated vectors of a study in the order of their slots, as trials.csv has them.
 
-
-def trials_frame(study: optuna.Study, space: SearchSpace, objectives: Objectives) -> pd.DataFrame:
-    """The finished trials of a study in order, as trials.csv has them."""
-    finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    rows = [{"vector": format_vector(vector_of(trial, space)), **trial.user_attrs[_METRICS]} for trial in finished]
-    frame = pd.DataFrame(rows)
+    Raises:
+        UserError: Trials are missing.
+    """
+    trials, done = vectors_of(finished_trials(study), space), claims.done()
+    if lost := [format_vector(vector) for vector in done.values() if vector not in trials]:
+        raise UserError(f"{storage} has lost the trials of {', '.join(lost[:3])}; restore it, or give another name=")
+    frame = pd.DataFrame([trials[vector].user_attrs for vector in done.values()])
     frame["on_front"] = on_front(frame, objectives)
     return frame[COLUMNS]

@@ -27,7 +27,7 @@ from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
 from nas.report.table import front_table
 from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent, start_run
-from nas.search import Objectives, search
+from nas.search import Objectives, Storage, search
 from nas.space import SearchSpace, Vector, format_vector
 from nas.stages.measure import fitting_tables, measure_space, table_of
 from nas.stages.train import (
@@ -83,7 +83,7 @@ def run(config: Search, path: Path) -> None:
     with start_run(path, "search", asked, {"search": config.seed}, parents) as run:
         say(f"Searching {space.size:,} vectors of {space.name}, budget {config.budget}, in {path}")
         evaluate = _evaluator(space, loss, latency, workload)
-        trials = search(space, objectives, make_sampler, evaluate, budget, config.seed, path / "study.db")
+        trials = search(space, objectives, make_sampler, evaluate, budget, config.seed, Storage.file(path / "study.db"))
         front = _write_tables(path, trials, space, table.check() if table else None)
         run.finish()
     say(front_table(front))
