@@ -128,11 +128,24 @@ class Measure(LatencyParts):
 
 
 @dataclass
+class ConstraintsConfig:
+    """Limits on what a vector may cost by the predictor; null is no limit."""
+
+    max_decode_ms: float | None = None
+    max_prefill_ms: float | None = None
+    min_tokens_per_s: float | None = None
+    max_kv_bytes_per_token: float | None = None
+    max_parameters: float | None = None
+    max_memory_gib: float | None = None  # weights, and the KV cache of the workload's batch at its context
+
+
+@dataclass
 class Search(LatencyParts, SupernetParts):
     """nas search"""
 
     budget: str = "60"
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     sampler: dict[str, Any] = MISSING
     seed: int = 0
     supernet: str | None = None  # directory of a train run; null: the newest that fits, else train one
@@ -253,6 +266,7 @@ _POSITIVE |= {
     "workers",
     "heartbeat_s",
 }
+_POSITIVE |= {limit.name for limit in dataclasses.fields(ConstraintsConfig)}
 _NOT_NEGATIVE = {"check", "weight_decay", "vectors", "equal_total", "seeds"}
 _SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}
 _NAMED = {
@@ -309,22 +323,31 @@ def build(spec: dict[str, Any], **more: Any) -> Any:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a search may go on: so many evaluations, or so many seconds. One of the two is None."""
+    """How long a search may go on: so many evaluations, or so many seconds; None is no limit."""
 
-    evaluations: int | None
-    seconds: float | None
+    evaluations: int | None = None
+    seconds: float | None = None
+
+    @property
+    def is_everything(self) -> bool:
+        """Whether every vector is to be evaluated."""
+        return self.evaluations is None and self.seconds is None
 
 
 def parse_budget(text: str) -> Budget:
-    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations.
+    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations; ``all`` is every vector of the space.
 
     Raises:
         UserError: It is neither, or zero.
     """
+    if text == "all":
+        return Budget()
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])|(\d+)", text.strip())
     if match:
         if match[3] and int(match[3]) > 0:
             return Budget(int(match[3]), None)
         if match[2] and float(match[1]) > 0:
             return Budget(None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]])
-    raise UserError(f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero")
+    raise UserError(
+        f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, or all"
+    )

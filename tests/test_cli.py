@@ -20,12 +20,13 @@ from nas.search import COLUMNS
 from tests.conftest import Nas, Workspace
 
 NEEDED = {"report": ["run=x"], "export": ["run=x"], "finetune": ["checkpoint=x"], "fidelity": ["supernet=x"]}
+SAMPLERS = ["front", "exhaustive", "nsga2", "random", "tpe"]
 ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("data", ["stdlib", "text", "hf"])
-@pytest.mark.parametrize("sampler", ["nsga2", "tpe", "random"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_every_config_composes_into_its_dataclass(stage: str, data: str, sampler: str) -> None:
     register()
     overrides = list(NEEDED.get(stage, []))
@@ -59,7 +60,7 @@ def test_tab_completion_knows_stages_and_options(nas: Nas, monkeypatch: pytest.M
     monkeypatch.setenv("COMP_LINE", "nas ")
     assert set(nas("-sc", "query=bash").out.split()) == set(STAGES)
     monkeypatch.setenv("COMP_LINE", "nas search sampler=")
-    assert set(nas("-sc", "query=bash").out.split()) == {"sampler=nsga2", "sampler=random", "sampler=tpe"}
+    assert set(nas("-sc", "query=bash").out.split()) == {f"sampler={name}" for name in SAMPLERS}
 
 
 def test_a_search_leaves_the_run_directory_of_the_contract(workspace: Workspace) -> None:

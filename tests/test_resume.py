@@ -59,7 +59,7 @@ def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace)
 
 
 def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace) -> None:
-    arguments = ["search", "--budget", "24", "sampler.population_size=6", *copy.arguments]
+    arguments = ["search", "--budget", "24", "sampler=nsga2", "sampler.population_size=6", *copy.arguments]
     memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
     before = len(memo.read_text().splitlines())
     kill_when([*arguments, "name=killed"], copy.path, lambda: len(memo.read_text().splitlines()) >= before + 5)

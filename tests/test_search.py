@@ -3,7 +3,7 @@
 import functools
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +15,19 @@ from hypothesis import strategies as st
 
 from nas.config import Budget, parse_budget
 from nas.errors import UserError
-from nas.search import METRICS, Objectives, Storage, on_front, reference_point, search
+from nas.search import METRICS, Constraints, Objectives, Problem, Storage, on_front, reference_point, search
+from nas.search.exhaustive import ExhaustiveSampler
 from nas.search.front import hypervolume_curve, knee
-from nas.search.worker import Metrics
-from nas.space import SearchSpace, Vector, format_vector
+from nas.search.front_sampler import FrontSampler
+from nas.search.metrics import Metrics
+from nas.space import SearchSpace, Vector, format_vector, load_space
 
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "nsga2": functools.partial(optuna.samplers.NSGAIISampler, population_size=5),
     "tpe": functools.partial(optuna.samplers.TPESampler, n_startup_trials=5),
     "random": optuna.samplers.RandomSampler,
+    "front": FrontSampler,
+    "exhaustive": ExhaustiveSampler,
 }
 TWO = Objectives(("loss_nats", "tokens_per_s"))
 PENALTIES = {1: 0.05, 2: 0.02, 4: 0.0}
@@ -45,6 +49,18 @@ def additive(vector: Vector) -> Metrics:
     }
 
 
+def problem(
+    space: SearchSpace,
+    evaluate: Callable[[Vector], Metrics] = additive,
+    objectives: Objectives = TWO,
+    limits: Mapping[str, float] | None = None,
+) -> Problem:
+    def loss(vector: Vector) -> float:
+        return float(evaluate(vector)["loss_nats"])
+
+    return Problem(space, objectives, loss, additive, Constraints(limits or {}, space, additive))
+
+
 def run(
     space: SearchSpace,
     path: Path,
@@ -53,7 +69,7 @@ def run(
     seed: int = 0,
     evaluate: Callable[[Vector], Metrics] = additive,
 ) -> pd.DataFrame:
-    return search(space, TWO, SAMPLERS[sampler], evaluate, budget, seed, Storage.file(path / "study.db"))
+    return search(problem(space, evaluate), SAMPLERS[sampler], budget, seed, Storage.file(path / "study.db"))
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -137,7 +153,8 @@ def test_a_budget_in_time_ends_the_search_and_counts_across_restarts(micro: Sear
 
 def test_three_objectives_are_searched_together(micro: SearchSpace, tmp_path: Path) -> None:
     three = Objectives(("loss_nats", "decode_ms", "kv_bytes_per_token"))
-    trials = search(micro, three, SAMPLERS["tpe"], additive, Budget(12, None), 0, Storage.file(tmp_path / "study.db"))
+    asked = problem(micro, objectives=three)
+    trials = search(asked, SAMPLERS["tpe"], Budget(12, None), 0, Storage.file(tmp_path / "study.db"))
     assert len(trials) == 12
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert {trial.user_attrs["vector"] for trial in study.best_trials} >= set(trials.loc[trials["on_front"], "vector"])
@@ -183,7 +200,13 @@ def test_objectives_are_two_or_three_different_metrics(names: list[str]) -> None
 
 @pytest.mark.parametrize(
     ("text", "budget"),
-    [("200", Budget(200, None)), ("90s", Budget(None, 90)), ("30m", Budget(None, 1800)), ("0.5h", Budget(None, 1800))],
+    [
+        ("all", Budget()),
+        ("200", Budget(200, None)),
+        ("90s", Budget(None, 90)),
+        ("30m", Budget(None, 1800)),
+        ("0.5h", Budget(None, 1800)),
+    ],
 )
 def test_budgets_are_evaluations_or_durations(text: str, budget: Budget) -> None:
     assert parse_budget(text) == budget
@@ -198,3 +221,30 @@ def test_any_other_budget_is_refused_or_positive(text: str) -> None:
         assert "budget" in str(error)
     else:
         assert (budget.evaluations or budget.seconds or 0) > 0
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("limits", [{"max_decode_ms": 1.6}, {"min_tokens_per_s": 500.0, "max_kv_bytes_per_token": 500}])
+def test_no_vector_is_evaluated_that_breaks_a_limit(
+    micro: SearchSpace, tmp_path: Path, sampler: str, limits: dict[str, float]
+) -> None:
+    asked = problem(micro, limits=limits)
+    trials = search(asked, SAMPLERS[sampler], Budget(), 0, Storage.file(tmp_path / "study.db"))
+    kept = {
+        format_vector(vector)
+        for vector in itertools.product(*micro.choices)
+        if float(additive(vector)["decode_ms"]) <= limits.get("max_decode_ms", 2.0)
+        and float(additive(vector)["kv_bytes_per_token"]) <= limits.get("max_kv_bytes_per_token", 1e9)
+    }
+    assert 5 < len(kept) < micro.size
+    assert set(trials["vector"]) == kept
+    assert len(trials) == len(kept)
+
+
+@pytest.mark.parametrize("sampler", ["nsga2", "random", "front"])
+def test_few_vectors_among_many_are_found_where_limits_leave_no_others(tmp_path: Path, sampler: str) -> None:
+    space = load_space("decilm-6b")
+    asked = problem(space, limits={"max_kv_bytes_per_token": 64 * 33})  # all but the ones and a single 2
+    trials = search(asked, SAMPLERS[sampler], Budget(20), 0, Storage.file(tmp_path / "study.db"))
+    assert trials["vector"].nunique() == len(trials) == 20
+    assert max(trials["kv_bytes_per_token"]) == 64 * 33

@@ -4,15 +4,20 @@ Every metric but the loss depends on counts alone, on how many layers have each 
 to look at, however many vectors a space has, and whether limits can be met is known before anything is trained.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from nas.errors import UserError
+from nas.search.metrics import Metrics
 from nas.space import SearchSpace, Vector
 
-Costs = Mapping[str, float]
 _TOLERANCE = 1e-8
 
 
@@ -33,9 +38,9 @@ class Limit:
         """The metric that is limited."""
         return self.key.split("_", maxsplit=1)[1]
 
-    def excess(self, costs: Costs) -> float:
+    def excess(self, costs: Metrics) -> float:
         """By how much a vector misses the limit; 0 or less if it keeps it, to the digits that are printed."""
-        over = costs[self.metric] - self.bound
+        over = float(costs[self.metric]) - self.bound
         return (over if self.key.startswith("max_") else -over) - _TOLERANCE * abs(self.bound)
 
 
@@ -52,7 +57,7 @@ class Constraints:
     """
 
     def __init__(
-        self, limits: Mapping[str, float | None], space: SearchSpace, costs_of: Callable[[Vector], Costs]
+        self, limits: Mapping[str, float | None], space: SearchSpace, costs_of: Callable[[Vector], Metrics]
     ) -> None:
         self._limits = [Limit(key, bound) for key, bound in limits.items() if bound is not None]
         self._space, self._costs_of = space, costs_of
@@ -75,6 +80,14 @@ class Constraints:
             return self._space.size
         return sum(ways for counts, ways in ways_by_counts(self._space).items() if self.keep(counts))
 
+    def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+        """Which of many vectors keep all limits."""
+        return np.asarray(by_counts(self.keep, vectors_NL), dtype=bool)
+
+    def vectors(self) -> Iterator[Vector]:
+        """All vectors of the space that keep all limits, in lexicographic order."""
+        return filter(self.keep, itertools.product(*self._space.choices))
+
     def _check_reachable(self) -> None:
         left = [self._costs_of(counts) for counts in ways_by_counts(self._space)]
         before: list[Limit] = []
@@ -88,6 +101,12 @@ class Constraints:
                     f"comes{given and ' with '}{given} is {closest[limit.metric]:.9g}; change it to that or beyond"
                 )
             before.append(limit)
+
+
+def by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+    """A function of many vectors that depends on their counts alone, and is called once for each."""
+    different, which = np.unique(np.sort(vectors_NL, axis=1), axis=0, return_inverse=True)
+    return np.array([function(tuple(counts)) for counts in different.tolist()])[which.ravel()]
 
 
 def ways_by_counts(space: SearchSpace) -> dict[Vector, int]:

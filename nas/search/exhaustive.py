@@ -1,36 +1,25 @@
 """ExhaustiveSampler: every vector of a space in lexicographic order, for spaces small enough to evaluate as a whole."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
+from nas.search.informed import InformedSampler
 
-class ExhaustiveSampler(BaseSampler):
+
+class ExhaustiveSampler(InformedSampler):
     """Proposes the first vector in lexicographic order that is not taken.
 
     Args:
         seed: Changes nothing; every sampler is given one.
-
-    Attributes:
-        permitted: Which of some vectors of groups (N, L) may be proposed; None: all.
-        taken: Vectors that must not be proposed, beside those of the study's trials.
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self.permitted: Callable[[npt.NDArray[np.intp]], npt.NDArray[np.bool_]] | None = None
-        self.taken: set[tuple[int, ...]] = set()
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The parameters of the last finished trial."""
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return dict(finished[-1].distributions) if finished else {}
+        super().__init__()
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]

@@ -19,32 +19,25 @@ from typing import Any
 
 import moocore
 import numpy as np
-import numpy.typing as npt
 from optuna import Study
 from optuna.distributions import BaseDistribution
-from optuna.samplers import BaseSampler, RandomSampler
+from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.search.exact import best_by_counts, best_by_weights
+from nas.search.exact import best_vectors
 from nas.search.gain import expected_gain
+from nas.search.informed import Costs, Floats, InformedSampler, Ints
 from nas.search.layers import Layers
 from nas.search.loss_model import LossModel
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
-Costs = Callable[[Ints], Floats]
-"""Objectives (N, O) of vectors of groups (N, L), as far as they are known without evaluation; NaN where not. They
-depend on counts alone: on how many layers have each number of groups."""
-
 _ENUMERATED = 10_000  # vectors; a space no larger is looked at as a whole
-_CELLS = 50_000  # of the exact solution's table; beyond, it is solved by total of groups instead of counts
 _CONSIDERED = 100  # candidates whose own uncertainty is worked out
 _MARGIN = 0.1  # of the evaluated range: how far the reference point lies beyond its worst
 _COST_ERROR = 1e-3  # of its range; what counts explain better than that is a cost
 
 
-class FrontSampler(BaseSampler):
+class FrontSampler(InformedSampler):
     """Optuna sampler for two or three objectives over the layers of a search space.
 
     The study's parameters must all be categorical over whole numbers, one a layer, with names in the layers' order.
@@ -54,11 +47,6 @@ class FrontSampler(BaseSampler):
         draws: Posterior draws a proposal.
         startup: Evaluations, random ones if need be, before anything is learned.
 
-    Attributes:
-        costs: See `Costs`; None: learned from the trials.
-        permitted: Which of some vectors of groups (N, L) may be proposed; depends on counts alone. None: all.
-        taken: Vectors that must not be proposed, beside those of the study's trials.
-
     Raises:
         ValueError: ``draws`` or ``startup`` is too small.
     """
@@ -66,20 +54,13 @@ class FrontSampler(BaseSampler):
     def __init__(self, seed: int | None = None, draws: int = 1, startup: int = 3) -> None:
         if draws < 0 or startup < 2:
             raise ValueError(f"draws is {draws} and startup {startup}; they must be at least 0 and 2")
-        self.costs: Costs | None = None
-        self.permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None
-        self.taken: set[tuple[int, ...]] = set()
+        super().__init__()
         self._rng, self._random = np.random.default_rng(seed), RandomSampler(seed=seed)
         self._draws, self._startup = draws, startup
 
     def reseed_rng(self) -> None:
         self._rng = np.random.default_rng()
         self._random.reseed_rng()
-
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """The parameters of the last finished trial."""
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return dict(finished[-1].distributions) if finished else {}
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
@@ -147,7 +128,7 @@ class FrontSampler(BaseSampler):
         for model in forecast.models:
             drawn = [model.draw(self._rng) for _ in range(self._draws)]
             opinions += [(forbidden + view.penalties_LK, view.couplings_MKK) for view in (model.mean(), *drawn)]
-        return np.concatenate([_best_vectors(layers, *opinion) for opinion in opinions])
+        return np.concatenate([best_vectors(*opinion, layers.levels_K) for opinion in opinions])
 
     def _filter(self, layers: Layers, vectors_NL: Ints) -> Callable[[Ints], Ints]:
         """Keeps of some vectors those that may be proposed, each once."""
@@ -171,13 +152,6 @@ def _keys(vectors_NL: Ints) -> list[bytes]:
     """What a vector's choices are called in a set."""
     rows = np.ascontiguousarray(vectors_NL, dtype=np.int8)
     return rows.view(f"V{rows.shape[1]}").ravel().tolist() if len(rows) else []
-
-
-def _best_vectors(layers: Layers, penalties_LK: Floats, couplings_MKK: Floats | None) -> Ints:
-    """The best vector for all counts, or where these are too many, for all totals of groups."""
-    if (len(penalties_LK) + 1) ** (len(layers.levels_K) - 1) <= _CELLS:
-        return best_by_counts(penalties_LK, couplings_MKK).vectors_TL
-    return best_by_weights(penalties_LK, couplings_MKK, layers.levels_K[:, None]).vectors_TL
 
 
 class _Forecast:

@@ -1,6 +1,10 @@
 """The metrics of a vector: the columns of trials.csv and front.csv that can be objectives."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+Metrics = Mapping[str, float | int | str]
+"""Values by column."""
 
 
 @dataclass(frozen=True)

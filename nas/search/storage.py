@@ -69,6 +69,15 @@ class Storage:
                 "pip install 'gqa-nas[postgresql]'"
             ) from None
 
+    def check(self) -> None:
+        """Connects, to find out whether that works.
+
+        Raises:
+            UserError: It does not.
+        """
+        with self.in_reach():
+            self.engine().connect().close()
+
     def open(self, objectives: Objectives, sampler: BaseSampler) -> optuna.Study:
         """The study, made if it is not there yet."""
         url = self._parsed()

@@ -15,19 +15,18 @@ from nas.config import Budget
 from nas.console import progress_bar
 from nas.errors import UserError
 from nas.search.claims import Claims, Membership
-from nas.search.front import Objectives, on_front
+from nas.search.front import on_front
 from nas.search.metrics import COLUMNS
+from nas.search.problem import Problem
 from nas.search.sampler import DistinctSampler
 from nas.search.storage import Storage
-from nas.search.worker import Allowance, Metrics, Worker, fail_running, finished_trials, vectors_of
-from nas.space import SearchSpace, Vector, format_vector
+from nas.search.worker import Allowance, Worker, fail_running, finished_trials, vectors_of
+from nas.space import Vector, format_vector
 
 
 def search(
-    space: SearchSpace,
-    objectives: Objectives,
+    problem: Problem,
     make_sampler: Callable[..., BaseSampler],
-    evaluate: Callable[[Vector], Metrics],
     budget: Budget,
     seed: int,
     storage: Storage,
@@ -40,18 +39,17 @@ def search(
     """Evaluates vectors until the budget or the space is used up; goes on with what ``storage`` holds.
 
     ``known`` vectors come first, then the space's landmarks, then ``proposed`` ones, then what the sampler proposes;
-    no vector is evaluated twice. Returns when the evaluations of all other workers are finished too.
+    no vector is evaluated twice, and none that breaks a limit. Returns when the evaluations of all other workers are
+    finished too.
 
     Args:
-        space: The search space.
-        objectives: What to optimise.
+        problem: What is searched.
         make_sampler: Makes the Optuna sampler from a ``seed``.
-        evaluate: Maps a vector to all its metrics.
         budget: When to stop; the landmarks count. A duration is that in which any worker was at work.
         seed: Seeds the sampler.
         storage: Where the study lives.
         membership: The standing among the study's workers; by default there is no other.
-        known: Vectors that ``evaluate`` knows from an earlier search; they cost nothing.
+        known: Vectors whose loss is known from an earlier search; they are no part of the budget.
         proposed: Vectors to evaluate early.
         facts: What else all workers must have in common.
 
@@ -62,23 +60,33 @@ def search(
         UserError: The study cannot be reached, read or written, or was begun with other facts.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    known = list(dict.fromkeys(known))
-    first = list(dict.fromkeys([*known, *space.landmarks().values(), *proposed]))
-    slots = len(known) + min(budget.evaluations or space.size, space.size - len(known))
+    space, limits = problem.space, problem.constraints
+    known = list(filter(limits.keep, dict.fromkeys(known)))
+    everything = limits.vectors() if budget.is_everything else ()
+    first = filter(limits.keep, [*known, *space.landmarks().values(), *proposed, *everything])
+    slots = len(known) + min(budget.evaluations or limits.size, limits.size - len(known))
     with storage.in_reach():
         claims = Claims(storage, membership)
         claims.agree(facts or {})
-        sampler = DistinctSampler(make_sampler, space, seed, first, claims.vectors)
-        study = storage.open(objectives, sampler)
+        sampler = DistinctSampler(
+            make_sampler,
+            space,
+            seed,
+            first=list(dict.fromkeys(first)),
+            claimed=claims.vectors,
+            permitted=limits.permits,
+            costs=problem.known_objectives,
+        )
+        study = storage.open(problem.objectives, sampler)
         _describe(study, facts or {})
         if membership.dead is not None:
             claims.release(membership.dead)
         if membership.dead == "":
             fail_running(study)
-        worker = Worker(study, sampler, claims, space, objectives, evaluate, Allowance(slots, budget.seconds))
+        worker = Worker(study, sampler, claims, problem, Allowance(slots, budget.seconds))
         with claims.beating(), progress_bar("Evaluating vectors", budget.seconds or slots, worker.spent()) as bar:
             worker.work(bar)
-        return trials_frame(study, claims, space, objectives, storage)
+        return trials_frame(study, claims, problem, storage)
 
 
 def _describe(study: optuna.Study, facts: Mapping[str, str]) -> None:
@@ -89,17 +97,15 @@ def _describe(study: optuna.Study, facts: Mapping[str, str]) -> None:
             study.set_user_attr(name, fact)
 
 
-def trials_frame(
-    study: optuna.Study, claims: Claims, space: SearchSpace, objectives: Objectives, storage: Storage
-) -> pd.DataFrame:
+def trials_frame(study: optuna.Study, claims: Claims, problem: Problem, storage: Storage) -> pd.DataFrame:
     """The evaluated vectors of a study in the order of their slots, as trials.csv has them.
 
     Raises:
         UserError: Trials are missing.
     """
-    trials, done = vectors_of(finished_trials(study), space), claims.done()
+    trials, done = vectors_of(finished_trials(study), problem.space), claims.done()
     if lost := [format_vector(vector) for vector in done.values() if vector not in trials]:
         raise UserError(f"{storage} has lost the trials of {', '.join(lost[:3])}; restore it, or give another name=")
     frame = pd.DataFrame([trials[vector].user_attrs for vector in done.values()])
-    frame["on_front"] = on_front(frame, objectives)
+    frame["on_front"] = on_front(frame, problem.objectives)
     return frame[COLUMNS]

@@ -8,7 +8,7 @@ Whatever kills it, at any moment, leaves a claim from which another worker, or t
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,11 +20,10 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.console import Bar
 from nas.search.claims import Claim, ClaimLostError, Claims
-from nas.search.front import Objectives
+from nas.search.metrics import Metrics
+from nas.search.problem import Problem
 from nas.search.sampler import DistinctSampler, parameter_names, vector_of
 from nas.space import SearchSpace, Vector, format_vector
-
-Metrics = Mapping[str, float | int | str]
 
 _POLL_S = 0.5  # between looks at what the others still evaluate
 
@@ -44,9 +43,7 @@ class Worker:
         study: The study; its sampler is ``sampler``.
         sampler: Proposes the vectors.
         claims: The worker's claims.
-        space: The search space.
-        objectives: What is optimised.
-        evaluate: Maps a vector to all its metrics.
+        problem: What is searched.
         allowance: What all workers may spend together.
     """
 
@@ -55,13 +52,11 @@ class Worker:
         study: optuna.Study,
         sampler: DistinctSampler,
         claims: Claims,
-        space: SearchSpace,
-        objectives: Objectives,
-        evaluate: Callable[[Vector], Metrics],
+        problem: Problem,
         allowance: Allowance,
     ) -> None:
-        self._study, self._sampler, self._claims, self._space = study, sampler, claims, space
-        self._objectives, self._evaluate, self._allowance = objectives, evaluate, allowance
+        self._study, self._sampler, self._claims = study, sampler, claims
+        self._problem, self._allowance = problem, allowance
         self._begun = time.monotonic() - seconds_worked(finished_trials(study))
 
     def spent(self) -> float:
@@ -89,10 +84,10 @@ class Worker:
             time.sleep(_POLL_S)
 
     def _carry_out(self, claim: Claim, bar: Bar) -> None:
-        if claim.vector is None or claim.vector not in vectors_of(finished_trials(self._study), self._space):
+        if claim.vector is None or claim.vector not in vectors_of(finished_trials(self._study), self._problem.space):
             trial = self._ask(claim)
             vector = tuple(trial.params[name] for name in self._sampler.distributions)
-            metrics = self._evaluate(vector)
+            metrics = self._problem.evaluate(vector)
             self._tell(trial, {"vector": format_vector(vector), **metrics})
             bar.update(self.spent(), f"{format_vector(vector)} {metrics['loss_nats']:.4f}")
         self._claims.finish(claim)
@@ -100,7 +95,7 @@ class Worker:
     def _ask(self, claim: Claim) -> optuna.Trial:
         """A trial of the claim's vector, or of one that the sampler proposes and no other worker has."""
         if claim.vector is not None:
-            fail_running(self._study, dict(zip(parameter_names(self._space), claim.vector, strict=True)))
+            fail_running(self._study, dict(zip(parameter_names(self._problem.space), claim.vector, strict=True)))
         self._sampler.turn_to(claim.slot, claim.vector)
         while True:
             trial = self._study.ask(self._sampler.distributions)
@@ -117,7 +112,7 @@ class Worker:
         with suppress(UpdateFinishedTrialError):  # this worker was taken for gone, and the trial ended without it
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
-            values = [float(attributes[name]) for name in self._objectives.names]
+            values = [float(attributes[name]) for name in self._problem.objectives.names]
             self._study.tell(trial, values, skip_if_finished=True)
 
 

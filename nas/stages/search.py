@@ -8,26 +8,31 @@ study.db            the Optuna study
 """
 
 import dataclasses
+import json
+import time
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pandas as pd
+from optuna.samplers import BaseSampler
 
-from nas.config import Search, build, parse_budget
+from nas.config import Budget, Search, build, parse_budget
 from nas.console import say
 from nas.data import TokenData
-from nas.errors import UserError
-from nas.files import value_hash, write_atomically
+from nas.errors import InUseError, UserError
+from nas.files import value_hash, without_passwords, write_atomically
 from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import DTYPE_BYTES
 from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
+from nas.quality import InheritedLoss
 from nas.report.table import front_table
-from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent, start_run
-from nas.search import Objectives, Storage, search
+from nas.run import FinishedRun, find_runs, identity, is_run, recorded_config, recorded_parent, start_run
+from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
 from nas.space import SearchSpace, Vector, format_vector
 from nas.stages.measure import fitting_tables, measure_space, table_of
 from nas.stages.train import (
@@ -39,18 +44,107 @@ from nas.stages.train import (
     supernet_data,
     train_supernet,
 )
+from nas.stages.warm_start import WarmStart, earlier_searches, warm_start
+from nas.stages.workers import more_workers
+
+Found = TypeVar("Found")
 
 _BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first command to resume it, or give another name="
+_NOT_ASKED = ("name", "runs_dir", "workers", "worker", "heartbeat_s")  # a search may go on with others
+_MOST = 200_000  # vectors that budget=all may mean
+_POLL_S = 2.0
+_GIB = 2**30
 
 
 def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
+    prepared = _prepare(config, path)
+    problem = prepared.problem
+    try:
+        with start_run(path, "search", prepared.asked, {"search": config.seed}, prepared.parents) as run:
+            kept = f"{problem.constraints.size:,} of " if problem.constraints.size < problem.space.size else ""
+            vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
+            say(f"Searching {vectors}, budget {config.budget}, in {path}")
+            if prepared.budget.is_everything:
+                prepared.loss.of(list(problem.constraints.vectors()))  # together, far faster than one by one
+            home = identity(path)
+            with more_workers(partial(_assist, config, path), config.workers):
+                # Whoever holds the run directory knows that no other process of this run lives.
+                trials = prepared.search(Membership(home, home if config.storage else "", config.heartbeat_s))
+            front = _write_tables(path, trials, problem.space, prepared.table.check() if prepared.table else None)
+            run.finish()
+    except InUseError:
+        if not config.storage:
+            raise
+        say(f"Another process writes {path}: this one only evaluates for it")
+        prepared.search(Membership("guest", None, config.heartbeat_s))
+        return
+    say(front_table(front))
+    say(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
+
+
+def _assist(config: Search, path: Path) -> None:
+    """Works on the search that another process of this machine has begun in ``path``."""
+    _prepare(config, path).search(Membership(f"{identity(path)}/", None, config.heartbeat_s))
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A search and all that it needs, found or made.
+
+    Attributes:
+        problem: What is searched.
+        loss: The problem's loss.
+        make_sampler: Makes the sampler from a ``seed``.
+        budget: When to stop.
+        seed: Seeds the sampler.
+        storage: Where the study lives.
+        warm: What earlier searches leave to this one.
+        table: The measured table that the costs come from, if it is one.
+        asked: The resolved config.
+        parents: The finished runs that the search builds on.
+        facts: What all workers must have in common.
+    """
+
+    problem: Problem
+    loss: InheritedLoss
+    make_sampler: Callable[..., BaseSampler]
+    budget: Budget
+    seed: int
+    storage: Storage
+    warm: WarmStart
+    table: TableLatency | None
+    asked: dict[str, Any]
+    parents: dict[str, FinishedRun]
+    facts: dict[str, str]
+
+    def search(self, membership: Membership) -> pd.DataFrame:
+        """Works on the study until it is done; returns all evaluated vectors."""
+        self.warm.enter(self.loss)
+        return search(
+            self.problem,
+            self.make_sampler,
+            self.budget,
+            self.seed,
+            self.storage,
+            membership=membership,
+            known=list(self.warm.known),
+            proposed=self.warm.proposed,
+            facts=self.facts,
+        )
+
+
+def _prepare(config: Search, path: Path) -> _Prepared:
+    """Finds or makes what the search needs. What is cheap and can refuse comes first, training last."""
     runs_dir = Path(config.runs_dir)
     config, space, init = settle(config)
-    objectives = Objectives(tuple(config.objectives))
-    budget = parse_budget(config.budget)
+    objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+    storage = Storage(config.storage, config.name) if config.storage else Storage.file(path / "study.db")
+    if config.storage:
+        storage.check()
+    earlier = earlier_searches(config)
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
 
@@ -62,12 +156,23 @@ def run(config: Search, path: Path) -> None:
     supernet = _supernet(config, path, wanted)
     latency = _latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
-    supernet = supernet or _train(config, space, init, data, f"{space.name}-{value_hash(wanted)}")
+    costs = _costs(space, latency, workload)
+    constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
+    if budget.is_everything and constraints.size > _MOST:
+        raise UserError(f"budget=all is {constraints.size:,} vectors of {space.name}; give a number of evaluations")
+    supernet = supernet or _wait_for(
+        partial(find_supernet, runs_dir, wanted),
+        partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
+    )
     say(f"Supernet: {supernet.path}")
     loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
+    windows = list(loss.windows.shape)
+    warm = warm_start(earlier, space, supernet, windows)
+    if earlier:
+        say(warm.describe())
 
-    parents = {"supernet": supernet}
     table = latency if isinstance(latency, TableLatency) else None
+    parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if table and is_run(table.folder):
         parents["latency"] = FinishedRun(table.folder, "measure")
     asked = dataclasses.asdict(config) | {
@@ -75,19 +180,37 @@ def run(config: Search, path: Path) -> None:
         "init": wanted["init"],
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
-        "windows": list(loss.windows.shape),
+        "windows": windows,
         "latency": latency.describe(),
         "latency_table": table.digest() if table else None,
+        "storage": without_passwords(config.storage) if config.storage else None,
     }
-    del asked["name"], asked["runs_dir"]
-    with start_run(path, "search", asked, {"search": config.seed}, parents) as run:
-        say(f"Searching {space.size:,} vectors of {space.name}, budget {config.budget}, in {path}")
-        evaluate = _evaluator(space, loss, latency, workload)
-        trials = search(space, objectives, make_sampler, evaluate, budget, config.seed, Storage.file(path / "study.db"))
-        front = _write_tables(path, trials, space, table.check() if table else None)
-        run.finish()
-    say(front_table(front))
-    say(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
+    asked = {key: value for key, value in asked.items() if key not in _NOT_ASKED}
+    facts = {
+        "space": f"{space.name} {value_hash(space.to_dict())}",
+        "supernet": supernet.digest()[:12],
+        "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
+        "latency": f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}",
+        "workload": str(workload),
+    }
+    chosen = ("objectives", "constraints", "sampler", "seed", "budget")
+    facts |= {key: json.dumps(asked[key], sort_keys=True) for key in chosen}
+    problem = Problem(space, objectives, loss, costs, constraints)
+    return _Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
+
+
+def _wait_for(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
+    """What another process has made, or is making at this moment, else what this one makes."""
+    waiting = False
+    while (found := find()) is None:
+        try:
+            return make()
+        except InUseError as error:
+            if not waiting:
+                say(f"Waiting: {error}")
+            waiting = True
+            time.sleep(_POLL_S)
+    return found
 
 
 def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun | None:
@@ -136,10 +259,17 @@ def _latency(config: Search, path: Path, space: SearchSpace, device: Device, wor
         return found
     if begun or config.device != "this":
         return RooflineLatency(device, space.shape, workload.dtype)
+    return _wait_for(
+        lambda: next(fitting_tables(runs_dir, device, space, workload), None),
+        partial(_measure, config, space, device, workload),
+    )
+
+
+def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
     say("No measured table covers this space, device and workload: measuring first")
     facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
     name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
-    return measure_space(config, space, device, workload, runs_dir / "measure" / name)
+    return measure_space(config, space, device, workload, Path(config.runs_dir) / "measure" / name)
 
 
 def _write_tables(path: Path, trials: pd.DataFrame, space: SearchSpace, check: pd.DataFrame | None) -> pd.DataFrame:
@@ -154,20 +284,24 @@ def _write_tables(path: Path, trials: pd.DataFrame, space: SearchSpace, check: p
     return front
 
 
-def _evaluator(
-    space: SearchSpace, loss: Callable[[Vector], float], latency: LatencyModel, workload: Workload
+def _costs(
+    space: SearchSpace, latency: LatencyModel, workload: Workload
 ) -> Callable[[Vector], dict[str, float | int | str]]:
-    def evaluate(vector: Vector) -> dict[str, float | int | str]:
-        step_ms = decode_ms(latency, vector, workload)
+    shape, dtype_bytes = space.shape, DTYPE_BYTES[workload.dtype]
+
+    @cache
+    def costs(counts: Vector) -> dict[str, float | int | str]:
+        step_ms, parameters = decode_ms(latency, counts, workload), shape.parameters(counts)
+        kv_bytes = shape.kv_bytes_per_token(counts, dtype_bytes)
         return {
-            "loss_nats": loss(vector),
             "decode_ms": step_ms,
-            "prefill_ms": prefill_ms(latency, vector, workload),
+            "prefill_ms": prefill_ms(latency, counts, workload),
             "tokens_per_s": 1e3 * workload.batch / step_ms,
             "batch": workload.batch,
-            "kv_bytes_per_token": space.shape.kv_bytes_per_token(vector, DTYPE_BYTES[workload.dtype]),
-            "parameters": space.shape.parameters(vector),
+            "kv_bytes_per_token": kv_bytes,
+            "parameters": parameters,
+            "memory_gib": (parameters * dtype_bytes + workload.batch * workload.context * kv_bytes) / _GIB,
             "latency_source": latency.source,
         }
 
-    return evaluate
+    return lambda vector: costs(tuple(sorted(vector)))

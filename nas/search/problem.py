@@ -1,0 +1,51 @@
+"""What a search is about: which vectors there are, what is wanted of them, and what is known of them beforehand."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from nas.search.constraints import Constraints, by_counts
+from nas.search.front import Objectives
+from nas.search.metrics import Metrics
+from nas.space import SearchSpace, Vector
+
+LOSS = "loss_nats"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A search's problem. Only the loss of a vector takes an evaluation.
+
+    Attributes:
+        space: The search space.
+        objectives: What to optimise.
+        loss: Loss of a vector in nats a token.
+        costs: Maps a vector to all its other metrics; depends on its counts alone.
+        constraints: Limits on the costs.
+    """
+
+    space: SearchSpace
+    objectives: Objectives
+    loss: Callable[[Vector], float]
+    costs: Callable[[Vector], Metrics]
+    constraints: Constraints
+
+    def evaluate(self, vector: Vector) -> Metrics:
+        """All metrics of a vector."""
+        return {**self.costs(vector), LOSS: self.loss(vector)}
+
+    def known_objectives(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """The objectives of vectors as far as they are costs, (N, O); NaN for the loss."""
+        return by_counts(self._known, vectors_NL)
+
+    @cached_property
+    def _known(self) -> Callable[[Vector], list[float]]:
+        def known(counts: Vector) -> list[float]:
+            costs = self.costs(counts)
+            return [float("nan") if name == LOSS else float(costs[name]) for name in self.objectives.names]
+
+        return functools.cache(known)

@@ -1,0 +1,91 @@
+"""nas search by the command line: whole spaces, limits, several processes, and what earlier searches leave."""
+
+import json
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from nas.space import SearchSpace
+from tests.conftest import Nas, Workspace
+
+
+def trials(folder: Path) -> pd.DataFrame:
+    """The evaluated vectors of a search."""
+    return pd.read_csv(folder / "trials.csv")
+
+
+def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, copy: Workspace, micro: SearchSpace) -> None:
+    assert nas("search", "sampler=exhaustive", "name=all", *copy.arguments).code == 0
+    assert nas("search", "budget=40", "name=front", *copy.arguments).code == 0
+    exhaustive, front = (trials(copy.runs / "search" / name) for name in ("all", "front"))
+    assert exhaustive["vector"].nunique() == len(exhaustive) == micro.size
+    assert set(front["vector"]) == set(exhaustive["vector"])
+    ordered = [table.sort_values("vector", ignore_index=True) for table in (exhaustive, front)]
+    pd.testing.assert_frame_equal(ordered[0], ordered[1])
+
+
+def test_a_space_too_large_for_all_of_it_is_refused(nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.stages.search._MOST", 26)
+    result = nas("search", "budget=all", "name=all", *copy.arguments)
+    assert result.code == 1
+    assert "budget=all is 27 vectors of micro; give a number of evaluations" in result.err
+    assert nas("search", "budget=all", "constraints.max_parameters=1e6", "name=few", *copy.arguments).code == 1
+    limited = nas("search", "budget=all", "constraints.max_kv_bytes_per_token=500", "name=few", *copy.arguments)
+    assert limited.code == 0, limited.err
+    assert 0 < len(trials(copy.runs / "search" / "few")) < 26
+
+
+def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(nas: Nas, copy: Workspace) -> None:
+    memory = "constraints.max_memory_gib"
+    whole = trials(copy.runs / "search" / "base")
+    workload = json.loads((copy.runs / "search" / "base" / "run.json").read_text())["config"]["workload"]
+    cache = workload["batch"] * workload["context"] * whole["kv_bytes_per_token"]
+    gib = (4 * whole["parameters"] + cache) / 2**30
+    limit = (gib.min() + gib.max()) / 2
+    result = nas("search", "--budget", 27, f"{memory}={limit}", "name=small", *copy.arguments)
+    assert result.code == 0, result.err
+    small = trials(copy.runs / "search" / "small")
+    assert 5 < len(small) < 27
+    used = (4 * small["parameters"] + workload["batch"] * workload["context"] * small["kv_bytes_per_token"]) / 2**30
+    assert used.max() <= limit
+    assert nas("report", f"run={copy.runs / 'search' / 'small'}").code == 0  # without the largest vector
+
+    before = set(copy.path.rglob("complete.json"))
+    refused = nas("search", f"{memory}={gib.min() / 2}", "name=none", *copy.arguments, "train.steps=7")
+    assert refused.code == 1
+    assert f"the closest that a vector of micro comes is {gib.min():.9g}" in refused.err
+    assert set(copy.path.rglob("complete.json")) == before
+
+
+def test_several_processes_share_one_search(nas: Nas, copy: Workspace) -> None:
+    result = nas("search", "--budget", 24, "workers=3", "sampler=random", "name=shared", *copy.arguments)
+    assert result.code == 0, result.err
+    assert result.err == ""
+    shared = trials(copy.runs / "search" / "shared")
+    assert shared["vector"].nunique() == len(shared) == 24
+    assert nas("search", "--budget", 24, "sampler=random", "name=alone", *copy.arguments).code == 0
+    losses = [trials(copy.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "alone")]
+    both = pd.concat(losses, axis=1, join="inner")
+    assert len(both) > 10
+    assert (both.iloc[:, 0] - both.iloc[:, 1]).abs().max() < 1e-5
+
+
+def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, copy: Workspace) -> None:
+    base = copy.runs / "search" / "base"
+    for memo in (copy.runs / "cache").glob("losses-*"):
+        memo.unlink()
+    warm = nas("search", "--budget", 5, f"warm_start={base}", "seed=3", "name=warm", *copy.arguments)
+    assert warm.code == 0, warm.err
+    assert "9 losses taken over, 0 vectors to be evaluated early" in warm.out
+    table = trials(copy.runs / "search" / "warm")
+    assert table["vector"].nunique() == len(table) == 9 + 5  # what was known is no part of the budget
+    pd.testing.assert_frame_equal(table.iloc[:9].drop(columns="on_front"), trials(base).drop(columns="on_front"))
+    parents = json.loads((copy.runs / "search" / "warm" / "run.json").read_text())["parents"]
+    assert set(parents) == {"supernet", "latency", "warm_start_0"}
+
+    other = nas("search", "--budget", 7, f"warm_start=[{base}]", "train.seed=9", "name=other", *copy.arguments)
+    assert other.code == 0, other.err
+    front = pd.read_csv(base / "front.csv")
+    assert f"0 losses taken over, {len(front)} vectors to be evaluated early" in other.out
+    assert len(trials(copy.runs / "search" / "other")) == 7
