@@ -44,6 +44,7 @@ torchrun --nproc-per-node 8 -m nas train … trains on many GPUs.
 eval "$(nas -sc install=bash)" switches tab completion on."""
 
 _MANY_PROCESSES = ("train", "finetune")
+_INSIST_S = 5.0
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -51,7 +52,8 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's kill is a Ctrl-C
+    for number in (signal.SIGINT, signal.SIGTERM):  # a batch system's kill is a Ctrl-C
+        signal.signal(number, _interrupt)
     if arguments[:1] == ["--version"]:
         print(__version__)
         return 0
@@ -67,11 +69,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code if SIZE == 1 else leave(code)
 
 
+def _interrupt(*_: object) -> None:
+    """Ends a command, and insists a little later: an exception that comes amid a library's import may be swallowed."""
+    signal.signal(signal.SIGALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_REAL, _INSIST_S)
+    raise KeyboardInterrupt
+
+
 def _guarded(stage: str, overrides: list[str]) -> int:
     """Runs a stage and turns what the user can mend into one sentence and an exit code."""
     try:
         return _hydra(stage, overrides)
     except KeyboardInterrupt as interrupt:
+        signal.setitimer(signal.ITIMER_REAL, 0)
         complain(f"nas {stage}: interrupted; {interrupt}")
         return 1
     except (HydraException, OmegaConfBaseException) as error:
@@ -85,7 +95,7 @@ def _guarded(stage: str, overrides: list[str]) -> int:
         where = f"{key}: " if key and key not in lines[0] else ""
         complain(f"nas {stage}: {where}{lines[0]}; nas {stage} --help lists the keys")
         return 1 if isinstance(cause, ValidationError) else 2
-    except OSError as error:  # Hydra could not make the run directory
+    except (UserError, OSError) as error:  # of a job on another machine; Hydra could not make the run directory
         complain(f"nas {stage}: {_sentence(error)}")
         return 1
     except SystemExit as exit_:
@@ -94,7 +104,7 @@ def _guarded(stage: str, overrides: list[str]) -> int:
 
 def _hydra(stage: str, overrides: list[str]) -> int:
     """Hands over to Hydra; returns 1 if a run failed by the user's mistake (the others of a sweep still run)."""
-    failed = False
+    failed, home = False, os.getpid()
 
     def run(config: DictConfig) -> None:
         nonlocal failed
@@ -106,8 +116,11 @@ def _hydra(stage: str, overrides: list[str]) -> int:
             if not isinstance(error, UserError | OSError):
                 raise
             complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")
-            done_before = isinstance(error, AlreadyFinishedError) and HydraConfig.get().mode == RunMode.MULTIRUN
-            failed |= not done_before  # a sweep that is repeated goes on with what is left
+            if isinstance(error, AlreadyFinishedError) and HydraConfig.get().mode == RunMode.MULTIRUN:
+                return  # a sweep that is repeated goes on with what is left
+            if os.getpid() != home:  # a launcher sent this job elsewhere, and tells of its failure at home
+                raise
+            failed = True
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach _guarded

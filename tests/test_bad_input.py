@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -633,6 +633,20 @@ def test_ctrl_c_amid_a_write_is_still_a_ctrl_c(
         refused(command, ["interrupted", "same command", "name=mine"])
     assert not (tmp_path / "runs/train/mine/checkpoint.pt").exists()
     assert nas(*command).code == 0
+
+
+@pytest.mark.usefixtures("files")
+def test_a_ctrl_c_that_a_library_swallows_comes_again(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swallow(*_: object) -> None:
+        with suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        time.sleep(30)
+        raise AssertionError("never interrupted")
+
+    monkeypatch.setattr("nas.cli._INSIST_S", 0.2)
+    monkeypatch.setattr("nas.stages.train.train_supernet", swallow)
+    refused(["train", *DEFAULTS["train"], "name=mine"], ["interrupted", "same command", "name=mine"])
 
 
 @pytest.mark.usefixtures("files")
