@@ -1,11 +1,12 @@
 """How much of the exact front's hypervolume each sampler finds, by evaluations.
 
 Problems: `additive`, 32 layers whose losses add up; `adjacent`, the same with couplings of neighbouring layers; `real`,
-the losses of all 6,561 vectors of a supernet of `tiny` (docs/search/tiny_losses.csv; scripts/tiny_losses.py makes it).
-Every search evaluates the uniform vectors first, and no vector twice, as `nas search` does. Shares are of the
-hypervolume over a reference point at 1.05 times the worst uniform vector's loss and cost. Searches that are in the CSV
-already are not made again. The last line of stdout is JSON: median shares, and the milliseconds of its own that `front`
-takes a trial.
+the losses of all 6,561 vectors of a supernet of `tiny` (docs/search/tiny_losses.csv; docs/search.md says how it came to
+be). Every search evaluates the uniform vectors first, and no vector twice, as `nas search` does. Shares are of the
+hypervolume over a reference point at 1.05 times the worst uniform vector's loss and cost. Real losses lie so near each
+other that even random vectors cover nearly all of that; `near` is the same with the reference point of `nas
+report`. Searches that are in the CSV already are not made again. The last line of stdout is JSON: median shares, and
+the milliseconds of its own that `front` takes a trial.
 
     python scripts/bench_search.py [CSV [WORKERS]]      default: docs/search/bench.csv
     python scripts/bench_search.py draw                 only the figure and the last line, from that CSV
@@ -35,6 +36,7 @@ from matplotlib.ticker import PercentFormatter
 from nas.files import write_atomically
 from nas.hardware import cpu_name
 from nas.report.figure import COLOURS, figure
+from nas.search import Objectives, reference_point
 from nas.search.exact import best_by_counts
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
@@ -45,7 +47,7 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "search"
-PROBLEMS, SAMPLERS = ("additive", "adjacent", "real"), ("front", "random", "nsga2", "tpe")
+PROBLEMS, SAMPLERS = ("additive", "adjacent", "real", "near"), ("front", "random", "nsga2", "tpe")
 BUDGETS, SEEDS = (50, 100, 200, 500), range(10)
 GROUPS = np.array([1, 2, 4])
 
@@ -58,16 +60,21 @@ class Problem:
         space: The search space.
         loss: Loss of a vector of groups.
         front: Loss and cost of the exact front's points.
+        near: Whether the hypervolume's reference point is that of `nas report`.
     """
 
     space: SearchSpace
     loss: Callable[[tuple[int, ...]], float]
     front: Floats
+    near: bool = False
 
     @property
     def reference(self) -> Floats:
         """The hypervolume's reference point."""
         uniform = self.space.uniform_vectors()
+        if self.near:
+            columns = {"loss_nats": list(map(self.loss, uniform)), "decode_ms": costs_of(np.array(uniform))}
+            return reference_point(pd.DataFrame(columns), Objectives(tuple(columns)))
         return 1.05 * np.array([max(map(self.loss, uniform)), max(costs_of(np.array(uniform)))])
 
 
@@ -79,11 +86,11 @@ def costs_of(vectors_NL: Ints) -> Floats:
 @functools.lru_cache(maxsize=4)
 def problem(name: str, seed: int) -> Problem:
     """A problem; the synthetic ones are drawn from the seed."""
-    if name == "real":
+    if name in ("real", "near"):
         table = pd.read_csv(DOCS / "tiny_losses.csv")
         losses = {parse_vector(vector): loss for vector, loss in zip(table["vector"], table["loss_nats"], strict=True)}
         points = np.column_stack((table["loss_nats"], costs_of(np.array(list(losses)))))
-        return Problem(load_space("tiny"), losses.__getitem__, points[moocore.is_nondominated(points)])
+        return Problem(load_space("tiny"), losses.__getitem__, points[moocore.is_nondominated(points)], name == "near")
     space = load_space("decilm-6b")
     rng, layers = np.random.default_rng(seed), space.shape.num_hidden_layers
     ones = rng.gamma(2.0, 0.01, layers)
@@ -148,24 +155,15 @@ def measure(file: Path, workers: int) -> None:
     facts = {"cpu": cpu_name(), "date": datetime.now(UTC).date().isoformat()}
     with ProcessPoolExecutor(workers) as pool:
         for rows in pool.map(searched, *zip(*missing(table), strict=True)):
-            table = (
-                pd.concat([table, pd.DataFrame(rows).assign(**facts)])
-                if len(table)
-                else pd.DataFrame(rows).assign(**facts)
-            )
+            table = pd.concat([table.dropna(how="all"), pd.DataFrame(rows).assign(**facts)])
             write_atomically(file, functools.partial(table.to_csv, index=False))
-            print(
-                rows[0]["problem"],
-                rows[0]["sampler"],
-                rows[0]["seed"],
-                [round(row["share"], 4) for row in rows],
-                flush=True,
-            )
+            shares = [round(row["share"], 4) for row in rows]
+            print(*(rows[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
 
 
 def draw(table: pd.DataFrame) -> None:
     """One panel a problem: median and quartiles of the share by evaluations."""
-    with figure(DOCS / "bench", width=10.5, height=3.6) as drawing:
+    with figure(DOCS / "bench", width=12.6, height=3.9) as drawing:
         for axes, name in zip(drawing.subplots(1, len(PROBLEMS)), PROBLEMS, strict=True):
             for sampler, colour in zip(SAMPLERS, COLOURS, strict=False):
                 rows = table[(table["problem"] == name) & (table["sampler"] == sampler)]
@@ -178,7 +176,7 @@ def draw(table: pd.DataFrame) -> None:
             axes.minorticks_off()
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         drawing.axes[0].set_ylabel("share of the exact front's hypervolume")
-        drawing.axes[0].legend(fontsize=8)
+        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SAMPLERS))
 
 
 def summary(table: pd.DataFrame) -> dict[str, Any]:

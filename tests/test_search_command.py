@@ -89,3 +89,15 @@ def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, copy: Workspac
     front = pd.read_csv(base / "front.csv")
     assert f"0 losses taken over, {len(front)} vectors to be evaluated early" in other.out
     assert len(trials(copy.runs / "search" / "other")) == 7
+
+
+def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(nas: Nas, copy: Workspace) -> None:
+    pool = ("-m", "hydra/launcher=submitit_local", "worker=0,1", "--budget", 12, f"storage=sqlite:///{copy.path}/db")
+    result = nas("search", *pool, "name=pool", *copy.arguments)
+    assert result.code == 0, result.err
+    tables = [trials(copy.runs / "search" / "pool" / f"worker-{number}") for number in (0, 1)]
+    assert tables[0]["vector"].nunique() == len(tables[0]) == 12
+    pd.testing.assert_frame_equal(tables[0], tables[1])
+    failed = nas("search", *pool, "name=other", "supernet=nowhere", *copy.arguments)
+    assert failed.code == 1
+    assert "nowhere is not a run directory" in failed.err

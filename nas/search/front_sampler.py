@@ -14,6 +14,7 @@ It needs nothing but a study, and then learns from the trials which objectives a
 evaluating anything, set `FrontSampler.costs`, and it uses them from the start.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from threadpoolctl import ThreadpoolController
 
 from nas.search.exact import best_vectors
 from nas.search.gain import expected_gain
@@ -83,7 +85,8 @@ class FrontSampler(InformedSampler):
         values = np.array([other.values or [np.nan] * len(signs) for other in others]).reshape(-1, len(signs)) * signs
         known = self.costs
         costs = (lambda chosen: known(layers.levels_K[chosen]) * signs) if known else None
-        chosen = self._proposal(layers, vectors, values, costs)
+        with _libraries().limit(limits=1, user_api="blas"):  # more threads only hinder with such small matrices
+            chosen = self._proposal(layers, vectors, values, costs)
         return dict(zip(names, layers.levels_K[chosen].tolist(), strict=True))
 
     def _proposal(self, layers: Layers, vectors_NL: Ints, values_NO: Floats, costs: Costs | None) -> Ints:
@@ -146,6 +149,11 @@ class FrontSampler(InformedSampler):
             if len(found := new(layers.random(50, self._rng))):
                 return np.asarray(found[0])
         return np.asarray(layers.random(1, self._rng)[0])  # whoever asked must cope with a space that is used up
+
+
+@functools.cache
+def _libraries() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _keys(vectors_NL: Ints) -> list[bytes]:

@@ -69,7 +69,7 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
         draw_groups(drawing, group_matrix(front), title)
 
     known = everything[everything["vector"].isin(landmarks["vector"])]
-    reference = reference_point(known, objectives)
+    reference = reference_point(known if len(known) else everything, objectives)  # limits may rule out all of them
     labels = _labels([search.config for search in searches])
     table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
     with figure(path / "hypervolume") as drawing:
