@@ -84,8 +84,9 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         seed: Of the bootstrap.
 
     Returns:
-        Rows with ``truth, among`` (all | equal total), ``predictor, vectors, tau`` (Kendall's τ-b), ``low, high`` (95 %
-        by resampling vectors) and ``ceiling``: how well the truth agrees with itself, see `noise_ceiling`.
+        Rows with ``truth, among`` (all | equal total, if there are such), ``predictor, vectors, tau`` (Kendall's τ-b),
+        ``low, high`` (95 % by resampling vectors) and ``ceiling``: how well the truth agrees with itself, see
+        `noise_ceiling`.
     """
     rows = []
     by_kind = {kind: rows_of.set_index("vector") for kind, rows_of in measurements.groupby("kind")}
@@ -94,6 +95,8 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         losses = by_kind[truth].pivot_table("loss_nats", "vector", "seed")
         for among, chosen in (("all", slice(None)), ("equal total", inherited.loc[losses.index, "equal_total"])):
             true = losses.loc[chosen]
+            if true.empty:
+                continue
             facts = inherited.loc[true.index]
             for predictor, values in (("inherited", facts["loss_nats"]), ("total", -facts["total"])):
                 pair = values.to_numpy(float), true.mean(axis=1).to_numpy()

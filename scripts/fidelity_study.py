@@ -3,8 +3,10 @@
     python scripts/fidelity_study.py run TEXT OUT [INDEX]    trains, compares, and writes OUT/*.csv
     python scripts/fidelity_study.py draw                    figure and tables from the CSVs in docs/fidelity
 
-TEXT is a data.path. Several processes share the work (start one a GPU, or two, with INDEX 0, 1, …) and each writes the
-same results; one that was stopped goes on.
+Two settings: at a high learning rate all rules are compared with further training; at a low one, where models trained
+alone differ less from seed to seed, the first rule is compared with these too. TEXT is a data.path. Several processes
+share the work (start one a GPU, or two, with INDEX 0, 1, …) and each writes the same results; one that was stopped goes
+on.
 """
 
 import sys
@@ -24,16 +26,22 @@ from nas.hardware import cpu_name
 from nas.report.fidelity import draw_fidelity
 from nas.report.figure import figure
 from nas.run import FinishedRun
+from nas.space import Vector, load_space, parse_vector
 from nas.stages.train import inherited_loss
 
 SPACE, VOCABULARY, WINDOWS = "small", 8192, 256
 RULES = ("sliced", "pooled", "separate")  # models trained alone are made in the comparison of the first
-MORE_SEEDS = (1, 2)  # of supernets of the first rule, for the largest vector's gap
+MORE = [(rule, seed) for rule in RULES[:2] for seed in (1, 2)]  # supernets, for the largest vector's gap
 TRAIN = (
     *("steps=800", "batch=32", "learning_rate=2e-3", "largest_share=0.25", "compile=true"),
     *("log_every=100", "validate_every=1000", "checkpoint_every=200", "validation_windows=64"),
 )
+LOW = (
+    *("steps=3000", "batch=16", "learning_rate=5e-4", "largest_share=0.25", "compile=true"),
+    *("log_every=500", "validate_every=10000", "checkpoint_every=1000", "validation_windows=64"),
+)
 COMPARE = ("vectors=24", "equal_total=12", f"validation_windows={WINDOWS}", "further.steps=200")
+COMPARE_LOW = ("vectors=8", "equal_total=0", f"validation_windows={WINDOWS}", "further.steps=750", "alone.vectors=8")
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "fidelity"
 
 
@@ -41,40 +49,56 @@ def run(text: str, out: Path, index: int) -> None:
     """Makes whatever of the study is not made yet, and writes its tables."""
     data = ("data=text", f"data.path={text}")
     out.mkdir(parents=True, exist_ok=True)
-    train_all([(rule, 0) for rule in RULES], data, index)
+    train_all([(rule, 0) for rule in RULES], TRAIN, "", data, index)
     for rule in RULES:
         alone = () if rule == RULES[0] else ("alone.vectors=0",)
-        name = f"{rule}-{index}"
-        if not Path("runs/fidelity", name, "complete.json").is_file():
-            assert nas(("fidelity", f"supernet=runs/train/{rule}-0", f"name={name}", *data, *COMPARE, *alone)) == 0
-        table = pd.read_csv(Path("runs/fidelity", name, "measurements.csv"))
-        table.assign(rule=rule, **machine()).to_csv(out / f"{rule}.csv", index=False)
-    train_all([(RULES[0], seed) for seed in MORE_SEEDS], data, index)
-    losses = {seed: largest_loss(text, f"{RULES[0]}-{seed}") for seed in MORE_SEEDS}
-    table = pd.DataFrame({"rule": RULES[0], "seed": losses.keys(), "loss_nats": losses.values()})
-    table.assign(**machine()).to_csv(out / "largest.csv", index=False)
+        compared(rule, f"runs/train/{rule}-0", (*data, *COMPARE, *alone), index).to_csv(
+            out / f"{rule}.csv", index=False
+        )
+    train_all(MORE, TRAIN, "", data, index)
+    losses = [losses_of(text, f"{rule}-{seed}", [largest()])[0] for rule, seed in MORE]
+    table = pd.DataFrame(MORE, columns=["rule", "seed"]).assign(loss_nats=losses, **machine())
+    table.to_csv(out / "largest.csv", index=False)
+
+    train_all([(rule, 0) for rule in RULES[:2]], LOW, "low-", data, index)
+    low = compared(RULES[0], f"runs/train/low-{RULES[0]}-0", (*data, *COMPARE_LOW), index)
+    low.to_csv(out / f"low_{RULES[0]}.csv", index=False)
+    others = low[low["kind"] == "inherited"].assign(rule=RULES[1])
+    others["loss_nats"] = losses_of(text, f"low-{RULES[1]}-0", list(map(parse_vector, others["vector"])))
+    others.to_csv(out / f"low_{RULES[1]}.csv", index=False)
 
 
-def train_all(supernets: list[tuple[str, int]], data: tuple[str, ...], index: int) -> None:
+def train_all(
+    supernets: list[tuple[str, int]], options: tuple[str, ...], prefix: str, data: tuple[str, ...], index: int
+) -> None:
     """Trains the supernets that no other process is at, and waits until all are trained."""
     turn = index % len(supernets)
-    while missing := [name for name in supernets[turn:] + supernets[:turn] if not trained(*name)]:
-        for rule, seed in missing:
-            options = [f"train.{option}" for option in (*TRAIN, f"sharing={rule}", f"seed={seed}")]
-            nas(("train", f"space={SPACE}", f"name={rule}-{seed}", *data, *options))  # refused where one is at it
+    runs = {f"{prefix}{rule}-{seed}": (rule, seed) for rule, seed in supernets[turn:] + supernets[:turn]}
+    while missing := [name for name in runs if not Path("runs/train", name, "complete.json").is_file()]:
+        for name in missing:
+            rule, seed = runs[name]
+            keys = [f"train.{option}" for option in (*options, f"sharing={rule}", f"seed={seed}")]
+            nas(("train", f"space={SPACE}", f"name={name}", *data, *keys))  # refused where one is at it
         time.sleep(3)
 
 
-def trained(rule: str, seed: int) -> bool:
-    """Whether that supernet is there."""
-    return Path(f"runs/train/{rule}-{seed}/complete.json").is_file()
+def compared(rule: str, supernet: str, options: tuple[str, ...], index: int) -> pd.DataFrame:
+    """What `nas fidelity` measured of a supernet."""
+    name = f"{Path(supernet).name}-{index}"
+    if not Path("runs/fidelity", name, "complete.json").is_file():
+        assert nas(("fidelity", f"supernet={supernet}", f"name={name}", *options)) == 0
+    return pd.read_csv(Path("runs/fidelity", name, "measurements.csv")).assign(rule=rule, **machine())
 
 
-def largest_loss(text: str, name: str) -> float:
-    """Inherited loss of the largest vector."""
+def losses_of(text: str, name: str, vectors: list[Vector]) -> list[float]:
+    """Inherited losses of a supernet's vectors."""
     data = prepare_tokens(TextCorpus(text), None, VOCABULARY, Path("runs/cache"))
-    loss = inherited_loss(FinishedRun(Path("runs/train", name), "train"), data, WINDOWS, Path("runs"))
-    return loss(loss.supernet.space.largest)
+    return inherited_loss(FinishedRun(Path("runs/train", name), "train"), data, WINDOWS, Path("runs")).of(vectors)
+
+
+def largest() -> Vector:
+    """The space's largest vector."""
+    return load_space(SPACE).largest
 
 
 def machine() -> dict[str, str]:
@@ -85,26 +109,29 @@ def machine() -> dict[str, str]:
 
 def draw() -> None:
     """Writes fidelity.png, agreement.csv and gaps.csv beside the measurements, and prints the tables."""
-    measured = {rule: pd.read_csv(DOCS / f"{rule}.csv") for rule in RULES if (DOCS / f"{rule}.csv").is_file()}
-    alone = measured[RULES[0]].query("kind == 'alone'")  # models that no supernet touched: the same for all rules
-    tables = {}
-    with figure(DOCS / "fidelity", width=12.6, height=3.9 * len(measured)) as drawing:
-        for part, (rule, rows) in zip(np.ravel([drawing.subfigures(len(measured), 1)]), measured.items(), strict=True):
-            everything = pd.concat([rows.query("kind != 'alone'"), alone])
-            tables[rule] = agreement(everything)
-            draw_fidelity(part, everything, tables[rule], rule)
-    table = pd.concat(tables, names=["rule"]).reset_index("rule")
+    measured = {rule: pd.read_csv(DOCS / f"{rule}.csv") for rule in RULES}
+    low = {rule: pd.read_csv(DOCS / f"low_{rule}.csv") for rule in RULES[:2]}
+    low[RULES[1]] = pd.concat([low[RULES[1]], low[RULES[0]].query("kind == 'alone'")])  # which no supernet touched
+    everything = {f"{rule}, learning rate 2e-3": rows for rule, rows in measured.items()}
+    everything |= {f"{rule}, learning rate 5e-4": rows for rule, rows in low.items()}
+    tables = {title: agreement(rows) for title, rows in everything.items()}
+    with figure(DOCS / "fidelity", width=12.6, height=3.7 * len(everything)) as drawing:
+        parts = np.ravel([drawing.subfigures(len(everything), 1)])
+        for part, (title, rows) in zip(parts, everything.items(), strict=True):
+            draw_fidelity(part, rows, tables[title], title)
+    table = pd.concat(tables, names=["setting"]).reset_index("setting")
     table.to_csv(DOCS / "agreement.csv", index=False)
     print(table.round(3).to_string(index=False))
 
     at_largest = [rows[rows["kind"] == "inherited"].nlargest(1, "total").assign(seed=0) for rows in measured.values()]
-    other_seeds = [pd.read_csv(file) for file in DOCS.glob("largest.csv")]
-    gaps = pd.concat([*at_largest, *other_seeds])[["rule", "seed", "loss_nats"]]
+    alone = measured[RULES[0]].query("kind == 'alone'")
+    gaps = pd.concat([*at_largest, pd.read_csv(DOCS / "largest.csv")])[["rule", "seed", "loss_nats"]]
     plain = alone[alone["total"] == alone["total"].max()].set_index("seed")["loss_nats"]
     gaps["plain_loss_nats"] = gaps["seed"].map(plain)
     gaps["gap_percent"] = 100 * (gaps["loss_nats"] / gaps["plain_loss_nats"] - 1)
-    gaps.to_csv(DOCS / "gaps.csv", index=False)
+    gaps.sort_values(["rule", "seed"]).to_csv(DOCS / "gaps.csv", index=False)
     print(gaps.round(4).to_string(index=False))
+    print(gaps.groupby("rule")["gap_percent"].mean().round(2).to_string())
 
 
 if __name__ == "__main__":

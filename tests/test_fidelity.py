@@ -28,6 +28,8 @@ from nas.fidelity import (
 )
 from nas.model import Decoder
 from nas.quality import mean_loss
+from nas.report.fidelity import draw_fidelity
+from nas.report.figure import figure
 from nas.run import Run
 from nas.space import SearchSpace, load_space, parse_vector
 from nas.training import fit, text_loss
@@ -149,6 +151,17 @@ def test_agreement_holds_each_predictor_against_each_kind_of_trained_loss() -> N
     assert table.loc[("further", "all", "total"), "tau"] == pytest.approx(by_hand)
     assert table.loc[("alone", "all", "inherited"), "ceiling"] == pytest.approx(1)
     assert table["ceiling"].isna().to_dict()[("further", "all", "inherited")]
+
+
+def test_without_vectors_of_equal_total_only_the_whole_is_ranked(tmp_path: Path) -> None:
+    rows = [measured(vector, "inherited", loss) for vector, loss in (("1-1-1", 3.0), ("2-2-2", 2.0), ("4-4-4", 1.0))]
+    rows += [measured(str(row["vector"]), "further", 2.0, seed=9) | {"loss_nats": row["loss_nats"]} for row in rows]
+    table = agreement(pd.DataFrame(rows))
+    assert table["among"].tolist() == ["all", "all"]
+    assert table["tau"].tolist() == pytest.approx([1, 1])
+    with figure(tmp_path / "fidelity") as drawing:
+        draw_fidelity(drawing, pd.DataFrame(rows), table, "no equal totals")
+    assert (tmp_path / "fidelity.png").is_file()
 
 
 @pytest.fixture

@@ -45,12 +45,13 @@ def draw_fidelity(drawing: FigureBase, measurements: pd.DataFrame, table: pd.Dat
 def _draw_losses(axes: Axes, pairs: pd.DataFrame, truth: str, table: pd.DataFrame) -> None:
     taus = table[(table["truth"] == truth) & (table["predictor"] == "inherited")].set_index("among")["tau"]
     for equal, colour, name in ((False, GREY, "other totals"), (True, COLOURS[0], "equal total")):
-        rows = pairs[pairs["equal_total"] == equal]
-        axes.errorbar(
-            rows["inherited"], rows["mean"], yerr=rows["spread"], fmt="o", markersize=4, color=colour, label=name
-        )
+        if len(rows := pairs[pairs["equal_total"] == equal]):
+            axes.errorbar(
+                rows["inherited"], rows["mean"], yerr=rows["spread"], fmt="o", markersize=4, color=colour, label=name
+            )
     axes.set(xlabel="inherited loss (nats/token)", ylabel=f"loss {TRUTHS[truth]} (nats/token)")
-    axes.set_title(f"Kendall's τ {taus['all']:.2f}, among equal totals {taus['equal total']:.2f}", fontsize=9)
+    among_equal = f", among equal totals {taus['equal total']:.2f}" if "equal total" in taus else ""
+    axes.set_title(f"Kendall's τ {taus['all']:.2f}{among_equal}", fontsize=9)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(5))
         axis.set_major_formatter(ScalarFormatter(useOffset=False))

@@ -1,0 +1,45 @@
+"""Whether two GPUs train as one: the losses of one process, of DDP and of FSDP2 on the same batches, step by step.
+
+    python scripts/distributed_check.py TEXT OUT.csv      TEXT as data.path; runs in runs/train/distributed-*
+
+One row a step: ``step, one, ddp, fsdp`` (nats a token, fp32), and the machine. Prints the largest differences.
+"""
+
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from nas.hardware import cpu_name
+
+TRAIN = ("steps=20", "batch=16", "learning_rate=5e-4", "precision=fp32", "log_every=1", "validation_windows=8")
+WAYS = {"one": (), "ddp": ("--nproc-per-node", "2"), "fsdp": ("--nproc-per-node", "2")}
+
+
+def losses(way: str, text: str) -> pd.Series:
+    """The loss of each step, trained in one way."""
+    name = f"distributed-{way}"
+    launch = ["-m", "torch.distributed.run", *WAYS[way]] if WAYS[way] else []
+    parallel = ["train.parallel=" + way] if WAYS[way] else []
+    train = [f"train.{option}" for option in TRAIN]
+    command = ["-m", "nas", "train", "space=small", f"name={name}", "data=text", f"data.path={text}", *train, *parallel]
+    subprocess.run([sys.executable, *launch, *command], check=True)
+    lines = map(json.loads, Path("runs/train", name, "metrics.jsonl").read_text().splitlines())
+    return pd.Series({line["step"]: line["loss_nats"] for line in lines if "loss_nats" in line}, name=way)
+
+
+def main(text: str, out: Path) -> None:
+    """Trains in all ways and writes the table."""
+    table = pd.concat([losses(way, text) for way in WAYS], axis=1)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    facts = {"device": f"2 x {device}", "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
+    table.rename_axis("step").assign(**facts).to_csv(out)
+    print({way: float((table[way] - table["one"]).abs().max()) for way in WAYS})
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
