@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import filelock
 import pandas as pd
 import pytest
 
@@ -101,3 +102,20 @@ def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(
     failed = nas("search", *pool, "name=other", "supernet=nowhere", *copy.arguments)
     assert failed.code == 1
     assert "nowhere is not a run directory" in failed.err
+
+
+def test_who_finds_the_run_directory_in_use_evaluates_for_it(nas: Nas, copy: Workspace) -> None:
+    folder = copy.runs / "search" / "shared"
+    folder.mkdir()
+    arguments = ("search", "--budget", 10, f"storage=sqlite:///{copy.path}/db", "name=shared", *copy.arguments)
+    with filelock.FileLock(folder / ".lock"):
+        joined = nas(*arguments)
+        assert nas(*arguments[:3], *arguments[4:]).code == 1  # nobody else's study to join
+    assert joined.code == 0, joined.err
+    assert "only evaluates for it" in joined.out
+    assert not (folder / "trials.csv").exists()
+    memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
+    evaluated = memo.read_text()
+    assert nas(*arguments).code == 0
+    assert trials(folder)["vector"].nunique() == 10
+    assert memo.read_text() == evaluated  # all of it was done
