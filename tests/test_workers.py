@@ -23,6 +23,7 @@ import optuna
 import pandas as pd
 import pytest
 import sqlalchemy
+from optuna.trial import FrozenTrial, TrialState
 
 from nas.config import Budget
 from nas.errors import UserError
@@ -128,6 +129,12 @@ def evaluated(folder: Path, name: str) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
+def running(storage: Storage) -> list[FrozenTrial]:
+    """The trials of a study that still run."""
+    study = storage.open(TWO, optuna.samplers.RandomSampler())
+    return study.get_trials(states=(TrialState.RUNNING,))
+
+
 def test_four_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp_path: Path) -> None:
     processes = [start(postgresql, 200, tmp_path, name) for name in "abcd"]
     for process in processes:
@@ -153,12 +160,13 @@ def test_the_others_finish_what_a_killed_worker_left(postgresql: Storage, tmp_pa
     assert len({(tmp_path / f"{name}.csv").read_bytes() for name in "abc"}) == 1
     vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
     assert len(vectors) == len(set(vectors)) == 200
-    assert set(evaluated(tmp_path, "d")[:-1]) <= set(vectors)
+    assert set(evaluated(tmp_path, "d")) <= set(vectors)
+    assert not running(postgresql)
 
 
-def test_two_workers_share_a_file(tmp_path: Path) -> None:
+def test_two_workers_share_a_file_and_a_slow_one_is_not_taken_for_gone(tmp_path: Path) -> None:
     storage = Storage.file(tmp_path / "study.db")
-    processes = [start(storage, 40, tmp_path, name) for name in "ab"]
+    processes = [start(storage, 40, tmp_path, name, pause_s=pause_s) for name, pause_s in (("a", 2), ("b", 0.005))]
     for process in processes:
         process.join()
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
@@ -184,6 +192,40 @@ def test_a_search_killed_twenty_times_equals_one_without_a_break(tmp_path: Path)
     assert last.exitcode == whole.exitcode == 0
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
     assert len(evaluated(tmp_path, "killed")) <= 150 + killed  # a kill costs one evaluation at most
+    assert not running(storage)
+
+
+def test_a_worker_that_was_taken_for_gone_goes_on_and_does_no_harm(storage: Storage) -> None:
+    others, counts = list[pd.DataFrame](), list[int]()
+
+    def join(name: str, heartbeat_s: float, evaluate: Callable[[Vector], Metrics]) -> pd.DataFrame:
+        membership = Membership(name, None, heartbeat_s)
+        return search(
+            load_space("tiny"), TWO, SAMPLERS["random"], evaluate, Budget(9, None), 0, storage, membership=membership
+        )
+
+    def suspended(vector: Vector) -> Metrics:
+        if not others:
+            others.append(join("other", HEARTBEAT_S, watched))
+        return additive(vector)
+
+    def watched(vector: Vector) -> Metrics:
+        counts.append(len(running(storage)))
+        return additive(vector)
+
+    result = join("suspended", 1000, suspended)
+    pd.testing.assert_frame_equal(result, others[0])
+    assert result["vector"].nunique() == 9
+    assert counts[-1] == 1  # the trial of which the vector was taken over is set aside
+    trials = storage.open(TWO, optuna.samplers.RandomSampler()).trials
+    assert sorted(trial.state.name for trial in trials) == ["COMPLETE"] * 9 + ["FAIL"]
+
+
+def test_what_a_killed_worker_had_not_claimed_is_set_aside(storage: Storage) -> None:
+    storage.open(TWO, optuna.samplers.RandomSampler()).ask()
+    join = Membership("other", None, HEARTBEAT_S)
+    search(load_space("tiny"), TWO, SAMPLERS["random"], additive, Budget(4, None), 0, storage, membership=join)
+    assert not running(storage)
 
 
 def worker(storage: Storage, name: str = "worker") -> Claims:
