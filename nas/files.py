@@ -81,5 +81,5 @@ def value_hash(value: object, length: int = 10) -> str:
 
 def without_passwords(text: str) -> str:
     """The text with ``***`` for the password of every URL in it."""
-    text = re.sub(r"(://[^:/@\s]*):[^@\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
     return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", text)

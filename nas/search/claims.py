@@ -24,6 +24,7 @@ from sqlalchemy import (
     Boolean,
     Column,
     ColumnElement,
+    Engine,
     Integer,
     MetaData,
     String,
@@ -111,7 +112,7 @@ class Claims:
         """
         with suppress(IntegrityError), self._engine.begin() as connection:
             connection.execute(insert(_SEARCHES).values(study=self._storage.study, facts=json.dumps(dict(facts))))
-        theirs = shared_facts(self._storage)
+        theirs = _facts(self._engine, self._storage.study)
         for key in {**theirs, **facts}:
             if theirs.get(key) != facts.get(key):
                 raise UserError(
@@ -257,8 +258,13 @@ class _Row:
 def shared_facts(storage: Storage) -> dict[str, str]:
     """What a search was begun with, by the words of its first worker; empty if there is none yet."""
     engine = storage.engine()
-    if not inspect(engine).has_table(_SEARCHES.name):
-        return {}
+    try:
+        return _facts(engine, storage.study) if inspect(engine).has_table(_SEARCHES.name) else {}
+    finally:
+        engine.dispose()
+
+
+def _facts(engine: Engine, study: str) -> dict[str, str]:
     with engine.connect() as connection:
-        text = connection.scalar(select(_SEARCHES.c.facts).where(_SEARCHES.c.study == storage.study))
+        text = connection.scalar(select(_SEARCHES.c.facts).where(_SEARCHES.c.study == study))
     return dict(json.loads(text)) if text else {}

@@ -6,8 +6,8 @@ Everything that a database can refuse becomes one sentence here, and no sentence
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,7 +41,7 @@ class Storage:
         study: Name of the study.
     """
 
-    url: str
+    url: str = field(repr=False)  # may hold a password
     study: str = "search"
 
     @staticmethod
@@ -113,15 +113,13 @@ class Storage:
             raise UserError(f"{self} cannot be read or written ({cause}); {mend}, and run again") from None
 
     def _parsed(self) -> URL:
-        try:
+        url = None
+        with suppress(ArgumentError, ValueError):  # ValueError: a port that is no number
             url = make_url(self.url)
-        except (ArgumentError, ValueError):  # ValueError: a port that is no number
-            url = None
-        backend = url.get_backend_name() if url else None
-        if url is None or backend not in _OPTIONS:
-            raise UserError(
-                f"storage is '{without_passwords(self.url)}'; give postgresql://USER@HOST/DATABASE, or leave it "
-                "out for a file in the run directory"
+        if url is None or url.get_backend_name() not in _OPTIONS or "@" in (url.host or ""):  # an @ of the password
+            raise UserError(  # does not repeat what it was given: who knows where in it the password is
+                "storage is not the URL of a PostgreSQL database; give postgresql://USER@HOST/DATABASE, a password's "
+                "@ : / as %40 %3A %2F, or leave it out for a file in the run directory"
             )
         return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
 

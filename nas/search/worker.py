@@ -68,8 +68,10 @@ class Worker:
         while claim := self._next(bar):
             with suppress(ClaimLostError):  # whoever took it over sees to it
                 self._carry_out(claim, bar)
+        left = running_trials(self._study)  # before the claims are seen: nobody works on a trial without one
         if self._claims.under_way() == (0, 0):
-            fail_running(self._study)  # what a killed worker had not even claimed
+            for trial in left:  # of workers that were killed before they wrote the vector into their claim
+                fail(self._study, trial.number)
 
     def _next(self, bar: Bar) -> Claim | None:
         """What to do now: what a worker that is gone left behind, or a new slot; waits as long as either may come."""
@@ -113,12 +115,17 @@ class Worker:
             for name, value in attributes.items():
                 trial.set_user_attr(name, value)
             values = [float(attributes[name]) for name in self._problem.objectives.names]
-            self._study.tell(trial, values, skip_if_finished=True)
+            self._study.tell(trial, values, TrialState.COMPLETE, skip_if_finished=True)
 
 
 def finished_trials(study: optuna.Study) -> list[FrozenTrial]:
     """The trials with metrics, in the order in which they were begun."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+
+
+def running_trials(study: optuna.Study) -> list[FrozenTrial]:
+    """The trials that somebody works on, or that a killed worker left half-done."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def vectors_of(trials: Sequence[FrozenTrial], space: SearchSpace) -> dict[Vector, FrozenTrial]:
@@ -128,7 +135,7 @@ def vectors_of(trials: Sequence[FrozenTrial], space: SearchSpace) -> dict[Vector
 
 def fail_running(study: optuna.Study, params: Mapping[str, Any] | None = None) -> None:
     """Sets aside the trials that a killed worker left half-done: all that run, or those with some parameters."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+    for trial in running_trials(study):
         if params is None or trial.params == params:
             fail(study, trial.number)
 
