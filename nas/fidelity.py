@@ -135,7 +135,8 @@ def resampled_taus(predicted: Array, true: Array, counts_RN: npt.NDArray[np.int6
 def noise_ceiling(losses_VS: Array) -> float:
     """Kendall's τ between vectors' mean losses in disjoint halves of the seeds, averaged over all halvings.
 
-    What a predictor can be held to: a second measurement of the same kind, each by half of the seeds, does no better.
+    What a predictor can be held to: so well does one measurement, by half of the seeds, tell another. One that is held
+    against the mean over all seeds, which is less noisy than a half, can do better.
 
     Args:
         losses_VS: Losses by vector and seed.

@@ -14,6 +14,7 @@ import os
 import platform
 import subprocess
 import sys
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -181,7 +182,8 @@ def start_run(
             _end_cut_line(path / _METRICS)
         else:
             argv = [without_passwords(word) for word in sys.orig_argv]
-            facts: dict[str, Any] = {"stage": stage, "started": now(), "argv": argv, "config": config}
+            facts: dict[str, Any] = {"stage": stage, "id": uuid.uuid4().hex, "started": now(), "argv": argv}
+            facts["config"] = config
             facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | _provenance()
             write_json(path / _RUN, facts)
         yield Run(path)
@@ -235,8 +237,8 @@ def recorded_parent(path: Path, role: str) -> FinishedRun | None:
 
 
 def identity(path: Path) -> str:
-    """A short name of the run ``path``, which it keeps when it is moved or goes on."""
-    return file_hash(path / _RUN)[:12]
+    """What no other run is called, and the run ``path`` also when it is moved or goes on."""
+    return str(read_json(path / _RUN).get("id", path.name))
 
 
 def recorded_config(path: Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ Problems: `additive`, 32 layers whose losses add up; `adjacent`, the same with c
 the losses of all 6,561 vectors of a supernet of `tiny` (docs/search/tiny_losses.csv; docs/search.md says how it came to
 be). Every search evaluates the uniform vectors first, and no vector twice, as `nas search` does. Shares are of the
 hypervolume over a reference point at 1.05 times the worst uniform vector's loss and cost. Real losses lie so near each
-other that even random vectors cover nearly all of that; `near` is the same with the reference point of `nas
-report`. Searches that are in the CSV already are not made again. The last line of stdout is JSON: median shares, and
-the milliseconds of its own that `front` takes a trial.
+other that even random vectors cover nearly all of that; `near` judges the same searches by the reference point of `nas
+report`. `front` draws nothing at random in so small a space: its ten searches there are one. Searches that are in the
+CSV already are not made again. The last line of stdout is JSON: median shares, and the milliseconds of its own that
+`front` takes a trial.
 
     python scripts/bench_search.py [CSV [WORKERS]]      default: docs/search/bench.csv
     python scripts/bench_search.py draw                 only the figure and the last line, from that CSV
@@ -47,7 +48,8 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "search"
-PROBLEMS, SAMPLERS = ("additive", "adjacent", "real", "near"), ("front", "random", "nsga2", "tpe")
+PROBLEMS, SAMPLERS = ("additive", "adjacent", "real"), ("front", "random", "nsga2", "tpe")
+PANELS = (*PROBLEMS, "near")
 BUDGETS, SEEDS = (50, 100, 200, 500), range(10)
 GROUPS = np.array([1, 2, 4])
 
@@ -60,22 +62,19 @@ class Problem:
         space: The search space.
         loss: Loss of a vector of groups.
         front: Loss and cost of the exact front's points.
-        near: Whether the hypervolume's reference point is that of `nas report`.
     """
 
     space: SearchSpace
     loss: Callable[[tuple[int, ...]], float]
     front: Floats
-    near: bool = False
 
-    @property
-    def reference(self) -> Floats:
-        """The hypervolume's reference point."""
+    def references(self, name: str) -> dict[str, Floats]:
+        """The hypervolume's reference points: one, for ``real`` also a near one, by the name of the panel."""
         uniform = self.space.uniform_vectors()
-        if self.near:
-            columns = {"loss_nats": list(map(self.loss, uniform)), "decode_ms": costs_of(np.array(uniform))}
-            return reference_point(pd.DataFrame(columns), Objectives(tuple(columns)))
-        return 1.05 * np.array([max(map(self.loss, uniform)), max(costs_of(np.array(uniform)))])
+        columns = {"loss_nats": np.array(list(map(self.loss, uniform))), "decode_ms": costs_of(np.array(uniform))}
+        far = {name: 1.05 * np.array([values.max() for values in columns.values()])}
+        near = {"near": reference_point(pd.DataFrame(columns), Objectives(tuple(columns)))}
+        return far | near if name == "real" else far
 
 
 def costs_of(vectors_NL: Ints) -> Floats:
@@ -86,11 +85,11 @@ def costs_of(vectors_NL: Ints) -> Floats:
 @functools.lru_cache(maxsize=4)
 def problem(name: str, seed: int) -> Problem:
     """A problem; the synthetic ones are drawn from the seed."""
-    if name in ("real", "near"):
+    if name == "real":
         table = pd.read_csv(DOCS / "tiny_losses.csv")
         losses = {parse_vector(vector): loss for vector, loss in zip(table["vector"], table["loss_nats"], strict=True)}
         points = np.column_stack((table["loss_nats"], costs_of(np.array(list(losses)))))
-        return Problem(load_space("tiny"), losses.__getitem__, points[moocore.is_nondominated(points)], name == "near")
+        return Problem(load_space("tiny"), losses.__getitem__, points[moocore.is_nondominated(points)])
     space = load_space("decilm-6b")
     rng, layers = np.random.default_rng(seed), space.shape.num_hidden_layers
     ones = rng.gamma(2.0, 0.01, layers)
@@ -122,21 +121,21 @@ def searched(name: str, sampler: str, seed: int) -> list[dict[str, Any]]:
     """One search: its share of the hypervolume after each budget, and the sampler's own time a trial so far."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     task = problem(name, seed)
-    distinct = DistinctSampler(functools.partial(make_sampler, sampler), task.space, seed)
+    first = task.space.uniform_vectors()
+    distinct = DistinctSampler(functools.partial(make_sampler, sampler), task.space, seed, first)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=distinct)
-    for vector in task.space.uniform_vectors():
-        study.enqueue_trial(dict(zip(parameter_names(task.space), vector, strict=True)))
-    most, points, seconds, rows = moocore.hypervolume(task.front, ref=task.reference), [], [], []
+    points, seconds, rows = [], [], []
     for count in range(1, max(BUDGETS) + 1):
+        distinct.turn_to(count - 1)
         begin = time.perf_counter()
         trial = study.ask(distinct.distributions)
         seconds.append(time.perf_counter() - begin)
         vector = tuple(trial.params[layer] for layer in parameter_names(task.space))
         points.append((task.loss(vector), float(costs_of(np.array([vector]))[0])))
         study.tell(trial, points[-1])
-        if count in BUDGETS:
-            share = moocore.hypervolume(np.array(points), ref=task.reference) / most
-            row = {"problem": name, "sampler": sampler, "seed": seed, "evaluations": count, "share": share}
+        for panel, reference in task.references(name).items() if count in BUDGETS else ():
+            found, most = (moocore.hypervolume(np.array(some), ref=reference) for some in (points, task.front))
+            row = {"problem": panel, "sampler": sampler, "seed": seed, "evaluations": count, "share": found / most}
             rows.append(row | {"sampler_ms": 1e3 * statistics.median(seconds)})
     return rows
 
@@ -164,7 +163,7 @@ def measure(file: Path, workers: int) -> None:
 def draw(table: pd.DataFrame) -> None:
     """One panel a problem: median and quartiles of the share by evaluations."""
     with figure(DOCS / "bench", width=12.6, height=3.9) as drawing:
-        for axes, name in zip(drawing.subplots(1, len(PROBLEMS)), PROBLEMS, strict=True):
+        for axes, name in zip(drawing.subplots(1, len(PANELS)), PANELS, strict=True):
             for sampler, colour in zip(SAMPLERS, COLOURS, strict=False):
                 rows = table[(table["problem"] == name) & (table["sampler"] == sampler)]
                 shares = rows.groupby("evaluations")["share"]

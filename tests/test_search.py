@@ -248,3 +248,28 @@ def test_few_vectors_among_many_are_found_where_limits_leave_no_others(tmp_path:
     trials = search(asked, SAMPLERS[sampler], Budget(20), 0, Storage.file(tmp_path / "study.db"))
     assert trials["vector"].nunique() == len(trials) == 20
     assert max(trials["kv_bytes_per_token"]) == 64 * 33
+
+
+@pytest.mark.parametrize("limits", [{"max_decode_ms": 2.9}, {"min_tokens_per_s": 400.0}, {}])
+def test_the_front_within_limits_is_found_though_they_rule_out_landmarks(
+    tmp_path: Path, limits: dict[str, float]
+) -> None:
+    space = load_space("tiny")
+    asked = problem(space, limits=limits)
+    trials = search(asked, SAMPLERS["front"], Budget(60), 0, Storage.file(tmp_path / "study.db"))
+    everything = pd.DataFrame([additive(vector) for vector in asked.constraints.vectors()])
+    assert len(everything) > 500
+    reference = reference_point(everything, TWO)
+    found, most = (
+        hypervolume_curve(table, TWO, reference)[-1] for table in (trials, everything[on_front(everything, TWO)])
+    )
+    assert found > 0.99 * most
+
+
+def test_a_vector_that_another_worker_had_proposed_is_left_to_it(micro: SearchSpace, tmp_path: Path) -> None:
+    storage = Storage.file(tmp_path / "study.db")
+    first = search(problem(micro), SAMPLERS["random"], Budget(6), 0, storage)
+    drawn = [micro.parse(vector) for vector in first["vector"]][4:]  # after the landmarks
+    new = [vector for vector in itertools.product(*micro.choices) if format_vector(vector) not in set(first["vector"])]
+    more = search(problem(micro), SAMPLERS["random"], Budget(9), 0, storage, proposed=[*new[:2], *drawn])
+    assert more["vector"].nunique() == len(more) == 9

@@ -113,12 +113,7 @@ class Claims:
         with suppress(IntegrityError), self._engine.begin() as connection:
             connection.execute(insert(_SEARCHES).values(study=self._storage.study, facts=json.dumps(dict(facts))))
         theirs = _facts(self._engine, self._storage.study)
-        for key in {**theirs, **facts}:
-            if theirs.get(key) != facts.get(key):
-                raise UserError(
-                    f"{self._storage} was begun with another {key} ({theirs.get(key)} there, {facts.get(key)} here); "
-                    "repeat its command to join it, or give another name="
-                )
+        _compare(self._storage, theirs, {**dict.fromkeys(theirs), **facts})
 
     def take(self, slots: int) -> Claim | None:
         """Claims the lowest of ``slots`` slots that is free, or returns None."""
@@ -255,13 +250,29 @@ class _Row:
         return Claim(self.slot, parse_vector(self.vector) if self.vector else None)
 
 
-def shared_facts(storage: Storage) -> dict[str, str]:
-    """What a search was begun with, by the words of its first worker; empty if there is none yet."""
-    engine = storage.engine()
-    try:
-        return _facts(engine, storage.study) if inspect(engine).has_table(_SEARCHES.name) else {}
-    finally:
-        engine.dispose()
+def check_facts(storage: Storage, facts: Mapping[str, str]) -> None:
+    """Connects, and compares what is known of a search so far with what it was begun with, if it was.
+
+    Raises:
+        UserError: The storage is out of reach, or the search was begun otherwise.
+    """
+    with storage.in_reach():
+        engine = storage.engine()
+        try:
+            begun = inspect(engine).has_table(_SEARCHES.name) and _facts(engine, storage.study)
+        finally:
+            engine.dispose()
+    if begun:
+        _compare(storage, begun, facts)
+
+
+def _compare(storage: Storage, theirs: Mapping[str, str], ours: Mapping[str, str | None]) -> None:
+    for key, fact in ours.items():
+        if theirs.get(key) != fact:
+            raise UserError(
+                f"{storage} was begun with another {key} ({theirs.get(key)} there, {fact} here); repeat its command to "
+                "join it, or give another name="
+            )
 
 
 def _facts(engine: Engine, study: str) -> dict[str, str]:

@@ -3,7 +3,6 @@
 import itertools
 from typing import Any
 
-import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -12,7 +11,7 @@ from nas.search.informed import InformedSampler
 
 
 class ExhaustiveSampler(InformedSampler):
-    """Proposes the first vector in lexicographic order that is not taken.
+    """Proposes the first vector in lexicographic order that is not taken, whether it is permitted or not.
 
     Args:
         seed: Changes nothing; every sampler is given one.
@@ -29,7 +28,7 @@ class ExhaustiveSampler(InformedSampler):
         taken = self.taken | {tuple(other.params.get(name) for name in search_space) for other in others}
         vector: tuple[Any, ...] = ()
         for vector in itertools.product(*map(_choices, search_space.values())):
-            if vector not in taken and (self.permitted is None or self.permitted(np.array([vector]))[0]):
+            if vector not in taken:
                 break
         return dict(zip(search_space, vector, strict=True))
 

@@ -27,9 +27,10 @@ class Objectives:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        possible = [name for name in METRICS if name != "batch"]  # which no vector changes
         for name in self.names:
-            if name not in METRICS:
-                raise UserError(f"objective '{name}' is not a metric; use two or three of {', '.join(METRICS)}")
+            if name not in possible:
+                raise UserError(f"objective '{name}' is none; use two or three of {', '.join(possible)}")
         if not 2 <= len(set(self.names)) == len(self.names) <= 3:
             raise UserError(f"objectives is [{', '.join(self.names)}]; give two or three different metrics")
 

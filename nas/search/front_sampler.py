@@ -108,19 +108,22 @@ class FrontSampler(InformedSampler):
         candidates = new(self._candidates(layers, forecast))
         if not len(candidates):
             return self._random_vector(layers, new)
+        expected = forecast.points(candidates)
         points = np.concatenate((forecast.points(evaluated, values), forecast.points(vectors_NL[running])))
-        reference = points.max(axis=0) + _MARGIN * np.ptp(points, axis=0)
+        worst = points.max(axis=0)
+        if costs:  # limits may rule out the vectors that would have shown how much others cost
+            worst[1:] = np.maximum(worst[1:], expected[:, 1:].max(axis=0))
+        reference = worst + _MARGIN * (worst - points.min(axis=0))
         front = points[moocore.is_nondominated(points)]
 
-        def gains(some: Ints, deviations: Floats) -> Floats:
-            means = forecast.points(some)
-            return expected_gain(means[:, 0], deviations, means[:, 1:], front, reference)
+        def gains(deviations_N: Floats) -> Floats:
+            return expected_gain(expected[:, 0], deviations_N, expected[:, 1:], front, reference)
 
         if len(candidates) > _CONSIDERED:
             typical = forecast.deviations(candidates[:: len(candidates) // 20]).mean()
-            promise = gains(candidates, np.full(len(candidates), typical))
-            candidates = candidates[np.argsort(-promise, kind="stable")[:_CONSIDERED]]
-        return np.asarray(candidates[gains(candidates, forecast.deviations(candidates)).argmax()])
+            promising = np.argsort(-gains(np.full(len(candidates), typical)), kind="stable")[:_CONSIDERED]
+            candidates, expected = candidates[promising], expected[promising]
+        return np.asarray(candidates[gains(forecast.deviations(candidates)).argmax()])
 
     def _candidates(self, layers: Layers, forecast: "_Forecast") -> Ints:
         """All vectors of a small space; of a large one the best for all counts, by the model's mean and its draws."""

@@ -1,6 +1,7 @@
 """What a search is about: which vectors there are, what is wanted of them, and what is known of them beforehand."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,10 +9,11 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
+from nas.errors import UserError
 from nas.search.constraints import Constraints, by_counts
 from nas.search.front import Objectives
 from nas.search.metrics import Metrics
-from nas.space import SearchSpace, Vector
+from nas.space import SearchSpace, Vector, format_vector
 
 LOSS = "loss_nats"
 
@@ -35,8 +37,18 @@ class Problem:
     constraints: Constraints
 
     def evaluate(self, vector: Vector) -> Metrics:
-        """All metrics of a vector."""
-        return {**self.costs(vector), LOSS: self.loss(vector)}
+        """All metrics of a vector.
+
+        Raises:
+            UserError: Its loss is no number.
+        """
+        loss = self.loss(vector)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss of {format_vector(vector)} is {loss}: the supernet has diverged; train another one with a "
+                "lower train.learning_rate"
+            )
+        return {**self.costs(vector), LOSS: loss}
 
     def known_objectives(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
         """The objectives of vectors as far as they are costs, (N, O); NaN for the loss."""

@@ -72,6 +72,10 @@ class DistinctSampler(BaseSampler):
         self._slot = slot
         self._settled = vector or (self._first[slot] if slot < len(self._first) else None)
 
+    def give_way(self) -> None:
+        """Leaves the slot's settled vector to another worker, who has it already."""
+        self._settled = None
+
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All layers: a proposal is always a whole vector."""
         return self.distributions
@@ -81,7 +85,8 @@ class DistinctSampler(BaseSampler):
     ) -> dict[str, Any]:
         """The settled vector of the slot, or one that is neither claimed nor in a finished trial."""
         if self._settled is not None:
-            self._ask_inner(study, trial, attempt=0)  # lets the sampler make its notes, as NSGA-II does on generations
+            if not isinstance(self._inner, InformedSampler):  # which makes no notes, as NSGA-II does on generations
+                self._ask_inner(study, trial, attempt=0)
             return dict(zip(search_space, self._settled, strict=True))
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         taken = {vector_of(other, self._space) for other in finished} | self._claimed() | set(self._first)

@@ -69,15 +69,6 @@ class Storage:
                 "pip install 'gqa-nas[postgresql]'"
             ) from None
 
-    def check(self) -> None:
-        """Connects, to find out whether that works.
-
-        Raises:
-            UserError: It does not.
-        """
-        with self.in_reach():
-            self.engine().connect().close()
-
     def open(self, objectives: Objectives, sampler: BaseSampler) -> optuna.Study:
         """The study, made if it is not there yet."""
         url = self._parsed()
@@ -116,7 +107,8 @@ class Storage:
         url = None
         with suppress(ArgumentError, ValueError):  # ValueError: a port that is no number
             url = make_url(self.url)
-        if url is None or url.get_backend_name() not in _OPTIONS or "@" in (url.host or ""):  # an @ of the password
+        known = url is not None and url.database and url.drivername in ("sqlite", *_DRIVERS, *_DRIVERS.values())
+        if url is None or not known or "@" in (url.host or ""):  # an @ of the password
             raise UserError(  # does not repeat what it was given: who knows where in it the password is
                 "storage is not the URL of a PostgreSQL database; give postgresql://USER@HOST/DATABASE, a password's "
                 "@ : / as %40 %3A %2F, or leave it out for a file in the run directory"

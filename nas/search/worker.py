@@ -109,6 +109,7 @@ class Worker:
                 fail(self._study, trial.number)
                 raise
             fail(self._study, trial.number)  # another worker proposed the same a moment before
+            self._sampler.give_way()
 
     def _tell(self, trial: optuna.Trial, attributes: Metrics) -> None:
         with suppress(UpdateFinishedTrialError):  # this worker was taken for gone, and the trial ended without it

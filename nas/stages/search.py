@@ -9,6 +9,7 @@ study.db            the Optuna study
 
 import dataclasses
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from nas.quality import InheritedLoss
 from nas.report.table import front_table
 from nas.run import FinishedRun, find_runs, identity, is_run, recorded_config, recorded_parent, start_run
 from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
+from nas.search.claims import check_facts
 from nas.space import SearchSpace, Vector, format_vector
 from nas.stages.measure import fitting_tables, measure_space, table_of
 from nas.stages.train import (
@@ -51,6 +53,8 @@ Found = TypeVar("Found")
 
 _BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first command to resume it, or give another name="
 _NOT_ASKED = ("name", "runs_dir", "workers", "worker", "heartbeat_s")  # a search may go on with others
+_AGREED = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # all workers on a study the same
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
 _MOST = 200_000  # vectors that budget=all may mean
 _POLL_S = 2.0
 _GIB = 2**30
@@ -65,7 +69,7 @@ def run(config: Search, path: Path) -> None:
             kept = f"{problem.constraints.size:,} of " if problem.constraints.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
             say(f"Searching {vectors}, budget {config.budget}, in {path}")
-            if prepared.budget.is_everything:
+            if prepared.budget.is_everything and not config.storage:
                 prepared.loss.of(list(problem.constraints.vectors()))  # together, far faster than one by one
             home = identity(path)
             with more_workers(partial(_assist, config, path), config.workers):
@@ -142,9 +146,9 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
     storage = Storage(config.storage, config.name) if config.storage else Storage.file(path / "study.db")
-    if config.storage:
-        storage.check()
-    earlier = earlier_searches(config)
+    if config.storage and _TIMESTAMP.fullmatch(config.name):
+        raise UserError("storage is given but no name; give all workers the same name=, which is the study's")
+    earlier = earlier_searches(config, space)
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
 
@@ -158,8 +162,18 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
     costs = _costs(space, latency, workload)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
-    if budget.is_everything and constraints.size > _MOST:
-        raise UserError(f"budget=all is {constraints.size:,} vectors of {space.name}; give a number of evaluations")
+    if budget.is_everything and space.size > _MOST:
+        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
+    table = latency if isinstance(latency, TableLatency) else None
+    facts = {
+        "space": f"{space.name} {value_hash(space.to_dict())}",
+        "latency": f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}",
+        "workload": str(workload),
+    }
+    settings = dataclasses.asdict(config)
+    facts |= {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
+    if config.storage:
+        check_facts(storage, facts)
     supernet = supernet or _wait_for(
         partial(find_supernet, runs_dir, wanted),
         partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
@@ -171,11 +185,17 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     if earlier:
         say(warm.describe())
 
-    table = latency if isinstance(latency, TableLatency) else None
+    facts |= {
+        "supernet": supernet.digest()[:12],
+        "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
+        "warm_start": value_hash([sorted(warm.known.items()), warm.proposed]),
+    }
+    if config.storage:
+        check_facts(storage, facts)
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if table and is_run(table.folder):
         parents["latency"] = FinishedRun(table.folder, "measure")
-    asked = dataclasses.asdict(config) | {
+    asked = settings | {
         "space": {"name": space.name, **space.to_dict()},
         "init": wanted["init"],
         "device": device.slug,
@@ -186,15 +206,6 @@ def _prepare(config: Search, path: Path) -> _Prepared:
         "storage": without_passwords(config.storage) if config.storage else None,
     }
     asked = {key: value for key, value in asked.items() if key not in _NOT_ASKED}
-    facts = {
-        "space": f"{space.name} {value_hash(space.to_dict())}",
-        "supernet": supernet.digest()[:12],
-        "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
-        "latency": f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}",
-        "workload": str(workload),
-    }
-    chosen = ("objectives", "constraints", "sampler", "seed", "budget")
-    facts |= {key: json.dumps(asked[key], sort_keys=True) for key in chosen}
     problem = Problem(space, objectives, loss, costs, constraints)
     return _Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
 

@@ -38,14 +38,18 @@ class WarmStart:
         loss.memo.add({name: value for name, value in known.items() if name not in loss.memo})
 
 
-def earlier_searches(config: Search) -> list[FinishedRun]:
+def earlier_searches(config: Search, space: SearchSpace) -> list[FinishedRun]:
     """The searches that ``warm_start`` names.
 
     Raises:
-        UserError: One is not a finished search.
+        UserError: One is not a finished search, or searched other choices than those of ``space``.
     """
     given = config.warm_start or []
-    return [FinishedRun(Path(str(path)), "search") for path in (given if isinstance(given, list) else [given])]
+    runs = [FinishedRun(Path(str(path)), "search") for path in (given if isinstance(given, list) else [given])]
+    for run in runs:
+        if run.config["space"]["kv_groups"] != space.to_dict()["kv_groups"]:
+            raise UserError(f"warm_start {run.path} searched other kv_groups than those of {space.name}; leave it out")
+    return runs
 
 
 def warm_start(
@@ -62,7 +66,7 @@ def warm_start(
         windows: Shape of its validation windows.
 
     Raises:
-        UserError: A search's files are missing or changed, or its vectors are not of ``space``.
+        UserError: A search's files are missing or changed.
     """
     known: dict[Vector, float] = {}
     proposed: list[Vector] = []
@@ -70,12 +74,7 @@ def warm_start(
         same_supernet = run.info["parents"].get("supernet", {}).get("hash") == supernet.digest()
         holds = same_supernet and run.config.get("windows") == list(windows)
         table = read_csv(run.artifact("trials.csv" if holds else "front.csv"), COLUMNS)
-        try:
-            losses = dict(zip(map(space.parse, table["vector"]), table["loss_nats"].astype(float), strict=True))
-        except UserError as error:
-            raise UserError(
-                f"warm_start {run.path} searched another space: {error}; give a search of the same"
-            ) from None
+        losses = dict(zip(map(space.parse, table["vector"]), table["loss_nats"].astype(float), strict=True))
         if holds:
             known = losses | known
         else:
