@@ -176,22 +176,24 @@ def test_two_workers_share_a_file_and_a_slow_one_is_not_taken_for_gone(tmp_path:
 
 
 def test_a_search_killed_twenty_times_equals_one_without_a_break(tmp_path: Path) -> None:
-    whole = start(Storage.file(tmp_path / "whole.db"), 150, tmp_path, "whole", "nsga2", pause_s=0)
+    whole = start(Storage.file(tmp_path / "whole.db"), 100, tmp_path, "whole", "nsga2", pause_s=0)
     storage, moments, killed = Storage.file(tmp_path / "killed.db"), random.Random(0), 0
     for _ in range(20):
-        process = start(storage, 150, tmp_path, "killed", "nsga2", pause_s=0.02, dead="")
-        process.join(moments.uniform(0, 0.5))
+        process = start(storage, 100, tmp_path, "killed", "nsga2", dead="")
+        due = len(evaluated(tmp_path, "killed")) + moments.randrange(6)
+        while process.is_alive() and len(evaluated(tmp_path, "killed")) < due:
+            time.sleep(0.001)
+        time.sleep(moments.uniform(0, 0.1))
         process.kill()
         process.join()
         killed += process.exitcode == -signal.SIGKILL
     assert killed >= 15
-    assert 0 < len(evaluated(tmp_path, "killed")) < 150
-    last = start(storage, 150, tmp_path, "killed", "nsga2", pause_s=0, dead="")
+    last = start(storage, 100, tmp_path, "killed", "nsga2", pause_s=0, dead="")
     last.join()
     whole.join()
     assert last.exitcode == whole.exitcode == 0
     assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert len(evaluated(tmp_path, "killed")) <= 150 + killed  # a kill costs one evaluation at most
+    assert len(evaluated(tmp_path, "killed")) <= 100 + killed  # a kill costs one evaluation at most
     assert not running(storage)
 
 
