@@ -335,6 +335,15 @@ def test_a_search_begun_otherwise_is_not_joined(storage: Storage) -> None:
         join(space="tiny")
 
 
+def test_the_file_of_a_study_may_have_any_name(tmp_path: Path) -> None:
+    path = tmp_path / "50%20? {a} #1" / "study.db"
+    path.parent.mkdir()
+    storage = Storage.file(path)
+    search(load_space("tiny"), TWO, SAMPLERS["random"], additive, Budget(4, None), 0, storage)
+    assert path.is_file()
+    assert str(storage) == f"study {path}"
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [

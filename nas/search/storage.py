@@ -47,11 +47,11 @@ class Storage:
     @staticmethod
     def file(path: Path, study: str = "search") -> "Storage":
         """A SQLite file."""
-        return Storage(f"sqlite:///{path}", study)
+        return Storage(URL.create("sqlite", database=str(path)).render_as_string(), study)
 
     def __str__(self) -> str:
-        if self.url.startswith("sqlite:///"):
-            return f"study {self.url.removeprefix('sqlite:///')}"
+        if self.url.startswith("sqlite:"):
+            return f"study {make_url(self.url).database}"
         return f"study {self.study} in {without_passwords(self.url)}"
 
     def engine(self) -> Engine:
