@@ -339,7 +339,7 @@ def test_the_file_of_a_study_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "50%20? {a} #1" / "study.db"
     path.parent.mkdir()
     storage = Storage.file(path)
-    search(load_space("tiny"), TWO, SAMPLERS["random"], additive, Budget(4, None), 0, storage)
+    search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage)
     assert path.is_file()
     assert str(storage) == f"study {path}"
 
