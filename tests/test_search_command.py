@@ -27,7 +27,7 @@ def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, copy: Worksp
 
 
 def test_a_space_too_large_for_all_of_it_is_refused(nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.stages.search._MOST", 26)
+    monkeypatch.setattr("nas.stages.prepare._MOST", 26)
     result = nas("search", "budget=all", "name=all", *copy.arguments)
     assert result.code == 1
     assert "budget=all is too much for the 27 vectors of micro; give a number" in result.err

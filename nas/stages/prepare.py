@@ -1,0 +1,268 @@
+"""What a search needs before it can begin: its problem, a latency model, a supernet; found where they are, else made.
+
+What is cheap and can refuse comes first, training last.
+"""
+
+import dataclasses
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pandas as pd
+from optuna.samplers import BaseSampler
+
+from nas.config import Budget, Search, build, parse_budget
+from nas.console import say
+from nas.data import TokenData
+from nas.errors import InUseError, UserError
+from nas.files import value_hash, without_passwords
+from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
+from nas.latency.estimate import RooflineLatency
+from nas.latency.model import DTYPE_BYTES
+from nas.latency.table import TableLatency
+from nas.model.pretrained import Checkpoint
+from nas.quality import InheritedLoss
+from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent
+from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
+from nas.search.claims import check_facts
+from nas.space import SearchSpace, Vector
+from nas.stages.measure import fitting_tables, measure_space, table_of
+from nas.stages.train import (
+    check_trainable,
+    find_supernet,
+    inherited_loss,
+    settle,
+    supernet_config,
+    supernet_data,
+    train_supernet,
+)
+from nas.stages.warm_start import WarmStart, earlier_searches, warm_start
+
+Found = TypeVar("Found")
+
+_BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first command to resume it, or give another name="
+_NOT_ASKED = ("name", "runs_dir", "workers", "worker")  # a search may go on with others
+_AGREED = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # all workers on a study the same
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
+_MOST = 200_000  # vectors that budget=all may mean
+_POLL_S = 2.0
+_GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A search and all that it needs, found or made.
+
+    Attributes:
+        problem: What is searched.
+        loss: The problem's loss.
+        make_sampler: Makes the sampler from a ``seed``.
+        budget: When to stop.
+        seed: Seeds the sampler.
+        storage: Where the study lives.
+        warm: What earlier searches leave to this one.
+        table: The measured table that the costs come from, if it is one.
+        asked: The resolved config.
+        parents: The finished runs that the search builds on.
+        facts: What all workers must have in common.
+    """
+
+    problem: Problem
+    loss: InheritedLoss
+    make_sampler: Callable[..., BaseSampler]
+    budget: Budget
+    seed: int
+    storage: Storage
+    warm: WarmStart
+    table: TableLatency | None
+    asked: dict[str, Any]
+    parents: dict[str, FinishedRun]
+    facts: dict[str, str]
+
+    def search(self, membership: Membership) -> pd.DataFrame:
+        """Works on the study until it is done; returns all evaluated vectors."""
+        self.warm.enter(self.loss)
+        return search(
+            self.problem,
+            self.make_sampler,
+            self.budget,
+            self.seed,
+            self.storage,
+            membership=membership,
+            known=list(self.warm.known),
+            proposed=self.warm.proposed,
+            facts=self.facts,
+        )
+
+
+def prepare(config: Search, path: Path) -> Prepared:
+    """Finds or makes what the search ``path`` needs."""
+    runs_dir = Path(config.runs_dir)
+    config, space, init = settle(config)
+    objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
+    make_sampler = build(config.sampler, _partial_=True)
+    build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+    storage = Storage(config.storage, config.name) if config.storage else Storage.file(path / "study.db")
+    if config.storage and _TIMESTAMP.fullmatch(config.name):
+        raise UserError("storage is given but no name; give all workers the same name=, which is the study's")
+    earlier = earlier_searches(config, space)
+    device = find_device(config.device)
+    workload = resolve_workload(config.workload, space.shape, device)
+
+    begun_or_named = config.supernet or recorded_config(path)
+    if not begun_or_named and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
+        check_trainable(config.train, space)  # before any text is read
+    data = supernet_data(config, space)
+    wanted = supernet_config(config, space, init, data)
+    supernet = _supernet(config, path, wanted)
+    latency = _latency(config, path, space, device, workload)  # takes minutes at most, so before any training
+    say(f"Latency on {device.name} ({workload}): {latency.describe()}")
+    costs = _costs(space, latency, workload)
+    constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
+    if budget.is_everything and space.size > _MOST:
+        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
+    table = latency if isinstance(latency, TableLatency) else None
+    facts = {
+        "space": f"{space.name} {value_hash(space.to_dict())}",
+        "latency": f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}",
+        "workload": str(workload),
+    }
+    settings = dataclasses.asdict(config)
+    facts |= {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
+    if config.storage:
+        check_facts(storage, facts)
+    supernet = supernet or _wait_for(
+        partial(find_supernet, runs_dir, wanted),
+        partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
+    )
+    say(f"Supernet: {supernet.path}")
+    loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
+    windows = list(loss.windows.shape)
+    warm = warm_start(earlier, space, supernet, windows)
+    if earlier:
+        say(warm.describe())
+
+    facts |= {
+        "supernet": supernet.digest()[:12],
+        "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
+        "warm_start": value_hash([sorted(warm.known.items()), warm.proposed]),
+    }
+    if config.storage:
+        check_facts(storage, facts)
+    parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
+    if table and is_run(table.folder):
+        parents["latency"] = FinishedRun(table.folder, "measure")
+    asked = settings | {
+        "space": {"name": space.name, **space.to_dict()},
+        "init": wanted["init"],
+        "device": device.slug,
+        "workload": dataclasses.asdict(workload),
+        "windows": windows,
+        "latency": latency.describe(),
+        "latency_table": table.digest() if table else None,
+        "storage": without_passwords(config.storage) if config.storage else None,
+    }
+    asked = {key: value for key, value in asked.items() if key not in _NOT_ASKED}
+    problem = Problem(space, objectives, loss, costs, constraints)
+    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
+
+
+def _wait_for(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
+    """What another process has made, or is making at this moment, else what this one makes."""
+    waiting = False
+    while (found := find()) is None:
+        try:
+            return make()
+        except InUseError as error:
+            if not waiting:
+                say(f"Waiting: {error}")
+            waiting = True
+            time.sleep(_POLL_S)
+    return found
+
+
+def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun | None:
+    """The supernet that the user names, or that an interrupted search in ``path`` was begun with, or one that fits."""
+    supernet = FinishedRun(Path(config.supernet), "train") if config.supernet else recorded_parent(path, "supernet")
+    if supernet is None:
+        return find_supernet(Path(config.runs_dir), wanted)
+    theirs = supernet.config
+    same = {
+        "space": theirs["space"] == wanted["space"],
+        "data": theirs["data"]["digest"] == wanted["data"]["digest"],
+        "init": wanted["init"] in (None, theirs.get("init")),
+    }
+    if different := [key for key, equal in same.items() if not equal]:
+        if config.supernet:
+            raise UserError(
+                f"supernet {supernet.path} was trained with another {different[0]} than this search's; give the same "
+                f"{different[0]}="
+            )
+        raise UserError(_BEGUN_OTHERWISE.format(path=path, what=different[0]))
+    return supernet
+
+
+def _train(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData, name: str) -> FinishedRun:
+    say("No trained supernet fits this space, data and training: training one first")
+    return train_supernet(config, space, init, data, Path(config.runs_dir) / "train" / name)
+
+
+def _latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:
+    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated."""
+    runs_dir = Path(config.runs_dir)
+    if config.latency:
+        table = table_of(FinishedRun(Path(config.latency), "measure"))
+        if not table.fits(device.slug, space, workload):
+            raise UserError(
+                f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
+            )
+        return table
+    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload)
+    if begun and begun["latency_table"]:
+        same = (table for table in tables if table.digest() == begun["latency_table"])
+        if found := next(same, None):
+            return found
+        raise UserError(_BEGUN_OTHERWISE.format(path=path, what="space, device, workload or latency table"))
+    if not begun and (found := next(tables, None)):
+        return found
+    if begun or config.device != "this":
+        return RooflineLatency(device, space.shape, workload.dtype)
+    return _wait_for(
+        lambda: next(fitting_tables(runs_dir, device, space, workload), None),
+        partial(_measure, config, space, device, workload),
+    )
+
+
+def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
+    say("No measured table covers this space, device and workload: measuring first")
+    facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
+    name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
+    return measure_space(config, space, device, workload, Path(config.runs_dir) / "measure" / name)
+
+
+def _costs(
+    space: SearchSpace, latency: LatencyModel, workload: Workload
+) -> Callable[[Vector], dict[str, float | int | str]]:
+    shape, dtype_bytes = space.shape, DTYPE_BYTES[workload.dtype]
+
+    @cache
+    def costs(counts: Vector) -> dict[str, float | int | str]:
+        step_ms, parameters = decode_ms(latency, counts, workload), shape.parameters(counts)
+        kv_bytes = shape.kv_bytes_per_token(counts, dtype_bytes)
+        return {
+            "decode_ms": step_ms,
+            "prefill_ms": prefill_ms(latency, counts, workload),
+            "tokens_per_s": 1e3 * workload.batch / step_ms,
+            "batch": workload.batch,
+            "kv_bytes_per_token": kv_bytes,
+            "parameters": parameters,
+            "memory_gib": (parameters * dtype_bytes + workload.batch * workload.context * kv_bytes) / _GIB,
+            "latency_source": latency.source,
+        }
+
+    return lambda vector: costs(tuple(sorted(vector)))
