@@ -105,6 +105,8 @@ def prepare(config: Search, path: Path) -> Prepared:
     runs_dir = Path(config.runs_dir)
     config, space, init = settle(config)
     objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
+    if budget.is_everything and space.size > _MOST:
+        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
     storage = Storage(config.storage, config.name) if config.storage else Storage.file(path / "study.db")
@@ -113,6 +115,11 @@ def prepare(config: Search, path: Path) -> Prepared:
     earlier = earlier_searches(config, space)
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
+    settings = dataclasses.asdict(config)
+    facts = {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
+    facts |= {"space": f"{space.name} {value_hash(space.to_dict())}", "workload": str(workload)}
+    if config.storage:
+        check_facts(storage, facts)
 
     begun_or_named = config.supernet or recorded_config(path)
     if not begun_or_named and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
@@ -124,16 +131,8 @@ def prepare(config: Search, path: Path) -> Prepared:
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
     costs = _costs(space, latency, workload)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
-    if budget.is_everything and space.size > _MOST:
-        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     table = latency if isinstance(latency, TableLatency) else None
-    facts = {
-        "space": f"{space.name} {value_hash(space.to_dict())}",
-        "latency": f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}",
-        "workload": str(workload),
-    }
-    settings = dataclasses.asdict(config)
-    facts |= {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
+    facts["latency"] = f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}"
     if config.storage:
         check_facts(storage, facts)
     supernet = supernet or _wait_for(
