@@ -75,6 +75,17 @@ class WorkloadConfig:
 
 
 @dataclass
+class CostConfig:
+    """What an hour of the card and a kWh of its electricity cost; docs/energy.md has the formulas."""
+
+    price_per_hour: float | None = None  # of the card, in any currency; null: unknown
+    # kg CO2e a kWh; the world's mean of 2024 by Ember's Global Electricity Review 2025. Better: that of your grid
+    grid_kg_per_kwh: float = 0.473
+    pue: float = 1.0  # power usage effectiveness: the data centre's power over its computers'; 1: cooling not counted
+    utilisation: float = 1.0  # share of the year that the card decodes; the rest it idles
+
+
+@dataclass
 class MeasureConfig:
     """The grid of `nas measure`; it always contains the workload."""
 
@@ -265,10 +276,13 @@ _POSITIVE |= {
     "prompts",
     "workers",
     "heartbeat_s",
+    "price_per_hour",
 }
 _POSITIVE |= {limit.name for limit in dataclasses.fields(ConstraintsConfig)}
-_NOT_NEGATIVE = {"check", "weight_decay", "vectors", "equal_total", "seeds"}
+_NOT_NEGATIVE = {"check", "weight_decay", "vectors", "equal_total", "seeds", "grid_kg_per_kwh"}
+_AT_LEAST_ONE = {"pue"}
 _SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}
+_SHARES |= {"utilisation"}
 _NAMED = {
     "precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
@@ -296,6 +310,8 @@ def validate(config: Any, prefix: str = "") -> None:
             raise UserError(f"{key} is '{value}'; use {', '.join(_NAMED[item.name])}")
         elif item.name in _NOT_NEGATIVE and not all(number >= 0 for number in _as_list(value)):
             raise UserError(f"{key} is {value} but must be 0 or more")
+        elif item.name in _AT_LEAST_ONE and not value >= 1:
+            raise UserError(f"{key} is {value} but must be 1 or more")
         elif item.name == "seed" and not 0 <= value < 2**32:
             raise UserError(f"{key} is {value} but must lie between 0 and {2**32 - 1}")
         elif item.name == "name" and not value.strip("./ "):
