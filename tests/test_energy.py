@@ -1,0 +1,452 @@
+"""Energy and cost against closed forms, on a GPU whose clock, work and sensors are simulated."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pynvml
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas.config import CostConfig, validate
+from nas.errors import UserError
+from nas.hardware import Gpu, nvml_facts, nvml_state
+from nas.latency.cost import costs
+from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
+
+NEVER = float("inf")
+
+
+@dataclass
+class FakeGpu:
+    """A GPU with a queue of work, whose power is ``watts + watts_per_s · t``; every read of a sensor takes time."""
+
+    watts: float = 300.0
+    watts_per_s: float = 0.0
+    call_s: float = 3e-3
+    update_s: float = 0.02  # the energy counter moves only so often
+    reset_s: float = NEVER  # then the counter starts again from zero
+    energy_until_s: float = NEVER  # the sensors fail then
+    power_until_s: float = NEVER
+    read_s: float = 5e-4
+    now: float = 0.0
+    queued_s: float = 0.0
+    longest_queue_s: float = 0.0
+    calls: int = 0
+    synchronisations: int = 0
+    opened: int = 0
+    asked_for: list[object] = field(default_factory=list)
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+    def call(self) -> None:
+        self.calls += 1
+        self.queued_s += self.call_s
+        self.longest_queue_s = max(self.longest_queue_s, self.queued_s)
+
+    def synchronise(self) -> None:
+        self.synchronisations += 1
+        self.now += self.queued_s
+        self.queued_s = 0.0
+
+    def measure(self, seconds: float = 5.0) -> Energy | None:
+        return measure_energy(self.call, seconds, None, self.synchronise, clock=self.clock)
+
+    def _read(self, until_s: float) -> None:
+        self.now += self.read_s
+        self.queued_s = max(0.0, self.queued_s - self.read_s)
+        if self.now >= until_s:
+            raise pynvml.NVMLError_GpuIsLost()
+
+    def millijoules(self, _: object) -> int:
+        self._read(self.energy_until_s)
+        time = self.now // self.update_s * self.update_s
+        time -= self.reset_s if time >= self.reset_s else 0.0
+        return int(1e3 * (self.watts * time + self.watts_per_s * time**2 / 2))
+
+    def milliwatts(self, _: object) -> int:
+        self._read(self.power_until_s)
+        return round(1e3 * (self.watts + self.watts_per_s * self.now))
+
+    def open(self) -> None:
+        self.opened += 1
+
+    def close(self) -> None:
+        self.opened -= 1
+
+    def handle(self, which: object) -> object:
+        self.asked_for.append(which)
+        return "handle"
+
+
+Plug = Callable[[FakeGpu], FakeGpu]
+
+
+@pytest.fixture
+def plug(monkeypatch: pytest.MonkeyPatch) -> Plug:
+    """Puts a fake GPU where NVML finds it; it answers what is set here and NotSupported to all else."""
+
+    def install(gpu: FakeGpu) -> FakeGpu:
+        for name in [name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")]:
+            monkeypatch.setattr(pynvml, name, refuse)
+        answers: dict[str, Any] = {
+            "nvmlInit": gpu.open,
+            "nvmlShutdown": gpu.close,
+            "nvmlSystemGetDriverVersion": lambda: "580.1",
+            "nvmlDeviceGetHandleByIndex": gpu.handle,
+            "nvmlDeviceGetHandleByUUID": gpu.handle,
+            "nvmlDeviceGetTotalEnergyConsumption": gpu.millijoules,
+            "nvmlDeviceGetPowerUsage": gpu.milliwatts,
+        }
+        for name, answer in answers.items():
+            monkeypatch.setattr(pynvml, name, answer)
+        return gpu
+
+    return install
+
+
+def refuse(*_: object) -> None:
+    raise pynvml.NVMLError_NotSupported()
+
+
+def absent() -> None:
+    raise pynvml.NVMLError_LibraryNotFound()
+
+
+# Measuring
+
+
+@pytest.mark.parametrize("call_s", [2e-4, 3e-3, 0.017, 0.07, 0.5])
+@pytest.mark.parametrize("update_s", [1e-3, 0.02, 0.1])
+def test_constant_power_is_found_to_a_hundredth_whatever_the_counter_and_the_call(
+    plug: Plug, call_s: float, update_s: float
+) -> None:
+    gpu = plug(FakeGpu(call_s=call_s, update_s=update_s))
+    energy = gpu.measure()
+    assert energy is not None
+    assert energy.method == "energy counter"
+    assert energy.watts == pytest.approx(300, rel=0.01)
+    assert energy.joules_per_call == pytest.approx(300 * call_s, rel=0.01)
+    assert energy.seconds >= 5
+    assert energy.calls * call_s == pytest.approx(energy.seconds)
+    assert energy.joules_per_call * energy.calls == pytest.approx(energy.watts * energy.seconds)
+    assert gpu.opened == 0
+
+
+def test_the_ends_of_the_counters_window_are_its_updates(plug: Plug) -> None:
+    """With updates of 100 ms, the plain difference over a window of 5 s could be off by 2 %."""
+    exact = plug(FakeGpu(update_s=0.1, call_s=0.01, read_s=0.0)).measure()
+    assert exact is not None
+    assert exact.watts == pytest.approx(300, rel=2e-3)
+
+
+def test_the_queue_is_neither_empty_nor_long_while_it_measures(plug: Plug) -> None:
+    gpu = plug(FakeGpu(call_s=2e-4))
+    gpu.measure()
+    assert gpu.longest_queue_s <= 0.05
+    assert gpu.calls / gpu.synchronisations > 100
+
+
+def test_the_warm_up_does_not_count(plug: Plug) -> None:
+    gpu = plug(FakeGpu(watts=100, watts_per_s=50))
+    energy = gpu.measure(10)
+    assert energy is not None
+    assert gpu.now - energy.seconds >= 2
+    assert energy.watts == pytest.approx(100 + 50 * (gpu.now - energy.seconds / 2), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"energy_until_s": 0},  # no such counter
+        {"energy_until_s": 4},  # fails on the way
+        {"update_s": 1e9},  # never moves
+        {"reset_s": 4},  # the driver was loaded anew
+    ],
+    ids=["missing", "fails", "stuck", "reset"],
+)
+def test_power_stands_in_for_a_counter_that_cannot_be_used(plug: Plug, change: dict[str, float]) -> None:
+    gpu = plug(replace(FakeGpu(watts_per_s=20), **change))  # type: ignore[arg-type]
+    energy = gpu.measure()
+    assert energy is not None
+    assert energy.method == "power × time"
+    assert energy.watts == pytest.approx(300 + 20 * (gpu.now - energy.seconds / 2), rel=0.01)
+    assert energy.joules_per_call == pytest.approx(energy.watts * gpu.call_s)
+
+
+def test_a_counter_alone_is_enough(plug: Plug) -> None:
+    energy = plug(FakeGpu(power_until_s=0)).measure()
+    assert energy is not None
+    assert energy.method == "energy counter"
+
+
+def test_a_counter_that_fails_at_the_very_end_counts(plug: Plug) -> None:
+    energy = plug(FakeGpu(energy_until_s=6.8)).measure()
+    assert energy is not None
+    assert energy.method == "energy counter"
+    assert energy.watts == pytest.approx(300, rel=0.01)
+
+
+@pytest.mark.parametrize("until_s", [0, 4])
+def test_no_sensor_no_energy(plug: Plug, until_s: float) -> None:
+    gpu = plug(FakeGpu(energy_until_s=until_s, power_until_s=until_s))
+    assert gpu.measure() is None
+    assert (gpu.calls > 0) == (until_s > 0)  # nothing is run in vain
+    assert gpu.opened == 0
+    assert idle_watts(5, None, clock=gpu.clock, sleep=gpu.sleep) is None
+
+
+def test_without_nvml_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    gpu = FakeGpu()
+    assert gpu.measure() is None
+    assert idle_watts(5, None, clock=gpu.clock, sleep=gpu.sleep) is None
+    assert gpu.calls == gpu.now == 0
+
+
+def test_nvml_is_let_go_when_a_call_fails(plug: Plug) -> None:
+    gpu = plug(FakeGpu())
+    with pytest.raises(ZeroDivisionError):
+        measure_energy(lambda: 1 // 0, 5, None, gpu.synchronise, clock=gpu.clock)
+    assert gpu.opened == 0
+
+
+@pytest.mark.parametrize("energy_until_s", [0, NEVER])
+def test_idle_power(plug: Plug, energy_until_s: float) -> None:
+    gpu = plug(FakeGpu(watts=70, update_s=0.1, energy_until_s=energy_until_s))
+    assert idle_watts(8, "u", clock=gpu.clock, sleep=gpu.sleep) == pytest.approx(70, rel=0.01)
+    assert 8 <= gpu.now < 8.2
+    assert gpu.asked_for == ["GPU-u"]
+
+
+# NVML's facts
+
+
+def describe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the plugged GPU answer everything."""
+
+    class Memory:
+        used = 2**30
+
+    answers: dict[str, Any] = {
+        "Name": "NVIDIA Fake",
+        "PowerManagementLimit": 700_000,
+        "EccMode": [1, 0],
+        "MemoryInfo": Memory,
+        "CurrentClocksEventReasons": 0x1 | 0x4 | 0x40,
+        "Temperature": 61,
+    }
+    for key, value in answers.items():
+        monkeypatch.setattr(pynvml, f"nvmlDeviceGet{key}", lambda *_, value=value: value)
+    clocks = {pynvml.NVML_CLOCK_SM: 1980, pynvml.NVML_CLOCK_MEM: 2619}
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda _, which: clocks[which])
+
+
+def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = plug(FakeGpu())
+    describe(monkeypatch)
+    both = {"memory_in_use_bytes": 2**30, "throttle_reasons": ["software power cap", "hardware thermal slowdown"]}
+    assert nvml_facts("u") == both | {
+        "nvml_name": "NVIDIA Fake",
+        "driver": "580.1",
+        "sm_clock_at_start_mhz": 1980,
+        "memory_clock_at_start_mhz": 2619,
+        "power_limit_watts": 700,
+        "ecc": True,
+    }
+    assert nvml_state() == both | {"sm_clock_mhz": 1980, "memory_clock_mhz": 2619, "temperature_celsius": 61}
+    assert gpu.asked_for == ["GPU-u", 0]
+    assert gpu.opened == 0
+
+
+@pytest.mark.parametrize("reasons", [0, 1])
+def test_a_gpu_that_idles_is_not_throttled(plug: Plug, monkeypatch: pytest.MonkeyPatch, reasons: int) -> None:
+    plug(FakeGpu())
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda _: reasons)
+    assert Gpu().throttle_reasons() == []
+
+
+@pytest.mark.parametrize("old", ["binding", "driver"])
+def test_reasons_have_an_older_name(plug: Plug, monkeypatch: pytest.MonkeyPatch, old: str) -> None:
+    plug(FakeGpu())
+    if old == "binding":
+        monkeypatch.delattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons")
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x8)
+    assert Gpu().throttle_reasons() == ["hardware slowdown"]
+
+
+def test_what_nvml_refuses_is_left_out(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    plug(FakeGpu())
+    assert nvml_facts() == {"driver": "580.1"}
+    assert nvml_state() == {}
+    monkeypatch.setattr(pynvml, "nvmlShutdown", refuse)
+    assert nvml_facts() == {"driver": "580.1"}
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    assert nvml_facts() == {}
+
+
+def test_a_gpu_that_nvml_does_not_know_answers_nothing(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = plug(FakeGpu())
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", refuse)
+    assert nvml_facts("other") == {}
+    assert gpu.opened == 0
+
+
+def test_a_closed_gpu_answers_nothing_more(plug: Plug) -> None:
+    fake = plug(FakeGpu())
+    gpu = Gpu()
+    assert gpu.power_watts() == 300
+    gpu.close()
+    gpu.close()
+    assert gpu.power_watts() is None
+    assert fake.opened == 0
+
+
+# The table
+
+
+def power(groups: int, batch: float, length: float) -> float:
+    return 200 + 10 * groups + batch + 0.1 * length + 0.01 * batch * length
+
+
+def write(path: Path, changes: dict[int, dict[str, Any]] | None = None, batches: tuple[int, ...] = (4, 16)) -> Path:
+    """A table whose power is exactly bilinear; ``changes`` are to cells, by row."""
+    points = [(groups, batch, length) for groups in (1, 4) for batch in batches for length in (64, 256)]
+    rows = [[*point, power(*point), 1.0, 5.0, 100, "energy counter"] for point in points]
+    table = pd.DataFrame(rows, columns=ENERGY_COLUMNS).astype(object)
+    for row, cells in (changes or {}).items():
+        for column, value in cells.items():
+            table.loc[row, column] = value
+    table.to_csv(path, index=False)
+    return path
+
+
+@given(batch=st.integers(4, 16), length=st.integers(64, 256))
+def test_power_is_bilinear_between_points(tmp_path_factory: pytest.TempPathFactory, batch: int, length: int) -> None:
+    table = EnergyTable(write(tmp_path_factory.mktemp("energy") / "energy.csv"))
+    assert table.watts(4, batch, length) == pytest.approx(power(4, batch, length))
+
+
+def test_power_beyond_the_points_is_that_of_the_edge(tmp_path: Path) -> None:
+    table = EnergyTable(write(tmp_path / "energy.csv"))
+    assert table.watts(1, 1, 1) == power(1, 4, 64)
+    assert table.watts(1, 999, 100) == pytest.approx(power(1, 16, 100))
+    single = EnergyTable(write(tmp_path / "single.csv", batches=(4,)))
+    assert single.watts(1, 999, 100) == pytest.approx(power(1, 4, 100))
+
+
+def test_a_vectors_energy_adds_up(tmp_path: Path) -> None:
+    table = EnergyTable(write(tmp_path / "energy.csv"))
+    layer_ms = {1: 2.0, 4: 3.0}.__getitem__
+    one, four = power(1, 4, 64), power(4, 4, 64)
+    mixed = table.joules_per_step((4, 1, 1), 4, 64, layer_ms, 5)
+    assert mixed == pytest.approx((3 * four + 2 * 2 * one + 5 * (four + 2 * one) / 3) / 1000)
+    assert mixed == table.joules_per_step((1, 4, 1), 4, 64, layer_ms, 5)
+    assert table.joules_per_step((4, 4), 4, 64, layer_ms, 5) == pytest.approx(four * (2 * 3 + 5) / 1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({0: {"watts": "hot"}}, "row 2"),
+        ({1: {"watts": -3}}, "row 3"),
+        ({1: {"joules_per_step": 0}}, "row 3"),
+        ({2: {"calls": None}}, "row 4"),
+        ({3: {"watts": "inf"}}, "row 5"),
+        ({3: {"length": 300}}, "every batch"),
+        ({1: {"length": 64}}, "every batch"),
+    ],
+)
+def test_a_corrupt_table_is_refused(tmp_path: Path, changes: dict[int, dict[str, Any]], words: str) -> None:
+    with pytest.raises(UserError, match=rf"energy\.csv is corrupt \(.*{words}"):
+        EnergyTable(write(tmp_path / "energy.csv", changes))
+
+
+def test_a_table_that_is_missing_or_lacks_a_part_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "energy.csv"
+    with pytest.raises(UserError, match="does not exist"):
+        EnergyTable(path)
+    path.write_text(",".join(ENERGY_COLUMNS) + "\n")
+    with pytest.raises(UserError, match="no row at all"):
+        EnergyTable(path)
+    path.write_text("groups,batch\n1,4\n")
+    with pytest.raises(UserError, match="lacks the column length"):
+        EnergyTable(path)
+    with pytest.raises(UserError, match="at every length once"):
+        EnergyTable(write(path, batches=(4, 16, 4)))
+    with pytest.raises(UserError, match="no power for 2 groups"):
+        EnergyTable(write(path)).watts(2, 4, 64)
+
+
+# Cost
+
+
+def test_costs_by_hand() -> None:
+    config = CostConfig(price_per_hour=3.6, grid_kg_per_kwh=0.5)
+    assert costs(1000, 0.3, config, None) == pytest.approx(
+        {"cost_per_million_tokens": 1.0, "kg_co2e_per_million_tokens": 0.3 / 3.6 * 0.5, "kg_co2e_per_year": 1314.0}
+    )
+    half = CostConfig(grid_kg_per_kwh=0.5, pue=1.2, utilisation=0.25)  # 75 W decoding and 75 W idling, on average
+    assert costs(1000, 0.3, half, 100) == pytest.approx(
+        {"kg_co2e_per_million_tokens": 0.3 / 3.6 * 0.6, "kg_co2e_per_year": 0.150 * 8760 * 0.6}
+    )
+
+
+def test_what_is_unknown_is_left_out() -> None:
+    priced = CostConfig(price_per_hour=2)
+    assert costs(10, None, CostConfig(), 50) == {}
+    assert costs(10, None, priced, None).keys() == {"cost_per_million_tokens"}
+    assert costs(10, 1, CostConfig(utilisation=0.5), None).keys() == {"kg_co2e_per_million_tokens"}
+    assert costs(10, 1, CostConfig(utilisation=0.0), 50)["kg_co2e_per_year"] == pytest.approx(0.05 * 8760 * 0.473)
+
+
+POSITIVE = st.floats(1e-3, 1e6)
+SHARE = st.floats(0, 1)
+
+
+@given(rate=POSITIVE, joules=POSITIVE, price=POSITIVE, grid=POSITIVE, pue=st.floats(1, 3), busy=SHARE, idle=POSITIVE)
+def test_cost_scales_as_it_must(
+    rate: float, joules: float, price: float, grid: float, pue: float, busy: float, idle: float
+) -> None:
+    config = CostConfig(price, grid, pue, busy)
+    result = costs(rate, joules, config, idle)
+    slower = costs(rate / 2, joules, config, idle)
+    assert slower["cost_per_million_tokens"] == pytest.approx(2 * result["cost_per_million_tokens"])
+    assert slower["kg_co2e_per_million_tokens"] == result["kg_co2e_per_million_tokens"]
+    cleaner = costs(rate, joules, replace(config, grid_kg_per_kwh=grid / 2), idle)
+    for key in ("kg_co2e_per_million_tokens", "kg_co2e_per_year"):
+        assert cleaner[key] == pytest.approx(result[key] / 2)
+    always = costs(rate, joules, replace(config, utilisation=1.0), None)["kg_co2e_per_year"]
+    never = costs(rate, joules, replace(config, utilisation=0.0), idle)["kg_co2e_per_year"]
+    assert result["kg_co2e_per_year"] == pytest.approx(busy * always + (1 - busy) * never)
+    million_tokens_a_year = rate * 8760 * 3600 / 1e6
+    assert always == pytest.approx(million_tokens_a_year * result["kg_co2e_per_million_tokens"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("price_per_hour", 0.0, "must be positive"),
+        ("price_per_hour", -1.0, "must be positive"),
+        ("grid_kg_per_kwh", -0.1, "must be 0 or more"),
+        ("pue", 0.9, "must be 1 or more"),
+        ("pue", float("nan"), "must be 1 or more"),
+        ("utilisation", 1.1, "must lie between 0 and 1"),
+        ("utilisation", -0.1, "must lie between 0 and 1"),
+    ],
+)
+def test_a_cost_that_cannot_be_is_refused(key: str, value: float, words: str) -> None:
+    with pytest.raises(UserError, match=rf"^cost\.{key} is {value} but {words}$"):
+        validate(CostConfig(**{key: value}), "cost.")
+
+
+def test_the_default_costs_are_valid() -> None:
+    validate(CostConfig())
+    validate(CostConfig(price_per_hour=2.5, grid_kg_per_kwh=0.0, pue=1.0, utilisation=0.0))
