@@ -84,9 +84,9 @@ class RooflineLatency:
     def interval(self, ms: float) -> tuple[float, float]:
         """Where the true time of the GPU lies, in milliseconds, given the estimate ``ms``.
 
-        With a calibration: ``ms`` divided and multiplied by the factor that held the stated share of published
-        measurements, each predicted without its own source. Without one: the estimate is a lower bound, and the upper
-        end is infinite.
+        With a calibration: ``ms`` divided and multiplied by the factor within which the stated share of published
+        measurements lay, each predicted without its own source. Without one: the estimate is a lower bound, and the
+        upper end is infinite.
         """
         if self._calibration is None:
             return ms, math.inf
