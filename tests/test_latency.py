@@ -1,4 +1,4 @@
-"""Latency: tables against closed forms, the roofline, timing side by side, devices with and without NVML."""
+"""Latency: tables against closed forms, timing side by side, devices with and without NVML."""
 
 import json
 import time
@@ -16,15 +16,13 @@ from hypothesis import strategies as st
 
 from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
-from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
-from nas.latency.estimate import RooflineLatency
+from nas.latency import Device, Workload, decode_ms, prefill_ms, resolve_workload, this_device
 from nas.latency.measure import LayerPool, grid_for, measure, predict_check, summarise_check
 from nas.latency.table import COLUMNS, TableLatency, layer_shape, summarise
 from nas.latency.timing import time_side_by_side
 from nas.model.decoder import Decoder, attend_packed
 from nas.resources import shipped
 from nas.space import SearchSpace, load_space
-from tests.conftest import Workspace
 
 WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
 GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, flops={"fp32": 1e14})
@@ -127,24 +125,6 @@ def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace,
     file.write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"latency\.json is corrupt \(it lacks dtype, workload\)"):
         TableLatency(tmp_path)
-
-
-def test_the_roofline_is_bytes_or_operations_whichever_takes_longer(micro: SearchSpace) -> None:
-    model = RooflineLatency(GPU, micro.shape, "fp32")
-    weights = 4 * micro.shape.layer_parameters(2)
-    cache = 4 * 16 * 2 * 2 * 8 * 4  # batch, context, K and V, groups, head width, bytes
-    assert model.layer_ms("decode", 2, 4, 16) == pytest.approx(1e3 * (weights + cache) / 1e12)
-    slow = RooflineLatency(Device("s", "S", True, 1, 1e12, {"fp32": 1e9}), micro.shape, "fp32")
-    operations = 2 * 4 * micro.shape.layer_parameters(2) + 4 * 4 * 16 * 4 * 8  # products with weights, attention
-    assert slow.layer_ms("decode", 2, 4, 16) == pytest.approx(1e3 * operations / 1e9)
-
-
-def test_the_estimate_of_an_a10g_reads_llama_2_7b_at_its_bandwidth() -> None:
-    space, device = load_space("llama-2-7b"), find_device("nvidia-a10g")
-    model = RooflineLatency(device, space.shape, "bf16")
-    step = decode_ms(model, space.largest, Workload(1, 1, 1, "bf16", "graph"))
-    assert step == pytest.approx(2 * (space.shape.parameters(space.largest) - 32000 * 4096) / 600e9 * 1e3, rel=1e-3)
-    assert model.source == "estimated"
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 40))
@@ -261,15 +241,6 @@ def test_a_failing_nvml_leaves_a_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(
-    "path", sorted(shipped("latency_models").glob("*/device.json")), ids=lambda path: path.parent.name
-)
-def test_every_shipped_device_is_found_and_can_be_estimated(path: Path, micro: SearchSpace) -> None:
-    device = find_device(path.parent.name)
-    for dtype in ("bf16", "fp32"):
-        assert RooflineLatency(device, micro.shape, dtype).layer_ms("decode", 1, 8, 16) > 0
-
-
-@pytest.mark.parametrize(
     "meta", sorted(shipped("latency_models").glob("*/*/latency.json")), ids=lambda path: path.parent.name
 )
 def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> None:
@@ -279,13 +250,3 @@ def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> N
     assert errors.keys() == table.meta["check"].keys() == {"decode", "prefill"}
     for phase, error in errors.items():
         assert error == pytest.approx(table.meta["check"][phase])
-
-
-def test_a_device_without_a_table_is_estimated_and_says_so(nas: Any, workspace: Workspace) -> None:
-    result = nas(
-        "search", "--budget", 4, "name=a10g", "device=nvidia-a10g", f"runs_dir={workspace.runs}", *workspace.arguments
-    )
-    assert result.code == 0, result.err
-    front = pd.read_csv(workspace.runs / "search" / "a10g" / "front.csv")
-    assert set(front["latency_source"]) == {"estimated"}
-    assert "estimated from the data sheet of NVIDIA A10G" in result.out

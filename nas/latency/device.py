@@ -32,6 +32,7 @@ class Device:
         bandwidth_bytes_per_s: Memory bandwidth by data sheet, or None if unknown.
         flops: Dense matrix rate by dtype name (``bf16``, ``fp32``) by data sheet; empty if unknown.
         facts: Anything else worth recording: driver, clocks, power limit, source.
+        calibration: How an estimate is to be made better than the data sheet (nas/latency/estimate.py), or None.
     """
 
     slug: str
@@ -41,12 +42,15 @@ class Device:
     bandwidth_bytes_per_s: float | None = None
     flops: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] | None = None
 
     def description(self) -> dict[str, Any]:
         """The contents of its device.json."""
         values = dataclasses.asdict(self)
         source = values.pop("facts").get("source", "as the device reports; data-sheet rates unknown")
         del values["slug"]
+        if values["calibration"] is None:
+            del values["calibration"]
         return values | {"source": source}
 
 
@@ -94,6 +98,7 @@ def find_device(reference: str) -> Device:
         bandwidth_bytes_per_s=values["bandwidth_bytes_per_s"],
         flops=values["flops"],
         facts={"source": values["source"]},
+        calibration=values.get("calibration"),
     )
 
 

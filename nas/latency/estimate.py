@@ -1,9 +1,19 @@
-"""Analytic latency, for a device that nobody has measured: whichever takes longer, the bytes or the operations.
+"""Analytic latency, for a device that nobody has measured: bytes and operations over the rates that a device reaches.
 
-A part of a model that must move so many bytes and do so many floating-point operations takes at least
+A kernel that must move so many bytes and do so many floating-point operations takes at least
 max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson (2009). With data-sheet
-rates this is a lower bound, good for ranking vectors and stamped ``estimated`` wherever it is used.
+rates that is a lower bound, good for ranking vectors. Where device.json has a calibration, from published
+measurements, the same formula takes the rates that are reached in practice, rounds the corner where bytes and
+operations take equally long, and adds what kernels take however little they do; its interval then says how far such
+estimates were from measurements that they were not calibrated on. docs/a10g.md has the one that ships.
+
+What is estimated is the time of the GPU. A serving engine's own work between the steps comes on top.
 """
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
 
 from nas.errors import UserError
 from nas.latency.device import Device
@@ -11,8 +21,34 @@ from nas.latency.model import DTYPE_BYTES, Phase
 from nas.space import ModelShape
 
 
+@dataclass(frozen=True)
+class Constants:
+    """What kernels reach of a device's data sheet; the defaults are the data sheet itself.
+
+    Attributes:
+        weight_bandwidth: Share of the bandwidth at which the products with weights read them.
+        cache_bandwidth: Share of it at which decode attention reads the KV cache.
+        elementwise_bandwidth: Share of it at which norms, rotary embeddings, activations and residuals move theirs.
+        compute: Share of the matrix rate.
+        overlap: How well bytes and operations of one kernel overlap: times t and u together take
+            (t^overlap + u^overlap)^(1/overlap), from 1 (their sum) to infinity (the longer one).
+        cache_ramp_tokens: Each sequence's cache costs as if it were this many tokens longer.
+        attention_ms: What attention takes at least, a layer.
+        elementwise_ms: What the elementwise kernels take at least, a layer.
+    """
+
+    weight_bandwidth: float = 1.0
+    cache_bandwidth: float = 1.0
+    elementwise_bandwidth: float = math.inf
+    compute: float = 1.0
+    overlap: float = math.inf
+    cache_ramp_tokens: float = 0.0
+    attention_ms: float = 0.0
+    elementwise_ms: float = 0.0
+
+
 class RooflineLatency:
-    """Latency model from a device's data sheet.
+    """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration.
 
     Args:
         device: Must know its bandwidth and its rate for ``dtype``.
@@ -29,24 +65,76 @@ class RooflineLatency:
         if device.bandwidth_bytes_per_s is None or dtype not in device.flops:
             raise UserError(f"{device.name} has neither a measured table nor data-sheet rates for {dtype}; measure it")
         self._device, self._shape, self._bytes = device, shape, DTYPE_BYTES[dtype]
-        self._bandwidth, self._rate = device.bandwidth_bytes_per_s, device.flops[dtype]
+        calibration = device.calibration
+        self._calibration = calibration if calibration and dtype in calibration["dtypes"] else None
+        self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
+        self._bandwidth = device.bandwidth_bytes_per_s
+        self._rate = device.flops[dtype] * self._constants.compute
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        shape = self._shape
-        weights = shape.layer_parameters(groups)
+        weights = self._shape.layer_parameters(groups)
         new_tokens = batch * (length if phase == "prefill" else 1)
-        # Prefill is causal: a query sees half of the prompt on average.
-        seen = length if phase == "decode" else (length + 1) / 2
-        cache_bytes = batch * length * shape.kv_bytes_per_token([groups], self._bytes)
-        attention = 4 * new_tokens * seen * shape.num_attention_heads * shape.head_dim
-        return self._ms(weights * self._bytes + cache_bytes, 2 * new_tokens * weights + attention)
+        # Kernels run one after the other, so their times add up; only within one do bytes and operations overlap.
+        products_ms = self._kernel_ms(weights * self._bytes, 2 * new_tokens * weights, self._constants.weight_bandwidth)
+        return products_ms + self._attention_ms(phase, groups, batch, length) + self._elementwise_ms(groups, new_tokens)
 
-    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:  # noqa: ARG002  (the head sees one position a row)
-        head = self._shape.vocab_size * self._shape.hidden_size
-        return self._ms(head * self._bytes, 2 * batch * head)
+    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
+        return self._embedding_ms(batch * (length if phase == "prefill" else 1)) + self._head_ms(batch)
+
+    def interval(self, ms: float) -> tuple[float, float]:
+        """Where the true time of the GPU lies, in milliseconds, given the estimate ``ms``.
+
+        With a calibration: ``ms`` divided and multiplied by the factor within which the stated share of published
+        measurements lay, each predicted without its own source. Without one: the estimate is a lower bound, and the
+        upper end is infinite.
+        """
+        if self._calibration is None:
+            return ms, math.inf
+        factor = self._calibration["check"]["interval_factor"]
+        return ms / factor, ms * factor
 
     def describe(self) -> str:
-        return f"estimated from the data sheet of {self._device.name}"
+        if self._calibration is None:
+            return f"estimated from the data sheet of {self._device.name}"
+        check = self._calibration["check"]
+        return (
+            f"estimated: calibrated from {self._calibration['measurements']} published measurements, median error "
+            f"{check['median_error']:.1%} over {check['points']} that were each predicted without their source"
+        )
 
-    def _ms(self, moved_bytes: float, operations: float) -> float:
-        return 1e3 * max(moved_bytes / self._bandwidth, operations / self._rate)
+    def _attention_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
+        shape, constants = self._shape, self._constants
+        # Prefill is causal: a query sees half of the prompt on average.
+        seen = batch * (length if phase == "decode" else length * (length + 1) / 2)
+        operations = 4 * seen * shape.num_attention_heads * shape.head_dim
+        tokens = batch * (length + constants.cache_ramp_tokens)
+        cache_bytes = tokens * shape.kv_bytes_per_token([groups], self._bytes)
+        return constants.attention_ms + self._kernel_ms(cache_bytes, operations, constants.cache_bandwidth)
+
+    def _elementwise_ms(self, groups: int, new_tokens: int) -> float:
+        bytes_a_token = self._bytes * elementwise_values(self._shape, groups)
+        return max(self._constants.elementwise_ms, self._moved_ms(new_tokens * bytes_a_token))
+
+    def _embedding_ms(self, new_tokens: int) -> float:
+        return self._moved_ms(2 * new_tokens * self._shape.hidden_size * self._bytes)  # a row is read, and written
+
+    def _head_ms(self, batch: int) -> float:
+        weights = self._shape.vocab_size * self._shape.hidden_size  # it sees one position of each sequence
+        return self._kernel_ms(weights * self._bytes, 2 * batch * weights, self._constants.weight_bandwidth)
+
+    def _moved_ms(self, moved_bytes: float) -> float:
+        return 1e3 * moved_bytes / (self._bandwidth * self._constants.elementwise_bandwidth)
+
+    def _kernel_ms(self, moved_bytes: float, operations: float, share: float) -> float:
+        times_ms = 1e3 * moved_bytes / (self._bandwidth * share), 1e3 * operations / self._rate
+        return float(np.linalg.norm(times_ms, ord=self._constants.overlap))
+
+
+def elementwise_values(shape: ModelShape, groups: int) -> int:
+    """Values that a layer's elementwise kernels read and write for each new token.
+
+    Two norms (read, write) and two residual additions (read two, write one) of the hidden size; queries and keys
+    rotated (read, write); gate and up read, their product written.
+    """
+    rotated = (shape.num_attention_heads + groups) * shape.head_dim
+    return (2 * 2 + 2 * 3) * shape.hidden_size + 2 * rotated + 3 * shape.intermediate_size
