@@ -67,11 +67,13 @@ class SupernetConfig(TrainConfig):
 class WorkloadConfig:
     """What the model is served for. Lengths are in tokens a sequence."""
 
-    batch: int = 64
+    batch: Any = 64  # or max: of each vector as many sequences as fit into memory_gib
     context: int | None = None  # tokens in the cache at the timed decode step; null: the space's whole context
     prompt: int | None = None  # tokens of the timed prefill; null: half of the context
     dtype: str = "auto"  # fp32 | bf16; auto: bf16 on a GPU, fp32 on a CPU
-    runtime: str = "auto"  # eager | graph (CUDA graph); auto: graph on a GPU, eager on a CPU
+    # eager | graph (CUDA graph) | compiled (torch.compile and CUDA graph); auto: compiled on a GPU, eager on a CPU
+    runtime: str = "auto"
+    memory_gib: float | None = None  # for batch=max; null: what the device leaves to PyTorch
 
 
 @dataclass
@@ -87,12 +89,18 @@ class CostConfig:
 
 @dataclass
 class MeasureConfig:
-    """The grid of `nas measure`; it always contains the workload."""
+    """The grid of `nas measure`, which always contains the workload, and how it is timed."""
 
-    batches: list[int] | None = None  # null: a quarter of the workload's batch, and that batch
+    batches: list[int] | None = None  # null: a quarter and half of the workload's batch, and that batch
     contexts: list[int] | None = None  # null: a quarter, half and all of the workload's context
     prompts: list[int] | None = None  # null: half of the workload's prompt, and that prompt
-    rounds: int = 15  # every point is timed once a round, in shuffled order; the median counts
+    check_at: list[list[int]] | None = None  # more [batch, context] for the check; null: halfway between grid points
+    rounds: int = 8  # every point is timed once a round, in shuffled order; the median counts
+    spread: float = 0.02  # a point whose 20th and 80th percentiles lie further apart gets up to as many rounds more
+    drift: float = 0.02  # so do the points around a sentinel that was further off
+    segment: int = 24  # points between two looks at the sentinel
+    energy_s: float = 5.0  # seconds of decode steps for each reading of power, on a GPU; 0: none
+    energy_batches: list[int] | None = None  # null: the largest
     seed: int = 0
 
 
@@ -122,7 +130,7 @@ class LatencyParts(StageConfig):
     device: str = "this"
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    check: int = 4  # whole models of random vectors timed against the predictor
+    check: int = 4  # whole models of random vectors timed against the predictor, at each of a few workloads
 
 
 @dataclass
@@ -147,7 +155,7 @@ class ConstraintsConfig:
     min_tokens_per_s: float | None = None
     max_kv_bytes_per_token: float | None = None
     max_parameters: float | None = None
-    max_memory_gib: float | None = None  # weights, and the KV cache of the workload's batch at its context
+    max_memory_gib: float | None = None  # weights, KV cache and workspace at the workload
 
 
 @dataclass
@@ -155,6 +163,8 @@ class Search(LatencyParts, SupernetParts):
     """nas search"""
 
     budget: str = "60"
+    extrapolate: bool = False  # use a latency table beyond what it measured; the costs are then estimates
+    cost: CostConfig = field(default_factory=CostConfig)
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     sampler: dict[str, Any] = MISSING
@@ -194,6 +204,20 @@ class Finetune(StageConfig):
     data: dict[str, Any] = MISSING
     train: TrainConfig = field(default_factory=TrainConfig)
     export: dict[str, Any] = MISSING
+
+
+@dataclass
+class Generate(StageConfig):
+    """nas generate"""
+
+    checkpoint: str = MISSING  # a directory that nas export or nas finetune wrote
+    prompt: str = MISSING
+    new_tokens: int = 64
+    batch: int = 1  # so many continuations of the prompt
+    temperature: float = 0.0  # 0: the likeliest token each time
+    seed: int = 0
+    dtype: str = "auto"  # as in workload
+    runtime: str = "auto"
 
 
 @dataclass
@@ -237,6 +261,7 @@ STAGES: dict[str, type[StageConfig]] = {
     "report": Report,
     "export": Export,
     "finetune": Finetune,
+    "generate": Generate,
     "fidelity": Fidelity,
 }
 
@@ -274,12 +299,27 @@ _POSITIVE |= {
     "batches",
     "contexts",
     "prompts",
+    "memory_gib",
+    "spread",
+    "drift",
+    "segment",
+    "energy_batches",
+    "new_tokens",
     "workers",
     "heartbeat_s",
     "price_per_hour",
 }
 _POSITIVE |= {limit.name for limit in dataclasses.fields(ConstraintsConfig)}
-_NOT_NEGATIVE = {"check", "weight_decay", "vectors", "equal_total", "seeds", "grid_kg_per_kwh"}
+_NOT_NEGATIVE = {
+    "check",
+    "weight_decay",
+    "vectors",
+    "equal_total",
+    "seeds",
+    "grid_kg_per_kwh",
+    "energy_s",
+    "temperature",
+}
 _AT_LEAST_ONE = {"pue"}
 _SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}
 _SHARES |= {"utilisation"}
@@ -287,7 +327,7 @@ _NAMED = {
     "precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
     "dtype": ("auto", "fp32", "bf16"),
-    "runtime": ("auto", "eager", "graph"),
+    "runtime": ("auto", "eager", "graph", "compiled"),
 }
 
 
@@ -301,7 +341,13 @@ def validate(config: Any, prefix: str = "") -> None:
         key, value = prefix + item.name, getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             validate(value, f"{key}.")
-        elif item.name in _POSITIVE and value is not None:
+        elif key == "workload.batch":
+            if value != "max" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise UserError(f"{key} is {value} but must be a positive number of sequences, or max")
+        elif item.name == "check_at":
+            if value is not None and not all(len(pair) == 2 and min(pair) > 0 for pair in value):
+                raise UserError(f"{key} is {value}; give pairs of batch and context, such as [[64,1024],[96,1500]]")
+        elif item.name in _POSITIVE and value is not None and not isinstance(value, str):
             if not all(number > 0 for number in _as_list(value)) or value == []:
                 raise UserError(f"{key} is {value} but must be positive")
         elif item.name in _SHARES and not 0 <= value <= 1:

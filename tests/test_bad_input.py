@@ -483,6 +483,7 @@ def test_a_damaged_run_of_another_kind_stops_nobody(nas: Nas, copy: Workspace) -
         spoilt = copy.runs / stage / "spoilt"
         shutil.copytree(only(copy.runs / stage, "*"), spoilt)
         (spoilt / file).write_text("{}")
+        (spoilt / "complete.json").touch()  # the newest is looked at first
     result = nas("search", *copy.arguments, "--budget", "4", "name=mine")
     assert result.code == 0, result.err
     assert "Passing over runs/train/spoilt" in result.err
@@ -671,7 +672,7 @@ def test_a_full_disk_stops_a_training_that_then_goes_on(nas: Nas, tmp_path: Path
         (2_000, "train", ["tokenizer.json"]),
         (20_000, "train", ["train.npy"]),
         (300_000, "train train.checkpoint_every=100", ["supernet.safetensors"]),
-        (2_000, "measure", ["table.csv"]),
+        (6_000, "measure", ["samples.csv"]),
     ],
 )
 def test_a_full_disk_is_named_whichever_library_meets_it(

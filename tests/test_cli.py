@@ -19,7 +19,13 @@ from nas.run import FinishedRun
 from nas.search import COLUMNS
 from tests.conftest import Nas, Workspace
 
-NEEDED = {"report": ["run=x"], "export": ["run=x"], "finetune": ["checkpoint=x"], "fidelity": ["supernet=x"]}
+NEEDED = {
+    "report": ["run=x"],
+    "export": ["run=x"],
+    "finetune": ["checkpoint=x"],
+    "generate": ["checkpoint=x", "prompt=x"],
+    "fidelity": ["supernet=x"],
+}
 SAMPLERS = ["front", "exhaustive", "nsga2", "random", "tpe"]
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +80,7 @@ def test_a_search_leaves_the_run_directory_of_the_contract(workspace: Workspace)
     assert info["config"]["device"]
     with (run / "front.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == COLUMNS
+    assert list(rows[0]) == [*COLUMNS, "memory_gib"]  # and, where they are known, more
     assert [float(row["loss_nats"]) for row in rows] == sorted(float(row["loss_nats"]) for row in rows)
     assert {row["on_front"] for row in rows} == {"True"}
     with (run / "trials.csv").open() as stream:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.files import read_json
-from nas.latency import Device, Workload, decode_ms, find_device
+from nas.latency import Device, decode_ms, find_device
 from nas.latency.estimate import RooflineLatency, elementwise_values
 from nas.latency.model import PHASES, Phase
 from nas.resources import shipped
@@ -47,7 +47,7 @@ def test_the_roofline_is_bytes_or_operations_whichever_takes_longer(micro: Searc
 def test_the_data_sheet_of_an_a10g_reads_llama_2_7b_at_its_bandwidth() -> None:
     space = load_space("llama-2-7b")
     model = RooflineLatency(dataclasses.replace(A10G, calibration=None), space.shape, "bf16")
-    step = decode_ms(model, space.largest, Workload(1, 1, 1, "bf16", "graph"))
+    step = decode_ms(model, space.largest, 1, 1)
     assert step == pytest.approx(2 * (space.shape.parameters(space.largest) - 32000 * 4096) / 600e9 * 1e3, rel=1e-3)
     assert (model.source, model.interval(step)) == ("estimated", (step, math.inf))
 

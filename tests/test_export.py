@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nas.data.tokenizer import train_tokenizer
 from nas.export.hf import HfExporter, engine_ffn_width, hf_config, read_exported
 from nas.model import Supernet
+from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.space import ModelShape, SearchSpace, Vector, load_space, parse_vector, shipped_spaces
 from tests.conftest import Nas, Workspace, random_supernet
 
@@ -72,21 +73,13 @@ def test_greedy_generation_is_the_same_without_with_dynamic_and_with_static_cach
 
 
 def test_our_own_cached_decoding_gives_the_same_tokens(exported: tuple[Vector, Path]) -> None:
-    from nas.model import KVCache
-
     _, folder = exported
     reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = torch.randint(300, (1, 4), generator=torch.Generator().manual_seed(2))
-    expected = reference.generate(prompt, max_new_tokens=12, min_new_tokens=12, do_sample=False)[0, 4:].tolist()
+    expected = reference.generate(prompt, max_new_tokens=12, do_sample=False)[0, 4:].tolist()
     model = read_exported(folder)
-    cache, tokens, position, produced = KVCache(model.shape, model.kv_heads, 1, 32), prompt, 0, []
-    with torch.no_grad():
-        for _ in range(12):
-            logits = model(tokens, cache=cache, start=position, last_only=True)[:, -1]
-            logits[:, 0] = -math.inf  # min_new_tokens forbids the end of text
-            position += tokens.shape[1]
-            tokens = logits.argmax(-1, keepdim=True)
-            produced.append(int(tokens))
+    runner = Runner(ServingModel.of(model), KVCache(model.shape, model.kv_heads, 1, 32))
+    produced = generate(runner, prompt, 12, stop_token=reference.generation_config.eos_token_id)[0].tolist()
     assert produced == expected
 
 

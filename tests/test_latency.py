@@ -1,7 +1,10 @@
-"""Latency: tables against closed forms, timing side by side, devices with and without NVML."""
+"""Latency: tables against closed forms, the grid and the points of a measurement, devices with and without NVML."""
 
+import dataclasses
 import json
-import time
+import math
+import tempfile
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,111 +13,295 @@ import pandas as pd
 import pynvml
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
-from nas.latency import Device, Workload, decode_ms, prefill_ms, resolve_workload, this_device
-from nas.latency.measure import LayerPool, grid_for, measure, predict_check, summarise_check
-from nas.latency.table import COLUMNS, TableLatency, layer_shape, summarise
-from nas.latency.timing import time_side_by_side
-from nas.model.decoder import Decoder, attend_packed
+from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
+from nas.latency.check import CHECK_COLUMNS, phase_errors, random_vectors, summarise_check
+from nas.latency.model import PREFILL_TOKENS, Phase, pass_ms, passes
+from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
+from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.resources import shipped
 from nas.space import SearchSpace, load_space
 
 WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
 GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, flops={"fp32": 1e14})
+GRID = Grid(batches=(2, 3, 6), contexts=(4, 20, 32), prompts=(4, 8, 16))
+PASSES = [(batch, prompt) for prompt in GRID.prompts for batch in (1, 3, 6)]  # what is measured of prefill
+CORNER = ("decode", 6, 32)
+GROUPS = (1, 2, 4)
+Times = Callable[[Point], float]
 
 
-def bilinear(groups: int, batch: float, length: float) -> float:
-    return 0.5 + 0.1 * batch + 0.01 * groups * batch * length
+def affine(point: Point, a: float = 0.5, b: float = 0.1, c: float = 0.01) -> float:
+    """Times that grow with the bytes of a decode step, and with the operations of a pass of prompts."""
+    groups = sum(point.groups)
+    if point.phase == "decode":
+        return a + b * point.batch + c * groups * point.batch * point.length
+    return point.batch * point.length * (a * (1 + groups) + b * point.length)
 
 
-def write_table(folder: Path, micro: SearchSpace, **changes: Any) -> Path:
-    """A table whose times are exactly bilinear, for a device called box."""
+def table_points() -> list[Point]:
+    points = [Point("decode", "layer", (g,), batch, length) for g in GROUPS for batch, length in GRID.shapes("decode")]
+    points += [Point("prefill", "layer", (g,), *shape) for g in GROUPS for shape in PASSES]
+    points += [Point("decode", part, (), batch, 1) for part in ("embedding", "head") for batch in GRID.batches]
+    return points + [Point("prefill", part, (), *shape) for part in ("embedding", "head") for shape in PASSES]
+
+
+def write_table(
+    folder: Path,
+    space: SearchSpace,
+    times: Times = affine,
+    points: Iterable[Point] | None = None,
+    lost: Iterable[tuple[str, int, int]] = (),
+    **changes: Any,
+) -> Path:
+    """A table of given times for a device called box; ``lost`` shapes did not fit into memory."""
     folder.mkdir(exist_ok=True)
-    rows = [
-        (phase, "layer" if groups else "ends", groups, batch, length, bilinear(groups, batch, length), 0, 0, 3)
-        for phase in ("decode", "prefill")
-        for groups in (0, 1, 2, 4)
-        for batch in (2, 6)
-        for length in (4, 20, 32)
-    ]
+    rows = []
+    for point in table_points() if points is None else points:
+        fits = (point.phase, point.batch, point.length) not in set(lost)
+        ms = times(point)
+        rows.append([*point.row(), *((ms, ms, ms, 3, OK) if fits else (None, None, None, 0, OUT_OF_MEMORY))])
     pd.DataFrame(rows, columns=COLUMNS).to_csv(folder / "table.csv", index=False)
+    decode = {"phase": "decode", "batch": 4, "length": 16, "n": 3, "mape": 0.01, "worst": 0.02, "kendall_tau": 1.0}
+    elsewhere = {**decode, "batch": 3, "length": 10, "mape": 0.02, "worst": 0.05}
+    prefill = {**decode, "phase": "prefill", "length": 8, "mape": 0.03}
     meta = {
         "date": "2026-01-02T03:04:05",
         "device": {"slug": "box", "name": "Box"},
         "dtype": "fp32",
         "runtime": "eager",
+        "shape": layer_shape(space.shape),
+        "check": [decode, elsewhere, prefill],
+        "workload": {"batch": 4, "context": 16, "prompt": 8},
     }
-    error = {"n": 3, "mape": 0.012, "worst": 0.02, "kendall_tau": 1.0}
-    meta |= {"shape": layer_shape(micro.shape), "check": {"decode": error, "prefill": {**error, "mape": 0.03}}}
-    meta |= {"workload": {"batch": 4, "context": 16, "prompt": 8}}
     (folder / "latency.json").write_text(json.dumps(meta | changes))
     return folder
 
 
-@given(st.floats(2, 6), st.floats(4, 32), st.sampled_from([1, 2, 4]))
-@settings(max_examples=50)
-def test_interpolation_is_exact_for_bilinear_times(batch: float, length: float, groups: int) -> None:
-    import tempfile
+def layer(phase: Phase, groups: int, batch: int, length: int) -> Point:
+    return Point(phase, "layer", (groups,), batch, length)
 
+
+def covered(phase: Phase, batch: int, length: int, corner_lost: bool) -> bool:
+    """Whether measured points surround a decode step (batch, length), or a pass of prompts by its rows or tokens."""
+    if phase == "decode":
+        beyond = batch > 3 and length > 20 if corner_lost else False
+        return 2 <= batch <= 6 and 4 <= length <= 32 and not beyond
+    around = [prompt for prompt in GRID.prompts if prompt == length]
+    around = around or [max(p for p in (0, *GRID.prompts) if p < length), *(p for p in GRID.prompts if p > length)][:2]
+    return 4 <= length <= 16 and all(batch <= 6 or batch * length <= 6 * prompt for prompt in around)
+
+
+@given(*[st.floats(1e-3, 10)] * 3, st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_interpolation_is_exact_where_bytes_and_operations_are_and_says_nothing_outside(
+    a: float, b: float, c: float, corner_lost: bool
+) -> None:
+    def times(point: Point) -> float:
+        return affine(point, a, b, c)
+
+    space = load_space("tiny")
     with tempfile.TemporaryDirectory() as folder:
-        table = TableLatency(write_table(Path(folder), load_space("tiny")))
-    assert table.layer_ms("decode", groups, batch, length) == pytest.approx(bilinear(groups, batch, length))  # type: ignore[arg-type]
+        table = TableLatency(write_table(Path(folder), space, times, lost=[CORNER] if corner_lost else []))
+    asked: list[tuple[Phase, int, int]] = [("decode", batch, length) for batch in range(1, 8) for length in (3, 34)]
+    asked += [("decode", batch, length) for batch in range(1, 8) for length in range(4, 33, 4)]
+    asked += [("prefill", batch, length) for batch in range(1, 8) for length in (3, 4, 5, 7, 8, 10, 15, 16, 17)]
+    for phase, batch, length in asked:
+        if covered(phase, batch, length, corner_lost):
+            for groups in GROUPS:
+                expected = times(layer(phase, groups, batch, length))
+                assert table.layer_ms(phase, groups, batch, length) == pytest.approx(expected)
+        else:
+            with pytest.raises(UserError, match=rf"in {phase}, not batch {batch} and length {length}"):
+                table.layer_ms(phase, 1, batch, length)
+
+
+def test_between_points_only_the_nearest_ones_count(micro: SearchSpace, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    drawn = {point: float(rng.uniform(1, 2)) for point in table_points()}
+    table = TableLatency(write_table(tmp_path, micro, drawn.__getitem__))
+    for groups in GROUPS:
+        for batch in (2, 3, 4, 5, 6):
+            for length in (4, 5, 19, 20, 21, 32):
+                of_batch = [
+                    np.interp(length, GRID.contexts, [drawn[layer("decode", groups, b, at)] for at in GRID.contexts])
+                    for b in GRID.batches
+                ]
+                expected = np.interp(batch, GRID.batches, of_batch)
+                assert table.layer_ms("decode", groups, batch, length) == pytest.approx(expected)
+        for length in (4, 6, 8, 11, 16):
+            of_length = [
+                np.interp(2 * length, [b * p for b in (1, 3, 6)], [drawn[layer("prefill", groups, b, p)] for b in BS])
+                for p, BS in ((p, (1, 3, 6)) for p in GRID.prompts)
+            ]
+            expected = np.interp(length, GRID.prompts, of_length)
+            assert table.layer_ms("prefill", groups, 2, length) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("lost", [[], [CORNER]], ids=["whole", "ragged"])
+def test_where_it_may_extrapolate_a_table_goes_on_straight_and_calls_it_an_estimate(
+    micro: SearchSpace, tmp_path: Path, lost: list[tuple[str, int, int]]
+) -> None:
+    measured = TableLatency(write_table(tmp_path, micro, lost=lost))
+    table = measured.extrapolating()
+    assert (measured.source, table.source) == ("measured", "estimated")
+    assert table.describe() == f"{measured.describe()}; extrapolated beyond the measured range"
+    shapes = [(1, 1), (1, 16), (3, 100), (4, 24), (6, 32), (7, 16), (500, 2000)]
+    for batch, length in shapes:
+        expected = affine(layer("decode", 2, batch, length))
+        assert table.layer_ms("decode", 2, batch, length) == pytest.approx(expected)
+        assert table.layer_ms("prefill", 2, batch, length) == pytest.approx(affine(layer("prefill", 2, batch, length)))
+    assert table.ends_ms("decode", 500, 2000) == pytest.approx(2 * (0.5 + 0.1 * 500))
+
+
+def test_a_prompt_so_long_that_it_goes_alone_does_not_flatten_what_is_between(
+    micro: SearchSpace, tmp_path: Path
+) -> None:
+    workload = dataclasses.replace(WORKLOAD, context=8192, prompt=4096)
+    grid = grid_for(MeasureConfig(), workload, [4], 8192)
+    table = TableLatency(write_table(tmp_path, micro, points=grid.points(micro)), extrapolate=True)
+    (between,) = (
+        length for phase, _, length in check_shapes(MeasureConfig(), grid, workload, [4])[2:] if phase != "decode"
+    )
+    assert between not in grid.prompts
+    assert table.layer_ms("prefill", 1, 1, between) == pytest.approx(affine(layer("prefill", 1, 1, between)))
+
+
+def test_a_table_without_a_number_of_groups_says_so(micro: SearchSpace, tmp_path: Path) -> None:
+    points = [point for point in table_points() if point.groups != (2,)]
+    table = TableLatency(write_table(tmp_path, micro, points=points))
+    with pytest.raises(UserError, match="no decode times for 2 groups; measure this space"):
+        table.layer_ms("decode", 2, 4, 16)
 
 
 def test_a_vector_costs_the_sum_of_its_layers_and_the_ends(micro: SearchSpace, tmp_path: Path) -> None:
     table = TableLatency(write_table(tmp_path, micro))
-    layers = sum(bilinear(groups, 4, 16) for groups in (4, 1, 1))
-    assert decode_ms(table, (4, 1, 1), WORKLOAD) == pytest.approx(layers + bilinear(0, 4, 16))
-    layers = sum(bilinear(groups, 4, 8) for groups in (4, 1, 1))
-    assert prefill_ms(table, (4, 1, 1), WORKLOAD) == pytest.approx(layers + bilinear(0, 4, 8))
+    layers = sum(affine(layer("decode", groups, 4, 16)) for groups in (4, 1, 1))
+    assert decode_ms(table, (4, 1, 1), 4, 16) == pytest.approx(layers + 2 * affine(Point("decode", "head", (), 4, 1)))
+    layers = sum(affine(layer("prefill", groups, 4, 8)) for groups in (4, 1, 1))
+    ends = 2 * affine(Point("prefill", "head", (), 4, 8))
+    assert prefill_ms(table, (4, 1, 1), 4, 8) == pytest.approx(layers + ends)
+    assert decode_ms(table, (4, 1, 1), 4, 16) == decode_ms(table, (1, 4, 1), 4, 16)  # to the last bit
 
 
-@pytest.mark.parametrize(("batch", "length"), [(1, 16), (7, 16), (4, 3), (4, 33)])
-def test_nothing_is_said_outside_the_grid(micro: SearchSpace, tmp_path: Path, batch: int, length: int) -> None:
-    table = TableLatency(write_table(tmp_path, micro))
-    with pytest.raises(UserError, match="covers batch 2 to 6 and length 4 to 32"):
-        table.layer_ms("decode", 1, batch, length)
+@given(st.integers(1, 3000), st.integers(1, 2 * PREFILL_TOKENS))
+def test_passes_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int, prompt: int) -> None:
+    parts = passes(batch, prompt)
+    assert sum(parts) == batch
+    assert min(parts) >= 1
+    assert parts == sorted(parts, reverse=True)
+    assert all(rows * prompt <= PREFILL_TOKENS or rows == 1 for rows in parts)
+    assert len(parts) == 1 or (parts[0] + 1) * prompt > PREFILL_TOKENS
+
+
+class Recorded:
+    """A latency model whose layers and ends take other milliseconds at any other shape; it lists what it was asked."""
+
+    source = "measured"
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int]] = []
+
+    def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
+        return groups * batch**2 + length + (phase == "prefill")
+
+    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
+        assert phase == "prefill"
+        self.asked.append((batch, length))
+        return math.sqrt(batch)
+
+    def describe(self) -> str:
+        return "made up"
+
+
+def test_prompts_go_through_in_passes_whose_times_add_up() -> None:
+    model = Recorded()
+    third = PREFILL_TOKENS // 3
+    assert passes(8, third) == [3, 3, 2]
+    one, two = (3 * (2 * rows**2) + 3 * (third + 1) + math.sqrt(rows) for rows in (3, 2))
+    assert prefill_ms(model, (1, 2, 3), 8, third) == pytest.approx(2 * one + two)
+    assert set(model.asked) == {(3, third), (2, third)}
+    assert prefill_ms(model, (1,), 3, 2 * PREFILL_TOKENS) == pytest.approx(
+        3 * pass_ms(model, "prefill", (1,), 1, 2 * PREFILL_TOKENS)
+    )
 
 
 def test_a_table_fits_only_its_own_device_shape_and_workload(micro: SearchSpace, tmp_path: Path) -> None:
     table = TableLatency(write_table(tmp_path, micro))
-    assert table.fits("box", micro, WORKLOAD)
-    assert not table.fits("other", micro, WORKLOAD)
-    assert not table.fits("box", load_space("tiny"), WORKLOAD)
-    assert not table.fits("box", micro, Workload(64, 16, 8, "fp32", "eager"))
-    assert not table.fits("box", micro, Workload(4, 16, 8, "bf16", "eager"))
-    assert not table.fits(
-        "box", SearchSpace("m", micro.shape, ((1, 4),) * 2 + ((1,),)), Workload(4, 16, 2, "fp32", "eager")
-    )
+
+    def fits(batches: Iterable[int] = (4,), device: str = "box", space: SearchSpace = micro, **changes: Any) -> bool:
+        return table.fits(device, space, dataclasses.replace(WORKLOAD, **changes), batches)
+
+    assert fits()
+    assert fits((2, 6))
+    assert not fits((4, 7))
+    assert not fits((1, 4))
+    assert not fits(device="other")
+    assert not fits(space=load_space("tiny"))
+    assert not fits(context=33)
+    assert not fits(prompt=2)
+    assert not fits(dtype="bf16")
+    assert not fits(runtime="graph")
+    fewer = TableLatency(write_table(tmp_path, micro, points=[p for p in table_points() if p.groups != (2,)]))
+    assert not fewer.fits("box", micro, WORKLOAD, [4])
+    assert fewer.fits("box", SearchSpace("m", micro.shape, ((1, 4),) * 2 + ((1,),)), WORKLOAD, [4])
+    ragged = TableLatency(write_table(tmp_path, micro, lost=[CORNER]))
+    beyond = dataclasses.replace(WORKLOAD, context=32)
+    assert ragged.fits("box", micro, beyond, [3])
+    assert not ragged.fits("box", micro, beyond, [3, 6])
+    assert ragged.extrapolating().fits("box", micro, beyond, [3, 6])
 
 
 def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: Path) -> None:
-    words = TableLatency(write_table(tmp_path, micro)).describe()
-    assert words == (
-        "measured on Box on 2026-01-02; mean error decode 1.2%, prefill 3.0% over 3 whole models at batch 4, "
-        "context 16, prompt 8"
+    assert TableLatency(write_table(tmp_path, micro)).describe() == (
+        "measured on Box on 2026-01-02; mean error decode 1.5% (worst 5.0%), prefill 3.0% (worst 2.0%) over 3 whole "
+        "models (decode at 4 x 16, 3 x 10; prefill at 4 x 8 tokens)"
     )
+    unchecked = TableLatency(write_table(tmp_path, micro, check=[]))
+    assert unchecked.describe() == "measured on Box on 2026-01-02"
+
+
+def test_a_table_in_which_nothing_fitted_into_memory_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
+    lost = [(point.phase, point.batch, point.length) for point in table_points()]
+    with pytest.raises(UserError, match="no row that fitted into memory"):
+        TableLatency(write_table(tmp_path, micro, lost=lost))
 
 
 @pytest.mark.parametrize(
-    "damage",
+    ("damage", "words"),
     [
-        lambda _: "",
-        lambda text: text.replace("median_ms", "time"),
-        lambda text: text.replace(",0.7,", ",-0.7,", 1),
-        lambda text: "\n".join(text.splitlines()[:-1]),
-        lambda text: '"' + text,
+        (lambda _: "", "valid CSV"),
+        (lambda text: text.replace("median_ms", "time"), "lacks the column median_ms"),
+        (lambda text: text.replace(",status", "", 1), "status"),
+        (lambda text: text.replace("\ndecode,layer,1,2,4,", "\ndecode,layer,1,2,4,-", 1), "row 2: .*positive"),
+        (lambda text: text.replace("\ndecode,layer,1,2,20,", "\ndecode,layer,1,2,20,x", 1), "row 3: .*positive"),
+        (lambda text: text + text.splitlines()[1] + "\n", "decode has a point twice"),
+        (lambda text: text + text.splitlines()[-1] + "\n", "prefill has a point twice"),
+        (lambda text: ",".join(text.rstrip().split(",")[:-5]) + "\n", "positive"),
+        (lambda text: '"' + text, "valid CSV"),
     ],
+    ids=["empty", "no-time", "no-status", "negative", "word", "twice", "twice-in-prefill", "cut", "quote"],
 )
-def test_a_corrupt_table_is_one_sentence(micro: SearchSpace, tmp_path: Path, damage: Any) -> None:
+def test_a_corrupt_table_is_one_sentence(
+    micro: SearchSpace, tmp_path: Path, damage: Callable[[str], str], words: str
+) -> None:
+    file = write_table(tmp_path, micro, lost=[CORNER]) / "table.csv"
+    text = file.read_text()
+    file.write_text(damage(text))
+    assert file.read_text() != text
+    with pytest.raises(UserError, match=rf"table\.csv.*{words}") as refusal:
+        TableLatency(tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_batch_that_is_no_number_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
     file = write_table(tmp_path, micro) / "table.csv"
-    file.write_text(damage(file.read_text()))
-    with pytest.raises(UserError, match=r"table\.csv"):
+    file.write_text(file.read_text().replace("\ndecode,layer,1,2,4,", "\ndecode,layer,1,two,4,", 1))
+    with pytest.raises(UserError, match=r"table\.csv is corrupt"):
         TableLatency(tmp_path)
 
 
@@ -127,97 +314,196 @@ def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace,
         TableLatency(tmp_path)
 
 
-@given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 4), st.integers(1, 40))
-@settings(max_examples=30, deadline=None)
-def test_packed_decode_attention_equals_attention_over_repeated_heads(groups: int, batch: int, length: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, 8, 1, 16, generator=generator)
-    k, v = (torch.randn(batch, groups, length, 16, generator=generator) for _ in range(2))
-    every_k, every_v = (x.repeat_interleave(8 // groups, dim=1) for x in (k, v))
-    expected = F.scaled_dot_product_attention(q, every_k, every_v)
-    torch.testing.assert_close(attend_packed(q, k, v), expected, atol=1e-5, rtol=1e-5)
+@given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=30))
+def test_summaries_are_percentiles(times_ms: list[float]) -> None:
+    summary = summarise(times_ms)
+    assert list(summary) == COLUMNS[5:]
+    assert (summary["n"], summary["status"]) == (len(times_ms), "ok")
+    assert summary["median_ms"] == pytest.approx(float(np.median(times_ms)))
+    assert min(times_ms) <= summary["p20_ms"] <= summary["median_ms"] <= summary["p80_ms"] <= max(times_ms)
 
 
-def test_timing_side_by_side_tells_slow_from_fast() -> None:
-    work = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.004)}
-    samples = time_side_by_side(work, 5, 0, torch.device("cpu"), False, "")
-    assert {key: len(seconds) for key, seconds in samples.items()} == {"slow": 5, "fast": 5}
-    assert min(samples["slow"]) >= 0.02
-    assert np.median(samples["fast"]) < np.median(samples["slow"])
+def test_a_summary_of_what_did_not_fit_has_no_times() -> None:
+    summary = summarise([math.inf])
+    assert (summary["n"], summary["status"]) == (0, "out_of_memory")
+    assert all(math.isnan(summary[key]) for key in ("median_ms", "p20_ms", "p80_ms"))
 
 
-@given(st.lists(st.floats(1e-6, 10), min_size=1, max_size=30))
-def test_summaries_are_percentiles_in_milliseconds(seconds: list[float]) -> None:
-    summary = summarise(seconds)
-    assert summary["n"] == len(seconds)
-    assert summary["median_ms"] == pytest.approx(1e3 * float(np.median(seconds)))
-    assert summary["p20_ms"] <= summary["median_ms"] <= summary["p80_ms"]
+batches = st.integers(1, 300)
+points = st.one_of(
+    st.builds(Point, st.sampled_from(["decode", "prefill"]), st.just("layer"), st.tuples(batches), batches, batches),
+    st.builds(
+        Point,
+        st.sampled_from(["decode", "prefill"]),
+        st.just("whole"),
+        st.lists(st.integers(1, 64), min_size=1, max_size=40).map(tuple),
+        batches,
+        batches,
+    ),
+    st.builds(
+        Point,
+        st.sampled_from(["decode", "prefill"]),
+        st.sampled_from(["embedding", "head"]),
+        st.just(()),
+        batches,
+        batches,
+    ),
+)
 
 
-def test_a_measurement_covers_the_grid_and_checks_whole_models(micro: SearchSpace, tmp_path: Path) -> None:
-    config = MeasureConfig(batches=[3], contexts=[8], rounds=3)
-    grid = grid_for(config, WORKLOAD)
-    assert (grid.batches, grid.contexts, grid.prompts) == ((3, 4), (8, 16), (4, 8))
-    table, wholes = measure(micro, grid, WORKLOAD, config, 5, torch.device("cpu"))
-    assert len(table) == 2 * 2 * 2 * 4  # phases, batches, lengths, three groups and the ends
-    assert (table["median_ms"] > 0).all()
-    folder = write_table(tmp_path, micro)
-    table.to_csv(folder / "table.csv", index=False)
-    check = predict_check(wholes, TableLatency(folder), WORKLOAD)
-    vectors = {vector for vector in check["vector"]}
-    assert len(check) == 2 * len(vectors) >= 6
-    assert (check["predicted_ms"] > 0).all()
+@given(st.lists(points, min_size=1, max_size=8))
+@settings(deadline=None)
+def test_a_point_comes_back_from_a_csv_as_it_was(some: list[Point]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        pd.DataFrame([point.row() for point in some], columns=COLUMNS[:5]).to_csv(f"{folder}/points.csv", index=False)
+        frame = pd.read_csv(f"{folder}/points.csv")
+    assert [point_of(*row) for row in frame.itertuples(index=False)] == some
 
 
-def test_a_layer_is_timed_as_a_share_of_all_layers_and_a_whole_model_as_it_is(
-    micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[Workload, list[int], MeasureConfig, int]:
+    """A workload in a context, the smallest and the largest batch of it, and a grid that is asked for or not."""
+    limit = draw(st.sampled_from([2, 32, 500, 8192]))
+    lengths = st.integers(1, limit)
+    some = sorted(set(draw(st.lists(st.integers(1, 512), min_size=1, max_size=2))))
+    workload = Workload("max" if len(some) > 1 else some[0], draw(lengths), draw(lengths), "fp32", "eager")
+    given_batches = draw(st.none() | st.lists(st.integers(1, 512), min_size=1, max_size=3))
+    contexts, prompts = (draw(st.none() | st.lists(lengths, min_size=1, max_size=3)) for _ in range(2))
+    return workload, some, MeasureConfig(batches=given_batches, contexts=contexts, prompts=prompts), limit
+
+
+@given(workloads())
+@settings(max_examples=40, deadline=None)
+def test_a_table_of_the_grid_covers_the_workload_that_it_was_made_for(
+    micro: SearchSpace, asked: tuple[Workload, list[int], MeasureConfig, int]
 ) -> None:
-    def fake(work: dict[Any, Any], rounds: int, *_: object) -> dict[Any, list[float]]:
-        for call in work.values():
-            call()
-        seconds = {"layer": 0.3, "ends": 0.05, "whole": 7.0}
-        return {key: [seconds[key[0]]] * rounds for key in work}
+    workload, some, config, limit = asked
+    grid = grid_for(config, workload, some, limit)
+    for axis, given_values in (
+        (grid.batches, config.batches),
+        (grid.contexts, config.contexts),
+        (grid.prompts, config.prompts),
+    ):
+        assert len(axis) >= 2
+        assert list(axis) == sorted(set(axis))
+        assert set(given_values or ()) <= set(axis)
+    assert 1 <= min(*grid.contexts, *grid.prompts) <= max(*grid.contexts, *grid.prompts) <= limit
+    timed = grid.points(micro)
+    assert len(timed) == len(set(timed))
+    assert all(point.length == 1 for point in timed if point.phase == "decode" and point.part != "layer")
+    assert all(p.batch * p.length <= PREFILL_TOKENS or p.batch == 1 for p in timed if p.phase == "prefill")
+    with tempfile.TemporaryDirectory() as folder:
+        table = TableLatency(write_table(Path(folder), micro, points=timed))
+    assert table.fits("box", micro, workload, some)
+    for batch in some:
+        step = sum(affine(layer("decode", g, batch, workload.context)) for g in (1, 2, 4))
+        step += 2 * affine(Point("decode", "head", (), batch, 1))
+        assert decode_ms(table, (4, 1, 2), batch, workload.context) == pytest.approx(step)
 
-    monkeypatch.setattr("nas.latency.measure.time_side_by_side", fake)
-    config = MeasureConfig(rounds=5)
-    table, wholes = measure(micro, grid_for(config, WORKLOAD), WORKLOAD, config, 3, torch.device("cpu"))
-    layers, ends = (table.loc[table["part"] == part, "median_ms"].to_numpy() for part in ("layer", "ends"))
-    assert len(layers) == 3 * len(ends) > 0
-    assert layers == pytest.approx(100.0)  # three layers took 0.3 s
-    assert ends == pytest.approx(50.0)
-    assert wholes["measured_ms"].tolist() == pytest.approx([7000.0] * len(wholes))
 
-
-def test_whole_models_of_the_pool_compute_what_a_decoder_computes(micro: SearchSpace) -> None:
-    pool = LayerPool(micro, grid_for(MeasureConfig(), WORKLOAD), WORKLOAD, torch.device("cpu"))
-    vector = (4, 1, 2)
-    model = Decoder(micro.shape, vector)
-    model.load_state_dict(
-        pool._models[1].state_dict()
-        | {
-            name: tensor
-            for index, groups in enumerate(vector)
-            for name, tensor in pool._models[groups].state_dict().items()
-            if name.startswith(f"model.layers.{index}.")
-        }
+def test_the_grid_is_what_was_asked_for_and_the_workload() -> None:
+    config = MeasureConfig(batches=[3], contexts=[8], rounds=3)
+    assert grid_for(config, WORKLOAD, [4], 32) == Grid((3, 4), (8, 16), (4, 8))
+    assert grid_for(MeasureConfig(), WORKLOAD, [4], 32) == Grid((1, 2, 4), (4, 8, 16), (4, 8))
+    assert grid_for(MeasureConfig(batches=[4]), WORKLOAD, [4], 32).batches == (2, 4)
+    assert grid_for(MeasureConfig(), dataclasses.replace(WORKLOAD, batch="max"), [3, 40], 32).batches == (3, 10, 20, 40)
+    assert grid_for(MeasureConfig(), dataclasses.replace(WORKLOAD, context=1, prompt=1), [1], 32) == Grid(
+        (1, 2), (1, 2), (1, 2)
     )
-    with torch.no_grad():
-        logits = pool.whole("prefill", vector, 4, 8)()
-        torch.testing.assert_close(logits, model(pool._tokens[:4, :8], last_only=True))
 
 
-def test_check_summaries_measure_relative_errors_by_phase() -> None:
-    rows = [("decode", "1", 1, 1, 10.0, 11.0), ("decode", "2", 1, 1, 20.0, 19.0), ("prefill", "1", 1, 1, 1.0, 9.0)]
-    check = pd.DataFrame(rows, columns=["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"])
-    summary = summarise_check(check)
-    assert summary["decode"] == pytest.approx({"n": 2, "mape": 0.075, "worst": 0.1, "kendall_tau": 1.0})
-    assert summary["prefill"] == {"n": 1, "mape": pytest.approx(8.0), "worst": pytest.approx(8.0)}  # nothing to rank
+@given(st.integers(1, 512), st.integers(4, 8192), st.integers(1, 8192))
+def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int, prompt: int) -> None:
+    workload = Workload(batch, context, prompt, "fp32", "eager")
+    grid = grid_for(MeasureConfig(), workload, [batch], 8192)
+    shapes = check_shapes(MeasureConfig(), grid, workload, [batch])
+    assert len(shapes) == len(set(shapes))
+    assert shapes[:2] == [("decode", batch, context), ("prefill", passes(batch, prompt)[0], prompt)]
+    off = [shape for shape in shapes if shape[1:] not in set(grid.shapes(shape[0]))]
+    assert any(phase == "decode" for phase, _, _ in off)
+    if prompt >= 3:
+        assert any(phase == "prefill" for phase, _, _ in off)
+    for phase, rows, length in shapes:
+        axis = grid.contexts if phase == "decode" else grid.prompts
+        assert axis[0] <= length <= axis[-1]
+        assert rows <= batch
+
+
+def test_the_check_goes_where_it_is_told() -> None:
+    config = MeasureConfig(check_at=[[3, 10], [4, 16], [5, 7]])
+    shapes = check_shapes(config, grid_for(config, WORKLOAD, [2, 4], 32), WORKLOAD, [2, 4])
+    assert shapes == [("decode", 4, 16), ("prefill", 4, 8), ("decode", 3, 10), ("decode", 5, 7)]
+
+
+@given(st.integers(0, 60), st.integers(0, 2**32 - 1))
+@settings(max_examples=30, deadline=None)
+def test_the_vectors_of_a_check_are_distinct_of_the_space_and_drawn_by_the_seed(
+    micro: SearchSpace, count: int, seed: int
+) -> None:
+    space = SearchSpace("m", micro.shape, ((1, 4), (2,), (1, 2, 4)))
+    vectors = random_vectors(space, count, seed)
+    assert len(vectors) == len(set(vectors)) == min(count, space.size)
+    assert all(space.check(vector) == vector for vector in vectors)
+    assert vectors == random_vectors(space, count, seed)
+
+
+def test_another_seed_checks_other_vectors() -> None:
+    space = load_space("tiny")
+    drawn = [random_vectors(space, 6, seed) for seed in range(4)]
+    assert len({tuple(vectors) for vectors in drawn}) == 4
+
+
+def test_check_summaries_measure_relative_errors_by_workload() -> None:
+    rows = [
+        ("decode", "1", 4, 8, 10.0, 11.0),
+        ("decode", "2", 4, 8, 20.0, 19.0),
+        ("decode", "4", 4, 8, 30.0, 15.0),
+        ("prefill", "1", 1, 8, 1.0, 9.0),
+        ("decode", "1", 4, 16, 10.0, 10.0),
+        ("decode", "2", 4, 16, 20.0, 10.0),
+    ]
+    later, sooner, prefill = (
+        {"phase": "decode", "batch": 4, "length": 16, "n": 2, "mape": 0.25, "worst": 0.5},  # predictions tie: no rank
+        {"phase": "decode", "batch": 4, "length": 8, "n": 3, "mape": 0.65 / 3, "worst": 0.5, "kendall_tau": 1 / 3},
+        {"phase": "prefill", "batch": 1, "length": 8, "n": 1, "mape": 8.0, "worst": 8.0},  # nothing to rank
+    )
+    summaries = summarise_check(pd.DataFrame(rows, columns=CHECK_COLUMNS))
+    assert [summary.keys() for summary in summaries] == [sooner.keys(), later.keys(), prefill.keys()]
+    for summary, expected in zip(summaries, (sooner, later, prefill), strict=True):
+        assert summary == {key: pytest.approx(value) for key, value in expected.items()}
+    assert phase_errors(summaries, "decode") == pytest.approx(((0.65 + 0.5) / 5, 0.5))
+    assert phase_errors(summaries[:2], "prefill") is None
 
 
 def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpace) -> None:
-    cpu = Device("cpu", "CPU", False, 1)
+    cpu = Device("cpu", "CPU", False, 2**33)
     assert resolve_workload(WorkloadConfig(), micro.shape, cpu) == Workload(64, 32, 16, "fp32", "eager")
-    assert resolve_workload(WorkloadConfig(), micro.shape, GPU) == Workload(64, 32, 16, "bf16", "graph")
+    assert resolve_workload(WorkloadConfig(), micro.shape, GPU) == Workload(64, 32, 16, "bf16", "compiled")
+    most = resolve_workload(WorkloadConfig(batch="max"), micro.shape, cpu)
+    assert most == Workload("max", 32, 16, "fp32", "eager", memory_gib=4.0)  # half is left to other programs
+    assert resolve_workload(WorkloadConfig(batch="max"), micro.shape, GPU).memory_gib == 15.25  # 16 GiB but CUDA's
+    given_gib = WorkloadConfig(batch="max", context=1, memory_gib=0.5)
+    assert resolve_workload(given_gib, micro.shape, GPU) == Workload("max", 1, 1, "bf16", "compiled", memory_gib=0.5)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (WorkloadConfig(context=33), r"workload\.context is 33 but the space's context is 32"),
+        (WorkloadConfig(prompt=33), r"workload\.prompt is 33"),
+        (WorkloadConfig(runtime="compiled"), r"workload\.runtime=compiled needs a GPU"),
+        (WorkloadConfig(batch=4, memory_gib=1.0), "memory_gib is for workload.batch=max, but the batch is 4"),
+    ],
+)
+def test_a_workload_that_cannot_be_is_one_sentence(micro: SearchSpace, config: WorkloadConfig, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        resolve_workload(config, micro.shape, Device("cpu", "CPU", False, 2**33))
+
+
+def test_a_workload_says_what_its_memory_is() -> None:
+    assert str(WORKLOAD) == "batch 4, context 16, prompt 8, fp32, eager"
+    most = dataclasses.replace(WORKLOAD, batch="max", memory_gib=1.5)
+    assert str(most) == "batch max in 1.5 GiB, context 16, prompt 8, fp32, eager"
 
 
 def test_this_machine_has_a_name_and_memory() -> None:
@@ -240,13 +526,21 @@ def test_a_failing_nvml_leaves_a_gpu_usable(monkeypatch: pytest.MonkeyPatch) -> 
     assert this_device() == Device("nvidia-fake-9000", "NVIDIA Fake 9000", True, 123)
 
 
+@pytest.mark.parametrize("file", sorted(shipped("latency_models").glob("*/device.json")), ids=lambda p: p.parent.name)
+def test_every_shipped_device_is_one_that_its_own_name_leads_to(file: Path) -> None:
+    device = find_device(file.parent.name)
+    assert device.slug == file.parent.name == device.name.lower().replace(" ", "-")
+    assert device.memory_bytes > 2**30
+
+
 @pytest.mark.parametrize(
     "meta", sorted(shipped("latency_models").glob("*/*/latency.json")), ids=lambda path: path.parent.name
 )
 def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> None:
     table = TableLatency(meta.parent)
     assert table.meta["device"]["slug"] == meta.parent.parent.name
-    errors = summarise_check(table.check())
-    assert errors.keys() == table.meta["check"].keys() == {"decode", "prefill"}
-    for phase, error in errors.items():
-        assert error == pytest.approx(table.meta["check"][phase])
+    summaries = summarise_check(table.check())
+    assert {summary["phase"] for summary in summaries} == {"decode", "prefill"}
+    assert len(summaries) == len(table.meta["check"])
+    for summary, told in zip(summaries, table.meta["check"], strict=True):
+        assert summary == {key: pytest.approx(value) for key, value in told.items()}

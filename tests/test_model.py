@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nas.errors import UserError
-from nas.model import Decoder, KVCache, Supernet
+from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES, pooling
 from nas.quality import row_losses
 from nas.space import FEATURES, ModelShape, SearchSpace, Vector
@@ -97,30 +97,10 @@ def test_the_largest_vector_equals_transformers_llama(tied: bool, sharing: str) 
         torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.data())
-def test_decoding_with_the_static_cache_gives_the_logits_of_the_whole_forward_pass(data: st.DataObject) -> None:
-    space = data.draw(spaces())
-    model = random_supernet(space).extract(data.draw(vectors_of(space)))
-    prompt = data.draw(st.integers(1, 10))
-    tokens = torch.randint(SHAPE.vocab_size, (2, 16), generator=torch.Generator().manual_seed(3))
-    cache = KVCache(SHAPE, model.kv_heads, 2, 24)
-    with torch.no_grad():
-        whole = model(tokens)
-        first = model(tokens[:, :prompt], cache=cache, last_only=True)
-        torch.testing.assert_close(first[:, 0], whole[:, prompt - 1], atol=1e-4, rtol=1e-4)
-        for position in range(prompt, 16):
-            step = model(tokens[:, position : position + 1], cache=cache, start=position)
-            torch.testing.assert_close(step[:, 0], whole[:, position], atol=1e-4, rtol=1e-4)
-
-
-def test_parameters_and_cache_bytes_match_the_closed_forms(micro: SearchSpace) -> None:
+def test_parameters_match_the_closed_form(micro: SearchSpace) -> None:
     vector = (4, 1, 2)
     model = Decoder(micro.shape, vector)
     assert sum(parameter.numel() for parameter in model.parameters()) == micro.shape.parameters(vector)
-    cache = KVCache(micro.shape, vector, batch=3, length=5)
-    held = sum(tensor.nbytes for layer in cache.layers for tensor in (layer.keys, layer.values))
-    assert held == 3 * 5 * micro.shape.kv_bytes_per_token(vector, dtype_bytes=4)
 
 
 @settings(max_examples=40, deadline=None)

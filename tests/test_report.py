@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nas.latency.table import CHECK_COLUMNS
-from nas.report.check import check_errors, draw_check
+from nas.latency.check import CHECK_COLUMNS
+from nas.report.check import check_size, draw_check
 from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
@@ -185,15 +185,31 @@ def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:
     assert axes.get_title() == "reference point: loss_nats 4, tokens_per_s 10"
 
 
-def test_the_check_is_drawn_measured_to_the_right_and_predicted_up() -> None:
+def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_workload() -> None:
     rows = [("decode", "1", 4, 16, 10.0, 11.0), ("decode", "2", 4, 16, 20.0, 20.0), ("prefill", "1", 4, 8, 5.0, 4.0)]
+    rows += [("decode", "1", 2, 16, 3.0, 3.0), ("decode", "1", 4, 12, 7.0, 7.0)]
+    check = pd.DataFrame(rows, columns=CHECK_COLUMNS)
     drawing = Figure()
-    draw_check(drawing, check_errors(pd.DataFrame(rows, columns=CHECK_COLUMNS)), "")
-    decode, prefill = drawing.axes
-    assert np.asarray(decode.collections[0].get_offsets()).tolist() == [[10.0, 11.0], [20.0, 20.0]]
-    assert np.asarray(prefill.collections[0].get_offsets()).tolist() == [[5.0, 4.0]]
-    assert (decode.get_xlabel(), decode.get_ylabel()) == ("measured (ms)", "predicted (ms)")
-    assert decode.get_title() == "decode, batch 4, length 16\nmean error 5.0%, worst 10.0%"
+    draw_check(drawing, check, "a title")
+    assert drawing.get_suptitle() == "a title"
+    shown = [axes for axes in drawing.axes if axes.get_visible()]
+    drawn = [np.asarray(axes.collections[0].get_offsets()).tolist() for axes in shown]
+    assert drawn == [[[3.0, 3.0]], [[7.0, 7.0]], [[10.0, 11.0], [20.0, 20.0]], [[5.0, 4.0]]]
+    assert {(axes.get_xlabel(), axes.get_ylabel()) for axes in shown} == {("measured (ms)", "predicted (ms)")}
+    assert shown[2].get_title() == "decode, batch 4, 16 tokens\nmean error 5.00%, worst 10.00%, τ 1.000"
+    assert shown[3].get_title() == "prefill, batch 4, 8 tokens\nmean error 20.00%, worst 20.00%"
+    assert shown[2].lines[0].get_xydata().tolist() == [[10.0, 10.0], [20.0, 20.0]]  # type: ignore[union-attr]
+
+
+def test_the_check_grows_with_its_panels_three_a_row() -> None:
+    def size(panels: int) -> dict[str, float]:
+        rows = [("decode", "1", batch, 16, 10.0, 11.0) for batch in range(1, panels + 1)]
+        return check_size(pd.DataFrame(rows, columns=CHECK_COLUMNS))
+
+    sizes = [size(panels) for panels in range(1, 8)]
+    widths, heights = ([each[key] for each in sizes] for key in ("width", "height"))
+    assert widths[0] < widths[1] < widths[2] == widths[6]
+    assert heights[0] == heights[2] < heights[3] == heights[5] < heights[6]
 
 
 def test_runs_are_labelled_by_sampler_and_by_what_else_varies_but_not_by_seed() -> None:
@@ -213,11 +229,6 @@ def test_searches_of_different_things_are_not_compared(nas: Nas, workspace: Work
     report = nas("report", f"run={workspace.runs}/search/unlike", *where)
     assert report.code == 1
     assert "differ in workload and cannot be compared" in report.err
-
-
-def test_check_errors_are_relative_to_the_measurement() -> None:
-    check = pd.DataFrame({"measured_ms": [10.0], "predicted_ms": [11.0]})
-    assert check_errors(check)["error"].tolist() == pytest.approx([0.1])
 
 
 TRIALS = pd.DataFrame(

@@ -18,6 +18,7 @@ from nas.hardware import cpu_name, nvml_facts
 from nas.resources import shipped
 
 DEVICE = "device.json"
+_CUDA_CONTEXT = 3 * 2**28  # bytes: context, kernels' code and the driver's reserve, a little above what an H100 showed
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,11 @@ class Device:
     flops: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
+
+    @property
+    def usable_bytes(self) -> int:
+        """What the device leaves to PyTorch: CUDA takes some of a GPU for itself, other programs half of a machine."""
+        return self.memory_bytes - _CUDA_CONTEXT if self.is_gpu else self.memory_bytes // 2
 
     def description(self) -> dict[str, Any]:
         """The contents of its device.json."""

@@ -22,7 +22,7 @@ from scipy.integrate import trapezoid
 
 from nas.errors import UserError
 from nas.hardware import Gpu
-from nas.latency.table import read_csv
+from nas.tables import read_csv
 
 ENERGY = "energy.csv"
 ENERGY_COLUMNS = ["groups", "batch", "length", "watts", "joules_per_step", "seconds", "calls", "method"]

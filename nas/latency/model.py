@@ -18,6 +18,8 @@ from nas.space import ModelShape
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+MAX = "max"  # the batch that is as large as fits into the memory
+PREFILL_TOKENS = 4096  # of one pass: more prompts go through in parts, or their activations would fill the memory
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,24 @@ class Workload:
     """What a latency is the latency of.
 
     Attributes:
-        batch: Sequences decoded together.
+        batch: Sequences decoded together, or `MAX`: of each vector as many as fit.
         context: Tokens that each sequence has in the cache, the new one included, at the timed decode step.
         prompt: Tokens of each sequence in the timed prefill.
         dtype: ``fp32`` or ``bf16``, of weights, activations and cache.
-        runtime: ``eager`` or ``graph``.
+        runtime: ``eager``, ``graph`` or ``compiled``.
+        memory_gib: What `MAX` may take; None for a given batch.
     """
 
-    batch: int
+    batch: int | str
     context: int
     prompt: int
     dtype: str
     runtime: str
+    memory_gib: float | None = None
 
     def __str__(self) -> str:
-        return f"batch {self.batch}, context {self.context}, prompt {self.prompt}, {self.dtype}, {self.runtime}"
+        within = f" in {self.memory_gib:g} GiB" if self.memory_gib else ""
+        return f"batch {self.batch}{within}, context {self.context}, prompt {self.prompt}, {self.dtype}, {self.runtime}"
 
 
 def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) -> Workload:
@@ -54,11 +59,22 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
     for key, value in (("context", context), ("prompt", prompt)):
         if value > limit:
             raise UserError(f"workload.{key} is {value} but the space's context is {limit}; lower it")
-    runtime = config.runtime if config.runtime != "auto" else "graph" if device.is_gpu else "eager"
-    if runtime == "graph" and not device.is_gpu:
-        raise UserError(f"workload.runtime=graph needs a GPU but the device is {device.name}; use eager")
+    runtime = config.runtime if config.runtime != "auto" else "compiled" if device.is_gpu else "eager"
+    if runtime != "eager" and not device.is_gpu:
+        raise UserError(f"workload.runtime={runtime} needs a GPU but the device is {device.name}; use eager")
     dtype = config.dtype if config.dtype != "auto" else "bf16" if device.is_gpu else "fp32"
-    return Workload(config.batch, context, prompt, dtype, runtime)
+    if config.batch != MAX:
+        if config.memory_gib is not None:
+            raise UserError(f"workload.memory_gib is for workload.batch=max, but the batch is {config.batch}; drop one")
+        return Workload(config.batch, context, prompt, dtype, runtime)
+    memory_gib = config.memory_gib or round(device.usable_bytes / 2**30, 2)
+    return Workload(MAX, context, prompt, dtype, runtime, memory_gib)
+
+
+def passes(batch: int, prompt: int) -> list[int]:
+    """Rows of each pass in which a batch of prompts goes through: as many as `PREFILL_TOKENS` allow, at least one."""
+    rows = min(batch, max(1, PREFILL_TOKENS // prompt))
+    return [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
 
 
 class LatencyModel(Protocol):
@@ -67,7 +83,7 @@ class LatencyModel(Protocol):
     source: str  # measured | published | estimated
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        """One layer with ``groups`` KV groups: a decode step at context ``length``, or a prefill of that many tokens.
+        """One layer with ``groups`` KV groups: a decode step at context ``length``, or a pass of prompts so long.
 
         Raises:
             UserError: The model does not cover these.
@@ -80,17 +96,19 @@ class LatencyModel(Protocol):
         """Where its numbers come from, for figures and model cards."""
 
 
-def decode_ms(model: LatencyModel, vector: Sequence[int], workload: Workload) -> float:
+def decode_ms(model: LatencyModel, vector: Sequence[int], batch: int, context: int) -> float:
     """Milliseconds of one decode step of a whole model: one new token for every sequence of the batch."""
-    return _sum(model, "decode", vector, workload.batch, workload.context)
+    return pass_ms(model, "decode", vector, batch, context)
 
 
-def prefill_ms(model: LatencyModel, vector: Sequence[int], workload: Workload) -> float:
-    """Milliseconds of the prompt pass of a whole model."""
-    return _sum(model, "prefill", vector, workload.batch, workload.prompt)
+def prefill_ms(model: LatencyModel, vector: Sequence[int], batch: int, prompt: int) -> float:
+    """Milliseconds in which the prompts of a batch go through a whole model, in passes."""
+    parts = sorted(Counter(passes(batch, prompt)).items())
+    return math.fsum(times * pass_ms(model, "prefill", vector, rows, prompt) for rows, times in parts)
 
 
-def _sum(model: LatencyModel, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
+def pass_ms(model: LatencyModel, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
+    """Milliseconds of one decode step, or of one pass of prompts, of a whole model."""
     counts = sorted(Counter(vector).items())  # in one order: vectors with equal counts cost the same to the last bit
     layers = math.fsum(count * model.layer_ms(phase, groups, batch, length) for groups, count in counts)
     return layers + model.ends_ms(phase, batch, length)

@@ -1,31 +1,37 @@
 """A measured latency table: a CSV of times and a JSON that says what they mean.
 
-table.csv has one row a point: ``phase, part, groups, batch, length, median_ms, p20_ms, p80_ms, n``. ``part`` is
-``layer`` (one layer with ``groups`` KV groups) or ``ends`` (embedding, final norm and head; groups 0). latency.json
-holds the device, shape, dtype, runtime, versions, date, and how far the predictor was from whole models.
+table.csv has one row a point: ``phase, part, groups, batch, length, median_ms, p20_ms, p80_ms, n, status``. ``part`` is
+``layer`` (one layer with ``groups`` KV groups), ``embedding`` or ``head`` (groups 0); status is ``ok``, or
+``out_of_memory`` for a point that did not fit and has no times. latency.json holds the device, shape, dtype, runtime,
+versions, date, what the sentinel saw, and how far the predictor was from whole models.
 
-Between grid points times are interpolated linearly in batch and in length: the bytes of the KV cache grow with their
-product and everything else with the batch, so a layer's time is close to bilinear. Outside the grid nothing is said.
+Between points, times are interpolated where physics makes them straight. A decode step's time grows with the bytes that
+it moves: at one batch in proportion to the context, and from batch to batch likewise. A pass of prompts takes time with
+its operations: at one prompt length in proportion to its tokens, and at as many tokens linearly in the length. Outside
+the measured range nothing is said, unless that is asked for; then the outermost slopes are prolonged.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
-from scipy.interpolate import RegularGridInterpolator
 
 from nas.errors import UserError
 from nas.files import file_hash, read_json
-from nas.latency.model import PHASES, Phase, Workload
+from nas.latency.check import CHECK, CHECK_COLUMNS, phase_errors
+from nas.latency.energy import ENERGY, EnergyTable
+from nas.latency.model import PHASES, Phase, Workload, passes
 from nas.space import FEATURES, ModelShape, SearchSpace
+from nas.tables import read_csv
 
-TABLE, META, CHECK = "table.csv", "latency.json", "check.csv"
-COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n"]
-CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
+TABLE, META = "table.csv", "latency.json"
+COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n", "status"]
+OK, OUT_OF_MEMORY = "ok", "out_of_memory"
 _META_KEYS = {"check", "date", "device", "dtype", "runtime", "shape", "workload"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
+_ENDS = ("embedding", "head")
 
 
 def layer_shape(shape: ModelShape) -> dict[str, int]:
@@ -39,39 +45,52 @@ class TableLatency:
 
     Args:
         folder: Holds table.csv and latency.json.
+        extrapolate: Answer outside the measured range too, which makes it an estimate.
 
     Raises:
         UserError: A file is missing or corrupt.
     """
 
-    source = "measured"
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, extrapolate: bool = False) -> None:
+        self.folder, self._extrapolate = folder, extrapolate
+        self.source = "estimated" if extrapolate else "measured"
         self.meta: dict[str, Any] = read_json(folder / META)
         if missing := sorted(_META_KEYS - self.meta.keys()):
             raise UserError(f"{folder / META} is corrupt (it lacks {', '.join(missing)}); restore it or measure again")
         table = read_csv(folder / TABLE, COLUMNS)
-        bad = table.index[~(pd.to_numeric(table["median_ms"], errors="coerce") > 0)]
+        table = table[table["status"] != OUT_OF_MEMORY]
+        numbers = table[["batch", "length", "median_ms"]].apply(pd.to_numeric, errors="coerce")
+        bad = table.index[~((numbers > 0).all(axis=1) & (table["status"] == OK))]
         if table.empty or len(bad):
-            row = f"row {bad[0] + 2}" if len(bad) else "no row at all"
-            raise UserError(f"{folder / TABLE} is corrupt ({row}: median_ms must be positive); measure again")
-        self._grids = dict(self._interpolators(table))
+            row = f"row {bad[0] + 2}" if len(bad) else "no row that fitted into memory"
+            raise UserError(
+                f"{folder / TABLE} is corrupt ({row}: batch, length and median_ms must be positive and status {OK} or "
+                f"{OUT_OF_MEMORY}); measure again"
+            )
+        self._surfaces = {
+            key: _Surface(rows, str(rows["phase"].iloc[0]), f"{folder / TABLE}")
+            for key, rows in table.groupby(["phase", "part", "groups"])
+        }
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         return self._at(phase, "layer", groups, batch, length)
 
     def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
-        return self._at(phase, "ends", 0, batch, length)
+        return sum(self._at(phase, part, 0, batch, length if phase == "prefill" else 1) for part in _ENDS)
 
     def describe(self) -> str:
         words = f"measured on {self.meta['device']['name']} on {self.meta['date'][:10]}"
-        check, at = self.meta["check"], self.meta["workload"]
-        if phases := [phase for phase in PHASES if phase in check]:
-            errors = ", ".join(f"{phase} {check[phase]['mape']:.1%}" for phase in phases)
-            words += f"; mean error {errors} over {check[phases[0]]['n']} whole models"
-            words += f" at batch {at['batch']}, context {at['context']}, prompt {at['prompt']}"
-        return words
+        errors = {phase: phase_errors(self.meta["check"], phase) for phase in PHASES}
+        known = {phase: error for phase, error in errors.items() if error}
+        if known:
+            told = ", ".join(f"{phase} {mean:.1%} (worst {worst:.1%})" for phase, (mean, worst) in known.items())
+            shapes = {phase: [s for s in self.meta["check"] if s["phase"] == phase] for phase in known}
+            where = "; ".join(
+                f"{phase} at " + ", ".join(f"{s['batch']} x {s['length']}" for s in some)
+                for phase, some in shapes.items()
+            )
+            words += f"; mean error {told} over {self.meta['check'][0]['n']} whole models ({where} tokens)"
+        return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")
 
     def digest(self) -> str:
         """Hash of the times."""
@@ -85,61 +104,119 @@ class TableLatency:
         """
         return read_csv(self.folder / CHECK, CHECK_COLUMNS)
 
-    def fits(self, device: str, space: SearchSpace, workload: Workload) -> bool:
-        """Whether the table covers a device, the groups of a space and a workload."""
+    def energy(self) -> EnergyTable | None:
+        """The power of decode steps, where it was measured.
+
+        Raises:
+            UserError: energy.csv is corrupt.
+        """
+        return EnergyTable(self.folder / ENERGY) if (self.folder / ENERGY).is_file() else None
+
+    def extrapolating(self) -> Self:
+        """The same table, answering outside its range too."""
+        return type(self)(self.folder, extrapolate=True)
+
+    def fits(self, device: str, space: SearchSpace, workload: Workload, batches: Iterable[int]) -> bool:
+        """Whether the table is of a device, shape and runtime, and covers batches of a workload."""
         same = (self.meta["device"]["slug"], self.meta["shape"], self.meta["dtype"], self.meta["runtime"])
         if same != (device, layer_shape(space.shape), workload.dtype, workload.runtime):
             return False
         try:
-            for groups in set().union(*space.choices):
-                self.layer_ms("decode", groups, workload.batch, workload.context)
-                self.layer_ms("prefill", groups, workload.batch, workload.prompt)
+            for batch in batches:
+                self.ends_ms("decode", batch, 1)
+                for groups in set().union(*space.choices):
+                    self.layer_ms("decode", groups, batch, workload.context)
+                    for rows in set(passes(batch, workload.prompt)):
+                        self.layer_ms("prefill", groups, rows, workload.prompt)
         except UserError:
             return False
         return True
 
     def _at(self, phase: str, part: str, groups: int, batch: int, length: int) -> float:
-        if (phase, part, groups) not in self._grids:
-            raise UserError(f"{self.folder / TABLE} has no {phase} times for {groups} groups; measure this space")
-        grid = self._grids[phase, part, groups]
-        try:
-            return float(grid((batch, length)).item())
-        except ValueError:
-            ranges = [f"{axis.min():g} to {axis.max():g}" for axis in grid.grid]
+        if (phase, part, groups) not in self._surfaces:
+            what = f"{groups} groups" if part == "layer" else part
+            raise UserError(f"{self.folder / TABLE} has no {phase} times for {what}; measure this space")
+        surface = self._surfaces[phase, part, groups]
+        if not self._extrapolate and not surface.covers(batch, length):
             raise UserError(
-                f"{self.folder / TABLE} covers batch {ranges[0]} and length {ranges[1]} in {phase}, not {batch} and "
-                f"{length}; measure that workload"
-            ) from None
-
-    def _interpolators(self, table: pd.DataFrame) -> Iterator[tuple[tuple[str, str, int], RegularGridInterpolator]]:
-        for key, rows in table.groupby(["phase", "part", "groups"]):
-            times = rows.pivot(index="batch", columns="length", values="median_ms").sort_index().sort_index(axis=1)
-            if times.isna().to_numpy().any() or min(times.shape) < 2:
-                raise UserError(
-                    f"{self.folder / TABLE} has gaps at {key}: it needs every batch at every length, two of each"
-                )
-            axes = (times.index.to_numpy(float), times.columns.to_numpy(float))
-            yield key, RegularGridInterpolator(axes, times.to_numpy(float))  # type: ignore[misc]
+                f"{self.folder / TABLE} covers {surface.range()} in {phase}, not batch {batch} and length {length}; "
+                "measure that workload, or allow extrapolate=true"
+            )
+        return surface(batch, length)
 
 
-def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Reads a CSV that must have at least ``columns``.
+class _Surface:
+    """Times of one part, over an outer and an inner coordinate along which they are straight.
 
-    Raises:
-        UserError: It is missing, no CSV, or lacks a column.
+    Of decode those are batch and length; of prefill they are length and tokens, batch times length.
     """
-    try:
-        frame = pd.read_csv(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the stage that writes it") from None
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
-        raise UserError(f"{path} is not a valid CSV ({' '.join(str(error).split())}); restore it") from None
-    if missing := [column for column in columns if column not in frame.columns]:
-        raise UserError(f"{path} lacks the column {', '.join(missing)}; restore it or run its stage again")
-    return frame
+
+    def __init__(self, rows: pd.DataFrame, phase: str, where: str) -> None:
+        self._prefill = phase == "prefill"
+        rows = rows[["batch", "length", "median_ms"]].astype(float)
+        rows = rows.assign(tokens=rows["batch"] * rows["length"])
+        outer, self._inner = ("length", "tokens") if self._prefill else ("batch", "length")
+        if rows.duplicated([outer, self._inner]).any():
+            raise UserError(f"{where} is corrupt ({phase} has a point twice); restore it or measure again")
+        self._lines = {float(str(value)): line.sort_values(self._inner) for value, line in rows.groupby(outer)}
+        self._outer = np.array(list(self._lines))
+
+    def __call__(self, batch: int, length: int) -> float:
+        outer, inner = self._coordinates(batch, length)
+        values = self._neighbours(outer)
+        return _along(np.array(values), np.array([self._on_line(value, inner) for value in values]), outer)
+
+    def covers(self, batch: int, length: int) -> bool:
+        """Whether the measured points surround these."""
+        outer, inner = self._coordinates(batch, length)
+        if not self._outer[0] <= outer <= self._outer[-1]:
+            return False
+        # A pass of prompts is within when it has no fewer rows than were measured, and no more rows or no more tokens.
+        low, within = ("batch", {"batch": batch, "tokens": inner}) if self._prefill else ("length", {"length": inner})
+        return all(
+            line[low].min() <= within[low] and any(value <= line[axis].max() for axis, value in within.items())
+            for line in (self._lines[value] for value in self._neighbours(outer))
+        )
+
+    def range(self) -> str:
+        """The measured range in words."""
+        inner = pd.concat([line[self._inner] for line in self._lines.values()])
+        first = "length" if self._prefill else "batch"
+        return (
+            f"{first} {self._outer[0]:g} to {self._outer[-1]:g} and {self._inner} {inner.min():g} to {inner.max():g} "
+            "(less where memory ended)"
+        )
+
+    def _coordinates(self, batch: int, length: int) -> tuple[float, float]:
+        return (float(length), float(batch * length)) if self._prefill else (float(batch), float(length))
+
+    def _neighbours(self, outer: float) -> list[float]:
+        """The lines on either side: one where the value was measured, or nothing else was."""
+        if outer in self._lines or len(self._outer) == 1:
+            return [outer if outer in self._lines else float(self._outer[0])]
+        right = int(np.clip(np.searchsorted(self._outer, outer), 1, len(self._outer) - 1))
+        return self._outer[right - 1 : right + 1].tolist()  # type: ignore[no-any-return]
+
+    def _on_line(self, value: float, inner: float) -> float:
+        line = self._lines[value]
+        coordinates, times = line[self._inner].to_numpy(float), line["median_ms"].to_numpy(float)
+        if self._prefill and len(line) == 1:  # prompts so long that they go alone: as much time for each token
+            return float(times[0] * inner / coordinates[0])
+        return _along(coordinates, times, inner)
 
 
-def summarise(seconds: list[float]) -> dict[str, float]:
-    """Median, 20th and 80th percentile in milliseconds, and how many."""
-    p20, median, p80 = np.percentile(np.array(seconds) * 1e3, [20, 50, 80])
-    return {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "n": len(seconds)}
+def _along(coordinates: np.ndarray, times: np.ndarray, at: float) -> float:
+    """Linear interpolation, and beyond the ends the slope of the last two."""
+    if len(coordinates) == 1:
+        return float(times[0])
+    right = int(np.clip(np.searchsorted(coordinates, at), 1, len(coordinates) - 1))
+    (x0, x1), (y0, y1) = coordinates[right - 1 : right + 1], times[right - 1 : right + 1]
+    return float(y0 + (y1 - y0) * (at - x0) / (x1 - x0))
+
+
+def summarise(times_ms: Sequence[float]) -> dict[str, Any]:
+    """Median, 20th and 80th percentile in milliseconds, how many, and whether it fitted into memory."""
+    if not np.isfinite(times_ms).all():
+        return {"median_ms": np.nan, "p20_ms": np.nan, "p80_ms": np.nan, "n": 0, "status": OUT_OF_MEMORY}
+    p20, middle, p80 = np.percentile(times_ms, [20, 50, 80])
+    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(times_ms), "status": OK}

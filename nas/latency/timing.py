@@ -1,77 +1,263 @@
-"""Timing callables side by side: in rounds, in shuffled order, so that a machine's drift falls on all alike."""
+"""Timing many points fairly: in rounds and shuffled, watched by a sentinel, until each one's spread is small.
 
+A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Where it
+is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
+again. Samples are written down a segment at a time, so a killed measurement loses no more than one.
+"""
+
+import math
 import random
 import time
-from collections.abc import Callable, Hashable, Mapping
-from typing import Any, TypeVar
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
 
+from nas.config import MeasureConfig
 from nas.console import progress_bar
+from nas.errors import UserError
+from nas.latency.points import Point, point_of
+from nas.tables import read_csv
 
-Key = TypeVar("Key", bound=Hashable)
-_SHORTEST_SECONDS = 2e-3  # a sample repeats a faster callable until it lasts this long
+Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
+
+SAMPLES = "samples.csv"
+SAMPLE_COLUMNS = [
+    "segment",
+    "sentinel_before_ms",
+    "sentinel_after_ms",
+    "phase",
+    "part",
+    "groups",
+    "batch",
+    "length",
+    "ms",
+]
+_SHORTEST_S = {"cuda": 2e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
+_WARM_UP_S = 1.0
+_SENTINEL_SAMPLES = 3
 
 
-def time_side_by_side(
-    work: Mapping[Key, Callable[[], object]], rounds: int, seed: int, device: torch.device, graph: bool, title: str
-) -> dict[Key, list[float]]:
-    """Times every callable once a round.
+@dataclass(frozen=True)
+class Segment:
+    """Samples taken one after another, and what the sentinel took before and after them.
+
+    Attributes:
+        before: Milliseconds of the sentinel.
+        after: The same.
+        samples: Milliseconds by point; infinite for one that does not fit into memory.
+    """
+
+    before: float
+    after: float
+    samples: dict[Point, float]
+
+
+@dataclass
+class Samples:
+    """All samples of a measurement; with a path, written there as they come."""
+
+    path: Path | None = None
+    segments: list[Segment] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, path: Path) -> "Samples":
+        """Those that an interrupted measurement left at ``path``, or none.
+
+        Raises:
+            UserError: The file is corrupt.
+        """
+        if not path.is_file():
+            return cls(path)
+        whole = path.read_bytes().rpartition(b"\n")[:2]
+        path.write_bytes(b"".join(whole))  # without a line that a kill or a full disk cut short
+        if not any(whole):
+            path.unlink()
+            return cls(path)
+        frame = read_csv(path, SAMPLE_COLUMNS)
+        segments = []
+        try:
+            for _, rows in frame.groupby("segment"):
+                points = [point_of(*row) for row in rows[SAMPLE_COLUMNS[3:8]].itertuples(index=False)]
+                first = rows.iloc[0]
+                times = dict(zip(points, rows["ms"].astype(float), strict=True))
+                segments.append(Segment(float(first.iloc[1]), float(first.iloc[2]), times))
+        except (ValueError, TypeError, UserError) as error:
+            raise UserError(f"{path} is corrupt ({error}); remove it and measure again") from None
+        return cls(path, segments)
+
+    def add(self, segment: Segment) -> None:
+        """Appends a segment, to the file too."""
+        rows = [[len(self.segments), segment.before, segment.after, *p.row(), ms] for p, ms in segment.samples.items()]
+        self.segments.append(segment)
+        if self.path:
+            text = pd.DataFrame(rows, columns=SAMPLE_COLUMNS).to_csv(index=False, header=not self.path.is_file())
+            try:
+                with self.path.open("a", encoding="utf-8") as stream:
+                    stream.write(text)
+            except OSError as error:  # which does not say where
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def drifts(self) -> list[float]:
+        """By which share each segment's sentinel was off its median over all, at the worse of both sides."""
+        usual = median([ms for segment in self.segments for ms in (segment.before, segment.after)] or [math.nan])
+        return [max(abs(ms / usual - 1) for ms in (segment.before, segment.after)) for segment in self.segments]
+
+    def by_point(self, tolerance: float = math.inf) -> dict[Point, list[float]]:
+        """Samples of each point, without those of segments in which the sentinel drifted more than ``tolerance``."""
+        samples: dict[Point, list[float]] = {}
+        for segment, drift in zip(self.segments, self.drifts(), strict=True):
+            for point, ms in segment.samples.items():
+                kept = samples.setdefault(point, [])
+                if not drift > tolerance or math.isinf(ms):
+                    kept.append(ms)
+        return samples
+
+
+def time_points(
+    points: Sequence[Point],
+    sentinel: Point,
+    prepare: Prepare,
+    config: MeasureConfig,
+    device: torch.device,
+    samples: Samples,
+) -> None:
+    """Times every point until it has enough steady samples, or twice as many as asked for.
 
     Args:
-        work: What to time, by key.
-        rounds: How many samples each gets.
-        seed: Seeds the order.
-        device: Where the work runs.
-        graph: Capture each callable in a CUDA graph and time its replay, so that launch overhead does not count.
-        title: For the progress bar.
-
-    Returns:
-        Seconds of one call, ``rounds`` samples a key.
+        points: What to time.
+        sentinel: One of them.
+        prepare: Gives what runs a point, and by how much its time is divided. Raises `torch.OutOfMemoryError`.
+        config: Its rounds, spread, drift and segment count.
+        device: Where it runs.
+        samples: Those of an earlier attempt; new ones are added.
     """
-    pool = torch.cuda.graph_pool_handle() if graph else None  # shared: no graph's output is ever read
-    ready = {key: _capture(call, pool) if graph else call for key, call in work.items()}
-    repeats = {key: _repeats(call, device) for key, call in ready.items()}
-    samples: dict[Key, list[float]] = {key: [] for key in work}
-    order = random.Random(seed)
-    with progress_bar(title, rounds * len(work)) as bar:
-        for round_ in range(rounds):
-            keys = list(ready)
-            order.shuffle(keys)
-            for index, key in enumerate(keys):
-                samples[key].append(_sample(ready[key], repeats[key], device))
-                bar.update(round_ * len(keys) + index + 1)
-    return samples
+    stopwatch = _Stopwatch(prepare, device)
+    rng = random.Random(config.seed + len(samples.segments))
+    total = config.rounds * len(points)
+    with progress_bar("Timing", total) as bar:
+
+        def show() -> None:
+            done = sum(min(config.rounds, len(times)) for times in samples.by_point().values())
+            bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
+
+        if math.isinf(stopwatch.warm_up(sentinel)):
+            raise UserError(
+                f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups a "
+                "layer fit into memory; lower workload.context, or give smaller measure.batches"
+            )
+        while due := due_points(points, samples, config):
+            rng.shuffle(due)
+            before = stopwatch.steady(sentinel)
+            for begin in range(0, len(due), config.segment):
+                times = {point: stopwatch.sample(point) for point in due[begin : begin + config.segment]}
+                after = stopwatch.steady(sentinel)
+                samples.add(Segment(before, after, times))
+                before = after
+                show()
 
 
-def _sample(call: Callable[[], object], repeats: int, device: torch.device) -> float:
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
+def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
+    """Points that are still to be timed: too few steady samples, or too wide a spread, and not tired of trying."""
+    taken, good = samples.by_point(), samples.by_point(config.drift)
+
+    def is_due(point: Point) -> bool:
+        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * config.rounds:
+            return False
+        return len(good.get(point, [])) < config.rounds or spread(good[point]) > config.spread
+
+    return [point for point in points if is_due(point)]
+
+
+def spread(times: Sequence[float]) -> float:
+    """How far the 20th and 80th percentiles are apart, as a share of the median."""
+    low, middle, high = np.percentile(times, [20, 50, 80])
+    return float((high - low) / middle)
+
+
+def usable(samples: Samples, config: MeasureConfig) -> Iterator[tuple[Point, list[float]]]:
+    """Each point's samples: the steady ones, or all where drift has left few."""
+    good = samples.by_point(config.drift)
+    for point, times in samples.by_point().items():
+        yield point, good[point] if len(good[point]) > config.rounds // 2 else times
+
+
+def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
+    """What latency.json says of the sentinel."""
+    drifts = samples.drifts()
+    affected = [segment for segment, drift in zip(samples.segments, drifts, strict=True) if drift > config.drift]
+    redone = Counter(point for segment in affected for point in segment.samples)
+    good = samples.by_point(config.drift)
+    return {
+        "tolerance": config.drift,
+        "worst": round(max(drifts, default=0.0), 5),
+        "segments": len(drifts),
+        "segments_beyond": len(affected),
+        "points_affected": len(redone),
+        "points_left_unsteady": sum(not good[point] for point in redone),
+    }
+
+
+class _Stopwatch:
+    """Prepares each point once, and times it."""
+
+    def __init__(self, prepare: Prepare, device: torch.device) -> None:
+        self._prepare, self._device = prepare, device
+        self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
+
+    def warm_up(self, point: Point) -> float:
+        """Runs a point until the device has left its idle clocks; its last sample."""
+        begun = time.perf_counter()
+        while True:
+            milliseconds = self.sample(point)
+            if time.perf_counter() - begun >= _WARM_UP_S:
+                return milliseconds
+
+    def steady(self, point: Point) -> float:
+        """The median of a few samples."""
+        return median(self.sample(point) for _ in range(_SENTINEL_SAMPLES))
+
+    def sample(self, point: Point) -> float:
+        """Milliseconds of one call, divided; infinite where it does not fit into memory."""
+        if point not in self._ready:
+            self._ready[point] = self._made_ready(point)
+        if (ready := self._ready[point]) is None:
+            return math.inf
+        call, repeats, divisor = ready
+        try:
+            with torch.inference_mode():
+                return 1e3 * self._seconds(call, repeats) / repeats / divisor
+        except torch.OutOfMemoryError:  # what was made ready since has left it too little
+            self._ready[point] = None
+            return math.inf
+
+    def _made_ready(self, point: Point) -> tuple[Callable[[], Any], int, int] | None:
+        try:
+            with torch.inference_mode():
+                call, divisor = self._prepare(point)
+                self._seconds(call, 1)  # warm-up
+                repeats = max(1, round(_SHORTEST_S[self._device.type] / max(self._seconds(call, 1), 1e-7)))
+        except torch.OutOfMemoryError:
+            return None
+        return call, repeats, divisor
+
+    def _seconds(self, call: Callable[[], Any], repeats: int) -> float:
+        if self._device.type == "cuda":
+            call()  # a GPU that was left alone for a moment is not at its steady speed
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(repeats):
+                call()
+            end.record()
+            end.synchronize()
+            return float(start.elapsed_time(end)) / 1e3
+        begun = time.perf_counter()
         for _ in range(repeats):
             call()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3 / repeats
-    begun = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - begun) / repeats
-
-
-def _repeats(call: Callable[[], object], device: torch.device) -> int:
-    _sample(call, 1, device)  # warm-up
-    return max(1, round(_SHORTEST_SECONDS / max(_sample(call, 1, device), 1e-7)))
-
-
-def _capture(call: Callable[[], object], pool: Any) -> Callable[[], object]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        call()
-    return graph.replay
+        return time.perf_counter() - begun

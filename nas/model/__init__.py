@@ -1,6 +1,6 @@
 """A plain Llama-style decoder with one number of KV groups a layer, and the supernet that makes them elastic."""
 
-from nas.model.decoder import Decoder, KVCache
+from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 
-__all__ = ["Decoder", "KVCache", "Supernet"]
+__all__ = ["Decoder", "Supernet"]

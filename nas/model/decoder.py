@@ -10,7 +10,6 @@ L layers, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,38 +19,6 @@ from torch import Tensor, nn
 from nas.space import ModelShape
 
 Rope = tuple[Tensor, Tensor]
-
-
-@dataclass
-class LayerCache:
-    """Keys and values of one layer, written in place; both BGCd."""
-
-    keys: Tensor
-    values: Tensor
-
-
-class KVCache:
-    """A static KV cache: every layer takes exactly the bytes that its own number of groups needs."""
-
-    def __init__(
-        self,
-        shape: ModelShape,
-        vector: Sequence[int],
-        batch: int,
-        length: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
-        self.layers = [
-            LayerCache(*(torch.zeros(size, device=device, dtype=dtype) for _ in range(2)))  # keys, values
-            for size in sizes
-        ]
-
-    def rows(self, layer: int, batch: int) -> LayerCache:
-        """The first ``batch`` rows of one layer's cache."""
-        cache = self.layers[layer]
-        return LayerCache(cache.keys[:batch], cache.values[:batch])
 
 
 def rope_table(shape: ModelShape) -> Rope:
@@ -127,8 +94,6 @@ class Attention(nn.Module):
         x_BTD: Tensor,
         rope: Rope,
         selection_BGS: Tensor | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
     ) -> Tensor:
         q_BHTd = self._heads(self.q_proj(x_BTD))
         k_BGTd = self._heads(self.k_proj(x_BTD))
@@ -138,14 +103,7 @@ class Attention(nn.Module):
         if self.qk_norm:  # after the mixing: a norm of mixtures is no mixture of norms
             q_BHTd, k_BGTd = self.q_norm(q_BHTd), self.k_norm(k_BGTd)
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
-        if cache is not None:
-            end = start + x_BTD.shape[1]
-            cache.keys[:, :, start:end] = k_BGTd
-            cache.values[:, :, start:end] = v_BGTd
-        if cache is not None and start > 0:
-            out_BHTd = attend_packed(q_BHTd, cache.keys[:, :, :end], cache.values[:, :, :end])
-        else:
-            out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=True)
+        out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=True)
         return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
     def _heads(self, x: Tensor) -> Tensor:
@@ -158,17 +116,6 @@ def select_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, a matrix product not
         return (selection_BGS[..., None, None] * x_BSTd.unsqueeze(1)).sum(2)
     return torch.einsum("bgs,bstd->bgtd", selection_BGS, x_BSTd)
-
-
-def attend_packed(q_BH1d: Tensor, k_BGCd: Tensor, v_BGCd: Tensor) -> Tensor:
-    """One decode step of attention: one new token for every row against the whole cache.
-
-    The R = H / G query heads of a group become the rows of one attention problem, so each K/V head is read from
-    memory once instead of R times. No mask: the new token may see everything in the cache.
-    """
-    B, H, _, d = q_BH1d.shape
-    q_BGRd = q_BH1d.view(B, k_BGCd.shape[1], -1, d)
-    return F.scaled_dot_product_attention(q_BGRd, k_BGCd, v_BGCd).reshape(B, H, 1, d)
 
 
 class MLP(nn.Module):
@@ -194,15 +141,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp = MLP(shape)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rope: Rope,
-        selection_BGS: Tensor | None = None,
-        cache: LayerCache | None = None,
-        start: int = 0,
-    ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, selection_BGS, cache, start)
+    def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, selection_BGS)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))  # type: ignore[no-any-return]
 
 
@@ -250,31 +190,20 @@ class Decoder(nn.Module):
             std = 0.02 / (2 * len(self.kv_heads)) ** 0.5 if residual else 0.02
             parameter.normal_(0.0, std, generator=generator)
 
-    def forward(
-        self,
-        tokens_BT: Tensor,
-        selections: Sequence[Tensor] | None = None,
-        cache: KVCache | None = None,
-        start: int = 0,
-        last_only: bool = False,
-    ) -> Tensor:
+    def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
         """Logits of every position.
 
         Args:
             tokens_BT: Token ids.
             selections: One selection (B, G, S) a layer, for a supernet.
-            cache: Where to write keys and values. A prompt starts at 0; later calls bring one token each.
-            start: Position of the first token of ``tokens_BT``.
-            last_only: Compute the logits of the last position only, as generation needs.
 
         Returns:
-            Logits, BTV, or B1V with ``last_only``.
+            Logits, BTV.
         """
-        x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(start, start + tokens_BT.shape[1])
+        x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(0, tokens_BT.shape[1])
         for index, layer in enumerate(self.model.layers):
-            selection = selections[index] if selections is not None else None
-            x_BTD = layer(x_BTD, rope, selection, cache.layers[index] if cache else None, start)
-        return self.logits(x_BTD[:, -1:] if last_only else x_BTD)
+            x_BTD = layer(x_BTD, rope, selections[index] if selections is not None else None)
+        return self.logits(x_BTD)
 
     def rope(self, start: int, end: int) -> Rope:
         """The rows of the rotary table for the positions from ``start`` up to ``end``."""

@@ -1,33 +1,39 @@
-"""Predicted against measured whole models, from latency_check.csv."""
+"""Predicted against measured whole models, from check.csv."""
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from nas.latency.check import WORKLOAD, summarise_check
 from nas.report.figure import COLOURS
 
-
-def check_errors(check: pd.DataFrame) -> pd.DataFrame:
-    """The check with ``error``, the relative error of each prediction."""
-    return check.assign(error=check["predicted_ms"] / check["measured_ms"] - 1)
+_A_ROW = 3
 
 
 def draw_check(drawing: Figure, check: pd.DataFrame, title: str) -> None:
-    """One panel a phase, with the line of perfect prediction."""
-    phases = list(check["phase"].unique())
-    panels = drawing.subplots(1, len(phases), squeeze=False)[0]
-    for axes, phase, colour in zip(panels, phases, COLOURS, strict=False):
-        rows = check[check["phase"] == phase]
-        ends = [
-            rows[["predicted_ms", "measured_ms"]].to_numpy().min(),
-            rows[["predicted_ms", "measured_ms"]].to_numpy().max(),
-        ]
-        axes.plot(ends, ends, color="black", linewidth=0.8, label="perfect")
-        axes.scatter(rows["measured_ms"], rows["predicted_ms"], s=24, color=colour, label=f"{len(rows)} whole models")
+    """One panel a workload, with the line of perfect prediction."""
+    summaries = summarise_check(check)
+    rows = -(-len(summaries) // _A_ROW)
+    panels = drawing.subplots(rows, min(len(summaries), _A_ROW), squeeze=False).flatten()
+    for axes, summary in zip(panels, summaries, strict=False):
+        models = check[(check[WORKLOAD] == [summary[key] for key in WORKLOAD]).all(axis=1)]
+        times = models[["predicted_ms", "measured_ms"]].to_numpy()
+        axes.plot([times.min(), times.max()], [times.min(), times.max()], color="black", linewidth=0.8, label="perfect")
+        colour = COLOURS[0] if summary["phase"] == "decode" else COLOURS[1]
+        axes.scatter(models["measured_ms"], models["predicted_ms"], s=16, color=colour, label=f"{len(models)} models")
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)")
-        at = f"batch {rows['batch'].iloc[0]}, length {rows['length'].iloc[0]}"
+        tau = f", τ {summary['kendall_tau']:.3f}" if "kendall_tau" in summary else ""
         axes.set_title(
-            f"{phase}, {at}\nmean error {rows['error'].abs().mean():.1%}, worst {rows['error'].abs().max():.1%}",
-            fontsize=9,
+            f"{summary['phase']}, batch {summary['batch']}, {summary['length']} tokens\n"
+            f"mean error {summary['mape']:.2%}, worst {summary['worst']:.2%}{tau}",
+            fontsize=8,
         )
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=7)
+    for axes in panels[len(summaries) :]:
+        axes.set_visible(False)
     drawing.suptitle(title, fontsize=9)
+
+
+def check_size(check: pd.DataFrame) -> dict[str, float]:
+    """Width and height of the figure in inches."""
+    panels = len(summarise_check(check))
+    return {"width": max(4.2, 3.4 * min(panels, _A_ROW)), "height": 0.6 + 3.1 * -(-panels // _A_ROW)}

@@ -26,3 +26,14 @@ METRICS = {
 }
 
 COLUMNS = ["vector", *METRICS, "on_front", "latency_source"]
+
+OPTIONAL_COLUMNS = [
+    "memory_gib",
+    "decode_ms_low",
+    "decode_ms_high",
+    "joules_per_token",
+    "cost_per_million_tokens",
+    "kg_co2e_per_million_tokens",
+    "kg_co2e_per_year",
+]
+"""Columns that follow where they are known; an estimate's interval is ``decode_ms_low`` to ``decode_ms_high``."""

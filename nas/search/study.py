@@ -16,7 +16,7 @@ from nas.console import progress_bar
 from nas.errors import UserError
 from nas.search.claims import Claims, Membership
 from nas.search.front import on_front
-from nas.search.metrics import COLUMNS
+from nas.search.metrics import COLUMNS, OPTIONAL_COLUMNS
 from nas.search.problem import Problem
 from nas.search.sampler import DistinctSampler
 from nas.search.storage import Storage
@@ -54,7 +54,7 @@ def search(
         facts: What else all workers must have in common.
 
     Returns:
-        All evaluated vectors in the order of their slots, with `COLUMNS`.
+        All evaluated vectors in the order of their slots, with `COLUMNS` and what is known of `OPTIONAL_COLUMNS`.
 
     Raises:
         UserError: The study cannot be reached, read or written, or was begun with other facts.
@@ -108,4 +108,4 @@ def trials_frame(study: optuna.Study, claims: Claims, problem: Problem, storage:
         raise UserError(f"{storage} has lost the trials of {', '.join(lost[:3])}; restore it, or give another name=")
     frame = pd.DataFrame([trials[vector].user_attrs for vector in done.values()])
     frame["on_front"] = on_front(frame, problem.objectives)
-    return frame[COLUMNS]
+    return frame[COLUMNS + [column for column in OPTIONAL_COLUMNS if column in frame]]

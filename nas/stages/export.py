@@ -10,12 +10,12 @@ import torch
 from nas.config import Export, build
 from nas.console import say
 from nas.errors import UserError
-from nas.latency.table import read_csv
 from nas.model.checkpoint import load_supernet
 from nas.run import FinishedRun, start_run
 from nas.search import COLUMNS, Objectives
 from nas.search.front import knee
 from nas.space import SearchSpace, parse_vector
+from nas.tables import read_csv
 
 
 def run(config: Export, path: Path) -> None:

@@ -1,10 +1,17 @@
-"""nas measure: times the layers of a space on this machine, and checks the predictor against whole models."""
+"""nas measure: times the layers of a space on this machine, and checks the predictor against whole models.
+
+table.csv      the times; latency.json says what they mean
+check.csv      whole models, predicted and measured; check.png and .svg draw them
+energy.csv     power of decode steps, where NVML tells
+samples.csv    every single sample, by which an interrupted measurement goes on
+"""
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -13,13 +20,23 @@ from nas.config import LatencyParts, Measure
 from nas.console import complain, say
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import write_atomically, write_json
+from nas.latency.check import CHECK, predict_wholes, summarise_check
 from nas.latency.device import DEVICE, Device, device_folders, this_device
-from nas.latency.measure import grid_for, measure, pool_bytes, predict_check, summarise_check
-from nas.latency.model import Workload, resolve_workload
-from nas.latency.table import CHECK, META, TABLE, TableLatency, layer_shape
+from nas.latency.energy import ENERGY
+from nas.latency.measure import Measured, measure
+from nas.latency.memory import MemoryModel, batch_of
+from nas.latency.model import DTYPE_BYTES, Workload, resolve_workload
+from nas.latency.points import check_shapes, grid_for
+from nas.latency.table import META, TABLE, TableLatency, layer_shape
+from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
+from nas.report.check import check_size, draw_check
+from nas.report.figure import figure
 from nas.run import FinishedRun, find_runs, git_state, now, start_run
 from nas.space import SearchSpace
+
+_FIGURE = "check"
+_GIB = 2**30
 
 
 def run(config: Measure, path: Path) -> None:
@@ -44,29 +61,46 @@ def run(config: Measure, path: Path) -> None:
 def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path) -> None:
     folder = root / device.slug / f"{space.name}-{table.meta['dtype']}-{table.meta['runtime']}"
     (folder / META).unlink(missing_ok=True)  # a table without its meaning is none: nothing half-copied is ever read
-    for name in (TABLE, CHECK, META):
-        write_atomically(folder / name, partial(shutil.copy, table.folder / name))
+    for name in (TABLE, CHECK, ENERGY, f"{_FIGURE}.png", META):
+        (folder / name).unlink(missing_ok=True)
+        if (table.folder / name).is_file():
+            write_atomically(folder / name, partial(shutil.copy, table.folder / name))
     if not any((known / DEVICE).is_file() for known in device_folders(device.slug)):
         write_json(root / device.slug / DEVICE, device.description())
     say(f"Copied the table to {folder}")
 
 
-def fitting_tables(runs_dir: Path, device: Device, space: SearchSpace, workload: Workload) -> Iterator[TableLatency]:
+def fitting_tables(
+    runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
+) -> Iterator[TableLatency]:
     """Measured tables that cover a workload: of this user's runs, newest first, then those that ship.
 
-    Unusable ones are passed over with a warning.
+    With ``extrapolate`` those of the same shape and runtime follow that do not cover it. Unusable ones are passed over
+    with a warning.
     """
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
     published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
+    batches = batches_of(space, device, workload)
+    others = []
     for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
         try:
             table = load()
             table.check()
+            table.energy()
         except UserError as error:
             complain(f"Passing over a latency table: {error}")
             continue
-        if table.fits(device.slug, space, workload):
+        if table.fits(device.slug, space, workload, batches):
             yield table
+        elif extrapolate:
+            others.append(table.extrapolating())
+    yield from (table for table in others if table.fits(device.slug, space, workload, batches))
+
+
+def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[int]:
+    """The smallest and the largest batch that any vector of a space has."""
+    memory = MemoryModel(space.shape, workload, device.is_gpu)
+    return sorted({batch_of(workload, memory, vector) for vector in (space.largest, space.smallest)})
 
 
 def table_of(run: FinishedRun) -> TableLatency:
@@ -93,18 +127,17 @@ def measure_space(
         path: The run directory.
 
     Raises:
-        UserError: The grid is beyond the space's context, or does not fit into memory.
+        UserError: The grid is beyond the space's context, or the workload does not fit into memory.
     """
-    grid = grid_for(config.measure, workload)
+    batches = batches_of(space, device, workload)
+    grid = grid_for(config.measure, workload, batches, space.shape.max_position_embeddings)
+    shapes = check_shapes(config.measure, grid, workload, batches)
     limit = space.shape.max_position_embeddings
-    if max(*grid.contexts, *grid.prompts) > limit:
-        raise UserError(f"the grid reaches beyond the space's context of {limit}; lower measure.contexts or .prompts")
-    needed = pool_bytes(space, grid, workload)
-    if needed > device.memory_bytes:
+    if max(*grid.contexts, *grid.prompts, *(length for _, _, length in shapes)) > limit:
         raise UserError(
-            f"timing {space.name} ({workload}) takes at least {needed / 2**30:.0f} GiB but {device.name} has "
-            f"{device.memory_bytes / 2**30:.0f}; lower workload.batch or .context, or take a smaller space"
+            f"the grid reaches beyond the space's context of {limit}; lower measure.contexts, .prompts or .check_at"
         )
+    _check_memory(space, device, workload, batches)
     asked = {
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
@@ -114,7 +147,8 @@ def measure_space(
     }
     with start_run(path, "measure", asked, {"measure": config.measure.seed}) as run:
         say(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
-        torch_device = torch.device("cuda" if device.is_gpu else "cpu")
+        found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
+        _say_facts(found)
         meta = {
             "date": now(),
             "device": dataclasses.asdict(device),
@@ -125,28 +159,56 @@ def measure_space(
             "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,
             "git": git_state(),
-            "check": {},
+            "check": [],
+            **found.facts,
         }
-        try:
-            table, wholes = measure(space, grid, workload, config.measure, config.check, torch_device)
-        except torch.OutOfMemoryError:
-            raise UserError(
-                f"the grid does not fit into the memory of {device.name}; lower workload.batch or .context"
-            ) from None
-        write_atomically(path / TABLE, lambda file: table.to_csv(file, index=False))
-        write_json(path / META, meta)
-        check = predict_check(wholes, TableLatency(path), workload)
-        write_atomically(path / CHECK, lambda file: check.to_csv(file, index=False))
-        write_json(path / META, meta | {"check": summarise_check(check)})
-        _say_check(check)
+        _write(path, found, meta, f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}")
         run.finish()
     return TableLatency(path)
 
 
-def _say_check(check: pd.DataFrame) -> None:
-    for phase, error in summarise_check(check).items():
-        tau = f", Kendall τ {error['kendall_tau']:.2f}" if "kendall_tau" in error else ""
+def _check_memory(space: SearchSpace, device: Device, workload: Workload, batches: Iterable[int]) -> None:
+    """Refuses a workload that cannot be timed: a model of its own, with its cache, must fit at least."""
+    size = DTYPE_BYTES[workload.dtype]
+    needed = space.shape.parameters(space.smallest) * size
+    needed += min(batches) * workload.context * space.shape.kv_bytes_per_token(space.smallest, size)
+    if needed > device.memory_bytes:
+        raise UserError(
+            f"timing {space.name} ({workload}) takes at least {needed / _GIB:.0f} GiB but {device.name} has "
+            f"{device.memory_bytes / _GIB:.0f}; lower workload.batch or .context, or take a smaller space"
+        )
+
+
+def _write(path: Path, found: Measured, meta: dict[str, Any], title: str) -> None:
+    write_atomically(path / TABLE, partial(found.table.to_csv, index=False))
+    if found.energy is not None:
+        write_atomically(path / ENERGY, partial(found.energy.to_csv, index=False))
+    write_json(path / META, meta)
+    check = predict_wholes(found.wholes_ms, TableLatency(path, extrapolate=True))
+    write_atomically(path / CHECK, partial(check.to_csv, index=False))
+    write_json(path / META, meta | {"check": summarise_check(check)})
+    if not check.empty:
+        with figure(path / _FIGURE, **check_size(check)) as drawing:
+            draw_check(drawing, check, title)
+    _say_check(check)
+
+
+def _say_facts(found: Measured) -> None:
+    drift = found.facts["drift"]
+    if drift["segments_beyond"]:
         say(
-            f"  predicted against {error['n']:.0f} whole models, {phase}: mean error {error['mape']:.1%}, "
-            f"worst {error['worst']:.1%}{tau}"
+            f"  the machine drifted by {drift['worst']:.1%} (more than {drift['tolerance']:.0%} in "
+            f"{drift['segments_beyond']} of {drift['segments']} looks); {drift['points_affected']} points were timed "
+            f"again, of which {drift['points_left_unsteady']} never met it steady"
+        )
+    if lost := int((found.table["n"] == 0).sum()):
+        say(f"  {lost} of {len(found.table)} points did not fit into memory and are marked so")
+
+
+def _say_check(check: pd.DataFrame) -> None:
+    for error in summarise_check(check):
+        tau = f", Kendall τ {error['kendall_tau']:.3f}" if "kendall_tau" in error else ""
+        say(
+            f"  predicted against {error['n']} whole models, {error['phase']} at batch {error['batch']} and "
+            f"{error['length']} tokens: mean error {error['mape']:.2%}, worst {error['worst']:.2%}{tau}"
         )

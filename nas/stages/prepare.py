@@ -22,7 +22,9 @@ from nas.data import TokenData
 from nas.errors import InUseError, UserError
 from nas.files import value_hash, without_passwords
 from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
+from nas.latency.cost import costs as cost_metrics
 from nas.latency.estimate import RooflineLatency
+from nas.latency.memory import MemoryModel, batch_of
 from nas.latency.model import DTYPE_BYTES
 from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
@@ -30,8 +32,9 @@ from nas.quality import InheritedLoss
 from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent
 from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
 from nas.search.claims import check_facts
+from nas.search.metrics import Metrics
 from nas.space import SearchSpace, Vector
-from nas.stages.measure import fitting_tables, measure_space, table_of
+from nas.stages.measure import batches_of, fitting_tables, measure_space, table_of
 from nas.stages.train import (
     check_trainable,
     find_supernet,
@@ -51,7 +54,6 @@ _AGREED = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
 _MOST = 200_000  # vectors that budget=all may mean
 _POLL_S = 2.0
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def prepare(config: Search, path: Path) -> Prepared:
     supernet = _supernet(config, path, wanted)
     latency = _latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
-    costs = _costs(space, latency, workload)
+    costs = _costs(config, space, device, latency, workload)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
     table = latency if isinstance(latency, TableLatency) else None
     facts["latency"] = f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}"
@@ -216,12 +218,15 @@ def _latency(config: Search, path: Path, space: SearchSpace, device: Device, wor
     runs_dir = Path(config.runs_dir)
     if config.latency:
         table = table_of(FinishedRun(Path(config.latency), "measure"))
-        if not table.fits(device.slug, space, workload):
+        batches = batches_of(space, device, workload)
+        if config.extrapolate and not table.fits(device.slug, space, workload, batches):
+            table = table.extrapolating()
+        if not table.fits(device.slug, space, workload, batches):
             raise UserError(
                 f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
             )
         return table
-    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload)
+    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload, config.extrapolate)
     if begun and begun["latency_table"]:
         same = (table for table in tables if table.digest() == begun["latency_table"])
         if found := next(same, None):
@@ -245,23 +250,38 @@ def _measure(config: Search, space: SearchSpace, device: Device, workload: Workl
 
 
 def _costs(
-    space: SearchSpace, latency: LatencyModel, workload: Workload
-) -> Callable[[Vector], dict[str, float | int | str]]:
-    shape, dtype_bytes = space.shape, DTYPE_BYTES[workload.dtype]
+    config: Search, space: SearchSpace, device: Device, latency: LatencyModel, workload: Workload
+) -> Callable[[Vector], Metrics]:
+    """All that is predicted of a vector, which depends on its counts alone."""
+    memory = MemoryModel(space.shape, workload, device.is_gpu)
+    energy = latency.energy() if isinstance(latency, TableLatency) else None
+    idle_watts = latency.meta.get("idle_watts") if isinstance(latency, TableLatency) else None
+    context, dtype_bytes = workload.context, DTYPE_BYTES[workload.dtype]
 
     @cache
-    def costs(counts: Vector) -> dict[str, float | int | str]:
-        step_ms, parameters = decode_ms(latency, counts, workload), shape.parameters(counts)
-        kv_bytes = shape.kv_bytes_per_token(counts, dtype_bytes)
-        return {
+    def costs(counts: Vector) -> Metrics:
+        batch = batch_of(workload, memory, counts)
+        step_ms = decode_ms(latency, counts, batch, context)
+        tokens_per_s = 1e3 * batch / step_ms
+        metrics: dict[str, float | int | str] = {
             "decode_ms": step_ms,
-            "prefill_ms": prefill_ms(latency, counts, workload),
-            "tokens_per_s": 1e3 * workload.batch / step_ms,
-            "batch": workload.batch,
-            "kv_bytes_per_token": kv_bytes,
-            "parameters": parameters,
-            "memory_gib": (parameters * dtype_bytes + workload.batch * workload.context * kv_bytes) / _GIB,
+            "prefill_ms": prefill_ms(latency, counts, batch, workload.prompt),
+            "tokens_per_s": tokens_per_s,
+            "batch": batch,
+            "kv_bytes_per_token": space.shape.kv_bytes_per_token(counts, dtype_bytes),
+            "parameters": space.shape.parameters(counts),
+            "memory_gib": memory.at(counts, batch).total / 2**30,
             "latency_source": latency.source,
         }
+        if isinstance(latency, RooflineLatency):
+            metrics["decode_ms_low"], metrics["decode_ms_high"] = latency.interval(step_ms)
+        joules_per_token = None
+        if energy:
+            layer_ms = partial(latency.layer_ms, "decode", batch=batch, length=context)
+            step_joules = energy.joules_per_step(
+                counts, batch, context, layer_ms, latency.ends_ms("decode", batch, context)
+            )
+            metrics["joules_per_token"] = joules_per_token = step_joules / batch
+        return metrics | cost_metrics(tokens_per_s, joules_per_token, config.cost, idle_watts)
 
     return lambda vector: costs(tuple(sorted(vector)))

@@ -15,8 +15,8 @@ from nas.config import Report
 from nas.console import say
 from nas.errors import UserError
 from nas.files import write_atomically
-from nas.latency.table import CHECK_COLUMNS, read_csv
-from nas.report.check import check_errors, draw_check
+from nas.latency.check import CHECK_COLUMNS
+from nas.report.check import check_size, draw_check
 from nas.report.figure import figure
 from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix
@@ -25,6 +25,7 @@ from nas.report.table import front_table, gain_sentence
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives, on_front, reference_point
 from nas.search.front import front_distance, gains_over_uniform
+from nas.tables import read_csv
 
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
@@ -76,9 +77,9 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
         draw_hypervolume(drawing, table, objectives, reference, title)
 
     if (first.path / "latency_check.csv").is_file():
-        check = check_errors(read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS))
+        check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS)
         if not check.empty:
-            with figure(path / "latency_check", width=8.4) as drawing:
+            with figure(path / "latency_check", **check_size(check)) as drawing:
                 draw_check(drawing, check, title)
 
     say(front_table(front, dict(zip(landmarks["vector"], landmarks["name"], strict=True))))

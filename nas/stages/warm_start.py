@@ -6,11 +6,11 @@ from pathlib import Path
 
 from nas.config import Search
 from nas.errors import UserError
-from nas.latency.table import read_csv
 from nas.quality import InheritedLoss
 from nas.run import FinishedRun
 from nas.search import COLUMNS
 from nas.space import SearchSpace, Vector, format_vector
+from nas.tables import read_csv
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,64 @@
+"""Predicted against measured: whole models of vectors that the table has not seen."""
+
+import numpy as np
+import pandas as pd
+from scipy.stats import kendalltau
+
+from nas.latency.model import LatencyModel, Phase, pass_ms
+from nas.latency.points import Point
+from nas.space import SearchSpace, Vector, format_vector
+
+CHECK = "check.csv"
+CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
+WORKLOAD = ["phase", "batch", "length"]
+
+
+def random_vectors(space: SearchSpace, count: int, seed: int) -> list[Vector]:
+    """As many distinct vectors, each layer's choice drawn alike; fewer where the space has no more."""
+    rng = np.random.default_rng([seed, 1])
+    found: dict[Vector, None] = {}
+    for _ in range(20 * count):
+        if len(found) >= min(count, space.size):
+            break
+        found[tuple(int(rng.choice(allowed)) for allowed in space.choices)] = None
+    return sorted(found)
+
+
+def predict_wholes(measured_ms: dict[Point, float], predictor: LatencyModel) -> pd.DataFrame:
+    """Sets the prediction beside each measured whole model: `CHECK_COLUMNS`."""
+    rows = [
+        (
+            point.phase,
+            format_vector(point.groups),
+            point.batch,
+            point.length,
+            ms,
+            pass_ms(predictor, point.phase, point.groups, point.batch, point.length),
+        )
+        for point, ms in sorted(measured_ms.items())
+    ]
+    return pd.DataFrame(rows, columns=CHECK_COLUMNS)
+
+
+def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
+    """For each workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one."""
+    return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
+
+
+def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple[float, float] | None:
+    """Mean and worst error over all workloads of a phase."""
+    of_phase = [summary for summary in summaries if summary["phase"] == phase]
+    if not of_phase:
+        return None
+    weights = [float(summary["n"]) for summary in of_phase]
+    mean = np.average([float(summary["mape"]) for summary in of_phase], weights=weights)
+    return float(mean), max(float(summary["worst"]) for summary in of_phase)
+
+
+def _summary(rows: pd.DataFrame) -> dict[str, float | str]:
+    errors = (rows["predicted_ms"] / rows["measured_ms"] - 1).abs()
+    tau = kendalltau(rows["predicted_ms"], rows["measured_ms"]).statistic if len(rows) > 1 else np.nan
+    summary: dict[str, float | str] = {"phase": str(rows["phase"].iloc[0])}
+    summary |= {key: int(rows[key].iloc[0]) for key in WORKLOAD[1:]}
+    summary |= {"n": len(rows), "mape": float(errors.mean()), "worst": float(errors.max())}
+    return summary | ({"kendall_tau": float(tau)} if np.isfinite(tau) else {})  # none where predictions tie

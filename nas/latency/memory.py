@@ -1,0 +1,100 @@
+"""What serving takes of a device's memory, and the largest batch that fits.
+
+weights      every parameter, and the rotary table
+KV cache     every layer's own groups, times batch and length
+workspace    the activations that live at once: of a pass of prompts or a decode step, whichever is more
+library      what cuBLAS keeps for itself, and the blocks that PyTorch's allocator rounds up to
+
+The first two are exact, byte for byte. The workspace counts the tensors that `nas.serving` holds at its widest point,
+between the up and the down projection. On a GPU the allocator's blocks are 2 MiB; what CUDA itself takes outside of
+PyTorch is not in here but in `Device.usable_bytes`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nas.errors import UserError
+from nas.latency.model import DTYPE_BYTES, MAX, Workload, passes
+from nas.space import ModelShape, format_vector
+
+_FP32 = 4
+_BLOCK = 2**21  # bytes that the allocator gets from CUDA at a time, for each large tensor
+_LIBRARY = 2 * 2**25  # cuBLAS on Hopper: 32 MiB for each of two streams, the prompts' and the graph's
+_SMALL = 2**24  # of the allocator, for small tensors
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by purpose."""
+
+    weights: int
+    kv_cache: int
+    workspace: int
+    library: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.kv_cache + self.workspace + self.library
+
+
+class MemoryModel:
+    """Memory of any vector of a shape.
+
+    Args:
+        shape: The model shape.
+        workload: Context, prompt and dtype count.
+        on_gpu: Whether CUDA's libraries and PyTorch's allocator of blocks take their share.
+    """
+
+    def __init__(self, shape: ModelShape, workload: Workload, on_gpu: bool) -> None:
+        self._shape, self._workload, self._bytes = shape, workload, DTYPE_BYTES[workload.dtype]
+        self._on_gpu = on_gpu
+
+    def at(self, vector: Sequence[int], batch: int) -> Memory:
+        """What a vector takes at a batch."""
+        shape, workload = self._shape, self._workload
+        rope = 2 * shape.max_position_embeddings * shape.head_dim * _FP32
+        weights = shape.parameters(vector) * self._bytes + rope
+        kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
+        rows = passes(batch, workload.prompt)[0]
+        workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(batch, batch))
+        blocks = 4 * shape.num_hidden_layers * _BLOCK // 2 + _SMALL  # four matrices a layer, half a block each
+        return Memory(weights, kv_cache, workspace, _LIBRARY + blocks if self._on_gpu else 0)
+
+    def largest_batch(self, vector: Sequence[int], memory_bytes: float) -> int:
+        """The most sequences that fit; 0 if not even one does."""
+        fits, beyond = 0, 1
+        while self.at(vector, beyond).total <= memory_bytes:
+            fits, beyond = beyond, 2 * beyond
+        while beyond - fits > 1:
+            middle = (fits + beyond) // 2
+            fits, beyond = (middle, beyond) if self.at(vector, middle).total <= memory_bytes else (fits, middle)
+        return fits
+
+    def _live_bytes(self, tokens: int, rows: int) -> int:
+        """Activations at the widest point: gate, up, their activation and product; the residual stream; the logits.
+
+        The norm's two fp32 copies were freed before that, but the allocator cannot use their blocks for larger tensors.
+        """
+        shape = self._shape
+        widest = self._bytes * (4 * shape.intermediate_size + 3 * shape.hidden_size) + 2 * _FP32 * shape.hidden_size
+        return tokens * widest + rows * shape.vocab_size * self._bytes
+
+
+def batch_of(workload: Workload, memory: MemoryModel, vector: Sequence[int]) -> int:
+    """The workload's batch; where that is `MAX`, the largest that fits.
+
+    Raises:
+        UserError: Not even one sequence fits.
+    """
+    if workload.batch != MAX:
+        return int(workload.batch)
+    assert workload.memory_gib is not None
+    if batch := memory.largest_batch(vector, workload.memory_gib * 2**30):
+        return batch
+    needed = memory.at(vector, 1).total / 2**30
+    raise UserError(
+        f"not one sequence of {format_vector(vector)} at context {workload.context} fits into workload.memory_gib="
+        f"{workload.memory_gib:g}; it takes {needed:.2f} GiB, so raise it or lower workload.context"
+    )

@@ -1,0 +1,124 @@
+"""What `nas measure` times: points, and the grid that they make up.
+
+A point is a part of a model at a phase, batch and length. ``layer`` is one layer with so many KV groups, ``embedding``
+the look-up of the tokens, ``head`` final norm and output head at the last position, ``whole`` a whole model.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from nas.config import MeasureConfig
+from nas.latency.model import PHASES, Phase, Workload, passes
+from nas.space import SearchSpace, Vector, format_vector, parse_vector
+
+PARTS = ("embedding", "head", "layer", "whole")
+
+
+@dataclass(frozen=True, order=True)
+class Point:
+    """What is timed at once.
+
+    Attributes:
+        phase: ``decode`` or ``prefill``.
+        part: One of `PARTS`.
+        groups: Of a layer, its KV groups alone; of a whole model, its vector; of the ends, nothing.
+        batch: Rows.
+        length: Tokens of each row in the cache at a decode step, or of its prompt.
+    """
+
+    phase: Phase
+    part: str
+    groups: Vector
+    batch: int
+    length: int
+
+    def row(self) -> list[Any]:
+        """Plain values for a CSV; `point_of` reads them back."""
+        return [self.phase, self.part, format_vector(self.groups) or "0", self.batch, self.length]
+
+
+def point_of(phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Point:
+    """Reads back what `Point.row` wrote."""
+    return Point(phase, part, () if part in PARTS[:2] else parse_vector(str(groups)), int(batch), int(length))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The batches, and the lengths of either phase, whose combinations are timed."""
+
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+    def shapes(self, phase: Phase) -> Iterator[tuple[int, int]]:
+        """Batch and length of every point. Prompts go through in passes, of which none is larger than it may be."""
+        if phase == "decode":
+            yield from itertools.product(self.batches, self.contexts)
+            return
+        for prompt in self.prompts:
+            rows = passes(max(self.batches), prompt)[0]
+            for batch in sorted({1, -(-rows // 2), rows}):
+                yield batch, prompt
+
+    def points(self, space: SearchSpace) -> list[Point]:
+        """All parts of the space's models at all shapes; a decode step's ends depend on the batch alone."""
+        points: list[Point] = []
+        for phase in PHASES:
+            shapes = list(self.shapes(phase))
+            choices = sorted(set().union(*space.choices))
+            points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
+            ends = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
+            points += [Point(phase, part, (), *shape) for shape in ends for part in ("embedding", "head")]
+        return points
+
+
+def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], limit: int) -> Grid:
+    """The config's grid with the workload added; at least two values an axis, as interpolation needs.
+
+    Args:
+        config: The lists that the user gave, or null.
+        workload: Its context and prompt are of the grid.
+        batches: So are these; `batch=max` has the smallest and the largest.
+        limit: The space's context.
+    """
+
+    def axis(given: Sequence[int] | None, own: Sequence[int], *defaults: int) -> tuple[int, ...]:
+        values = {*own, *(given if given is not None else defaults)}
+        return tuple(sorted(values if len(values) > 1 else {*own, max(1, own[0] // 2), min(2, limit)}))
+
+    most, context, prompt = max(batches), workload.context, workload.prompt
+    return Grid(
+        axis(config.batches, batches, max(1, most // 4), max(1, most // 2)),
+        axis(config.contexts, [context], max(1, context // 4), max(1, context // 2)),
+        axis(config.prompts, [prompt], max(1, prompt // 2)),
+    )
+
+
+def check_shapes(
+    config: MeasureConfig, grid: Grid, workload: Workload, batches: Sequence[int]
+) -> list[tuple[Phase, int, int]]:
+    """Where whole models are timed: at the workload, and at others that need not be on the grid.
+
+    Without `measure.check_at` these are one decode step halfway between grid points in both directions, one halfway
+    between contexts, and one prompt halfway between prompts.
+    """
+    batch = max(batches)
+    here: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
+    here.append(("prefill", passes(batch, workload.prompt)[0], workload.prompt))
+    if config.check_at is not None:
+        more: list[tuple[Phase, int, int]] = [("decode", batch, context) for batch, context in config.check_at]
+        return list(dict.fromkeys(here + more))
+    between_batches, between_contexts = _halfway(grid.batches), _halfway(grid.contexts)
+    prompt = _halfway(grid.prompts)
+    others: list[tuple[Phase, int, int]] = [
+        ("decode", between_batches, between_contexts),
+        ("decode", batch, between_contexts),
+        ("prefill", passes(batch, prompt)[0], prompt),
+    ]
+    return list(dict.fromkeys(here + others))
+
+
+def _halfway(axis: Sequence[int]) -> int:
+    return (axis[-1] + axis[max(0, len(axis) - 2)]) // 2

@@ -1,0 +1,186 @@
+"""A pool of real layers, from which every point of a table, and every whole model, is put together.
+
+A layer timed alone would find its weights and cache in the processor's cache, where a whole model never finds them.
+So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one after
+the other and divides. Layers of one position share what does not depend on their groups, and the memory of their cache.
+"""
+
+import gc
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nas.latency.points import Point
+from nas.model.decoder import RMSNorm, rope_table
+from nas.serving.cache import LayerCache
+from nas.serving.model import ServingLayer, randomise, run_layers, with_terms
+from nas.serving.runtime import captured, compile_layers
+from nas.space import SearchSpace, Vector
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_BEYOND_CACHES = 2**28  # bytes: more than any processor's own cache holds
+_MOST_COPIES = 16  # of the ends, in one timing
+
+
+class LayerPool:
+    """Layers of every number of groups in a space, and what runs them at a point.
+
+    Args:
+        space: The search space.
+        dtype: ``fp32`` or ``bf16``.
+        runtime: ``eager``, ``graph`` or ``compiled``.
+        device: Where the layers live.
+        points: What will be asked for: sizes the buffers.
+        memory_bytes: Caches take at most what is left of it.
+    """
+
+    def __init__(
+        self,
+        space: SearchSpace,
+        dtype: str,
+        runtime: str,
+        device: torch.device,
+        points: Iterable[Point],
+        memory_bytes: int,
+    ) -> None:
+        shape, points = space.shape, list(points)
+        self._shape, self._runtime, self._dtype, self._device = shape, runtime, DTYPES[dtype], device
+        self._generator = torch.Generator(device).manual_seed(0)
+        self._depth = shape.num_hidden_layers
+        self._layers: list[dict[int, ServingLayer]] = []  # by position, then by groups
+        for _ in range(self._depth):
+            position: dict[int, ServingLayer] = {}
+            for groups in sorted(set().union(*space.choices)):
+                position[groups] = self._make_layer(groups, next(iter(position.values()), None))
+            self._layers.append(position)
+        self._ends = [self._make_ends() for _ in range(self._end_copies())]
+        self._rope = tuple(table.to(device) for table in rope_table(shape))
+        if runtime == "compiled":
+            compile_layers(layer for position in self._layers for layer in position.values())
+        tokens = max(point.batch * (point.length if point.phase == "prefill" else 1) for point in points)
+        self._tokens = torch.randint(shape.vocab_size, (tokens,), device=device, generator=self._generator)
+        self._x = torch.empty(tokens * shape.hidden_size, device=device, dtype=self._dtype)
+        self._x.normal_(generator=self._generator)
+        self._arena = self._make_arena(points, memory_bytes)
+        self._graphs = torch.cuda.graph_pool_handle() if runtime != "eager" else None
+        self._prepared: dict[Point, tuple[Callable[[], Any], int]] = {}  # keeps that pool alive, too
+
+    def prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
+        """What runs a point, and by how much its time is to be divided.
+
+        Raises:
+            torch.OutOfMemoryError: It does not fit.
+        """
+        if point not in self._prepared:
+            self._prepared[point] = self._prepare(point)
+        return self._prepared[point]
+
+    def _prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
+        call, divisor = self._call(point)
+        try:
+            call()  # compiles, where that is asked for
+            captures = self._runtime != "eager" and point.phase == "decode"
+            return (captured(call, self._graphs) if captures else call), divisor
+        except torch.OutOfMemoryError:
+            gc.collect()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            raise
+
+    def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
+        tokens_BT = self._tokens[: self._token_count(point)].view(point.batch, -1)
+        if point.part == "embedding":
+            return lambda: [embedding(tokens_BT) for embedding, _, _ in self._ends], len(self._ends)
+        if point.part == "head":
+            x_BTD = self._x_at(point)[:, -1:]
+            return lambda: [head(norm(x_BTD)) for _, norm, head in self._ends], len(self._ends)
+        vector = point.groups * self._depth if point.part == "layer" else point.groups
+        body = self._body(point, vector)
+        if point.part == "layer":
+            x_BTD = self._x_at(point)
+            return lambda: body(x_BTD), self._depth
+        embedding, norm, head = self._ends[0]
+
+        def whole() -> Tensor:
+            x_BTD, terms_NBTD = body(embedding(tokens_BT))
+            return head(norm(with_terms(x_BTD[:, -1:], terms_NBTD[:, :, -1:])[:, 0]))  # type: ignore[no-any-return]
+
+        return whole, 1
+
+    def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        layers = [position[groups] for position, groups in zip(self._layers, vector, strict=True)]
+        caches = [self._cache(index, groups, point) for index, groups in enumerate(vector)]
+        last: int | Tensor | None = None
+        if point.phase == "decode":
+            eager = self._runtime == "eager"
+            last = point.length - 1 if eager else torch.tensor(point.length - 1, device=self._device)
+        return lambda x_BTD: run_layers(layers, x_BTD, self._rope, caches, last)  # type: ignore[arg-type]
+
+    def _cache(self, index: int, groups: int, point: Point) -> LayerCache:
+        size = point.batch * groups * point.length * self._shape.head_dim
+        if size > self._arena[0].shape[-1]:
+            raise torch.OutOfMemoryError(f"no room for a cache of {point.batch} x {point.length} tokens")
+        sizes = (point.batch, groups, point.length, self._shape.head_dim)
+        keys, values = (part[index, :size].view(sizes) for part in self._arena)
+        return LayerCache(keys, values)
+
+    def _x_at(self, point: Point) -> Tensor:
+        tokens, width = self._token_count(point), self._shape.hidden_size
+        return self._x[: tokens * width].view(point.batch, -1, width)
+
+    @staticmethod
+    def _token_count(point: Point) -> int:
+        return point.batch * (point.length if point.phase == "prefill" else 1)
+
+    def _make_layer(self, groups: int, twin: ServingLayer | None) -> ServingLayer:
+        """A layer with random weights, but for those that it shares with its twin."""
+        with torch.device("meta"):
+            layer = ServingLayer(self._shape, groups)
+        if twin:
+            layer.share(twin)
+        own = [layer.qkv_proj, *([layer.q_norm, layer.k_norm] if layer.qk_norm else [])] if twin else [layer]
+        for module in own:
+            self._fill(module)
+        return layer.eval()
+
+    def _make(self, kind: type[nn.Module], *arguments: Any, **more: Any) -> nn.Module:
+        with torch.device("meta"):
+            module = kind(*arguments, **more)
+        return self._fill(module)
+
+    def _fill(self, module: nn.Module) -> nn.Module:
+        module.to(self._dtype).to_empty(device=self._device).requires_grad_(False)
+        randomise(module, self._generator)
+        return module
+
+    def _make_ends(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+        """Embedding, final norm and output head."""
+        shape = self._shape
+        return (
+            self._make(nn.Embedding, shape.vocab_size, shape.hidden_size),
+            self._make(RMSNorm, shape.hidden_size, shape.rms_norm_eps),
+            self._make(nn.Linear, shape.hidden_size, shape.vocab_size, bias=False),
+        )
+
+    def _end_copies(self) -> int:
+        """So many that no copy is still in the processor's cache when its turn comes again."""
+        head = self._shape.vocab_size * self._shape.hidden_size * self._dtype.itemsize
+        return max(2, min(_MOST_COPIES, -(-_BEYOND_CACHES // head)))
+
+    def _make_arena(self, points: Iterable[Point], memory_bytes: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of every position, as large as the largest cache that fits."""
+        held = sum(parameter.nbytes for position in self._layers for parameter in _distinct(position.values()))
+        held += sum(parameter.nbytes for ends in self._ends for parameter in _distinct(ends))
+        fits = max(0, memory_bytes - held) // (2 * self._depth * self._dtype.itemsize)
+        sizes = [p.batch * max(p.groups) * p.length * self._shape.head_dim for p in points if p.groups]
+        largest = (self._depth, max((size for size in sizes if size <= fits), default=0))
+        keys, values = (torch.empty(largest, device=self._device, dtype=self._dtype) for _ in range(2))
+        for part in (*keys, *values):  # never time zeros
+            part.normal_(generator=self._generator)
+        return keys, values
+
+
+def _distinct(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    return list({id(p): p for module in modules for p in module.parameters()}.values())

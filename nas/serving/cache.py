@@ -1,0 +1,55 @@
+"""The static KV cache: allocated once, written in place, each layer with the bytes that its own groups need."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nas.space import ModelShape
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer; both BGCd."""
+
+    keys: Tensor
+    values: Tensor
+
+    def rows(self, begin: int, end: int) -> "LayerCache":
+        """The part of some rows of the batch."""
+        return LayerCache(self.keys[begin:end], self.values[begin:end])
+
+
+class KVCache:
+    """The caches of all layers.
+
+    Args:
+        shape: The model shape.
+        vector: KV groups of every layer.
+        batch: Sequences.
+        length: Tokens of each.
+        device: Where it lives.
+        dtype: Of keys and values.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        vector: Sequence[int],
+        batch: int,
+        length: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.batch, self.length = batch, length
+        sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
+        counts = [math.prod(size) for size in sizes]
+        # Two allocations, as many would waste memory. Not one: the compiler must see that keys never are values.
+        keys, values = (torch.zeros(sum(counts), device=device, dtype=dtype).split(counts) for _ in range(2))
+        self.layers = [LayerCache(k.view(size), v.view(size)) for k, v, size in zip(keys, values, sizes, strict=True)]
+
+    def rows(self, begin: int, end: int) -> list[LayerCache]:
+        """The part of some rows of the batch, of every layer."""
+        return [layer.rows(begin, end) for layer in self.layers]

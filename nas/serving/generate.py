@@ -1,0 +1,60 @@
+"""Generation: a batch of prompts of one length, continued greedily or by sampling."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nas.serving.runtime import Runner
+
+
+def generate(
+    runner: Runner,
+    tokens_BT: Tensor,
+    new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+    stop_token: int | None = None,
+    progress: Callable[[int], object] | None = None,
+) -> Tensor:
+    """Continues prompts.
+
+    Args:
+        runner: Its cache must have as many rows, and hold prompt and new tokens.
+        tokens_BT: The prompts.
+        new_tokens: How many tokens to add to each, at most.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, the more freely the higher.
+        seed: Of the drawing.
+        stop_token: End when every row has produced it.
+        progress: Called with the number of new tokens after each one.
+
+    Returns:
+        The new tokens, BN; a row that has produced ``stop_token`` goes on with whatever follows.
+
+    Raises:
+        ValueError: The cache does not fit.
+    """
+    prompt = tokens_BT.shape[1]
+    cache = runner.cache
+    if len(tokens_BT) != cache.batch or prompt + new_tokens > cache.length:
+        needed = f"{len(tokens_BT)} prompts of {prompt} and {new_tokens} tokens more"
+        raise ValueError(f"a cache of {cache.batch} x {cache.length} tokens does not fit {needed}")
+    generator = torch.Generator(tokens_BT.device).manual_seed(seed)
+    stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
+    logits_BV, produced = runner.prefill(tokens_BT), []
+    for step in range(new_tokens):
+        tokens_B = _next(logits_BV, temperature, generator)
+        produced.append(tokens_B)
+        stopped_B |= tokens_B == stop_token
+        if progress:
+            progress(step + 1)
+        if step + 1 == new_tokens or (stop_token is not None and bool(stopped_B.all())):
+            break
+        logits_BV = runner.decode(tokens_B, prompt + step)
+    return torch.stack(produced, dim=1)
+
+
+def _next(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    if temperature == 0:
+        return logits_BV.argmax(-1)
+    return torch.multinomial((logits_BV.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]

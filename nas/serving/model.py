@@ -1,0 +1,243 @@
+"""The decoder in the form that serves it: fewer, larger matrices, and a step that works on a static KV cache.
+
+Queries, keys and values come from one product, gate and up from another. A layer takes and returns the residual stream
+as x and the terms that are still to be added to it: so additions and the norm that follows are neighbours within a
+layer, which the compiler makes one kernel of. Weights are those of a `Decoder`, rearranged.
+
+Shape suffixes as in `nas.model.decoder`; N is the number of terms.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nas.model.decoder import Decoder, Layer, RMSNorm, Rope, rope_table, rotate
+from nas.serving.cache import LayerCache
+from nas.space import ModelShape
+
+_MANY_ROWS = 128
+
+
+class ServingLayer(nn.Module):
+    """One decoder layer.
+
+    Args:
+        shape: The model shape.
+        groups: Its KV groups.
+    """
+
+    def __init__(self, shape: ModelShape, groups: int) -> None:
+        super().__init__()
+        self.heads, self.groups, self.head_dim, self.qk_norm = shape.num_attention_heads, groups, shape.head_dim, False
+        width = shape.num_attention_heads * shape.head_dim
+        self.qkv_proj = nn.Linear(shape.hidden_size, width + 2 * groups * shape.head_dim, bias=shape.qkv_bias)
+        if shape.qk_norm:
+            self.qk_norm = True
+            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.o_proj = nn.Linear(width, shape.hidden_size, bias=shape.o_bias)
+        self.gate_up_proj = nn.Linear(shape.hidden_size, 2 * shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.attention_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.mlp_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+
+    def share(self, twin: "ServingLayer") -> "ServingLayer":
+        """Uses the weights of a layer with other groups, all but those of queries, keys and values."""
+        self.o_proj, self.gate_up_proj, self.down_proj = twin.o_proj, twin.gate_up_proj, twin.down_proj
+        self.attention_norm, self.mlp_norm = twin.attention_norm, twin.mlp_norm
+        return self
+
+    @torch.no_grad()
+    def load(self, layer: Layer) -> None:
+        """Takes over the weights of a plain layer."""
+        attention, mlp = layer.self_attn, layer.mlp
+        joined = {
+            self.qkv_proj: (attention.q_proj, attention.k_proj, attention.v_proj),
+            self.o_proj: (attention.o_proj,),
+            self.gate_up_proj: (mlp.gate_proj, mlp.up_proj),
+            self.down_proj: (mlp.down_proj,),
+        }
+        for own, theirs in joined.items():
+            for name, parameter in own.named_parameters():
+                parameter.copy_(torch.cat([getattr(linear, name) for linear in theirs]))
+        norms: dict[RMSNorm, RMSNorm] = {
+            self.attention_norm: layer.input_layernorm,
+            self.mlp_norm: layer.post_attention_layernorm,
+        }
+        norms |= {self.q_norm: attention.q_norm, self.k_norm: attention.k_norm} if self.qk_norm else {}
+        for own_norm, norm in norms.items():
+            own_norm.weight.copy_(norm.weight)
+
+    def forward(
+        self, x_BTD: Tensor, terms_NBTD: Tensor, rope: Rope, cache: LayerCache, last: int | Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """A prompt from position 0 on, or one token more for every row.
+
+        Args:
+            x_BTD: The residual stream, but for ``terms_NBTD``.
+            terms_NBTD: What the layer before adds to it.
+            rope: The rotary table of all positions.
+            cache: Where keys and values go.
+            last: None for a prompt; else the position of the token. An integer is served by PyTorch's attention, one
+                in device memory by the Triton kernel, which a CUDA graph can replay for any position.
+
+        Returns:
+            The residual stream in the same two parts.
+        """
+        x_BTD = with_terms(x_BTD, terms_NBTD)
+        heads_BTHd = self.qkv_proj(self.attention_norm(x_BTD)).unflatten(-1, (-1, self.head_dim))
+        q, k, v = heads_BTHd.split([self.heads, self.groups, self.groups], dim=2)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if last is None:
+            out_BTHd = self._attend_prompt(q, k, v, rope, cache)
+        elif isinstance(last, int):
+            out_BTHd = self._attend_token(q, k, v, rope, cache, last)
+        else:
+            from nas.serving.kernels import decode_attention  # Triton comes with PyTorch's builds for GPUs only
+
+            token = (x[:, 0] for x in (q, k, v))
+            out_BTHd = decode_attention(*token, *rope, cache.keys, cache.values, last).unsqueeze(1)
+        x_BTD = x_BTD + self.o_proj(out_BTHd.flatten(2))
+        gate, up = self.gate_up_proj(self.mlp_norm(x_BTD)).chunk(2, dim=-1)
+        return x_BTD, _product_in_terms(F.silu(gate) * up, self.down_proj)
+
+    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
+        q, k, v = _turned(q, rope, 0), _turned(k, rope, 0), v.transpose(1, 2)
+        cache.keys[:, :, : k.shape[2]] = k
+        cache.values[:, :, : k.shape[2]] = v
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, last: int) -> Tensor:
+        """The R = H / G query heads of a group become the rows of one attention problem: each K/V head is read once.
+
+        There is no mask: the new token may see everything in the cache.
+        """
+        cache.keys[:, :, last] = _turned(k, rope, last)[:, :, 0]
+        cache.values[:, :, last] = v[:, 0]
+        packed_BGRd = _turned(q, rope, last).view(len(q), self.groups, -1, self.head_dim)
+        keys, values = cache.keys[:, :, : last + 1], cache.values[:, :, : last + 1]
+        return F.scaled_dot_product_attention(packed_BGRd, keys, values).flatten(1, 2).unsqueeze(1)
+
+
+def with_terms(x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
+    """The residual stream: x and its terms, added in fp32 and rounded once."""
+    if len(terms_NBTD) == 1:
+        return x_BTD + terms_NBTD[0]
+    return (x_BTD.float() + terms_NBTD.float().sum(0)).to(x_BTD.dtype)
+
+
+def _product_in_terms(x_BTF: Tensor, linear: nn.Linear) -> Tensor:
+    """A linear layer's output as terms.
+
+    In compiled decode steps of many rows it is two halves of the sum over F: F is so much larger than D here that
+    cuBLAS alone leaves multiprocessors idle. Adding the halves costs nothing, as the kernel that comes next does it.
+    """
+    rows, width = x_BTF.shape[0], x_BTF.shape[2]
+    if not (torch.compiler.is_compiling() and x_BTF.shape[1] == 1 and rows >= _MANY_ROWS and width % 2 == 0):
+        return linear(x_BTF).unsqueeze(0)  # type: ignore[no-any-return]
+    halves_NBF = x_BTF[:, 0].unflatten(-1, (2, -1)).transpose(0, 1)
+    terms_NBD = torch.bmm(halves_NBF, linear.weight.unflatten(1, (2, -1)).permute(1, 2, 0))
+    if linear.bias is not None:
+        terms_NBD = terms_NBD + linear.bias / 2
+    return terms_NBD.unsqueeze(2)
+
+
+def _turned(x_BTHd: Tensor, rope: Rope, start: int) -> Tensor:
+    """Heads under their positions' rotary embedding, BHTd."""
+    cos, sin = (table[start : start + x_BTHd.shape[1]] for table in rope)
+    return rotate(x_BTHd.transpose(1, 2), (cos, sin))
+
+
+class ServingModel(nn.Module):
+    """A plain model in the form that serves it.
+
+    Args:
+        shape: The model shape.
+        vector: KV groups of every layer.
+    """
+
+    rope_cos: Tensor
+    rope_sin: Tensor
+
+    def __init__(self, shape: ModelShape, vector: Sequence[int]) -> None:
+        super().__init__()
+        self.shape, self.vector = shape, tuple(vector)
+        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+        self.layers = nn.ModuleList(ServingLayer(shape, groups) for groups in vector)
+        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        if shape.tie_word_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        cos, sin = rope_table(shape)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+
+    @classmethod
+    def of(
+        cls, decoder: Decoder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "ServingModel":
+        """A plain decoder's weights in this form."""
+        model = empty(decoder.shape, decoder.kv_heads, device, dtype)
+        for own, layer in zip(model.serving_layers(), decoder.model.layers, strict=True):
+            own.load(layer)  # type: ignore[arg-type]
+        with torch.no_grad():
+            model.embed_tokens.weight.copy_(decoder.model.embed_tokens.weight)
+            model.lm_head.weight.copy_(decoder.lm_head.weight)
+            model.norm.weight.copy_(decoder.model.norm.weight)
+        return model
+
+    @property
+    def rope(self) -> Rope:
+        """The rotary table of all positions."""
+        return self.rope_cos, self.rope_sin
+
+    def serving_layers(self) -> Iterator[ServingLayer]:
+        """The layers, typed."""
+        for layer in self.layers:
+            assert isinstance(layer, ServingLayer)
+            yield layer
+
+    def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: int | Tensor | None = None) -> Tensor:
+        """Logits BV of the last position; see `ServingLayer.forward`."""
+        return self.head(*self.body(self.embed_tokens(tokens_BT), caches, last))
+
+    def body(self, x_BTD: Tensor, caches: Sequence[LayerCache], last: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        """All layers, one cache each."""
+        return run_layers(self.layers, x_BTD, self.rope, caches, last)
+
+    def head(self, x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
+        """Logits BV of the last position of the residual stream."""
+        return self.lm_head(self.norm(with_terms(x_BTD[:, -1:], terms_NBTD[:, :, -1:])[:, 0]))  # type: ignore[no-any-return]
+
+
+def run_layers(
+    layers: Iterable[nn.Module], x_BTD: Tensor, rope: Rope, caches: Sequence[LayerCache], last: int | Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Layers one after the other, a cache each; see `ServingLayer.forward`."""
+    terms_NBTD = x_BTD.new_zeros((1, 1, 1, 1))
+    for layer, cache in zip(layers, caches, strict=True):
+        x_BTD, terms_NBTD = layer(x_BTD, terms_NBTD, rope, cache, last)
+    return x_BTD, terms_NBTD
+
+
+def empty(shape: ModelShape, vector: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> ServingModel:
+    """A model with undefined weights of one dtype; the rotary table stays fp32."""
+    with torch.device("meta"):
+        model = ServingModel(shape, vector)
+    model.to(dtype).to_empty(device=device)
+    if shape.tie_word_embeddings:
+        model.lm_head.weight = model.embed_tokens.weight
+    model.rope_cos, model.rope_sin = (table.to(device) for table in rope_table(shape))
+    return model.eval().requires_grad_(False)
+
+
+def randomise(module: nn.Module, generator: torch.Generator) -> None:
+    """Draws weights that are good for timing only; norms are one."""
+    for parameter in module.parameters():
+        if parameter.dim() > 1:
+            parameter.data.normal_(0.0, 0.02, generator=generator)
+        else:
+            parameter.data.fill_(1.0)

@@ -1,0 +1,87 @@
+"""The runtimes that a model can be served on, and the runner that keeps a model, its cache and its graph together.
+
+``eager``     PyTorch as it is: every operation is launched on its own.
+``graph``     the decode step captured in a CUDA graph: no launch overhead.
+``compiled``  the same, with each layer compiled first: neighbouring element-wise operations become one kernel.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nas.latency.model import passes
+from nas.serving.cache import KVCache
+from nas.serving.model import ServingModel
+
+RUNTIMES = ("eager", "graph", "compiled")
+
+
+def compile_layers(layers: Iterable[nn.Module]) -> None:
+    """Compiles layers one by one: all of one number of groups share their kernels, for every batch and length."""
+    torch._dynamo.config.recompile_limit = 64
+    for layer in layers:
+        layer.compile(fullgraph=True, dynamic=True)
+
+
+def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
+    """The call as the replay of a CUDA graph, which returns what the captured call returned, in place.
+
+    Args:
+        call: Must read and write the same memory each time, and not wait for the device.
+        pool: Memory to share with other graphs, none of whose results is read after another one has run.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, and lets libraries choose
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        result = call()
+
+    def replay(_alive: Callable[[], Any] = call) -> Any:  # the call keeps alive what the graph reads
+        graph.replay()
+        return result
+
+    return replay
+
+
+class Runner:
+    """A model that serves one batch: prompts first, then token by token.
+
+    Args:
+        model: The model.
+        cache: Its batch and length are the most that can be served.
+        runtime: One of `RUNTIMES`; all but ``eager`` need a GPU.
+    """
+
+    def __init__(self, model: ServingModel, cache: KVCache, runtime: str = "eager") -> None:
+        self.model, self.cache, self.runtime = model, cache, runtime
+        device = model.rope_cos.device
+        self._tokens_B1 = torch.zeros((cache.batch, 1), dtype=torch.long, device=device)
+        self._last = torch.zeros((), dtype=torch.long, device=device)
+        self._step: Callable[[], Tensor] | None = None
+        if runtime == "compiled":
+            compile_layers(model.layers)
+
+    @torch.inference_mode()
+    def prefill(self, tokens_BT: Tensor) -> Tensor:
+        """Puts prompts into the cache, in `passes`; logits BV of their last tokens."""
+        ends = np.cumsum(passes(*tokens_BT.shape)).tolist()
+        parts = zip([0, *ends], ends, strict=False)
+        return torch.cat([self.model(tokens_BT[begin:end], self.cache.rows(begin, end)) for begin, end in parts])
+
+    @torch.inference_mode()
+    def decode(self, tokens_B: Tensor, position: int) -> Tensor:
+        """One more token for every row, at ``position``; logits BV, which the next step overwrites."""
+        if self.runtime == "eager":
+            return self.model(tokens_B[:, None], self.cache.layers, position)  # type: ignore[no-any-return]
+        self._tokens_B1.copy_(tokens_B[:, None])
+        self._last.fill_(position)
+        if self._step is None:
+            self._step = captured(lambda: self.model(self._tokens_B1, self.cache.layers, self._last))
+        return self._step()

@@ -1,0 +1,131 @@
+"""Trying out on a GPU what is predicted: does a vector fit at a batch within a cap on memory, and how fast is it?"""
+
+import gc
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from nas.latency.model import passes
+from nas.serving.cache import KVCache
+from nas.serving.model import empty, randomise
+from nas.serving.runtime import Runner, captured
+from nas.space import ModelShape
+
+_COPIED_BYTES = (2**27, 2**29, 2**31)
+
+
+@contextmanager
+def memory_cap(gib: float) -> Iterator[None]:
+    """PyTorch gets no more than ``gib`` of the GPU's memory, what its allocator holds back included."""
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@contextmanager
+def served(
+    shape: ModelShape, vector: Sequence[int], batch: int, context: int, prompt: int, runtime: str, dtype: torch.dtype
+) -> Iterator["Trial"]:
+    """A model with random weights that has read a pass of prompts and decoded a step; freed again afterwards.
+
+    Raises:
+        torch.OutOfMemoryError: It does not fit.
+    """
+    release()
+    trial = Trial()
+    try:
+        trial.begin(shape, vector, batch, context, prompt, runtime, dtype)
+        yield trial
+    finally:
+        trial.runner = None  # whoever still holds the trial holds no memory
+        release()
+
+
+class Trial:
+    """Use `served`."""
+
+    runner: Runner | None = None
+
+    def begin(
+        self,
+        shape: ModelShape,
+        vector: Sequence[int],
+        batch: int,
+        context: int,
+        prompt: int,
+        runtime: str,
+        dtype: torch.dtype,
+    ) -> None:
+        """Makes the model, lets it read a pass of prompts, and decodes a step."""
+        device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+        model = empty(shape, vector, device, dtype)
+        randomise(model, generator)
+        cache = KVCache(shape, vector, batch, context, device, dtype)
+        for layer in cache.layers:  # never time zeros
+            layer.keys.normal_(generator=generator)
+            layer.values.normal_(generator=generator)
+        read_once = sum(parameter.nbytes for name, parameter in model.named_parameters() if "embed_tokens" not in name)
+        kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        self.bytes_per_step = read_once + kept
+        self._position, self.runner = context - 1, Runner(model, cache, runtime)
+        rows = passes(batch, prompt)[0]  # the other passes would take no more memory
+        tokens = torch.randint(shape.vocab_size, (batch, prompt), device=device, generator=generator)
+        self.runner.prefill(tokens[:rows])
+        self._tokens_B = tokens[:, -1]
+        self.step()
+        torch.cuda.synchronize()
+
+    def step(self) -> Tensor:
+        """One token more for every sequence, at the last position of the context, chosen greedily."""
+        assert self.runner is not None
+        self._tokens_B = self.runner.decode(self._tokens_B, self._position).argmax(-1)
+        return self._tokens_B
+
+    def step_ms(self, repeats: int = 20) -> float:
+        """Median milliseconds of a step."""
+        return median(_milliseconds(self.step) for _ in range(repeats))
+
+
+def release() -> None:
+    """Gives all memory that nothing refers to back to the GPU, compiled code's too."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch._C._cuda_clearCublasWorkspaces()
+    torch.cuda.empty_cache()
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of the fastest of several large copies on the device."""
+    best = 0.0
+    for size in _COPIED_BYTES:
+        source = torch.randn(size // 2, device="cuda", dtype=torch.bfloat16)
+        target = torch.empty_like(source)
+
+        def by_kernel(source: Tensor = source, target: Tensor = target) -> None:
+            torch.mul(source, 1.0, out=target)
+
+        def by_engine(source: Tensor = source, target: Tensor = target) -> None:
+            target.copy_(source)
+
+        for copy in (by_kernel, by_engine):
+            replay = captured(copy)
+            milliseconds = median(_milliseconds(replay) for _ in range(20))
+            best = max(best, 2 * size / milliseconds * 1e3)
+    assert math.isfinite(best)
+    return best
+
+
+def _milliseconds(call: object) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()  # type: ignore[operator]
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end))

@@ -1,0 +1,166 @@
+"""The announcement's comparison, on a GPU of today with its memory capped to that of a 24 GB card.
+
+DeciLM-6B's vector and the uniform 1, 2 and 4 against Llama-2-7B: the largest batch that fits, decode throughput there,
+the share of what the measured copy bandwidth allows, and joules per token; eager and compiled. Weights are random:
+neither memory nor time depends on them.
+
+    python scripts/headline.py                 on a GPU: measures, writes docs/headline/headline.csv and the figure
+    python scripts/headline.py --draw          draws the figure and prints the README's table from the CSV
+"""
+
+import argparse
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from nas.files import write_atomically
+from nas.hardware import nvml_facts
+from nas.latency.energy import measure_energy
+from nas.latency.memory import MemoryModel
+from nas.latency.model import Workload
+from nas.report.figure import COLOURS, figure
+from nas.run import now
+from nas.serving.trial import copy_bandwidth, memory_cap, served
+from nas.space import ModelShape, Vector, load_space
+
+OUT = Path("docs/headline")
+CONTEXT, PROMPT = 2048, 1024
+COLUMNS = ["model", "runtime", "batch", "why", "step_ms", "tokens_per_s", "bandwidth_share"]
+
+
+def models() -> dict[str, tuple[ModelShape, Vector]]:
+    """The models by name."""
+    llama, decilm = load_space("llama-2-7b"), load_space("decilm-6b")
+    vectors = {"DeciLM-6B": decilm.known_vectors["DeciLM-6B"]}
+    vectors |= {f"uniform {vector[0]}": vector for vector in decilm.uniform_vectors()}
+    return {"Llama-2-7B": (llama.shape, llama.largest)} | {
+        name: (decilm.shape, vector) for name, vector in vectors.items()
+    }
+
+
+def measure(gib: float, energy_s: float) -> pd.DataFrame:
+    """All rows, with device, date and cap."""
+    bandwidth = copy_bandwidth()
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    rows: list[dict[str, Any]] = []
+    with memory_cap(gib):
+        for name, (shape, vector) in models().items():
+            for runtime in ("eager", "compiled"):
+                for why, batch in batches(shape, vector, runtime, gib):
+                    with served(shape, vector, batch, CONTEXT, PROMPT, runtime, torch.bfloat16) as trial:
+                        milliseconds = trial.step_ms()
+                        asked = energy_s if why == "most" or batch < 64 else 0.0
+                        energy = measure_energy(trial.step, asked, uuid, torch.cuda.synchronize) if asked else None
+                        share = trial.bytes_per_step / (milliseconds / 1e3) / bandwidth
+                    row = (name, runtime, batch, why, milliseconds, 1e3 * batch / milliseconds, share)
+                    rows.append(dict(zip(COLUMNS, row, strict=True)))
+                    if energy:
+                        rows[-1] |= {"joules_per_token": energy.joules_per_call / batch, "watts": energy.watts}
+                    print(rows[-1], flush=True)
+    facts = nvml_facts(uuid)
+    return pd.DataFrame(rows).assign(
+        context=CONTEXT,
+        memory_gib=gib,
+        copy_tb_per_s=bandwidth / 1e12,
+        device=facts.get("nvml_name"),
+        driver=facts.get("driver"),
+        torch=torch.__version__,
+        date=now(),
+    )
+
+
+def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iterator[tuple[str, int]]:
+    """The batches to time: the largest power of two, the largest multiple of 32, the largest of all.
+
+    The first is tried out: it must fit and its double must not. The others are the memory model's.
+    """
+    workload = Workload(1, CONTEXT, PROMPT, "bf16", runtime)
+    most = MemoryModel(shape, workload, on_gpu=True).largest_batch(vector, gib * 2**30)
+    power = 1 << max(0, most.bit_length() - 1)
+    assert fits(shape, vector, power), f"batch {power} was predicted to fit"
+    while fits(shape, vector, 2 * power):
+        power *= 2
+    found = {"power of two": power, "round": most // 32 * 32, "most": most}
+    seen: set[int] = set()
+    for why, batch in found.items():
+        if batch and batch not in seen:
+            seen.add(batch)
+            yield why, batch
+
+
+def fits(shape: ModelShape, vector: Vector, batch: int) -> bool:
+    """Whether prompts can be read and a step decoded at a batch under the cap."""
+    try:
+        with served(shape, vector, batch, CONTEXT, PROMPT, "eager", torch.bfloat16):
+            return True
+    except torch.OutOfMemoryError:
+        return False
+
+
+def draw(rows: pd.DataFrame) -> None:
+    """Throughput by model, one bar a runtime, at each one's fastest batch."""
+    best = rows.loc[rows.groupby(["model", "runtime"], sort=False)["tokens_per_s"].idxmax()]
+    names = list(rows["model"].unique())
+    with figure(OUT / "headline", width=7.2) as drawing:
+        axes = drawing.subplots()
+        for offset, (runtime, colour) in enumerate(zip(("eager", "compiled"), COLOURS, strict=False)):
+            of_runtime = best[best["runtime"] == runtime].set_index("model").loc[names]
+            bars = axes.bar(
+                [index + 0.4 * offset for index in range(len(names))],
+                of_runtime["tokens_per_s"],
+                width=0.38,
+                color=colour,
+                label=runtime,
+            )
+            labels = [f"{row.tokens_per_s:,.0f}\nbatch {row.batch}" for row in of_runtime.itertuples()]
+            axes.bar_label(bars, labels, fontsize=7, padding=2)
+        axes.set_xticks([index + 0.2 for index in range(len(names))], names)
+        axes.set_ylabel("decode tokens/s")
+        axes.margins(y=0.15)
+        axes.legend()
+        first = rows.iloc[0]
+        axes.set_title(
+            f"{first['device']}, memory capped at {first['memory_gib']:g} GiB, context {first['context']}, bf16, "
+            f"{str(first['date'])[:10]}",
+            fontsize=9,
+        )
+
+
+def table(rows: pd.DataFrame) -> str:
+    """The README's table in Markdown."""
+    lines = ["| model | runtime | batch | tokens/s | over Llama-2-7B | of the bandwidth limit | J/token |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    best = rows.loc[rows.groupby(["model", "runtime"], sort=False)["tokens_per_s"].idxmax()]
+    base = best[best["model"] == "Llama-2-7B"].set_index("runtime")["tokens_per_s"]
+    joules = rows.dropna(subset="joules_per_token").groupby(["model", "runtime"])["joules_per_token"].min()
+    for row in best.sort_values("runtime", kind="stable", ascending=False).to_dict("records"):
+        used = joules.get((row["model"], row["runtime"]))
+        lines.append(
+            f"| {row['model']} | {row['runtime']} | {row['batch']} | {row['tokens_per_s']:,.0f} | "
+            f"{row['tokens_per_s'] / base[row['runtime']]:.1f} × | {row['bandwidth_share']:.0%} | "
+            f"{'' if used is None else f'{used:.4f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--memory-gib", type=float, default=22.5)
+    parser.add_argument("--energy-s", type=float, default=5.0)
+    parser.add_argument("--draw", action="store_true")
+    options = parser.parse_args()
+    file = OUT / "headline.csv"
+    if not options.draw:
+        rows = measure(options.memory_gib, options.energy_s)
+        write_atomically(file, partial(rows.to_csv, index=False))
+    rows = pd.read_csv(file)
+    draw(rows)
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

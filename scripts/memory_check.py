@@ -1,0 +1,81 @@
+"""Is the largest batch that we predict the largest that fits? Tried out on a GPU, for vectors, contexts and caps.
+
+Each trial reads a pass of prompts and decodes a step under a cap on PyTorch's memory. The predicted batch must do so,
+and then larger ones are tried until one does not. Writes docs/memory/batch_max.csv.
+
+    python scripts/memory_check.py
+"""
+
+import itertools
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from nas.files import write_atomically
+from nas.hardware import nvml_facts
+from nas.latency.memory import MemoryModel
+from nas.latency.model import Workload
+from nas.run import now
+from nas.serving.trial import memory_cap, served
+from nas.space import ModelShape, Vector, format_vector, load_space
+
+OUT = Path("docs/memory/batch_max.csv")
+CONTEXTS, CAPS_GIB, PROMPT, RUNTIME = (1024, 2048, 4096), (22.5, 40.0), 1024, "graph"
+
+
+def vectors() -> dict[str, tuple[ModelShape, Vector]]:
+    """Six vectors by name."""
+    llama, decilm = load_space("llama-2-7b"), load_space("decilm-6b")
+    mixed = tuple(int(groups) for groups in np.random.default_rng(0).choice([1, 2, 4], 32))
+    named = {"DeciLM-6B": decilm.known_vectors["DeciLM-6B"], "mixed": mixed}
+    named |= {f"uniform {vector[0]}": vector for vector in decilm.uniform_vectors()}
+    shaped = {name: (decilm.shape, vector) for name, vector in named.items()}
+    return shaped | {"Llama-2-7B": (llama.shape, llama.largest)}
+
+
+def fits(shape: ModelShape, vector: Vector, batch: int, context: int) -> bool:
+    try:
+        with served(shape, vector, batch, context, PROMPT, RUNTIME, torch.bfloat16):
+            return True
+    except torch.OutOfMemoryError:
+        return False
+
+
+def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> int:
+    """The largest batch that fits: up from the prediction in steps, then by bisection."""
+    fit, beyond, step = 0, max(1, predicted), max(2, predicted // 20)
+    while fits(shape, vector, beyond, context):
+        fit, beyond = beyond, beyond + step
+    while beyond - fit > 1:
+        middle = (fit + beyond) // 2
+        fit, beyond = (middle, beyond) if fits(shape, vector, middle, context) else (fit, middle)
+    return fit
+
+
+def main() -> None:
+    facts = nvml_facts(str(torch.cuda.get_device_properties(0).uuid))
+    machine = {
+        "device": facts.get("nvml_name"),
+        "driver": facts.get("driver"),
+        "torch": torch.__version__,
+        "date": now(),
+    }
+    rows: list[dict[str, Any]] = []
+    for cap, context, (name, (shape, vector)) in itertools.product(CAPS_GIB, CONTEXTS, vectors().items()):
+        with memory_cap(cap):
+            model = MemoryModel(shape, Workload(1, context, PROMPT, "bf16", RUNTIME), on_gpu=True)
+            predicted = model.largest_batch(vector, cap * 2**30)
+            real = largest(shape, vector, context, predicted)
+        row = {"name": name, "vector": format_vector(vector), "context": context, "memory_gib": cap}
+        row |= {"predicted": predicted, "largest": real, "fits": predicted <= real}
+        rows.append(row | {"left_unused": 1 - predicted / real if real else 0.0} | machine)
+        print(name, context, cap, predicted, real, flush=True)
+        write_atomically(OUT, partial(pd.DataFrame(rows).to_csv, index=False))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""The serving model against the plain decoder, its kernel against PyTorch's attention; generation; memory."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nas.data.tokenizer import train_tokenizer
+from nas.errors import UserError
+from nas.export.hf import HfExporter
+from nas.latency.memory import MemoryModel, batch_of
+from nas.latency.model import Workload
+from nas.latency.pool import DTYPES
+from nas.model import Decoder
+from nas.serving import KVCache, Runner, ServingModel, generate
+from nas.serving import model as serving_model
+from nas.serving.model import empty, with_terms
+from nas.space import FEATURES, ModelShape, SearchSpace
+from tests.conftest import Nas, random_supernet
+
+SHAPE = ModelShape(
+    num_hidden_layers=3,
+    hidden_size=48,
+    num_attention_heads=12,
+    head_dim=8,
+    intermediate_size=64,
+    vocab_size=97,
+    max_position_embeddings=24,
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+groups = st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=3, max_size=3)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> ModelShape:
+    """Shapes with any features but stretched rotary embeddings."""
+    flags = {key: draw(st.booleans()) for key in FEATURES if key != "rope_scaling"}
+    return dataclasses.replace(SHAPE, **flags, rope_scaling=None, tie_word_embeddings=draw(st.booleans()))
+
+
+def random_decoder(shape: ModelShape, vector: list[int], seed: int = 0) -> Decoder:
+    space = SearchSpace("one", shape, tuple((groups,) for groups in vector))
+    return random_supernet(space, seed).extract(space.largest).eval()
+
+
+def tokens_of(shape: ModelShape, rows: int, length: int) -> Tensor:
+    return torch.randint(shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def whole_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
+    return decoder(tokens)  # type: ignore[no-any-return]
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes(), groups, st.integers(1, 10))
+def test_prompt_and_steps_give_the_logits_of_the_whole_forward_pass(
+    shape: ModelShape, vector: list[int], prompt: int
+) -> None:
+    decoder, tokens = random_decoder(shape, vector), tokens_of(shape, 2, 16)
+    runner = Runner(ServingModel.of(decoder), KVCache(shape, vector, 2, 24))
+    whole = whole_logits(decoder, tokens)
+    torch.testing.assert_close(runner.prefill(tokens[:, :prompt]), whole[:, prompt - 1], atol=1e-4, rtol=1e-4)
+    for position in range(prompt, 16):
+        step = runner.decode(tokens[:, position], position)
+        torch.testing.assert_close(step, whole[:, position], atol=1e-4, rtol=1e-4)
+
+
+def test_prompts_in_several_passes_are_prompts_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 5, 6)
+    logits, caches = [], []
+    for limit in (1000, 12):  # five rows at once, and two, two, one
+        monkeypatch.setattr("nas.latency.model.PREFILL_TOKENS", limit)
+        caches.append(KVCache(SHAPE, [4, 1, 2], 5, 8))
+        logits.append(Runner(ServingModel.of(decoder), caches[-1]).prefill(tokens))
+    torch.testing.assert_close(*logits)
+    for one, parts in zip(caches[0].layers, caches[1].layers, strict=True):
+        torch.testing.assert_close(one.keys, parts.keys)
+        torch.testing.assert_close(one.values, parts.values)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_product_in_two_terms_is_the_product(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    linear, x_BTD = nn.Linear(64, 48, bias=bias), torch.randn(5, 1, 48)
+    inner = torch.randn(5, 1, 64)
+    whole = serving_model._product_in_terms(inner, linear)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(serving_model, "_MANY_ROWS", 5)
+    halves = serving_model._product_in_terms(inner, linear)
+    assert (len(whole), len(halves)) == (1, 2)
+    expected = x_BTD + linear(inner)
+    torch.testing.assert_close(with_terms(x_BTD, whole), expected)
+    torch.testing.assert_close(with_terms(x_BTD, halves), expected)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shapes(), groups, st.integers(1, 5), st.sampled_from(["fp32", "bf16"]))
+def test_weights_and_cache_are_predicted_byte_for_byte(
+    shape: ModelShape, vector: list[int], batch: int, dtype: str
+) -> None:
+    model, cache = empty(shape, vector, "cpu", DTYPES[dtype]), KVCache(shape, vector, batch, 20, "cpu", DTYPES[dtype])
+    weights = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
+    stores = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage().nbytes() for layer in cache.layers}
+    stores |= {
+        layer.values.untyped_storage().data_ptr(): layer.values.untyped_storage().nbytes() for layer in cache.layers
+    }
+    predicted = MemoryModel(shape, Workload(batch, 20, 10, dtype, "eager"), on_gpu=False).at(vector, batch)
+    assert predicted.weights == sum(weights.values())
+    assert predicted.kv_cache == sum(stores.values())
+
+
+@given(groups, st.floats(0, 3e6), st.booleans())
+def test_the_largest_batch_is_the_last_that_fits(vector: list[int], memory_bytes: float, on_gpu: bool) -> None:
+    model = MemoryModel(SHAPE, Workload("max", 20, 10, "fp32", "eager", 1.0), on_gpu)
+    fitting = [batch for batch in range(1, 400) if model.at(vector, batch).total <= memory_bytes]
+    assert model.largest_batch(vector, memory_bytes) == max(fitting, default=0)
+
+
+def test_a_memory_in_which_nothing_fits_is_one_sentence() -> None:
+    workload = Workload("max", 20, 10, "fp32", "eager", 1e-6)
+    with pytest.raises(UserError, match=r"not one sequence of 1-1-1 .* fits into workload\.memory_gib=1e-06"):
+        batch_of(workload, MemoryModel(SHAPE, workload, on_gpu=False), (1, 1, 1))
+
+
+def test_greedy_generation_takes_the_likeliest_token_each_time() -> None:
+    decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 2, 5)
+    seen: list[int] = []
+    runner = Runner(ServingModel.of(decoder), KVCache(SHAPE, [4, 1, 2], 2, 20))
+    new = generate(runner, tokens, 8, progress=seen.append)
+    for _ in range(8):
+        tokens = torch.cat((tokens, whole_logits(decoder, tokens)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(new, tokens[:, 5:])
+    assert seen == list(range(1, 9))
+
+
+def test_drawn_tokens_depend_on_the_seed_alone() -> None:
+    model, tokens = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), tokens_of(SHAPE, 2, 5)
+
+    def drawn(seed: int) -> list[list[int]]:
+        runner = Runner(model, KVCache(SHAPE, [4, 1, 2], 2, 20))
+        return generate(runner, tokens, 12, temperature=1000.0, seed=seed).tolist()
+
+    assert drawn(1) == drawn(1)
+    assert drawn(1) != drawn(2)
+
+
+def test_generation_ends_when_every_row_has_stopped() -> None:
+    model, tokens = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), tokens_of(SHAPE, 1, 5)
+    free = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10)[0].tolist()
+    stop = free[3]
+    ended = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10, stop_token=stop)[0].tolist()
+    assert ended == free[: free.index(stop) + 1]
+
+
+def test_a_cache_that_is_too_small_is_refused() -> None:
+    runner = Runner(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), KVCache(SHAPE, [4, 1, 2], 1, 10))
+    with pytest.raises(ValueError, match="a cache of 1 x 10 tokens"):
+        generate(runner, tokens_of(SHAPE, 1, 5), 6)
+    with pytest.raises(ValueError, match="a cache of 1 x 10 tokens"):
+        generate(runner, tokens_of(SHAPE, 2, 5), 2)
+
+
+KERNEL_TRIAL = """
+import sys, torch
+import torch.nn.functional as F
+from nas.model.decoder import rotate
+from nas.serving import kernels
+
+device = sys.argv[1]
+generator = torch.Generator().manual_seed(0)
+draw = lambda *size: torch.randn(size, generator=generator)
+for B, H, G, d, C, tokens, splits in [
+    (2, 8, 2, 16, 100, 70, 1), (2, 8, 2, 16, 100, 70, 3), (1, 8, 1, 24, 64, 1, 2), (3, 32, 1, 32, 130, 130, 4),
+    (2, 4, 4, 16, 50, 33, 2),
+]:
+    kernels.split_count = lambda *_: splits
+    q, k, v = draw(B, H + 2 * G, d).split([H, G, G], dim=1)
+    keys, values, cos, sin = draw(B, G, C, d), draw(B, G, C, d), draw(C, d), draw(C, d)
+    rope = cos[tokens - 1 : tokens], sin[tokens - 1 : tokens]
+    new_keys, new_values = keys.clone(), values.clone()
+    new_keys[:, :, tokens - 1], new_values[:, :, tokens - 1] = rotate(k[:, :, None], rope)[:, :, 0], v
+    packed = rotate(q[:, :, None], rope).view(B, G, H // G, d)
+    expected = F.scaled_dot_product_attention(packed, new_keys[:, :, :tokens], new_values[:, :, :tokens])
+    inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, torch.tensor(tokens - 1))]
+    out = kernels.decode_attention(*inputs[0].split([H, G, G], dim=1), *inputs[1:])
+    torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(inputs[3].cpu(), new_keys)
+    torch.testing.assert_close(inputs[4].cpu(), new_values)
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_the_kernel_is_attention_over_the_cache_and_the_new_token() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    code = KERNEL_TRIAL if device == "cuda" else f"import os\nos.environ['TRITON_INTERPRET'] = '1'\n{KERNEL_TRIAL}"
+    done = subprocess.run([sys.executable, "-c", code, device], capture_output=True, text=True, cwd=Path.cwd())
+    if "0-dimensional arrays" in done.stderr:
+        pytest.skip("this Triton's interpreter does not know this NumPy")
+    assert done.returncode == 0, done.stderr
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("runtime", ["eager", "graph", "compiled"])
+@pytest.mark.parametrize("rows", [3, 130])
+def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(runtime: str, dtype: str, rows: int) -> None:
+    decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, rows, 20)
+    model = ServingModel.of(decoder, "cuda", DTYPES[dtype])
+    runner = Runner(model, KVCache(SHAPE, [4, 1, 2], rows, 24, "cuda", DTYPES[dtype]), runtime)
+    logits = [runner.prefill(tokens[:, :8].cuda()).float().cpu()]
+    logits += [runner.decode(tokens[:, at].cuda(), at).float().cpu() for at in range(8, 20)]
+    expected = whole_logits(decoder, tokens)[:, 7:]
+    error = (torch.stack(logits, dim=1) - expected).norm() / expected.norm()
+    assert error < (1e-5 if dtype == "fp32" else 3e-2)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model whose tokenizer knows bytes."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    tokenizer = folder / "bytes.json"
+    train_tokenizer(["the cat sat on the mat and looked at the moon " * 50], 270).save(str(tokenizer))
+    shape = dataclasses.replace(SHAPE, vocab_size=270)
+    HfExporter().export(random_decoder(shape, [4, 1, 2]), tokenizer, folder / "model", {})
+    return folder / "model"
+
+
+def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkpoint: Path) -> None:
+    texts = []
+    for name in ("one", "two"):
+        result = nas(
+            "generate", f"checkpoint={checkpoint}", "prompt=the cat", "new_tokens=6", "batch=2", f"name={name}"
+        )
+        assert result.code == 0, result.err
+        texts.append((tmp_path / "runs/generate" / name / "generated.txt").read_text())
+        assert texts[-1].split("\n\n")[0] in result.out
+    assert texts[0] == texts[1]
+    first, second = texts[0].rstrip("\n").split("\n\n")
+    assert first == second  # greedy
+    assert first.startswith("the cat")
+    assert len(first) > len("the cat")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prompt=the cat", "new_tokens=100"], ["prompt has", "new_tokens is 100", "1 to 24", "change either"]),
+        (["prompt=the cat", "checkpoint=nowhere"], ["nowhere has no config.json"]),
+        (["prompt=the cat", "new_tokens=0"], ["new_tokens is 0 but must be positive"]),
+    ],
+)
+def test_what_cannot_be_generated_is_one_sentence(
+    nas: Nas, checkpoint: Path, arguments: list[str], words: list[str]
+) -> None:
+    result = nas("generate", f"checkpoint={checkpoint}", *arguments)
+    assert result.code == 1
+    assert len(result.err.splitlines()) == 1
+    assert all(word in result.err for word in words), result.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run graphs")
+@pytest.mark.parametrize("runtime", ["graph", "compiled"])
+def test_a_runtime_that_needs_a_gpu_is_refused_on_a_cpu(nas: Nas, checkpoint: Path, runtime: str) -> None:
+    result = nas("generate", f"checkpoint={checkpoint}", "prompt=the cat", "new_tokens=6", f"runtime={runtime}")
+    assert result.code == 1
+    assert result.err.startswith(f"nas generate: runtime={runtime} needs a GPU")

@@ -1,0 +1,597 @@
+"""Timing: a fake machine whose faults are planted, the pool against whole models, and real measurements on the CPU."""
+
+import dataclasses
+import json
+import math
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from nas.config import MeasureConfig
+from nas.errors import UserError
+from nas.files import read_json
+from nas.latency import Workload, this_device
+from nas.latency.check import CHECK_COLUMNS, predict_wholes, random_vectors, summarise_check
+from nas.latency.measure import measure
+from nas.latency.points import Grid, Point
+from nas.latency.pool import LayerPool
+from nas.latency.table import COLUMNS, TableLatency
+from nas.latency.timing import (
+    SAMPLE_COLUMNS,
+    Samples,
+    Segment,
+    drift_report,
+    due_points,
+    spread,
+    time_points,
+    usable,
+)
+from nas.model.decoder import Decoder
+from nas.run import FinishedRun
+from nas.serving import ServingLayer, ServingModel
+from nas.space import SearchSpace
+from tests.conftest import Nas
+from tests.test_resume import kill_when
+
+CPU = torch.device("cpu")
+POINTS = [Point("decode", "layer", (groups,), batch, 16) for groups in (1, 2, 4) for batch in (1, 2, 4)]
+POINTS += [Point("prefill", "head", (), 1, 8)]
+SENTINEL = POINTS[0]
+STEADY = {point: 20.0 + index for index, point in enumerate(POINTS)}  # milliseconds of each on a healthy machine
+CONFIG = MeasureConfig(rounds=4, segment=4)
+SPACE = "measure.batches=[1]", "measure.contexts=[8]", "workload.batch=2", "workload.context=16", "workload.prompt=4"
+
+
+class Machine:
+    """A machine whose clock only its own calls advance.
+
+    Args:
+        factor: By how much a call is slower than it should be, given the point and the time.
+        lost: Points that do not fit into its memory.
+        dies_after: After so many calls it raises KeyboardInterrupt.
+    """
+
+    def __init__(
+        self,
+        factor: Callable[[Point, float], float] = lambda *_: 1.0,
+        lost: tuple[Point, ...] = (),
+        dies_after: float = math.inf,
+    ) -> None:
+        self.now, self.prepared, self.calls, self.slow = 0.0, Counter[Point](), Counter[Point](), Counter[Point]()
+        self._factor, self._lost, self._dies_after = factor, lost, dies_after
+
+    def prepare(self, point: Point) -> tuple[Callable[[], None], int]:
+        self.prepared[point] += 1
+        if point in self._lost:
+            raise torch.OutOfMemoryError("planted")
+
+        def call() -> None:
+            if self.calls.total() >= self._dies_after:
+                raise KeyboardInterrupt
+            self.calls[point] += 1
+            factor = self._factor(point, self.now)
+            self.slow[point] += factor > 1
+            self.now += factor * STEADY[point] / 1e3
+
+        return call, 1
+
+    def time(self, samples: Samples, config: MeasureConfig = CONFIG, points: list[Point] = POINTS) -> Samples:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("nas.latency.timing.time", SimpleNamespace(perf_counter=lambda: self.now))
+            time_points(points, SENTINEL, self.prepare, config, CPU, samples)
+        return samples
+
+
+def slow_between(begin: float, end: float) -> Callable[[Point, float], float]:
+    return lambda _, now: 1.1 if begin <= now < end else 1.0
+
+
+def medians(samples: Samples, config: MeasureConfig = CONFIG) -> dict[Point, float]:
+    return {point: median(times) for point, times in usable(samples, config)}
+
+
+def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
+    samples = Machine().time(Samples())
+    assert {point: len(times) for point, times in samples.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
+    assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
+    assert [len(segment.samples) for segment in samples.segments] == [4, 4, 2] * CONFIG.rounds
+    assert drift_report(samples, CONFIG) == {
+        "tolerance": 0.02,
+        "worst": 0.0,
+        "segments": 3 * CONFIG.rounds,
+        "segments_beyond": 0,
+        "points_affected": 0,
+        "points_left_unsteady": 0,
+    }
+    orders = [[p for segment in samples.segments[i : i + 3] for p in segment.samples] for i in range(0, 12, 3)]
+    assert all(set(order) == set(POINTS) for order in orders)
+    assert len(set(map(tuple, orders))) > 1  # shuffled
+
+
+def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_says() -> None:
+    machine = Machine(lambda *_: 0.05)  # of 1 ms, so a sample repeats it ten times
+
+    def prepare(point: Point) -> tuple[Callable[[], None], int]:
+        return machine.prepare(point)[0], 3
+
+    samples = Samples()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.latency.timing.time", SimpleNamespace(perf_counter=lambda: machine.now))
+        time_points([SENTINEL], SENTINEL, prepare, CONFIG, CPU, samples)
+    assert samples.by_point()[SENTINEL] == pytest.approx([20 * 0.05 / 3] * CONFIG.rounds)
+    looks = CONFIG.rounds * (1 + 1 + 1)  # a segment each, with a look before and after it
+    assert (machine.calls[SENTINEL] - 2) % 10 == 0
+    assert machine.calls[SENTINEL] > 10 * (looks + 1 / 0.010)  # warm-up
+
+
+@given(st.floats(1.0, 3.0), st.floats(0.5, 1.2))
+@settings(max_examples=25, deadline=None)
+def test_a_drift_is_found_and_what_it_touched_is_timed_again(begin: float, length: float) -> None:
+    machine = Machine(slow_between(begin, begin + length))
+    samples = machine.time(Samples())
+    off = [any(ms > 1.05 * STEADY[SENTINEL] for ms in (segment.before, segment.after)) for segment in samples.segments]
+    for segment, seen in zip(samples.segments, off, strict=True):
+        wrong = [point for point, ms in segment.samples.items() if ms > 1.05 * STEADY[point]]
+        assert seen or not wrong
+    affected = {point for segment, seen in zip(samples.segments, off, strict=True) if seen for point in segment.samples}
+    assert affected
+    report = drift_report(samples, CONFIG)
+    assert report["worst"] == pytest.approx(0.1)
+    assert (report["segments"], report["segments_beyond"]) == (len(off), sum(off))
+    assert (report["points_affected"], report["points_left_unsteady"]) == (len(affected), 0)
+    taken, good = samples.by_point(), samples.by_point(CONFIG.drift)
+    for point in POINTS:
+        assert CONFIG.rounds <= len(taken[point]) <= 2 * CONFIG.rounds
+        assert (len(taken[point]) > CONFIG.rounds) == (point in affected)
+        assert len(good[point]) >= CONFIG.rounds or len(taken[point]) == 2 * CONFIG.rounds
+    assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
+
+
+def test_without_the_sentinel_the_same_drift_would_have_spoilt_the_medians() -> None:
+    """The test above can fail: a tolerance that lets the drift pass keeps the slow samples."""
+    blind = dataclasses.replace(CONFIG, drift=0.5, spread=0.5)
+    samples = Machine(slow_between(1.0, 4.0)).time(Samples(), blind)
+    assert drift_report(samples, blind)["segments_beyond"] == 0
+    assert any(ms > 1.04 * STEADY[point] for point, ms in medians(samples, blind).items())
+
+
+def test_a_point_that_never_met_the_machine_steady_is_told_and_keeps_what_there_is() -> None:
+    point, other = POINTS[1:3]
+    segments = [Segment(10.0, 10.0, {other: 1.0}) for _ in range(4)] + [Segment(11.0, 10.0, {point: 5.0})] * 2
+    samples = Samples(segments=segments)
+    report = drift_report(samples, CONFIG)
+    assert (report["segments_beyond"], report["points_affected"], report["points_left_unsteady"]) == (2, 1, 1)
+    assert dict(usable(samples, CONFIG)) == {other: [1.0] * 4, point: [5.0, 5.0]}
+    assert due_points([point, other], samples, CONFIG) == [point]
+    assert samples.drifts() == pytest.approx([0] * 4 + [0.1] * 2)
+
+
+def test_what_does_not_fit_into_memory_is_said_so_and_not_tried_again(tmp_path: Path) -> None:
+    lost = (POINTS[4], POINTS[9])
+    machine = Machine(lost=lost)
+    samples = machine.time(Samples.at(tmp_path / "samples.csv"))
+    assert {point: samples.by_point(CONFIG.drift)[point] for point in lost} == {point: [math.inf] for point in lost}
+    assert [machine.prepared[point] for point in lost] == [1, 1]
+    fitted = {point: ms for point, ms in STEADY.items() if point not in lost}
+    assert {point: ms for point, ms in medians(samples).items() if point in fitted} == {
+        point: pytest.approx(ms) for point, ms in fitted.items()
+    }
+    assert all(len(samples.by_point()[point]) == CONFIG.rounds for point in fitted)
+    assert drift_report(samples, CONFIG)["points_left_unsteady"] == 0
+    again = Machine(lost=lost)
+    more = again.time(Samples.at(tmp_path / "samples.csv"), dataclasses.replace(CONFIG, rounds=6))
+    assert not any(again.prepared[point] for point in lost)
+    assert all(len(more.by_point()[point]) == 6 for point in fitted)
+
+
+def test_memory_that_ends_within_the_first_call_counts_too() -> None:
+    def prepare(point: Point) -> tuple[Callable[[], None], int]:
+        def call() -> None:
+            if point == POINTS[4]:
+                raise torch.OutOfMemoryError("activations")
+            machine.now += 0.02
+
+        return call, 1
+
+    machine, samples = Machine(), Samples()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.latency.timing.time", SimpleNamespace(perf_counter=lambda: machine.now))
+        time_points(POINTS, SENTINEL, prepare, CONFIG, CPU, samples)
+    assert samples.by_point()[POINTS[4]] == [math.inf]
+    assert sum(map(len, samples.by_point().values())) == CONFIG.rounds * (len(POINTS) - 1) + 1
+
+
+class NeverEndsError(Exception):
+    """Raised where a loop would go on for ever."""
+
+
+def test_a_sentinel_that_does_not_fit_into_memory_is_said() -> None:
+    machine = Machine(lost=(SENTINEL,))
+
+    def prepare(point: Point) -> tuple[Callable[[], None], int]:
+        if machine.calls.total() > 100 * len(POINTS):
+            raise NeverEndsError
+        return machine.prepare(point)
+
+    def perf_counter() -> float:
+        machine.now += 1e-3  # the sentinel takes no time
+        if machine.calls.total() > 100 * len(POINTS):
+            raise NeverEndsError
+        return machine.now
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.latency.timing.time", SimpleNamespace(perf_counter=perf_counter))
+        with pytest.raises(UserError, match=r"fit into memory; lower workload\.context"):
+            time_points(POINTS, SENTINEL, prepare, CONFIG, CPU, Samples())
+
+
+def test_a_point_that_scatters_gets_more_samples_than_a_steady_one_but_no_more_than_twice_as_many() -> None:
+    rng = random.Random(0)
+    noisy, settling = POINTS[3], POINTS[5]
+    seen = Counter[Point]()
+
+    def factor(point: Point, _: float) -> float:
+        seen[point] += 1
+        if point == settling and seen[point] == 4:  # two calls to make it ready, a good sample, then a bad one
+            return 2.0
+        return rng.uniform(0.7, 1.3) if point == noisy else 1.0
+
+    samples = Machine(factor).time(Samples())
+    counts = {point: len(times) for point, times in samples.by_point().items()}
+    assert counts.pop(noisy) == 2 * CONFIG.rounds
+    assert CONFIG.rounds < counts.pop(settling) < 2 * CONFIG.rounds  # one outlier is soon outvoted
+    assert set(counts.values()) == {CONFIG.rounds}
+
+
+@given(st.lists(st.floats(0.1, 100), min_size=1, max_size=20))
+def test_the_spread_is_that_of_the_percentiles(times: list[float]) -> None:
+    low, high = np.quantile(times, 0.2), np.quantile(times, 0.8)
+    assert spread(times) == pytest.approx((high - low) / median(times))
+
+
+@given(st.integers(20, 145))
+@settings(max_examples=12, deadline=None)
+def test_a_measurement_that_was_killed_goes_on_and_times_nothing_again(kill: int) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "samples.csv"
+        first, before = Machine(dies_after=kill), Samples.at(path)
+        with pytest.raises(KeyboardInterrupt):
+            first.time(before)
+        kept = Samples.at(path)
+        assert kept.segments == before.segments  # to the last bit, from the file
+        second = Machine()
+        finished = second.time(kept)
+        assert Samples.at(path).segments == finished.segments
+        assert finished.segments[: len(before.segments)] == before.segments
+        assert {p: len(times) for p, times in finished.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
+        new = {point: CONFIG.rounds - len(before.by_point().get(point, [])) for point in POINTS}
+        for point in POINTS[1:]:  # the sentinel is timed all the time
+            assert second.calls[point] == (new[point] + 2 if new[point] else 0)  # and two to make it ready
+        assert medians(finished) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
+        assert Machine().time(finished).segments == Samples.at(path).segments  # nothing is left to do
+
+
+def test_a_line_that_was_cut_short_costs_only_itself(tmp_path: Path) -> None:
+    path = tmp_path / "samples.csv"
+    whole = Machine().time(Samples.at(path))
+    path.write_bytes(path.read_bytes()[:-7])
+    cut = Samples.at(path)
+    assert cut.segments[:-1] == whole.segments[:-1]
+    assert len(cut.segments[-1].samples) == len(whole.segments[-1].samples) - 1
+    assert {p: len(t) for p, t in Machine().time(cut).by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
+
+
+@pytest.mark.parametrize("left", ["", "segment,sentinel_be", ",".join(SAMPLE_COLUMNS) + "\n"])
+def test_a_measurement_that_was_killed_before_its_first_segment_starts_afresh(tmp_path: Path, left: str) -> None:
+    path = tmp_path / "samples.csv"
+    path.write_text(left)
+    samples = Samples.at(path)
+    assert samples.segments == []
+    Machine().time(samples)
+    assert Samples.at(path).segments == samples.segments
+    assert path.read_text().count("sentinel_before_ms") == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: text.replace("sentinel_after_ms", "after"),
+        lambda text: text.replace(",ms\n", ",seconds\n", 1),
+        lambda text: text.replace("layer,1,", "layer,one,", 1),
+        lambda text: text.replace("layer,1,", "layer,1-x,", 1),
+        lambda text: text.replace(",16,", ",long,", 1),
+        lambda text: text.replace(".", "point", 1),
+        lambda text: '"' + text,
+        lambda text: "\0\n" + text,
+    ],
+)
+def test_corrupt_samples_are_one_sentence(tmp_path: Path, damage: Callable[[str], str]) -> None:
+    path = tmp_path / "samples.csv"
+    Machine(lambda *_: 1.01).time(Samples.at(path))
+    text = path.read_text()
+    path.write_text(damage(text))
+    assert path.read_text() != text
+    with pytest.raises(UserError, match=r"samples\.csv") as refusal:
+        Samples.at(path)
+    assert "\n" not in str(refusal.value)
+
+
+def pool_of(space: SearchSpace, points: list[Point], memory_bytes: int = 2**30) -> LayerPool:
+    """A pool with weights so large that every part of a model shows in its logits."""
+    pool = LayerPool(space, "fp32", "eager", CPU, points, memory_bytes)
+    generator = torch.Generator().manual_seed(1)
+    modules: list[nn.Module] = [layer for position in pool._layers for layer in position.values()]
+    for module in [*modules, *(part for ends in pool._ends for part in ends)]:
+        for parameter in module.parameters():
+            parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
+    return pool
+
+
+def run_point(pool: LayerPool, point: Point) -> Any:
+    with torch.inference_mode():
+        return pool.prepare(point)[0]()
+
+
+def plain(layer: ServingLayer, index: int) -> dict[str, Tensor]:
+    """A serving layer's weights by the names of a plain decoder's."""
+    heads, kv = layer.heads * layer.head_dim, layer.groups * layer.head_dim
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    parts = dict(zip(names, layer.qkv_proj.weight.split([heads, kv, kv]), strict=True))
+    parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), layer.gate_up_proj.weight.chunk(2), strict=True))
+    parts |= {"self_attn.o_proj": layer.o_proj.weight, "mlp.down_proj": layer.down_proj.weight}
+    parts |= {"input_layernorm": layer.attention_norm.weight, "post_attention_layernorm": layer.mlp_norm.weight}
+    return {f"model.layers.{index}.{name}.weight": value for name, value in parts.items()}
+
+
+def put_together(pool: LayerPool, space: SearchSpace, vector: tuple[int, ...]) -> Decoder:
+    decoder = Decoder(dataclasses.replace(space.shape, tie_word_embeddings=False), vector).requires_grad_(False)
+    embedding, norm, head = pool._ends[0]
+    state = {"model.embed_tokens.weight": embedding.weight, "model.norm.weight": norm.weight}
+    state["lm_head.weight"] = head.weight
+    for index, groups in enumerate(vector):
+        state |= plain(pool._layers[index][groups], index)
+    decoder.load_state_dict(state)
+    return decoder
+
+
+@pytest.mark.parametrize("vector", [(4, 1, 2), (1, 1, 1), (2, 4, 4)])
+def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
+    micro: SearchSpace, vector: tuple[int, ...]
+) -> None:
+    prefill, decode = (Point(phase, "whole", vector, 4, 8) for phase in ("prefill", "decode"))
+    bigger = Point("decode", "layer", (4,), 5, 16)
+    pool = pool_of(micro, [prefill, decode, bigger])
+    decoder = put_together(pool, micro, vector)
+    tokens = pool._tokens[:32].view(4, 8)
+    prompts = run_point(pool, prefill)
+    torch.testing.assert_close(prompts, decoder(tokens)[:, -1], atol=1e-3, rtol=1e-4)
+
+    # The prompts are in the cache now, and the same cache serves a step of as many rows and tokens.
+    step = run_point(pool, decode)
+    in_full = torch.cat([tokens[:, :7], pool._tokens[:4, None]], dim=1)
+    expected = decoder(in_full)[:, -1]
+    torch.testing.assert_close(step, expected, atol=1e-3, rtol=1e-4)
+    assert (step - prompts).abs().max() > 0.1
+
+    caches = [pool._cache(index, groups, decode) for index, groups in enumerate(vector)]
+    served = ServingModel.of(decoder)
+    torch.testing.assert_close(served(pool._tokens[:4, None], caches, 7), step, atol=1e-3, rtol=1e-4)
+    other = put_together(pool, micro, (vector[0], vector[1], 1 if vector[2] > 1 else 4))
+    assert (other(in_full)[:, -1] - expected).abs().max() > 0.01
+
+
+def test_a_layer_is_timed_over_all_positions_and_divided_by_the_depth(micro: SearchSpace) -> None:
+    points = [Point("decode", "layer", (2,), 4, 16), Point("prefill", "layer", (2,), 2, 8)]
+    ends = [Point("prefill", "embedding", (), 2, 8), Point("prefill", "head", (), 2, 8)]
+    whole = Point("decode", "whole", (4, 1, 2), 4, 16)
+    pool = pool_of(micro, [*points, *ends, whole])
+    ran: list[tuple[int, int]] = []
+    for index, position in enumerate(pool._layers):
+        for groups, layer in position.items():
+            layer.register_forward_hook(lambda *_, at=(index, groups): ran.append(at))
+    for point in points:
+        with torch.inference_mode():
+            call, divisor = pool.prepare(point)
+            ran.clear()
+            call()
+        assert divisor == micro.shape.num_hidden_layers == 3
+        assert ran == [(0, 2), (1, 2), (2, 2)]
+    with torch.inference_mode():
+        call, divisor = pool.prepare(whole)
+        ran.clear()
+        call()
+    assert (divisor, ran) == (1, [(0, 4), (1, 1), (2, 2)])
+    for point in ends:
+        with torch.inference_mode():
+            call, divisor = pool.prepare(point)
+            outputs: list[Tensor] = call()
+        assert len(outputs) == divisor == len(pool._ends) > 1
+        width, tokens = (32, 8) if point.part == "embedding" else (320, 1)
+        assert {tuple(output.shape) for output in outputs} == {(2, tokens, width)}
+        assert not torch.equal(outputs[0], outputs[1])  # each has weights of its own
+    assert pool.prepare(whole) is pool.prepare(whole)
+
+
+def test_positions_have_weights_of_their_own_and_their_layers_share_what_the_groups_leave_alone(
+    micro: SearchSpace,
+) -> None:
+    pool = pool_of(micro, [Point("decode", "layer", (4,), 1, 8)])
+    for position in pool._layers:
+        assert set(position) == {1, 2, 4}
+        for name in ("o_proj", "gate_up_proj", "down_proj"):
+            assert len({getattr(layer, name).weight.data_ptr() for layer in position.values()}) == 1
+        assert len({layer.qkv_proj.weight.data_ptr() for layer in position.values()}) == 3
+    assert len({position[1].down_proj.weight.data_ptr() for position in pool._layers}) == 3
+
+
+def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_not(micro: SearchSpace) -> None:
+    large, small = Point("decode", "layer", (4,), 64, 32), Point("decode", "layer", (4,), 8, 32)
+    mixed = Point("decode", "whole", (1, 4, 1), 64, 32)
+    few = Point("decode", "whole", (1, 1, 2), 16, 32)  # as large as the small layer's where it is largest
+    points = [large, small, mixed, few]
+    layers = 3 * (32 * 32 + 3 * 32 * 256 + 2 * 32 + sum(32 * (32 + 2 * 8 * groups) for groups in (1, 2, 4)))
+    ends = len(LayerPool(micro, "fp32", "eager", CPU, points, 0)._ends) * (2 * 320 * 32 + 32)
+    held = 4 * (layers + ends)
+    cache = 2 * 3 * 8 * 4 * 32 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
+    enough = LayerPool(micro, "fp32", "eager", CPU, points, held + cache)
+    for point in (small, few):
+        run_point(enough, point)
+    for point in (large, mixed):
+        with pytest.raises(torch.OutOfMemoryError):
+            run_point(enough, point)
+    short = LayerPool(micro, "fp32", "eager", CPU, points, held + cache - 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        run_point(short, small)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A processor has no idle clocks that a second of warm-up would have to wake."""
+    monkeypatch.setattr("nas.latency.timing._WARM_UP_S", 0.05)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: SearchSpace, tmp_path: Path) -> None:
+    workload = Workload(2, 16, 4, "fp32", "eager")
+    grid = Grid((1, 2), (8, 16), (2, 4))
+    config = MeasureConfig(rounds=1)
+    shapes: list[tuple[Any, int, int]] = [("decode", 2, 16), ("prefill", 2, 4), ("decode", 1, 12)]
+    found = measure(micro, grid, shapes, workload, config, 2, this_device(), tmp_path / "samples.csv")
+    assert found.energy is None
+    assert list(found.table.columns) == COLUMNS
+    timed = {(row.phase, row.part, row.groups, row.batch, row.length) for row in found.table.itertuples()}
+    expected = {(p.phase, p.part, sum(p.groups), p.batch, p.length) for p in grid.points(micro)}
+    assert timed == expected
+    assert len(found.table) == len(expected)
+    assert (found.table["median_ms"] > 0).all()
+    assert found.table["n"].between(1, 2).all()
+    assert (found.table["status"] == "ok").all()
+    vectors = random_vectors(micro, 2, config.seed)
+    assert set(found.wholes_ms) == {Point(p, "whole", v, batch, length) for p, batch, length in shapes for v in vectors}
+    assert set(found.facts) == {"drift"}
+    kept = Samples.at(tmp_path / "samples.csv")
+    assert found.facts["drift"] == drift_report(kept, config)
+    assert set(kept.by_point()) == {*grid.points(micro), *found.wholes_ms}
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_measurement_says_what_did_not_fit(
+    micro: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prepare(_: LayerPool, point: Point) -> tuple[Callable[[], Any], int]:
+        if point.batch == 2 and point.length == 16:
+            raise torch.OutOfMemoryError("planted")
+        return (lambda: sum(range(20_000))), 1
+
+    monkeypatch.setattr(LayerPool, "prepare", prepare)
+    grid, workload = Grid((1, 2), (8, 16), (2, 4)), Workload(2, 16, 4, "fp32", "eager")
+    shapes: list[tuple[Any, int, int]] = [("decode", 2, 16), ("decode", 1, 12)]
+    found = measure(micro, grid, shapes, workload, MeasureConfig(rounds=1), 2, this_device(), tmp_path / "samples.csv")
+    lost = found.table[found.table["status"] == "out_of_memory"]
+    assert [tuple(row) for row in lost[["phase", "part", "groups", "batch", "length"]].to_numpy()] == [
+        ("decode", "layer", groups, 2, 16) for groups in (1, 2, 4)
+    ]
+    assert lost["median_ms"].isna().all()
+    assert {point.length for point in found.wholes_ms} == {12}
+    found.table.to_csv(tmp_path / "table.csv", index=False)
+    meta = {"device": {}, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": "", "check": []}
+    (tmp_path / "latency.json").write_text(json.dumps(meta))
+    table = TableLatency(tmp_path)
+    assert table.layer_ms("decode", 1, 2, 8) > 0
+    with pytest.raises(UserError, match="less where memory ended"):
+        table.layer_ms("decode", 1, 2, 16)
+    check = predict_wholes(found.wholes_ms, table)
+    assert list(check.columns) == CHECK_COLUMNS
+    for row, (point, ms) in zip(check.itertuples(), sorted(found.wholes_ms.items()), strict=True):
+        layers = sum(table.layer_ms("decode", groups, 1, 12) for groups in point.groups)
+        assert row.measured_ms == ms
+        assert row.predicted_ms == pytest.approx(layers + table.ends_ms("decode", 1, 1))
+
+
+@pytest.mark.usefixtures("quick")
+def test_measuring_writes_all_that_belongs_together_and_publishes_it(
+    nas: Nas, micro_file: Path, tmp_path: Path
+) -> None:
+    arguments = ("measure", f"space={micro_file}", *SPACE, "measure.rounds=1", "check=2", "name=mine")
+    device = this_device()
+    target = tmp_path / "shared" / device.slug / "micro-fp32-eager"
+    target.mkdir(parents=True)
+    (target / "energy.csv").write_text("of an older table")
+    result = nas(*arguments, "publish=shared")
+    assert result.code == 0, result.err
+    run = tmp_path / "runs" / "measure" / "mine"
+    written = {"table.csv", "check.csv", "check.png", "check.svg", "latency.json", "samples.csv"}
+    assert written <= {path.name for path in run.iterdir()}
+    finished = FinishedRun(run, "measure")
+    assert all(finished.artifact(name) for name in written)
+
+    meta = read_json(run / "latency.json")
+    check = pd.read_csv(run / "check.csv")
+    assert meta["check"] == [
+        {key: pytest.approx(value) for key, value in summary.items()} for summary in summarise_check(check)
+    ]
+    at = {(summary["phase"], summary["batch"], summary["length"]) for summary in meta["check"]}
+    assert {("decode", 2, 16), ("prefill", 2, 4)} < at
+    assert meta["workload"] == dataclasses.asdict(Workload(2, 16, 4, "fp32", "eager"))
+    assert meta["drift"]["segments"] == pd.read_csv(run / "samples.csv")["segment"].nunique()
+    for summary in meta["check"]:
+        where = f"{summary['phase']} at batch {summary['batch']} and {summary['length']} tokens: mean error"
+        assert f"predicted against 2 whole models, {where} {summary['mape']:.2%}" in result.out
+
+    published = {"table.csv", "check.csv", "check.png", "latency.json"}
+    assert {path.name for path in target.iterdir()} == published
+    assert all((target / name).read_bytes() == (run / name).read_bytes() for name in published)
+    assert read_json(tmp_path / "shared" / device.slug / "device.json")["name"] == device.name
+    table = TableLatency(target)
+    assert table.check().equals(check)
+
+    for path in target.iterdir():
+        path.unlink()
+    again = nas(*arguments, "publish=shared")  # measured before; publishing is what is left
+    assert again.code == 0, again.err
+    assert {path.name for path in target.iterdir()} == published
+
+
+@pytest.mark.usefixtures("quick")
+def test_without_whole_models_there_is_no_check_to_draw(nas: Nas, micro_file: Path, tmp_path: Path) -> None:
+    result = nas("measure", f"space={micro_file}", *SPACE, "measure.rounds=1", "check=0", "name=mine")
+    assert result.code == 0, result.err
+    run = tmp_path / "runs" / "measure" / "mine"
+    assert read_json(run / "latency.json")["check"] == []
+    assert not (run / "check.png").exists()
+    assert pd.read_csv(run / "check.csv").empty
+    assert "mean error" not in TableLatency(run).describe()
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_killed_measurement_goes_on_under_its_name(nas: Nas, micro_file: Path, tmp_path: Path) -> None:
+    arguments = ["measure", f"space={micro_file}", *SPACE, "measure.rounds=2", "check=2", "name=mine"]
+    run = tmp_path / "runs" / "measure" / "mine"
+    samples = run / "samples.csv"
+    kill_when(arguments, tmp_path, lambda: samples.is_file() and samples.read_bytes().count(b"\n") > 20)
+    assert not (run / "complete.json").exists()
+    left = samples.read_bytes().rpartition(b"\n")[0] + b"\n"
+    result = nas(*arguments)
+    assert result.code == 0, result.err
+    assert samples.read_bytes().startswith(left)
+    assert len(samples.read_bytes()) > len(left)
+    assert FinishedRun(run, "measure").artifact("table.csv")
+    timed = pd.read_csv(samples)
+    counts = timed.groupby(["phase", "part", "groups", "batch", "length"]).size()
+    assert counts.between(2, 4).all()
+    table = pd.read_csv(run / "table.csv")
+    assert len(table) == (counts.reset_index()["part"] != "whole").sum()
+    assert "already finished" in nas(*arguments).err
