@@ -2,12 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import filelock
 import pandas as pd
 import pytest
 
-from nas.space import SearchSpace
+from nas.latency.memory import MemoryModel
+from nas.latency.model import Workload
+from nas.space import ModelShape, SearchSpace, parse_vector, space_from_dict
 from tests.conftest import Nas, Workspace
 
 
@@ -139,3 +142,43 @@ def test_a_loss_that_is_no_number_is_said(nas: Nas, copy: Workspace, monkeypatch
     result = nas("search", "--budget", 6, "name=diverged", *copy.arguments)
     assert result.code == 1
     assert "the loss of 1-1-1 is nan: the supernet has diverged" in result.err
+
+
+def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, copy: Workspace) -> None:
+    limit = 0.03
+    asked = [word for word in copy.arguments if not word.startswith("workload.batch")]
+    result = nas("search", "--budget", 6, "workload.batch=max", f"workload.memory_gib={limit}", "name=max", *asked)
+    assert result.code == 0, result.err
+    assert "batch max in 0.03 GiB" in result.out
+    table = trials(copy.runs / "search" / "max")
+    config = json.loads((copy.runs / "search" / "max" / "run.json").read_text())["config"]
+    memory = MemoryModel(shape_of(config), Workload(**config["workload"]), on_gpu=False)
+    vectors = [parse_vector(text) for text in table["vector"]]
+    assert table["batch"].tolist() == [memory.largest_batch(vector, limit * 2**30) for vector in vectors]
+    assert table["batch"].nunique() > 2
+    assert table["memory_gib"].max() <= limit
+    assert table["tokens_per_s"].to_numpy() == pytest.approx((1e3 * table["batch"] / table["decode_ms"]).to_numpy())
+
+
+def test_a_price_an_interval_and_an_extrapolation_become_columns(nas: Nas, copy: Workspace) -> None:
+    asked = [word for word in copy.arguments if not word.startswith("workload.batch")]
+    priced = ("cost.price_per_hour=3.6", "device=nvidia-a10g", "workload.dtype=bf16", "workload.batch=8")
+    assert nas("search", "--budget", 4, "name=a10g", *priced, *asked).code == 0
+    table = trials(copy.runs / "search" / "a10g")
+    assert table["cost_per_million_tokens"].to_numpy() == pytest.approx((1e3 / table["tokens_per_s"]).to_numpy())
+    assert (table["decode_ms_low"] < table["decode_ms"]).all()
+    assert (table["decode_ms"] < table["decode_ms_high"]).all()
+    assert "joules_per_token" not in table  # nobody measured it
+
+    beyond = ("workload.batch=3", f"latency={next((copy.runs / 'measure').iterdir())}")  # it has 2 and fewer
+    refused = nas("search", "--budget", 4, "name=beyond", *beyond, *asked)
+    assert refused.code == 1
+    assert "does not cover micro" in refused.err
+    result = nas("search", "--budget", 4, "name=beyond", "extrapolate=true", *beyond, *asked)
+    assert result.code == 0, result.err
+    assert "extrapolated beyond the measured range" in result.out
+    assert set(trials(copy.runs / "search" / "beyond")["latency_source"]) == {"estimated"}
+
+
+def shape_of(config: dict[str, Any]) -> ModelShape:
+    return space_from_dict("micro", {key: value for key, value in config["space"].items() if key != "name"}).shape
