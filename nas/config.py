@@ -4,8 +4,6 @@
 That class is only ever taken from the configuration of the running command, never from a file of an earlier run.
 """
 
-import dataclasses
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +13,7 @@ from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nas.errors import UserError
+from nas.validation import validate
 
 FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; from those of a checkpoint
 
@@ -95,7 +94,7 @@ class MeasureConfig:
     contexts: list[int] | None = None  # null: a quarter, half and all of the workload's context
     prompts: list[int] | None = None  # null: half of the workload's prompt, and that prompt
     check_at: list[list[int]] | None = None  # more [batch, context] for the check; null: halfway between grid points
-    rounds: int = 8  # every point is timed once a round, in shuffled order; the median counts
+    rounds: int = 5  # every point is timed once a round, in shuffled order; the median counts
     spread: float = 0.02  # a point whose 20th and 80th percentiles lie further apart gets up to as many rounds more
     drift: float = 0.02  # so do the points around a sentinel that was further off
     segment: int = 24  # points between two looks at the sentinel
@@ -286,88 +285,6 @@ def to_stage(config: DictConfig) -> Any:
     return stage
 
 
-_POSITIVE = {"steps", "batch", "length", "learning_rate", "log_every", "validate_every", "checkpoint_every"}
-_POSITIVE |= {
-    "accumulate",
-    "vectors_per_text",
-    "distillation_temperature",
-    "validation_windows",
-    "clip_norm",
-    "context",
-    "prompt",
-    "rounds",
-    "batches",
-    "contexts",
-    "prompts",
-    "memory_gib",
-    "spread",
-    "drift",
-    "segment",
-    "energy_batches",
-    "new_tokens",
-    "workers",
-    "heartbeat_s",
-    "price_per_hour",
-}
-_POSITIVE |= {limit.name for limit in dataclasses.fields(ConstraintsConfig)}
-_NOT_NEGATIVE = {
-    "check",
-    "weight_decay",
-    "vectors",
-    "equal_total",
-    "seeds",
-    "grid_kg_per_kwh",
-    "energy_s",
-    "temperature",
-}
-_AT_LEAST_ONE = {"pue"}
-_SHARES = {"warmup_share", "final_share", "largest_share", "smallest_share", "largest_first", "distillation_weight"}
-_SHARES |= {"utilisation"}
-_NAMED = {
-    "precision": ("auto", "fp32", "bf16"),
-    "parallel": ("ddp", "fsdp"),
-    "dtype": ("auto", "fp32", "bf16"),
-    "runtime": ("auto", "eager", "graph", "compiled"),
-}
-
-
-def validate(config: Any, prefix: str = "") -> None:
-    """Checks the ranges of all numbers in a tree of config dataclasses.
-
-    Raises:
-        UserError: One is out of range; the sentence names it.
-    """
-    for item in dataclasses.fields(config):
-        key, value = prefix + item.name, getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            validate(value, f"{key}.")
-        elif key == "workload.batch":
-            if value != "max" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UserError(f"{key} is {value} but must be a positive number of sequences, or max")
-        elif item.name == "check_at":
-            if value is not None and not all(len(pair) == 2 and min(pair) > 0 for pair in value):
-                raise UserError(f"{key} is {value}; give pairs of batch and context, such as [[64,1024],[96,1500]]")
-        elif item.name in _POSITIVE and value is not None and not isinstance(value, str):
-            if not all(number > 0 for number in _as_list(value)) or value == []:
-                raise UserError(f"{key} is {value} but must be positive")
-        elif item.name in _SHARES and not 0 <= value <= 1:
-            raise UserError(f"{key} is {value} but must lie between 0 and 1")
-        elif item.name in _NAMED and value not in _NAMED[item.name]:
-            raise UserError(f"{key} is '{value}'; use {', '.join(_NAMED[item.name])}")
-        elif item.name in _NOT_NEGATIVE and not all(number >= 0 for number in _as_list(value)):
-            raise UserError(f"{key} is {value} but must be 0 or more")
-        elif item.name in _AT_LEAST_ONE and not value >= 1:
-            raise UserError(f"{key} is {value} but must be 1 or more")
-        elif item.name == "seed" and not 0 <= value < 2**32:
-            raise UserError(f"{key} is {value} but must lie between 0 and {2**32 - 1}")
-        elif item.name == "name" and not value.strip("./ "):
-            raise UserError(f"name is '{value}', which names no run directory; give another name=")
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
 def build(spec: dict[str, Any], **more: Any) -> Any:
     """Makes the object that a swappable part's YAML describes.
 
@@ -381,35 +298,3 @@ def build(spec: dict[str, Any], **more: Any) -> Any:
             raise error.__cause__ from None
         reason = error.__cause__ or str(error).splitlines()[0]
         raise UserError(f"{spec.get('_target_')} cannot be made from {spec}: {reason}; mend the values") from None
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How long a search may go on: so many evaluations, or so many seconds; None is no limit."""
-
-    evaluations: int | None = None
-    seconds: float | None = None
-
-    @property
-    def is_everything(self) -> bool:
-        """Whether every vector is to be evaluated."""
-        return self.evaluations is None and self.seconds is None
-
-
-def parse_budget(text: str) -> Budget:
-    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations; ``all`` is every vector of the space.
-
-    Raises:
-        UserError: It is neither, or zero.
-    """
-    if text == "all":
-        return Budget()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])|(\d+)", text.strip())
-    if match:
-        if match[3] and int(match[3]) > 0:
-            return Budget(int(match[3]), None)
-        if match[2] and float(match[1]) > 0:
-            return Budget(None, float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]])
-    raise UserError(
-        f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, or all"
-    )

@@ -1,8 +1,7 @@
-"""Model shapes, search spaces and group vectors: what can be searched, without a tensor in sight.
+"""Search spaces and group vectors: what can be searched, without a tensor in sight.
 
 A *vector* holds one number of KV groups ``g`` a layer and is written ``4-2-2-1``. A *search space* is a model shape
-and the groups that each layer may have. Field names of a shape are those of a Hugging Face Llama configuration, so
-that there is one vocabulary from the YAML file to the exported model.
+and the groups that each layer may have.
 """
 
 import dataclasses
@@ -17,110 +16,14 @@ import yaml
 
 from nas.errors import UserError
 from nas.resources import shipped
+from nas.shape import ModelShape
 
 Vector = tuple[int, ...]
-
-# What not every Llama-style decoder has; a shape, a table or a run that says nothing of them has none.
-FEATURES = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_scaling")
-
-_KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
-_NEEDS_ORIGINAL = ("factor", "original_max_position_embeddings")
-ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by rope_type: what it needs, what it may have
-    "linear": (("factor",), ()),
-    "llama3": ((*_NEEDS_ORIGINAL, "low_freq_factor", "high_freq_factor"), ()),
-    "yarn": (_NEEDS_ORIGINAL, ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate")),
-}
 
 
 def format_vector(vector: Sequence[int]) -> str:
     """``(4, 2, 1)`` -> ``"4-2-1"``."""
     return "-".join(map(str, vector))
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """Everything that fixes a Llama-style decoder apart from its KV groups.
-
-    Attributes:
-        qkv_bias: The projections to queries, keys and values have biases.
-        o_bias: The attention's output projection has one.
-        mlp_bias: The feed-forward network's projections have them.
-        qk_norm: Queries and keys are RMS-normalised head by head before they are rotated, as in Qwen3.
-        rope_scaling: How rotary embeddings are stretched, in Hugging Face's words (``rope_type``, ``factor``, …;
-            see `ROPE_KEYS`), or None.
-    """
-
-    num_hidden_layers: int
-    hidden_size: int
-    num_attention_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    max_position_embeddings: int
-    rms_norm_eps: float = 1e-5
-    rope_theta: float = 10000.0
-    tie_word_embeddings: bool = False
-    qkv_bias: bool = False
-    o_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: Mapping[str, Any] | None = None
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if field.type in _KINDS:
-                _check_kind(field.name, getattr(self, field.name), field.type)
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim} but rotary embeddings need an even one")
-        if self.rope_scaling is not None:
-            _check_rope_scaling(self.rope_scaling)
-
-    def layer_parameters(self, groups: int) -> int:
-        """Parameters of one decoder layer with ``groups`` KV groups."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + groups)
-        attention += self.qkv_bias * self.head_dim * (self.num_attention_heads + 2 * groups)
-        attention += self.o_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        return attention + mlp + 2 * self.hidden_size
-
-    def parameters(self, vector: Sequence[int]) -> int:
-        """Parameters of the whole model at ``vector``; a tied embedding counts once."""
-        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
-        return ends + sum(self.layer_parameters(groups) for groups in vector)
-
-    def kv_bytes_per_token(self, vector: Sequence[int], dtype_bytes: int) -> int:
-        """Bytes that one token of one sequence takes in the KV cache, over all layers."""
-        return 2 * self.head_dim * dtype_bytes * sum(vector)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The shape as plain values, without the features that it does not have."""
-        values = dataclasses.asdict(self)
-        return {key: value for key, value in values.items() if value or key not in FEATURES}
-
-
-def _check_kind(name: str, value: object, kind: type) -> None:
-    if kind is bool:
-        valid = isinstance(value, bool)
-    else:
-        number_types = int if kind is int else (int, float)
-        valid = isinstance(value, number_types) and not isinstance(value, bool) and value > 0
-    if not valid:
-        raise ValueError(f"{name} is {value!r} but must be {_KINDS[kind]}")
-
-
-def _check_rope_scaling(scaling: object) -> None:
-    if not isinstance(scaling, Mapping) or scaling.get("rope_type") not in ROPE_KEYS:
-        raise ValueError(f"rope_scaling is {scaling!r} but needs a rope_type, one of {', '.join(ROPE_KEYS)}")
-    kind = scaling["rope_type"]
-    needed, optional = ROPE_KEYS[kind]
-    if missing := [key for key in needed if key not in scaling]:
-        raise ValueError(f"rope_scaling of rope_type {kind} lacks {', '.join(missing)}; add it")
-    if unknown := [str(key) for key in scaling if key not in (*needed, *optional, "rope_type")]:
-        raise ValueError(f"rope_scaling of rope_type {kind} has an unknown key {', '.join(unknown)}; remove it")
-    for key in [key for key in (*needed, *optional) if key in scaling]:
-        whole = key == "original_max_position_embeddings"
-        _check_kind(f"rope_scaling.{key}", scaling[key], bool if key == "truncate" else int if whole else float)
 
 
 @dataclass(frozen=True)

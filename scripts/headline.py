@@ -25,7 +25,8 @@ from nas.latency.model import Workload
 from nas.report.figure import COLOURS, figure
 from nas.run import now
 from nas.serving.trial import copy_bandwidth, memory_cap, served
-from nas.space import ModelShape, Vector, load_space
+from nas.shape import ModelShape
+from nas.space import Vector, load_space
 
 OUT = Path("docs/headline")
 CONTEXT, PROMPT = 2048, 1024

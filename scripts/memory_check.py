@@ -21,7 +21,8 @@ from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
 from nas.run import now
 from nas.serving.trial import memory_cap, served
-from nas.space import ModelShape, Vector, format_vector, load_space
+from nas.shape import ModelShape
+from nas.space import Vector, format_vector, load_space
 
 OUT = Path("docs/memory/batch_max.csv")
 CONTEXTS, CAPS_GIB, PROMPT, RUNTIME = (1024, 2048, 4096), (22.5, 40.0), 1024, "graph"

@@ -108,8 +108,8 @@ class Workspace(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def workspace(tmp_path_factory: pytest.TempPathFactory, micro_file: Path, text_file: Path) -> Workspace:
-    """One search with everything before it, by the command line."""
+def pristine(tmp_path_factory: pytest.TempPathFactory, micro_file: Path, text_file: Path) -> Workspace:
+    """One search with everything before it, by the command line; for ``workspace`` to copy, not for tests."""
     path = tmp_path_factory.mktemp("workspace")
     arguments = (f"space={micro_file}", "data=text", f"data.path={text_file}", *FAST)
     command = [sys.executable, "-m", "nas", "search", "--budget", "9", "name=base", *arguments]
@@ -118,10 +118,10 @@ def workspace(tmp_path_factory: pytest.TempPathFactory, micro_file: Path, text_f
 
 
 @pytest.fixture
-def copy(workspace: Workspace, tmp_path: Path) -> Workspace:
-    """A copy of the workspace that a test may spoil; the working directory of ``nas``."""
-    shutil.copytree(workspace.runs, tmp_path / "runs")
-    return Workspace(tmp_path, workspace.arguments)
+def workspace(pristine: Workspace, tmp_path: Path) -> Workspace:
+    """A finished search in the working directory of ``nas``; the test's own copy, to add to or to spoil."""
+    shutil.copytree(pristine.runs, tmp_path / "runs")
+    return Workspace(tmp_path, pristine.arguments)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -79,11 +79,11 @@ def only(folder: Path, pattern: str) -> Path:
     return path
 
 
-def with_runs(command: str, copy: Workspace) -> list[str]:
+def with_runs(command: str, workspace: Workspace) -> list[str]:
     """A command line with the run directories for {train} and {measure}, and the workspace's own arguments."""
-    found = {stage: only(copy.runs / stage, "*").relative_to(copy.path) for stage in ("train", "measure")}
+    found = {stage: only(workspace.runs / stage, "*").relative_to(workspace.path) for stage in ("train", "measure")}
     stage, *given = command.format(**found).split()
-    return [stage, *(copy.arguments if stage == "search" else ()), *given]
+    return [stage, *(workspace.arguments if stage == "search" else ()), *given]
 
 
 def flipped(content: bytes) -> bytes:
@@ -405,16 +405,18 @@ def test_text_shorter_than_a_window_is_refused(refused: Refused, tmp_path: Path)
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(
-    refused: Refused, copy: Workspace, text_file: Path, command: str, words: list[str]
+    refused: Refused, workspace: Workspace, text_file: Path, command: str, words: list[str]
 ) -> None:
-    (copy.path / "other.yaml").write_text(MICRO.replace("rms_norm_eps", "") + "rms_norm_eps: 0.001\n")
-    (copy.path / "other.txt").write_text(2 * text_file.read_text())
-    shutil.copy(text_file, copy.path / "text.txt")
-    refused(with_runs(command, copy), [with_runs(f"x {word}", copy)[1] if "{" in word else word for word in words])
+    (workspace.path / "other.yaml").write_text(MICRO.replace("rms_norm_eps", "") + "rms_norm_eps: 0.001\n")
+    (workspace.path / "other.txt").write_text(2 * text_file.read_text())
+    shutil.copy(text_file, workspace.path / "text.txt")
+    refused(
+        with_runs(command, workspace), [with_runs(f"x {word}", workspace)[1] if "{" in word else word for word in words]
+    )
 
 
-def test_a_vector_that_was_not_evaluated_is_refused(refused: Refused, copy: Workspace) -> None:
-    evaluated = set(pd.read_csv(copy.runs / "search/base/trials.csv")["vector"])
+def test_a_vector_that_was_not_evaluated_is_refused(refused: Refused, workspace: Workspace) -> None:
+    evaluated = set(pd.read_csv(workspace.runs / "search/base/trials.csv")["vector"])
     vector = next(v for v in map(format_vector, itertools.product((1, 2, 4), repeat=3)) if v not in evaluated)
     refused(["export", "run=runs/search/base", f"select={vector}"], [vector, "did not evaluate", "trials.csv"])
 
@@ -448,16 +450,16 @@ def test_a_vector_that_was_not_evaluated_is_refused(refused: Refused, copy: Work
     ],
 )
 def test_a_damaged_run_is_refused(
-    refused: Refused, copy: Workspace, pattern: str, damage: Damage, command: str, words: list[str]
+    refused: Refused, workspace: Workspace, pattern: str, damage: Damage, command: str, words: list[str]
 ) -> None:
-    harm(only(copy.runs, pattern), damage)
-    refused(with_runs(command, copy), words)
+    harm(only(workspace.runs, pattern), damage)
+    refused(with_runs(command, workspace), words)
 
 
-def test_a_damaged_study_is_refused_when_the_search_goes_on(refused: Refused, copy: Workspace) -> None:
-    harm(copy.runs / "search/base/complete.json", None)
-    harm(copy.runs / "search/base/study.db", to("no database at all, " * 100))
-    refused(["search", *copy.arguments, "--budget", "9", "name=base"], ["study.db", "restore it"])
+def test_a_damaged_study_is_refused_when_the_search_goes_on(refused: Refused, workspace: Workspace) -> None:
+    harm(workspace.runs / "search/base/complete.json", None)
+    harm(workspace.runs / "search/base/study.db", to("no database at all, " * 100))
+    refused(["search", *workspace.arguments, "--budget", "9", "name=base"], ["study.db", "restore it"])
 
 
 @pytest.mark.parametrize(
@@ -470,21 +472,21 @@ def test_a_damaged_study_is_refused_when_the_search_goes_on(refused: Refused, co
     ],
 )
 def test_another_config_under_the_same_name_is_refused(
-    refused: Refused, copy: Workspace, change: str, words: list[str]
+    refused: Refused, workspace: Workspace, change: str, words: list[str]
 ) -> None:
-    harm(copy.runs / "search/base/complete.json", None)
-    arguments = ["search", *copy.arguments, "--budget", "9", "name=base"]
+    harm(workspace.runs / "search/base/complete.json", None)
+    arguments = ["search", *workspace.arguments, "--budget", "9", "name=base"]
     kept = [argument for argument in arguments if argument.split("=")[0] != change.split("=")[0]]
     refused([*kept, change], ["runs/search/base", "name=", *words])
 
 
-def test_a_damaged_run_of_another_kind_stops_nobody(nas: Nas, copy: Workspace) -> None:
+def test_a_damaged_run_of_another_kind_stops_nobody(nas: Nas, workspace: Workspace) -> None:
     for stage, file in (("train", "run.json"), ("measure", "latency.json")):
-        spoilt = copy.runs / stage / "spoilt"
-        shutil.copytree(only(copy.runs / stage, "*"), spoilt)
+        spoilt = workspace.runs / stage / "spoilt"
+        shutil.copytree(only(workspace.runs / stage, "*"), spoilt)
         (spoilt / file).write_text("{}")
         (spoilt / "complete.json").touch()  # the newest is looked at first
-    result = nas("search", *copy.arguments, "--budget", "4", "name=mine")
+    result = nas("search", *workspace.arguments, "--budget", "4", "name=mine")
     assert result.code == 0, result.err
     assert "Passing over runs/train/spoilt" in result.err
     assert "runs/measure/spoilt/latency.json is corrupt" in result.err
@@ -507,10 +509,10 @@ def test_a_damaged_memory_of_losses_is_passed_over(micro: SearchSpace, tmp_path:
 
 
 @pytest.fixture
-def exported(nas: Nas, copy: Workspace) -> Path:
+def exported(nas: Nas, workspace: Workspace) -> Path:
     """An exported model in its run directory, relative to the working directory."""
     assert nas("export", "run=runs/search/base", "select=knee", "name=mine").code == 0
-    return only(copy.runs, "export/mine/*/").relative_to(copy.path)
+    return only(workspace.runs, "export/mine/*/").relative_to(workspace.path)
 
 
 @pytest.mark.parametrize(
@@ -692,10 +694,10 @@ def test_a_full_disk_is_named_whichever_library_meets_it(
     ],
 )
 def test_a_full_disk_stops_what_builds_on_other_runs(
-    refused: Refused, copy: Workspace, size: int, command: str, words: list[str]
+    refused: Refused, workspace: Workspace, size: int, command: str, words: list[str]
 ) -> None:
     with file_size_limit(size):
-        refused(with_runs(command, copy), words)
+        refused(with_runs(command, workspace), words)
 
 
 @pytest.mark.parametrize(
@@ -738,6 +740,6 @@ def test_a_gpu_without_enough_memory_is_named_together_with_its_mend(
     refused(["train", *DEFAULTS["train"]], ["4 rows", "memory", "lower train.batch"])
 
 
-def test_an_unreadable_table_of_numbers_is_not_taken_for_tokens(refused: Refused, copy: Workspace) -> None:
-    np.save(only(copy.runs, "cache/tokens-*/train.npy"), np.array([None]), allow_pickle=True)
-    refused(["search", *copy.arguments], ["runs/cache/tokens-", "corrupt", "remove that folder"])
+def test_an_unreadable_table_of_numbers_is_not_taken_for_tokens(refused: Refused, workspace: Workspace) -> None:
+    np.save(only(workspace.runs, "cache/tokens-*/train.npy"), np.array([None]), allow_pickle=True)
+    refused(["search", *workspace.arguments], ["runs/cache/tokens-", "corrupt", "remove that folder"])

@@ -90,7 +90,7 @@ def test_a_search_leaves_the_run_directory_of_the_contract(workspace: Workspace)
 
 
 def test_a_second_search_trains_and_measures_nothing_again(nas: Nas, workspace: Workspace) -> None:
-    arguments = ("search", "--budget", 5, f"runs_dir={workspace.runs}", "sampler=random", *workspace.arguments)
+    arguments = ("search", "--budget", 5, "sampler=random", *workspace.arguments)
     result = nas(*arguments, "name=second")
     assert result.code == 0, result.err
     assert "Training" not in result.out

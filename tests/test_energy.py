@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.config import CostConfig, validate
+from nas.config import CostConfig
 from nas.errors import UserError
 from nas.hardware import Gpu, nvml_facts, nvml_state
 from nas.latency.cost import costs
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
+from nas.validation import validate
 
 NEVER = float("inf")
 

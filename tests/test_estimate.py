@@ -166,9 +166,7 @@ def test_every_shipped_device_is_found_and_can_be_estimated(path: Path, micro: S
 
 
 def test_a_device_without_a_table_is_estimated_and_says_so(nas: Any, workspace: Workspace) -> None:
-    result = nas(
-        "search", "--budget", 4, "name=a10g", "device=nvidia-a10g", f"runs_dir={workspace.runs}", *workspace.arguments
-    )
+    result = nas("search", "--budget", 4, "name=a10g", "device=nvidia-a10g", *workspace.arguments)
     assert result.code == 0, result.err
     front = pd.read_csv(workspace.runs / "search" / "a10g" / "front.csv")
     assert set(front["latency_source"]) == {"estimated"}

@@ -19,7 +19,8 @@ from nas.data.tokenizer import train_tokenizer
 from nas.export.hf import HfExporter, engine_ffn_width, hf_config, read_exported
 from nas.model import Supernet
 from nas.serving import KVCache, Runner, ServingModel, generate
-from nas.space import ModelShape, SearchSpace, Vector, load_space, parse_vector, shipped_spaces
+from nas.shape import ModelShape
+from nas.space import SearchSpace, Vector, load_space, parse_vector, shipped_spaces
 from tests.conftest import Nas, Workspace, random_supernet
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 2, 4), (2, 4, 1), (1, 1, 4)]
@@ -213,7 +214,7 @@ def test_an_export_from_before_these_features_is_still_read(exported: tuple[Vect
 
 
 def test_the_command_exports_the_front_with_a_card_that_names_its_sources(nas: Nas, workspace: Workspace) -> None:
-    result = nas("export", f"run={workspace.runs}/search/base", "select=all", f"runs_dir={workspace.runs}", "name=all")
+    result = nas("export", f"run={workspace.runs}/search/base", "select=all", "name=all")
     assert result.code == 0, result.err
     front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv")
     folder = workspace.runs / "export" / "all"
@@ -233,7 +234,6 @@ def test_one_end_of_the_front_can_be_selected(
     arguments = (
         f"run={workspace.runs}/search/base",
         f"select={select}",
-        f"runs_dir={workspace.runs}",
         f"name={select}",
     )
     assert nas("export", *arguments).code == 0
@@ -244,10 +244,10 @@ def test_one_end_of_the_front_can_be_selected(
 
 def test_finetuning_an_export_starts_from_its_loss_and_exports_again(nas: Nas, workspace: Workspace) -> None:
     run = workspace.runs / "search" / "base"
-    assert nas("export", f"run={run}", "select=knee", f"runs_dir={workspace.runs}", "name=one").code == 0
+    assert nas("export", f"run={run}", "select=knee", "name=one").code == 0
     data = [argument for argument in workspace.arguments if argument.startswith(("data", "train."))]
     checkpoint = f"checkpoint={workspace.runs}/export/one"
-    result = nas("finetune", checkpoint, f"runs_dir={workspace.runs}", "name=more", "train.learning_rate=1e-3", *data)
+    result = nas("finetune", checkpoint, "name=more", "train.learning_rate=1e-3", *data)
     assert result.code == 0, result.err
     before, after = (float(result.out.split(word)[0].split()[-1]) for word in (" before", " after;"))
     vector = next((workspace.runs / "export" / "one").glob("*/config.json")).parent.name
@@ -261,12 +261,11 @@ def test_finetuning_an_export_starts_from_its_loss_and_exports_again(nas: Nas, w
 
 def test_finetuning_from_scratch_ignores_the_weights(nas: Nas, workspace: Workspace) -> None:
     run = workspace.runs / "search" / "base"
-    assert nas("export", f"run={run}", "select=fastest", f"runs_dir={workspace.runs}", "name=scratch").code == 0
+    assert nas("export", f"run={run}", "select=fastest", "name=scratch").code == 0
     data = [argument for argument in workspace.arguments if argument.startswith(("data", "train."))]
     arguments = (
         f"checkpoint={workspace.runs}/export/scratch",
         "from_scratch=true",
-        f"runs_dir={workspace.runs}",
         *data,
     )
     result = nas("finetune", *arguments, "name=scratch")

@@ -165,18 +165,18 @@ def test_without_vectors_of_equal_total_only_the_whole_is_ranked(tmp_path: Path)
 
 
 @pytest.fixture
-def arguments(copy: Workspace) -> list[str]:
+def arguments(workspace: Workspace) -> list[str]:
     """A fidelity command on the workspace's supernet."""
-    supernet = next((copy.runs / "train").iterdir()).relative_to(copy.path)
-    data = [argument for argument in copy.arguments if argument.startswith("data")]
+    supernet = next((workspace.runs / "train").iterdir()).relative_to(workspace.path)
+    data = [argument for argument in workspace.arguments if argument.startswith("data")]
     return ["fidelity", f"supernet={supernet}", *data, *QUICK]
 
 
 def test_the_stage_leaves_measurements_their_agreement_and_a_figure(
-    nas: Nas, copy: Workspace, arguments: list[str]
+    nas: Nas, workspace: Workspace, arguments: list[str]
 ) -> None:
     assert nas(*arguments, "name=mine").code == 0
-    run = copy.runs / "fidelity" / "mine"
+    run = workspace.runs / "fidelity" / "mine"
     rows = pd.read_csv(run / "measurements.csv")
     assert rows.groupby("kind").size().to_dict() == {"inherited": 6, "further": 6, "alone": 6}
     assert rows[rows["kind"] == "inherited"]["equal_total"].sum() == 3
@@ -186,13 +186,15 @@ def test_the_stage_leaves_measurements_their_agreement_and_a_figure(
 
 
 def test_a_model_trained_alone_is_the_plain_model_of_its_seed(
-    nas: Nas, copy: Workspace, arguments: list[str], micro: SearchSpace, tmp_path: Path
+    nas: Nas, workspace: Workspace, arguments: list[str], micro: SearchSpace, tmp_path: Path
 ) -> None:
     assert nas(*arguments, "name=mine").code == 0
-    rows = pd.read_csv(copy.runs / "fidelity" / "mine" / "measurements.csv").query(
+    rows = pd.read_csv(workspace.runs / "fidelity" / "mine" / "measurements.csv").query(
         "kind == 'alone' and vector == '4-4-4'"
     )
-    tokens = {name: np.load(next(copy.runs.glob(f"cache/tokens-*/{name}.npy"))) for name in ("train", "validation")}
+    tokens = {
+        name: np.load(next(workspace.runs.glob(f"cache/tokens-*/{name}.npy"))) for name in ("train", "validation")
+    }
     windows = validation_windows(tokens["validation"], 4, micro.shape.max_position_embeddings)
     options = TrainConfig(steps=6, batch=4, seed=1)
     plain = Decoder(micro.shape, micro.largest)
@@ -204,36 +206,40 @@ def test_a_model_trained_alone_is_the_plain_model_of_its_seed(
 
 
 def test_models_trained_alone_serve_every_supernet_trained_alike(
-    nas: Nas, copy: Workspace, arguments: list[str]
+    nas: Nas, workspace: Workspace, arguments: list[str]
 ) -> None:
     assert nas(*arguments, "name=first").code == 0
-    assert nas("train", *copy.arguments[:-3], "train.sharing=pooled", "name=pooled").code == 0
+    assert nas("train", *workspace.arguments[:-3], "train.sharing=pooled", "name=pooled").code == 0
     assert nas(*arguments, "supernet=runs/train/pooled", "name=second").code == 0
-    first, second = (pd.read_csv(copy.runs / "fidelity" / name / "measurements.csv") for name in ("first", "second"))
+    first, second = (
+        pd.read_csv(workspace.runs / "fidelity" / name / "measurements.csv") for name in ("first", "second")
+    )
     assert first[first["kind"] == "alone"].equals(second[second["kind"] == "alone"])
     assert not first.equals(second)
-    trained = {path.name.split("-")[0] for path in (copy.runs / "fidelity" / "second" / "trainings").iterdir()}
+    trained = {path.name.split("-")[0] for path in (workspace.runs / "fidelity" / "second" / "trainings").iterdir()}
     assert trained == {"further"}
 
 
-def test_a_comparison_goes_on_where_it_was_killed(nas: Nas, copy: Workspace, arguments: list[str]) -> None:
+def test_a_comparison_goes_on_where_it_was_killed(nas: Nas, workspace: Workspace, arguments: list[str]) -> None:
     long = [*arguments, "further.steps=40", "checkpoint_every=7"]
-    trainings = copy.runs / "fidelity" / "killed" / "trainings"
-    kill_when([*long, "name=killed"], copy.path, lambda: len(list(trainings.glob("further-*"))) > 2)
+    trainings = workspace.runs / "fidelity" / "killed" / "trainings"
+    kill_when([*long, "name=killed"], workspace.path, lambda: len(list(trainings.glob("further-*"))) > 2)
     assert nas(*long, "name=killed").code == 0
-    for memo in [*copy.runs.glob("cache/further-*"), *copy.runs.glob("cache/alone-*")]:
+    for memo in [*workspace.runs.glob("cache/further-*"), *workspace.runs.glob("cache/alone-*")]:
         memo.unlink()  # the uninterrupted one trains everything itself
     assert nas(*long, "name=whole").code == 0
-    killed, whole = ((copy.runs / "fidelity" / name / "measurements.csv").read_bytes() for name in ("killed", "whole"))
+    killed, whole = (
+        (workspace.runs / "fidelity" / name / "measurements.csv").read_bytes() for name in ("killed", "whole")
+    )
     assert killed == whole
 
 
-def test_two_processes_share_the_trainings(copy: Workspace, arguments: list[str]) -> None:
+def test_two_processes_share_the_trainings(workspace: Workspace, arguments: list[str]) -> None:
     command = [sys.executable, "-m", "nas", *arguments, "further.steps=30", "alone.steps=30"]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([*command, f"name={name}"], cwd=copy.path, env=one_thread) for name in ("one", "two")]
+    both = [subprocess.Popen([*command, f"name={name}"], cwd=workspace.path, env=one_thread) for name in ("one", "two")]
     assert [process.wait(timeout=120) for process in both] == [0, 0]
-    one, two = (copy.runs / "fidelity" / name for name in ("one", "two"))
+    one, two = (workspace.runs / "fidelity" / name for name in ("one", "two"))
     assert (one / "measurements.csv").read_bytes() == (two / "measurements.csv").read_bytes()
     made = [path.name for run in (one, two) for path in (run / "trainings").iterdir()]
     assert len(made) == len(set(made)) == 12

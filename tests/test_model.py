@@ -1,4 +1,4 @@
-"""The decoder and the supernet: against transformers, against each other, and with a cache against without."""
+"""The decoder and the supernet: against transformers, and against each other."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,8 @@ from nas.errors import UserError
 from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES, pooling
 from nas.quality import row_losses
-from nas.space import FEATURES, ModelShape, SearchSpace, Vector
+from nas.shape import FEATURES, ModelShape
+from nas.space import SearchSpace, Vector
 from tests.conftest import random_supernet
 
 SHAPE = ModelShape(

@@ -33,7 +33,7 @@ def assert_drawn(folder: Path) -> None:
 
 
 def test_a_report_draws_every_figure_and_prints_the_front(nas: Nas, workspace: Workspace) -> None:
-    result = nas("report", f"run={workspace.runs}/search/base", f"runs_dir={workspace.runs}", "name=base")
+    result = nas("report", f"run={workspace.runs}/search/base", "name=base")
     assert result.code == 0, result.err
     assert_drawn(workspace.runs / "report" / "base")
     front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv")
@@ -42,26 +42,26 @@ def test_a_report_draws_every_figure_and_prints_the_front(nas: Nas, workspace: W
 
 
 def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds(nas: Nas, workspace: Workspace) -> None:
-    where = (f"runs_dir={workspace.runs}", "name=sweep")
     swept = ("-m", "sampler=nsga2,tpe", "seed=0,1", "--budget", "8")
-    result = nas("search", *swept, *where, *workspace.arguments)
+    result = nas("search", *swept, "name=sweep", *workspace.arguments)
     assert result.code == 0, result.err
     folders = {path.parent.name for path in (workspace.runs / "search" / "sweep").glob("*/complete.json")}
     assert folders == {f"sampler-{sampler}_seed-{seed}" for sampler in ("nsga2", "tpe") for seed in (0, 1)}
-    report = nas("report", f"run={workspace.runs}/search/sweep", *where)
+    report = nas("report", f"run={workspace.runs}/search/sweep", "name=sweep")
     assert report.code == 0, report.err
     assert "NSGAII: hypervolume" in report.out
     assert len(pd.read_csv(workspace.runs / "report" / "sweep" / "metrics.csv")) == 4
     assert "TPE: hypervolume" in report.out
     assert "after 8 evaluations (median of 2); " in report.out
     assert_drawn(workspace.runs / "report" / "sweep")
-    again = nas("search", *swept, *where, *workspace.arguments)  # a sweep that is repeated goes on with what is left
+    # A sweep that is repeated goes on with what is left.
+    again = nas("search", *swept, "name=sweep", *workspace.arguments)
     assert again.code == 0, again.err
     assert again.err.count("already finished") == 4
 
 
-def test_searches_are_measured_by_a_better_one(nas: Nas, copy: Workspace) -> None:
-    whole = nas("search", "--budget", "27", "name=whole", *copy.arguments)
+def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -> None:
+    whole = nas("search", "--budget", "27", "name=whole", *workspace.arguments)
     assert whole.code == 0, whole.err
     report = nas("report", "run=runs/search/base", "reference=runs/search/whole", "name=measured")
     assert report.code == 0, report.err
@@ -77,21 +77,12 @@ def test_searches_are_measured_by_a_better_one(nas: Nas, copy: Workspace) -> Non
 
 
 def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace) -> None:
-    where = (f"runs_dir={workspace.runs}", "name=three")
     objectives = "objectives=[loss_nats,decode_ms,kv_bytes_per_token]"
-    assert nas("search", "--budget", 6, objectives, *where, *workspace.arguments).code == 0
-    assert nas("report", f"run={workspace.runs}/search/three", *where).code == 0
-    two, three = (
-        Image.open(workspace.runs / "report" / name / "front.png").width
-        for name in (make_base_report(nas, workspace), "three")
-    )
+    assert nas("search", "--budget", 6, objectives, "name=three", *workspace.arguments).code == 0
+    for name in ("base", "three"):
+        assert nas("report", f"run={workspace.runs}/search/{name}", f"name={name}").code == 0
+    two, three = (Image.open(workspace.runs / "report" / name / "front.png").width for name in ("base", "three"))
     assert three > 1.5 * two
-
-
-def make_base_report(nas: Nas, workspace: Workspace) -> str:
-    where = (f"runs_dir={workspace.runs}", "name=base2")
-    nas("report", f"run={workspace.runs}/search/base", *where)
-    return "base2"
 
 
 def test_points_carry_the_names_of_landmarks() -> None:
@@ -223,10 +214,11 @@ def test_runs_are_labelled_by_sampler_and_by_what_else_varies_but_not_by_seed() 
 
 
 def test_searches_of_different_things_are_not_compared(nas: Nas, workspace: Workspace) -> None:
-    where = (f"runs_dir={workspace.runs}", "name=unlike")
-    result = nas("search", "-m", "workload.batch=2,1", "--budget", 4, *where, *workspace.arguments[:-3], "check=1")
+    result = nas(
+        "search", "-m", "workload.batch=2,1", "--budget", 4, "name=unlike", *workspace.arguments[:-3], "check=1"
+    )
     assert result.code == 0, result.err
-    report = nas("report", f"run={workspace.runs}/search/unlike", *where)
+    report = nas("report", f"run={workspace.runs}/search/unlike", "name=unlike")
     assert report.code == 1
     assert "differ in workload and cannot be compared" in report.err
 

@@ -33,21 +33,21 @@ def last_metrics(run: Path) -> dict[tuple[int, ...], dict[str, float]]:
     return {(entry["step"], len(entry)): entry for entry in read_metrics(run)}
 
 
-def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace) -> None:
+def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Workspace) -> None:
     arguments = [
         "train",
-        *copy.arguments[:-3],
+        *workspace.arguments[:-3],
         "train.steps=400",
         "train.checkpoint_every=7",
         "train.validate_every=50",
     ]
-    killed, whole = copy.runs / "train" / "killed", copy.runs / "train" / "whole"
+    killed, whole = workspace.runs / "train" / "killed", workspace.runs / "train" / "whole"
     for step in (20, 200):  # killed twice
 
         def due(at: int = step) -> bool:
             return any(entry["step"] > at for entry in read_metrics(killed))
 
-        kill_when([*arguments, "name=killed"], copy.path, due)
+        kill_when([*arguments, "name=killed"], workspace.path, due)
     assert not (killed / "complete.json").exists()
     assert nas(*arguments, "name=killed").code == 0
     assert nas(*arguments, "name=whole").code == 0
@@ -58,12 +58,12 @@ def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace) -> None:
-    arguments = ["search", "--budget", "24", "sampler=nsga2", "sampler.population_size=6", *copy.arguments]
-    memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
+def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Workspace) -> None:
+    arguments = ["search", "--budget", "24", "sampler=nsga2", "sampler.population_size=6", *workspace.arguments]
+    memo = next((workspace.runs / "cache").glob("losses-*.jsonl"))
     before = len(memo.read_text().splitlines())
-    kill_when([*arguments, "name=killed"], copy.path, lambda: len(memo.read_text().splitlines()) >= before + 5)
-    killed, whole = copy.runs / "search" / "killed", copy.runs / "search" / "whole"
+    kill_when([*arguments, "name=killed"], workspace.path, lambda: len(memo.read_text().splitlines()) >= before + 5)
+    killed, whole = workspace.runs / "search" / "killed", workspace.runs / "search" / "whole"
     assert not (killed / "complete.json").exists()
     assert nas(*arguments, "name=killed").code == 0
     memo.unlink()  # the uninterrupted run evaluates everything itself
@@ -75,10 +75,10 @@ def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, copy: Workspace)
         assert (killed / file).read_bytes() == (whole / file).read_bytes()
 
 
-def test_a_line_of_metrics_that_was_cut_short_costs_only_itself(nas: Nas, copy: Workspace) -> None:
-    arguments = ["train", *copy.arguments[:-3], "train.steps=400", "name=cut"]
-    run = copy.runs / "train" / "cut"
-    kill_when(arguments, copy.path, lambda: len(read_metrics(run)) > 10)
+def test_a_line_of_metrics_that_was_cut_short_costs_only_itself(nas: Nas, workspace: Workspace) -> None:
+    arguments = ["train", *workspace.arguments[:-3], "train.steps=400", "name=cut"]
+    run = workspace.runs / "train" / "cut"
+    kill_when(arguments, workspace.path, lambda: len(read_metrics(run)) > 10)
     with (run / "metrics.jsonl").open("a") as stream:
         stream.write('{"step": 3, "loss')
     assert nas(*arguments).code == 0
@@ -86,35 +86,35 @@ def test_a_line_of_metrics_that_was_cut_short_costs_only_itself(nas: Nas, copy: 
     assert {step for step, _ in last_metrics(run)} == set(range(1, 401))
 
 
-def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(nas: Nas, copy: Workspace) -> None:
-    arguments = ["search", "--budget", "200", "seed=5", *copy.arguments]
-    memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
+def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(nas: Nas, workspace: Workspace) -> None:
+    arguments = ["search", "--budget", "200", "seed=5", *workspace.arguments]
+    memo = next((workspace.runs / "cache").glob("losses-*.jsonl"))
     before = len(memo.read_text().splitlines())
-    kill_when([*arguments, "name=mine"], copy.path, lambda: len(memo.read_text().splitlines()) >= before + 3)
-    parents = json.loads((copy.runs / "search" / "mine" / "run.json").read_text())["parents"]
-    parts = copy.arguments[:-3]
-    assert nas("measure", parts[0], *copy.arguments[-3:], "name=newer").code == 0
+    kill_when([*arguments, "name=mine"], workspace.path, lambda: len(memo.read_text().splitlines()) >= before + 3)
+    parents = json.loads((workspace.runs / "search" / "mine" / "run.json").read_text())["parents"]
+    parts = workspace.arguments[:-3]
+    assert nas("measure", parts[0], *workspace.arguments[-3:], "name=newer").code == 0
     assert nas("train", *parts, "name=newer").code == 0
     assert nas(*arguments, "name=mine").code == 0
-    assert json.loads((copy.runs / "search" / "mine" / "run.json").read_text())["parents"] == parents
+    assert json.loads((workspace.runs / "search" / "mine" / "run.json").read_text())["parents"] == parents
     assert nas(*arguments, "name=fresh").code == 0
-    fresh = json.loads((copy.runs / "search" / "fresh" / "run.json").read_text())["parents"]
+    fresh = json.loads((workspace.runs / "search" / "fresh" / "run.json").read_text())["parents"]
     assert {fact["path"].split("/")[-1] for fact in fresh.values()} == {"newer"}
 
 
-def test_an_interrupted_training_stands_in_nobodys_way(nas: Nas, copy: Workspace) -> None:
-    arguments = ["search", "--budget", "4", *copy.arguments, "train.steps=400"]
-    known = set((copy.runs / "train").iterdir())
+def test_an_interrupted_training_stands_in_nobodys_way(nas: Nas, workspace: Workspace) -> None:
+    arguments = ["search", "--budget", "4", *workspace.arguments, "train.steps=400"]
+    known = set((workspace.runs / "train").iterdir())
 
     def due() -> bool:
-        return any(read_metrics(run) for run in set((copy.runs / "train").iterdir()) - known)
+        return any(read_metrics(run) for run in set((workspace.runs / "train").iterdir()) - known)
 
-    kill_when([*arguments, "name=before"], copy.path, due)
+    kill_when([*arguments, "name=before"], workspace.path, due)
     assert nas(*arguments, "name=after", "train.log_every=100").code == 0
 
 
 def test_a_kill_after_the_completion_mark_leaves_a_finished_run(
-    nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch
+    nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlink = Path.unlink
 
@@ -123,7 +123,7 @@ def test_a_kill_after_the_completion_mark_leaves_a_finished_run(
             raise KeyboardInterrupt
         unlink(path, missing_ok)
 
-    command, run = ["train", *copy.arguments[:-3], "name=late"], copy.runs / "train" / "late"
+    command, run = ["train", *workspace.arguments[:-3], "name=late"], workspace.runs / "train" / "late"
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", interrupted)
         assert nas(*command).code == 1

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.config import Budget, parse_budget
+from nas.budget import Budget, parse_budget
 from nas.errors import UserError
 from nas.search import METRICS, Constraints, Objectives, Problem, Storage, on_front, reference_point, search
 from nas.search.exhaustive import ExhaustiveSampler

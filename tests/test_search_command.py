@@ -10,7 +10,8 @@ import pytest
 
 from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
-from nas.space import ModelShape, SearchSpace, parse_vector, space_from_dict
+from nas.shape import ModelShape
+from nas.space import SearchSpace, parse_vector, space_from_dict
 from tests.conftest import Nas, Workspace
 
 
@@ -19,139 +20,155 @@ def trials(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "trials.csv")
 
 
-def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, copy: Workspace, micro: SearchSpace) -> None:
-    assert nas("search", "sampler=exhaustive", "name=all", *copy.arguments).code == 0
-    assert nas("search", "budget=40", "name=front", *copy.arguments).code == 0
-    exhaustive, front = (trials(copy.runs / "search" / name) for name in ("all", "front"))
+def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, workspace: Workspace, micro: SearchSpace) -> None:
+    assert nas("search", "sampler=exhaustive", "name=all", *workspace.arguments).code == 0
+    assert nas("search", "budget=40", "name=front", *workspace.arguments).code == 0
+    exhaustive, front = (trials(workspace.runs / "search" / name) for name in ("all", "front"))
     assert exhaustive["vector"].nunique() == len(exhaustive) == micro.size
     assert set(front["vector"]) == set(exhaustive["vector"])
     ordered = [table.sort_values("vector", ignore_index=True) for table in (exhaustive, front)]
     pd.testing.assert_frame_equal(ordered[0], ordered[1])
 
 
-def test_a_space_too_large_for_all_of_it_is_refused(nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_space_too_large_for_all_of_it_is_refused(
+    nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("nas.stages.prepare._MOST", 26)
-    result = nas("search", "budget=all", "name=all", *copy.arguments)
+    result = nas("search", "budget=all", "name=all", *workspace.arguments)
     assert result.code == 1
     assert "budget=all is too much for the 27 vectors of micro; give a number" in result.err
 
 
-def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(nas: Nas, copy: Workspace) -> None:
+def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(nas: Nas, workspace: Workspace) -> None:
     memory = "constraints.max_memory_gib"
-    whole = trials(copy.runs / "search" / "base")
+    whole = trials(workspace.runs / "search" / "base")
     gib = whole["memory_gib"]
     limit = (gib.min() + gib.max()) / 2
-    result = nas("search", "--budget", 27, f"{memory}={limit}", "name=small", *copy.arguments)
+    result = nas("search", "--budget", 27, f"{memory}={limit}", "name=small", *workspace.arguments)
     assert result.code == 0, result.err
-    small = trials(copy.runs / "search" / "small")
+    small = trials(workspace.runs / "search" / "small")
     assert 5 < len(small) < 27
     assert small["memory_gib"].max() <= limit
-    assert nas("report", f"run={copy.runs / 'search' / 'small'}").code == 0  # without the largest vector
+    assert nas("report", f"run={workspace.runs / 'search' / 'small'}").code == 0  # without the largest vector
 
-    before = set(copy.path.rglob("complete.json"))
-    refused = nas("search", f"{memory}={gib.min() / 2}", "name=none", *copy.arguments, "train.steps=7")
+    before = set(workspace.path.rglob("complete.json"))
+    refused = nas("search", f"{memory}={gib.min() / 2}", "name=none", *workspace.arguments, "train.steps=7")
     assert refused.code == 1
     assert f"the closest that a vector of micro comes is {gib.min():.9g}" in refused.err
-    assert set(copy.path.rglob("complete.json")) == before
+    assert set(workspace.path.rglob("complete.json")) == before
 
 
-def test_several_processes_share_one_search(nas: Nas, copy: Workspace) -> None:
-    result = nas("search", "--budget", 24, "workers=3", "sampler=random", "name=shared", *copy.arguments)
+def test_several_processes_share_one_search(nas: Nas, workspace: Workspace) -> None:
+    result = nas("search", "--budget", 24, "workers=3", "sampler=random", "name=shared", *workspace.arguments)
     assert result.code == 0, result.err
     assert result.err == ""
-    shared = trials(copy.runs / "search" / "shared")
+    shared = trials(workspace.runs / "search" / "shared")
     assert shared["vector"].nunique() == len(shared) == 24
-    assert nas("search", "--budget", 24, "sampler=random", "name=alone", *copy.arguments).code == 0
-    losses = [trials(copy.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "alone")]
+    assert nas("search", "--budget", 24, "sampler=random", "name=alone", *workspace.arguments).code == 0
+    losses = [trials(workspace.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "alone")]
     both = pd.concat(losses, axis=1, join="inner")
     assert len(both) > 10
     assert (both.iloc[:, 0] - both.iloc[:, 1]).abs().max() < 1e-5
 
 
-def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, copy: Workspace) -> None:
-    base = copy.runs / "search" / "base"
-    for memo in (copy.runs / "cache").glob("losses-*"):
+def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, workspace: Workspace) -> None:
+    base = workspace.runs / "search" / "base"
+    for memo in (workspace.runs / "cache").glob("losses-*"):
         memo.unlink()
-    warm = nas("search", "--budget", 5, f"warm_start={base}", "seed=3", "name=warm", *copy.arguments)
+    warm = nas("search", "--budget", 5, f"warm_start={base}", "seed=3", "name=warm", *workspace.arguments)
     assert warm.code == 0, warm.err
     assert "9 losses taken over, 0 vectors to be evaluated early" in warm.out
-    table = trials(copy.runs / "search" / "warm")
+    table = trials(workspace.runs / "search" / "warm")
     assert table["vector"].nunique() == len(table) == 9 + 5  # what was known is no part of the budget
     pd.testing.assert_frame_equal(table.iloc[:9].drop(columns="on_front"), trials(base).drop(columns="on_front"))
-    parents = json.loads((copy.runs / "search" / "warm" / "run.json").read_text())["parents"]
+    parents = json.loads((workspace.runs / "search" / "warm" / "run.json").read_text())["parents"]
     assert set(parents) == {"supernet", "latency", "warm_start_0"}
 
-    other = nas("search", "--budget", 7, f"warm_start=[{base}]", "train.seed=9", "name=other", *copy.arguments)
+    other = nas("search", "--budget", 7, f"warm_start=[{base}]", "train.seed=9", "name=other", *workspace.arguments)
     assert other.code == 0, other.err
     front = pd.read_csv(base / "front.csv")
     assert f"0 losses taken over, {len(front)} vectors to be evaluated early" in other.out
-    assert len(trials(copy.runs / "search" / "other")) == 7
+    assert len(trials(workspace.runs / "search" / "other")) == 7
 
 
-def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(nas: Nas, copy: Workspace) -> None:
-    pool = ("-m", "hydra/launcher=submitit_local", "worker=0,1", "--budget", 12, f"storage=sqlite:///{copy.path}/db")
-    result = nas("search", *pool, "name=pool", *copy.arguments)
+def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(nas: Nas, workspace: Workspace) -> None:
+    pool = (
+        "-m",
+        "hydra/launcher=submitit_local",
+        "worker=0,1",
+        "--budget",
+        12,
+        f"storage=sqlite:///{workspace.path}/db",
+    )
+    result = nas("search", *pool, "name=pool", *workspace.arguments)
     assert result.code == 0, result.err
-    tables = [trials(copy.runs / "search" / "pool" / f"worker-{number}") for number in (0, 1)]
+    tables = [trials(workspace.runs / "search" / "pool" / f"worker-{number}") for number in (0, 1)]
     assert tables[0]["vector"].nunique() == len(tables[0]) == 12
     pd.testing.assert_frame_equal(tables[0], tables[1])
-    failed = nas("search", *pool, "name=other", "supernet=nowhere", *copy.arguments)
+    failed = nas("search", *pool, "name=other", "supernet=nowhere", *workspace.arguments)
     assert failed.code == 1
     assert "nowhere is not a run directory" in failed.err
 
 
-def test_who_finds_the_run_directory_in_use_evaluates_for_it(nas: Nas, copy: Workspace) -> None:
-    folder = copy.runs / "search" / "shared"
+def test_who_finds_the_run_directory_in_use_evaluates_for_it(nas: Nas, workspace: Workspace) -> None:
+    folder = workspace.runs / "search" / "shared"
     folder.mkdir()
-    arguments = ("search", "--budget", 10, f"storage=sqlite:///{copy.path}/db", "name=shared", *copy.arguments)
+    arguments = (
+        "search",
+        "--budget",
+        10,
+        f"storage=sqlite:///{workspace.path}/db",
+        "name=shared",
+        *workspace.arguments,
+    )
     with filelock.FileLock(folder / ".lock"):
         joined = nas(*arguments)
         assert nas(*arguments[:3], *arguments[4:]).code == 1  # nobody else's study to join
     assert joined.code == 0, joined.err
     assert "only evaluates for it" in joined.out
     assert not (folder / "trials.csv").exists()
-    memo = next((copy.runs / "cache").glob("losses-*.jsonl"))
+    memo = next((workspace.runs / "cache").glob("losses-*.jsonl"))
     evaluated = memo.read_text()
     assert nas(*arguments).code == 0
     assert trials(folder)["vector"].nunique() == 10
     assert memo.read_text() == evaluated  # all of it was done
 
 
-def test_workers_must_agree_before_anything_is_trained_and_can_then_still_join(nas: Nas, copy: Workspace) -> None:
-    search = ("search", "--budget", 6, f"storage=sqlite:///{copy.path}/db")
-    assert nas(*search, "name=pool", *copy.arguments).code == 0
-    measured, trained = (next((copy.runs / stage).iterdir()) for stage in ("measure", "train"))
-    other = (*search, "runs_dir=elsewhere", "name=pool", f"latency={measured}", *copy.arguments)
-    before = set(copy.path.rglob("run.json"))
+def test_workers_must_agree_before_anything_is_trained_and_can_then_still_join(nas: Nas, workspace: Workspace) -> None:
+    search = ("search", "--budget", 6, f"storage=sqlite:///{workspace.path}/db")
+    assert nas(*search, "name=pool", *workspace.arguments).code == 0
+    measured, trained = (next((workspace.runs / stage).iterdir()) for stage in ("measure", "train"))
+    other = (*search, "runs_dir=elsewhere", "name=pool", f"latency={measured}", *workspace.arguments)
+    before = set(workspace.path.rglob("run.json"))
     for key, here in (("seed", "seed=1"), ("objectives", "objectives=[loss_nats,decode_ms]"), ("budget", "budget=7")):
         refused = nas(*other, here)
         assert refused.code == 1
         assert f"was begun with another {key}" in refused.err
-    assert set(copy.path.rglob("run.json")) == before
-    warm = nas(*other, f"supernet={trained}", f"warm_start={copy.runs / 'search' / 'base'}")
+    assert set(workspace.path.rglob("run.json")) == before
+    warm = nas(*other, f"supernet={trained}", f"warm_start={workspace.runs / 'search' / 'base'}")
     assert "was begun with another warm_start" in warm.err
     joined = nas(*other, f"supernet={trained}")
     assert joined.code == 0, joined.err
-    tables = [trials(runs / "search" / "pool") for runs in (copy.runs, copy.path / "elsewhere")]
+    tables = [trials(runs / "search" / "pool") for runs in (workspace.runs, workspace.path / "elsewhere")]
     pd.testing.assert_frame_equal(tables[0], tables[1])
-    assert "give all workers the same name=" in nas(*search, *copy.arguments).err
+    assert "give all workers the same name=" in nas(*search, *workspace.arguments).err
 
 
-def test_a_loss_that_is_no_number_is_said(nas: Nas, copy: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_is_said(nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.quality.InheritedLoss.__call__", lambda *_: float("nan"))
-    result = nas("search", "--budget", 6, "name=diverged", *copy.arguments)
+    result = nas("search", "--budget", 6, "name=diverged", *workspace.arguments)
     assert result.code == 1
     assert "the loss of 1-1-1 is nan: the supernet has diverged" in result.err
 
 
-def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, copy: Workspace) -> None:
+def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, workspace: Workspace) -> None:
     limit = 0.03
-    asked = [word for word in copy.arguments if not word.startswith("workload.batch")]
+    asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     result = nas("search", "--budget", 6, "workload.batch=max", f"workload.memory_gib={limit}", "name=max", *asked)
     assert result.code == 0, result.err
     assert "batch max in 0.03 GiB" in result.out
-    table = trials(copy.runs / "search" / "max")
-    config = json.loads((copy.runs / "search" / "max" / "run.json").read_text())["config"]
+    table = trials(workspace.runs / "search" / "max")
+    config = json.loads((workspace.runs / "search" / "max" / "run.json").read_text())["config"]
     memory = MemoryModel(shape_of(config), Workload(**config["workload"]), on_gpu=False)
     vectors = [parse_vector(text) for text in table["vector"]]
     assert table["batch"].tolist() == [memory.largest_batch(vector, limit * 2**30) for vector in vectors]
@@ -160,24 +177,24 @@ def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, copy
     assert table["tokens_per_s"].to_numpy() == pytest.approx((1e3 * table["batch"] / table["decode_ms"]).to_numpy())
 
 
-def test_a_price_an_interval_and_an_extrapolation_become_columns(nas: Nas, copy: Workspace) -> None:
-    asked = [word for word in copy.arguments if not word.startswith("workload.batch")]
+def test_a_price_an_interval_and_an_extrapolation_become_columns(nas: Nas, workspace: Workspace) -> None:
+    asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     priced = ("cost.price_per_hour=3.6", "device=nvidia-a10g", "workload.dtype=bf16", "workload.batch=8")
     assert nas("search", "--budget", 4, "name=a10g", *priced, *asked).code == 0
-    table = trials(copy.runs / "search" / "a10g")
+    table = trials(workspace.runs / "search" / "a10g")
     assert table["cost_per_million_tokens"].to_numpy() == pytest.approx((1e3 / table["tokens_per_s"]).to_numpy())
     assert (table["decode_ms_low"] < table["decode_ms"]).all()
     assert (table["decode_ms"] < table["decode_ms_high"]).all()
     assert "joules_per_token" not in table  # nobody measured it
 
-    beyond = ("workload.batch=3", f"latency={next((copy.runs / 'measure').iterdir())}")  # it has 2 and fewer
+    beyond = ("workload.batch=3", f"latency={next((workspace.runs / 'measure').iterdir())}")  # it has 2 and fewer
     refused = nas("search", "--budget", 4, "name=beyond", *beyond, *asked)
     assert refused.code == 1
     assert "does not cover micro" in refused.err
     result = nas("search", "--budget", 4, "name=beyond", "extrapolate=true", *beyond, *asked)
     assert result.code == 0, result.err
     assert "extrapolated beyond the measured range" in result.out
-    assert set(trials(copy.runs / "search" / "beyond")["latency_source"]) == {"estimated"}
+    assert set(trials(workspace.runs / "search" / "beyond")["latency_source"]) == {"estimated"}
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

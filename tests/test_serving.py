@@ -12,17 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nas.data.tokenizer import train_tokenizer
+from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
-from nas.export.hf import HfExporter
+from nas.export.hf import HfExporter, read_exported
 from nas.latency.memory import MemoryModel, batch_of
-from nas.latency.model import Workload
+from nas.latency.model import DTYPE_BYTES, Workload
 from nas.latency.pool import DTYPES
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving import model as serving_model
 from nas.serving.model import empty, with_terms
-from nas.space import FEATURES, ModelShape, SearchSpace
+from nas.shape import FEATURES, ModelShape
+from nas.space import SearchSpace
 from tests.conftest import Nas, random_supernet
 
 SHAPE = ModelShape(
@@ -100,6 +101,82 @@ def test_a_product_in_two_terms_is_the_product(bias: bool, monkeypatch: pytest.M
     torch.testing.assert_close(with_terms(x_BTD, halves), expected)
 
 
+@pytest.mark.parametrize(
+    ("rows", "tokens", "width"), [(4, 1, 64), (5, 2, 64), (5, 1, 63)], ids=["few rows", "a prompt", "an odd width"]
+)
+def test_what_cannot_be_halved_stays_one_product(
+    rows: int, tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(serving_model, "_MANY_ROWS", 5)
+    linear, inner = nn.Linear(width, 48), torch.randn(rows, tokens, width)
+    terms = serving_model._product_in_terms(inner, linear)
+    assert terms.shape == (1, rows, tokens, 48)
+    torch.testing.assert_close(terms[0], linear(inner))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_step_whose_layers_hand_on_two_terms_gives_the_logits_of_the_whole_forward_pass(
+    bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dataclasses.replace(SHAPE, mlp_bias=bias)
+    decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, 3, 12)
+    whole = whole_logits(decoder, tokens)
+    runner = Runner(ServingModel.of(decoder), KVCache(shape, [4, 1, 2], 3, 12))
+    runner.prefill(tokens[:, :6])
+    seen: list[int] = []
+    head = runner.model.head
+
+    def watched(x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
+        seen.append(len(terms_NBTD))
+        return head(x_BTD, terms_NBTD)
+
+    monkeypatch.setattr(runner.model, "head", watched)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(serving_model, "_MANY_ROWS", 1)
+    for position in range(6, 12):
+        step = runner.decode(tokens[:, position], position)
+        torch.testing.assert_close(step, whole[:, position], atol=1e-4, rtol=1e-4)
+    assert seen == [2] * 6
+
+
+@pytest.mark.parametrize(("x", "first", "second"), [(1.0, 256.0, 1.0), (256.0, 1.0, 1.0), (1.0, 1.0, 256.0)])
+def test_terms_are_added_in_fp32_and_rounded_once(x: float, first: float, second: float) -> None:
+    terms = torch.tensor([first, second], dtype=torch.bfloat16).view(2, 1, 1, 1)
+    total = with_terms(torch.full((1, 1, 1), x, dtype=torch.bfloat16), terms)
+    assert total.dtype == torch.bfloat16
+    assert total.item() == 258.0  # bf16 has no 257: rounded after each addition, some orders end at 256
+
+
+@settings(max_examples=50, deadline=None)
+@given(groups, st.integers(1, 6), st.integers(1, 30), st.sampled_from(["fp32", "bf16"]))
+def test_the_cache_is_two_storages_with_the_bytes_of_the_closed_form(
+    vector: list[int], batch: int, length: int, dtype: str
+) -> None:
+    cache = KVCache(SHAPE, vector, batch, length, "cpu", DTYPES[dtype])
+    tensors = [(layer.keys, layer.values) for layer in cache.layers]
+    keys, values = ({pair[kind].untyped_storage().data_ptr() for pair in tensors} for kind in (0, 1))
+    assert (len(keys), len(values), len(keys | values)) == (1, 1, 2)
+    held = sum(tensor.untyped_storage().nbytes() for tensor in tensors[0])
+    assert held == batch * length * SHAPE.kv_bytes_per_token(vector, DTYPE_BYTES[dtype])
+    parts = [tensor for pair in tensors for tensor in pair]
+    for mark, part in enumerate(parts):
+        part.fill_(mark)
+    assert all((part == mark).all() for mark, part in enumerate(parts))  # none lies over another
+    assert [part.shape[1] for part in parts[::2]] == vector
+
+
+def test_rows_of_the_cache_are_views_that_write_through() -> None:
+    cache = KVCache(SHAPE, [4, 1, 2], 5, 8)
+    for part in cache.rows(1, 3):
+        part.keys.fill_(1.0)
+        part.values.fill_(2.0)
+    for layer in cache.layers:
+        for written, tensor in ((1.0, layer.keys), (2.0, layer.values)):
+            assert (tensor[1:3] == written).all()
+            assert (tensor[[0, 3, 4]] == 0).all()
+
+
 @settings(max_examples=30, deadline=None)
 @given(shapes(), groups, st.integers(1, 5), st.sampled_from(["fp32", "bf16"]))
 def test_weights_and_cache_are_predicted_byte_for_byte(
@@ -127,6 +204,18 @@ def test_a_memory_in_which_nothing_fits_is_one_sentence() -> None:
     workload = Workload("max", 20, 10, "fp32", "eager", 1e-6)
     with pytest.raises(UserError, match=r"not one sequence of 1-1-1 .* fits into workload\.memory_gib=1e-06"):
         batch_of(workload, MemoryModel(SHAPE, workload, on_gpu=False), (1, 1, 1))
+
+
+@given(groups, st.integers(1, 500), st.booleans())
+def test_the_batch_is_the_given_one_or_the_largest_that_fits(vector: list[int], batch: int, on_gpu: bool) -> None:
+    given_batch, largest = (
+        Workload(batch, 20, 10, "fp32", "eager"),
+        Workload("max", 20, 10, "fp32", "eager", 0.15),
+    )
+    assert batch_of(given_batch, MemoryModel(SHAPE, given_batch, on_gpu), vector) == batch
+    model = MemoryModel(SHAPE, largest, on_gpu)
+    found = batch_of(largest, model, vector)
+    assert model.at(vector, found).total <= 0.15 * 2**30 < model.at(vector, found + 1).total
 
 
 def test_greedy_generation_takes_the_likeliest_token_each_time() -> None:
@@ -157,6 +246,34 @@ def test_generation_ends_when_every_row_has_stopped() -> None:
     stop = free[3]
     ended = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10, stop_token=stop)[0].tolist()
     assert ended == free[: free.index(stop) + 1]
+
+
+def test_a_row_that_has_stopped_goes_on_until_the_last_one_has() -> None:
+    shape = dataclasses.replace(SHAPE, vocab_size=5)  # so few that each is drawn soon
+    model, tokens = ServingModel.of(random_decoder(shape, [4, 1, 2])), tokens_of(shape, 3, 2)
+
+    def drawn(stop: int | None, seen: list[int]) -> list[list[int]]:
+        runner = Runner(model, KVCache(shape, [4, 1, 2], 3, 24))
+        return generate(runner, tokens, 22, temperature=20.0, stop_token=stop, progress=seen.append).tolist()
+
+    free, ends = drawn(None, []), []
+    for stop in range(5):
+        ends.append([row.index(stop) + 1 if stop in row else 99 for row in free])
+        seen: list[int] = []
+        assert drawn(stop, seen) == [row[: max(ends[-1])] for row in free]
+        assert seen == list(range(1, min(22, max(ends[-1])) + 1))
+    assert any(min(end) < max(end) < 22 for end in ends)  # or nothing was seen here
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature: float) -> None:
+    rows, shape = 4000, dataclasses.replace(SHAPE, vocab_size=5)
+    decoder, tokens = random_decoder(shape, [4, 1, 2]), torch.full((rows, 1), 3)
+    runner = Runner(ServingModel.of(decoder), KVCache(shape, [4, 1, 2], rows, 2))
+    shares = generate(runner, tokens, 1, temperature)[:, 0].bincount(minlength=5) / rows
+    logits = whole_logits(decoder, tokens[:1])[0, -1]
+    assert (logits.softmax(-1) - (logits / 4).softmax(-1)).abs().max() > 0.1
+    torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=5 * 0.5 / rows**0.5, rtol=0)
 
 
 def test_a_cache_that_is_too_small_is_refused() -> None:
@@ -221,15 +338,27 @@ def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(runtim
     assert error < (1e-5 if dtype == "fp32" else 3e-2)
 
 
+def export_to(folder: Path, decoder: Decoder) -> Path:
+    tokenizer = folder / "bytes.json"
+    train_tokenizer(["the cat sat on the mat and looked at the moon " * 50], 270).save(str(tokenizer))
+    HfExporter().export(decoder, tokenizer, folder / "model", {})
+    return folder / "model"
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An exported model whose tokenizer knows bytes."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    tokenizer = folder / "bytes.json"
-    train_tokenizer(["the cat sat on the mat and looked at the moon " * 50], 270).save(str(tokenizer))
     shape = dataclasses.replace(SHAPE, vocab_size=270)
-    HfExporter().export(random_decoder(shape, [4, 1, 2]), tokenizer, folder / "model", {})
-    return folder / "model"
+    return export_to(tmp_path_factory.mktemp("checkpoint"), random_decoder(shape, [4, 1, 2]))
+
+
+@pytest.fixture(scope="module")
+def indifferent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model to which all tokens are equally likely; the first of them is the end of a text."""
+    decoder = random_decoder(dataclasses.replace(SHAPE, vocab_size=270), [4, 1, 2])
+    with torch.no_grad():
+        decoder.model.norm.weight.zero_()
+    return export_to(tmp_path_factory.mktemp("indifferent"), decoder)
 
 
 def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkpoint: Path) -> None:
@@ -248,9 +377,62 @@ def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkp
     assert len(first) > len("the cat")
 
 
+def test_the_command_writes_what_the_plain_decoder_finds_likeliest_up_to_its_context(
+    nas: Nas, tmp_path: Path, checkpoint: Path
+) -> None:
+    tokenizer, decoder = load_tokenizer(str(checkpoint)), read_exported(checkpoint).eval()
+    prompt = tokenizer.encode("the cat").ids
+    tokens = torch.tensor([prompt])
+    while tokens.shape[1] < 24:
+        tokens = torch.cat((tokens, whole_logits(decoder, tokens)[:, -1:].argmax(-1)), dim=1)
+    new = tokens[0, len(prompt) :].tolist()
+    assert end_of_text_id(tokenizer) not in new
+    asked = (f"checkpoint={checkpoint}", "prompt=the cat", f"new_tokens={24 - len(prompt)}", "dtype=fp32", "name=full")
+    result = nas("generate", *asked)
+    assert result.code == 0, result.err
+    text = (tmp_path / "runs/generate/full/generated.txt").read_bytes().decode()
+    assert text == "the cat" + tokenizer.decode(new) + "\n"
+    assert text in result.out
+    over = nas("generate", *asked[:2], f"new_tokens={25 - len(prompt)}")
+    assert (over.code, len(over.err.splitlines())) == (1, 1)
+
+
+def test_each_continuation_is_drawn_by_the_seed_and_ends_at_its_own_end_of_text(
+    nas: Nas, tmp_path: Path, indifferent: Path
+) -> None:
+    tokenizer, model = load_tokenizer(str(indifferent)), read_exported(indifferent)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompt, stop = tokenizer.encode("the cat").ids, end_of_text_id(tokenizer)
+    assert stop == 0
+    texts = []
+    for seed in (1, 2):
+        runner = Runner(ServingModel.of(model, device), KVCache(model.shape, model.kv_heads, 40, 24, device))
+        tokens = torch.tensor([prompt] * 40, device=device)
+        rows = generate(runner, tokens, 16, temperature=0.5, seed=seed).tolist()
+        kept = [row[: row.index(stop)] if stop in row else row for row in rows]
+        assert {len(row) for row in kept} != {16}  # some end early, and not all
+        assert 16 in {len(row) for row in kept}
+        expected = "\n\n".join("the cat" + tokenizer.decode(row) for row in kept) + "\n"
+        asked = ("prompt=the cat", "new_tokens=16", "batch=40", "temperature=0.5", "dtype=fp32", "runtime=eager")
+        result = nas("generate", f"checkpoint={indifferent}", *asked, f"seed={seed}", f"name=drawn-{seed}")
+        assert result.code == 0, result.err
+        texts.append((tmp_path / f"runs/generate/drawn-{seed}/generated.txt").read_bytes().decode())
+        assert texts[-1] == expected
+    assert texts[0] != texts[1]
+
+
+def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_path: Path, indifferent: Path) -> None:
+    result = nas("generate", f"checkpoint={indifferent}", "prompt=the cat", "new_tokens=16", "name=ended")
+    assert result.code == 0, result.err
+    assert (tmp_path / "runs/generate/ended/generated.txt").read_text() == "the cat\n"
+    assert "(1 x 1 tokens in " in result.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["prompt=", "new_tokens=4"], ["prompt has 0 tokens", "1 to 24"]),
+        (["prompt=the cat", "checkpoint=."], ["has no config.json"]),
         (["prompt=the cat", "new_tokens=100"], ["prompt has", "new_tokens is 100", "1 to 24", "change either"]),
         (["prompt=the cat", "checkpoint=nowhere"], ["nowhere has no config.json"]),
         (["prompt=the cat", "new_tokens=0"], ["new_tokens is 0 but must be positive"]),

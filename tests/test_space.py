@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import UserError
-from nas.space import FEATURES, SearchSpace, format_vector, load_space, parse_vector, shipped_spaces, space_from_dict
+from nas.shape import FEATURES
+from nas.space import SearchSpace, format_vector, load_space, parse_vector, shipped_spaces, space_from_dict
 
 
 @pytest.mark.parametrize("name", list(shipped_spaces()))

@@ -26,7 +26,7 @@ import pytest
 import sqlalchemy
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.config import Budget
+from nas.budget import Budget
 from nas.errors import UserError
 from nas.search import Membership, Storage, search
 from nas.search.claims import Claim, ClaimLostError, Claims

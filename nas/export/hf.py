@@ -21,7 +21,8 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
-from nas.space import FEATURES, ModelShape, format_vector
+from nas.shape import FEATURES, ModelShape
+from nas.space import format_vector
 
 _REMOTE_CODE = "modeling_decilm"
 _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over

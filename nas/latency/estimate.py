@@ -18,7 +18,7 @@ import numpy as np
 from nas.errors import UserError
 from nas.latency.device import Device
 from nas.latency.model import DTYPE_BYTES, Phase
-from nas.space import ModelShape
+from nas.shape import ModelShape
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from nas.errors import UserError
 from nas.latency.model import DTYPE_BYTES, MAX, Workload, passes
-from nas.space import ModelShape, format_vector
+from nas.shape import ModelShape
+from nas.space import format_vector
 
 _FP32 = 4
 _BLOCK = 2**21  # bytes that the allocator gets from CUDA at a time, for each large tensor

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from nas.config import WorkloadConfig
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.space import ModelShape
+from nas.shape import ModelShape
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")

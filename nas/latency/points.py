@@ -59,8 +59,7 @@ class Grid:
             return
         for prompt in self.prompts:
             rows = passes(max(self.batches), prompt)[0]
-            for batch in sorted({1, -(-rows // 2), rows}):
-                yield batch, prompt
+            yield from ((batch, prompt) for batch in sorted({1, rows}))
 
     def points(self, space: SearchSpace) -> list[Point]:
         """All parts of the space's models at all shapes; a decode step's ends depend on the batch alone."""

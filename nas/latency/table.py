@@ -23,7 +23,8 @@ from nas.files import file_hash, read_json
 from nas.latency.check import CHECK, CHECK_COLUMNS, phase_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.model import PHASES, Phase, Workload, passes
-from nas.space import FEATURES, ModelShape, SearchSpace
+from nas.shape import FEATURES, ModelShape
+from nas.space import SearchSpace
 from nas.tables import read_csv
 
 TABLE, META = "table.csv", "latency.json"

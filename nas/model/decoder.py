@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.space import ModelShape
+from nas.shape import ModelShape
 
 Rope = tuple[Tensor, Tensor]
 

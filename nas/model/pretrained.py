@@ -19,7 +19,8 @@ from nas.console import say
 from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json, value_hash
 from nas.model.supernet import Supernet
-from nas.space import ROPE_KEYS, ModelShape, SearchSpace, load_space, shipped_spaces
+from nas.shape import ROPE_KEYS, ModelShape
+from nas.space import SearchSpace, load_space, shipped_spaces
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_GROUPS = 4  # that a derived space allows

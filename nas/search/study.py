@@ -11,7 +11,7 @@ import optuna
 import pandas as pd
 from optuna.samplers import BaseSampler
 
-from nas.config import Budget
+from nas.budget import Budget
 from nas.console import progress_bar
 from nas.errors import UserError
 from nas.search.claims import Claims, Membership

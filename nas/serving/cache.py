@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nas.space import ModelShape
+from nas.shape import ModelShape
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nas.model.decoder import Decoder, Layer, RMSNorm, Rope, rope_table, rotate
 from nas.serving.cache import LayerCache
-from nas.space import ModelShape
+from nas.shape import ModelShape
 
 _MANY_ROWS = 128
 

@@ -13,7 +13,7 @@ from nas.latency.model import passes
 from nas.serving.cache import KVCache
 from nas.serving.model import empty, randomise
 from nas.serving.runtime import Runner, captured
-from nas.space import ModelShape
+from nas.shape import ModelShape
 
 _COPIED_BYTES = (2**27, 2**29, 2**31)
 

@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import pandas as pd
 from optuna.samplers import BaseSampler
 
-from nas.config import Budget, Search, build, parse_budget
+from nas.budget import Budget, parse_budget
+from nas.config import Search, build
 from nas.console import say
 from nas.data import TokenData
 from nas.errors import InUseError, UserError

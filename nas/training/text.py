@@ -12,7 +12,8 @@ from nas.data.tokens import Tokens
 from nas.distributed import SIZE
 from nas.errors import UserError
 from nas.quality import row_losses
-from nas.space import ModelShape, SearchSpace, Vector
+from nas.shape import ModelShape
+from nas.space import SearchSpace, Vector
 from nas.training.loop import Loss, autocast
 from nas.training.parallel import training_device
 from nas.training.parts import Part
