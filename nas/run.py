@@ -14,18 +14,19 @@ import os
 import platform
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 import nas
-from nas.console import complain
+from nas.console import complain, say
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError
 from nas.files import file_hash, read_json, without_passwords, write_json
@@ -33,6 +34,9 @@ from nas.hardware import cpu_name, nvml_facts
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
 _PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
+_POLL_S = 2.0
+
+Found = TypeVar("Found")
 
 
 def now() -> str:
@@ -196,14 +200,18 @@ def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents:
     if before.get("stage") != stage:
         raise UserError(f"{path} belongs to 'nas {before.get('stage')}'; give another name=")
     if changed := _differences(before.get("config", {}), config):
-        raise UserError(
-            f"{path} was begun with another config ({'; '.join(changed[:3])}); repeat the first command to resume it, "
-            "or give another name="
-        )
+        raise begun_otherwise(path, f"config ({'; '.join(changed[:3])})")
     if before.get("parents") != parents:
         raise UserError(f"{path} was begun from other parent runs; give another name=")
     if (path / _COMPLETE).is_file():
         raise AlreadyFinishedError(f"{path} is already finished; give another name= or remove it")
+
+
+def begun_otherwise(path: Path, what: str) -> UserError:
+    """The refusal to resume a run with another ``what`` than it was begun with."""
+    return UserError(
+        f"{path} was begun with another {what}; repeat the first command to resume it, or give another name="
+    )
 
 
 def _end_cut_line(file: Path) -> None:
@@ -228,6 +236,25 @@ def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
             yield FinishedRun(mark.parent, stage)
         except UserError as error:
             complain(f"Passing over {mark.parent}: {error}")
+
+
+def found_or_made(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
+    """What another process has made, or is making at this moment, else what this one makes.
+
+    Args:
+        find: Looks for it.
+        make: Makes it, or raises `InUseError` while another process does.
+    """
+    waiting = False
+    while (found := find()) is None:
+        try:
+            return make()
+        except InUseError as error:
+            if not waiting:
+                say(f"Waiting: {error}")
+            waiting = True
+            time.sleep(_POLL_S)
+    return found
 
 
 def recorded_parent(path: Path, role: str) -> FinishedRun | None:

@@ -9,6 +9,7 @@ neither memory nor time depends on them.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -24,13 +25,12 @@ from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
 from nas.report.figure import COLOURS, figure
 from nas.run import now
-from nas.serving.trial import copy_bandwidth, memory_cap, served
+from nas.serving.trial import copy_bandwidth, fits, memory_cap, served
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 
 OUT = Path("docs/headline")
 CONTEXT, PROMPT = 2048, 1024
-COLUMNS = ["model", "runtime", "batch", "why", "step_ms", "tokens_per_s", "bandwidth_share"]
 
 
 def models() -> dict[str, tuple[ModelShape, Vector]]:
@@ -43,35 +43,35 @@ def models() -> dict[str, tuple[ModelShape, Vector]]:
     }
 
 
-def measure(gib: float, energy_s: float) -> pd.DataFrame:
-    """All rows, with device, date and cap."""
-    bandwidth = copy_bandwidth()
+def measure(gib: float, energy_s: float, file: Path) -> None:
+    """Writes all rows, each as it comes."""
     uuid = str(torch.cuda.get_device_properties(0).uuid)
+    nvml, bandwidth = nvml_facts(uuid), copy_bandwidth()
+    machine = {
+        "context": CONTEXT,
+        "memory_gib": gib,
+        "copy_tb_per_s": bandwidth / 1e12,
+        "device": nvml.get("nvml_name"),
+        "driver": nvml.get("driver"),
+        "torch": torch.__version__,
+        "date": now(),
+    }
     rows: list[dict[str, Any]] = []
-    with memory_cap(gib):
-        for name, (shape, vector) in models().items():
-            for runtime in ("eager", "compiled"):
-                for why, batch in batches(shape, vector, runtime, gib):
-                    with served(shape, vector, batch, CONTEXT, PROMPT, runtime, torch.bfloat16) as trial:
-                        milliseconds = trial.step_ms()
-                        asked = energy_s if why == "most" or batch < 64 else 0.0
-                        energy = measure_energy(trial.step, asked, uuid, torch.cuda.synchronize) if asked else None
-                        share = trial.bytes_per_step / (milliseconds / 1e3) / bandwidth
-                    row = (name, runtime, batch, why, milliseconds, 1e3 * batch / milliseconds, share)
-                    rows.append(dict(zip(COLUMNS, row, strict=True)))
-                    if energy:
-                        rows[-1] |= {"joules_per_token": energy.joules_per_call / batch, "watts": energy.watts}
-                    print(rows[-1], flush=True)
-    facts = nvml_facts(uuid)
-    return pd.DataFrame(rows).assign(
-        context=CONTEXT,
-        memory_gib=gib,
-        copy_tb_per_s=bandwidth / 1e12,
-        device=facts.get("nvml_name"),
-        driver=facts.get("driver"),
-        torch=torch.__version__,
-        date=now(),
-    )
+    for (name, (shape, vector)), runtime in itertools.product(models().items(), ("eager", "compiled")):
+        with memory_cap(gib):
+            for why, batch in batches(shape, vector, runtime, gib):
+                row: dict[str, Any] = {"model": name, "runtime": runtime, "batch": batch, "why": why}
+                with served(shape, vector, batch, CONTEXT, PROMPT, runtime, torch.bfloat16) as trial:
+                    seconds = trial.step_ms() / 1e3
+                    asked = energy_s if why == "most" or batch < 64 else 0.0
+                    energy = measure_energy(trial.step, asked, uuid, torch.cuda.synchronize) if asked else None
+                    row |= {"step_ms": 1e3 * seconds, "tokens_per_s": batch / seconds}
+                    row["bandwidth_share"] = trial.bytes_per_step / seconds / bandwidth
+                row["joules_per_token"] = energy.joules_per_call / batch if energy else None
+                row["watts"] = energy.watts if energy else None
+                rows.append(row | machine)
+                print(row, flush=True)
+                write_atomically(file, partial(pd.DataFrame(rows).to_csv, index=False))
 
 
 def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iterator[tuple[str, int]]:
@@ -82,8 +82,12 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
     workload = Workload(1, CONTEXT, PROMPT, "bf16", runtime)
     most = MemoryModel(shape, workload, on_gpu=True).largest_batch(vector, gib * 2**30)
     power = 1 << max(0, most.bit_length() - 1)
-    assert fits(shape, vector, power), f"batch {power} was predicted to fit"
-    while fits(shape, vector, 2 * power):
+
+    def fit(batch: int) -> bool:
+        return fits(shape, vector, batch, CONTEXT, PROMPT, "eager", torch.bfloat16)
+
+    assert fit(power), f"batch {power} was predicted to fit"
+    while fit(2 * power):
         power *= 2
     found = {"power of two": power, "round": most // 32 * 32, "most": most}
     seen: set[int] = set()
@@ -91,15 +95,6 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
         if batch and batch not in seen:
             seen.add(batch)
             yield why, batch
-
-
-def fits(shape: ModelShape, vector: Vector, batch: int) -> bool:
-    """Whether prompts can be read and a step decoded at a batch under the cap."""
-    try:
-        with served(shape, vector, batch, CONTEXT, PROMPT, "eager", torch.bfloat16):
-            return True
-    except torch.OutOfMemoryError:
-        return False
 
 
 def draw(rows: pd.DataFrame) -> None:
@@ -118,7 +113,7 @@ def draw(rows: pd.DataFrame) -> None:
                 label=runtime,
             )
             labels = [f"{row.tokens_per_s:,.0f}\nbatch {row.batch}" for row in of_runtime.itertuples()]
-            axes.bar_label(bars, labels, fontsize=7, padding=2)
+            axes.bar_label(bars, labels, fontsize=6, padding=2)
         axes.set_xticks([index + 0.2 for index in range(len(names))], names)
         axes.set_ylabel("decode tokens/s")
         axes.margins(y=0.15)
@@ -156,8 +151,7 @@ def main() -> None:
     options = parser.parse_args()
     file = OUT / "headline.csv"
     if not options.draw:
-        rows = measure(options.memory_gib, options.energy_s)
-        write_atomically(file, partial(rows.to_csv, index=False))
+        measure(options.memory_gib, options.energy_s, file)
     rows = pd.read_csv(file)
     draw(rows)
     print(table(rows))

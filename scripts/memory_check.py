@@ -20,7 +20,7 @@ from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
 from nas.run import now
-from nas.serving.trial import memory_cap, served
+from nas.serving.trial import fits, memory_cap
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 
@@ -38,23 +38,19 @@ def vectors() -> dict[str, tuple[ModelShape, Vector]]:
     return shaped | {"Llama-2-7B": (llama.shape, llama.largest)}
 
 
-def fits(shape: ModelShape, vector: Vector, batch: int, context: int) -> bool:
-    try:
-        with served(shape, vector, batch, context, PROMPT, RUNTIME, torch.bfloat16):
-            return True
-    except torch.OutOfMemoryError:
-        return False
-
-
 def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> int:
     """The largest batch that fits: up from the prediction in steps, then by bisection."""
-    fit, beyond, step = 0, max(1, predicted), max(2, predicted // 20)
-    while fits(shape, vector, beyond, context):
-        fit, beyond = beyond, beyond + step
-    while beyond - fit > 1:
-        middle = (fit + beyond) // 2
-        fit, beyond = (middle, beyond) if fits(shape, vector, middle, context) else (fit, middle)
-    return fit
+
+    def fit(batch: int) -> bool:
+        return fits(shape, vector, batch, context, PROMPT, RUNTIME, torch.bfloat16)
+
+    good, bad, step = 0, max(1, predicted), max(2, predicted // 20)
+    while fit(bad):
+        good, bad = bad, bad + step
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        good, bad = (middle, bad) if fit(middle) else (good, middle)
+    return good
 
 
 def main() -> None:

@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nas.errors import UserError
+from nas.latency.device import Device
 from nas.latency.model import DTYPE_BYTES, MAX, Workload, passes
 from nas.shape import ModelShape
-from nas.space import format_vector
+from nas.space import SearchSpace, format_vector
 
 _FP32 = 4
 _BLOCK = 2**21  # bytes that the allocator gets from CUDA at a time, for each large tensor
@@ -99,3 +100,9 @@ def batch_of(workload: Workload, memory: MemoryModel, vector: Sequence[int]) -> 
         f"not one sequence of {format_vector(vector)} at context {workload.context} fits into workload.memory_gib="
         f"{workload.memory_gib:g}; it takes {needed:.2f} GiB, so raise it or lower workload.context"
     )
+
+
+def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[int]:
+    """The smallest and the largest batch that any vector of a space has."""
+    memory = MemoryModel(space.shape, workload, device.is_gpu)
+    return sorted({batch_of(workload, memory, vector) for vector in (space.largest, space.smallest)})

@@ -48,6 +48,17 @@ def served(
         release()
 
 
+def fits(
+    shape: ModelShape, vector: Sequence[int], batch: int, context: int, prompt: int, runtime: str, dtype: torch.dtype
+) -> bool:
+    """Whether `served` finds memory enough."""
+    try:
+        with served(shape, vector, batch, context, prompt, runtime, dtype):
+            return True
+    except torch.OutOfMemoryError:
+        return False
+
+
 class Trial:
     """Use `served`."""
 

@@ -8,7 +8,7 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 
 import dataclasses
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ import pandas as pd
 import torch
 
 from nas.config import LatencyParts, Measure
-from nas.console import complain, say
+from nas.console import say
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import write_atomically, write_json
 from nas.latency.check import CHECK, predict_wholes, summarise_check
 from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.energy import ENERGY
 from nas.latency.measure import Measured, measure
-from nas.latency.memory import MemoryModel, batch_of
+from nas.latency.memory import batches_of
 from nas.latency.model import DTYPE_BYTES, Workload, resolve_workload
 from nas.latency.points import check_shapes, grid_for
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
@@ -32,7 +32,7 @@ from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
 from nas.report.check import check_size, draw_check
 from nas.report.figure import figure
-from nas.run import FinishedRun, find_runs, git_state, now, start_run
+from nas.run import FinishedRun, git_state, now, start_run
 from nas.space import SearchSpace
 
 _FIGURE = "check"
@@ -68,39 +68,6 @@ def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path
     if not any((known / DEVICE).is_file() for known in device_folders(device.slug)):
         write_json(root / device.slug / DEVICE, device.description())
     say(f"Copied the table to {folder}")
-
-
-def fitting_tables(
-    runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
-) -> Iterator[TableLatency]:
-    """Measured tables that cover a workload: of this user's runs, newest first, then those that ship.
-
-    With ``extrapolate`` those of the same shape and runtime follow that do not cover it. Unusable ones are passed over
-    with a warning.
-    """
-    own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
-    published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
-    batches = batches_of(space, device, workload)
-    others = []
-    for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
-        try:
-            table = load()
-            table.check()
-            table.energy()
-        except UserError as error:
-            complain(f"Passing over a latency table: {error}")
-            continue
-        if table.fits(device.slug, space, workload, batches):
-            yield table
-        elif extrapolate:
-            others.append(table.extrapolating())
-    yield from (table for table in others if table.fits(device.slug, space, workload, batches))
-
-
-def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[int]:
-    """The smallest and the largest batch that any vector of a space has."""
-    memory = MemoryModel(space.shape, workload, device.is_gpu)
-    return sorted({batch_of(workload, memory, vector) for vector in (space.largest, space.smallest)})
 
 
 def table_of(run: FinishedRun) -> TableLatency:

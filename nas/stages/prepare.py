@@ -6,12 +6,11 @@ What is cheap and can refuse comes first, training last.
 import dataclasses
 import json
 import re
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pandas as pd
 from optuna.samplers import BaseSampler
@@ -20,22 +19,18 @@ from nas.budget import Budget, parse_budget
 from nas.config import Search, build
 from nas.console import say
 from nas.data import TokenData
-from nas.errors import InUseError, UserError
+from nas.errors import UserError
 from nas.files import value_hash, without_passwords
-from nas.latency import Device, LatencyModel, Workload, decode_ms, find_device, prefill_ms, resolve_workload
-from nas.latency.cost import costs as cost_metrics
-from nas.latency.estimate import RooflineLatency
-from nas.latency.memory import MemoryModel, batch_of
-from nas.latency.model import DTYPE_BYTES
+from nas.latency import find_device, resolve_workload
 from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
+from nas.predictions import predictions
 from nas.quality import InheritedLoss
-from nas.run import FinishedRun, find_runs, is_run, recorded_config, recorded_parent
+from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, is_run, recorded_config, recorded_parent
 from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
 from nas.search.claims import check_facts
-from nas.search.metrics import Metrics
-from nas.space import SearchSpace, Vector
-from nas.stages.measure import batches_of, fitting_tables, measure_space, table_of
+from nas.space import SearchSpace
+from nas.stages.latency import find_latency
 from nas.stages.train import (
     check_trainable,
     find_supernet,
@@ -47,14 +42,10 @@ from nas.stages.train import (
 )
 from nas.stages.warm_start import WarmStart, earlier_searches, warm_start
 
-Found = TypeVar("Found")
-
-_BEGUN_OTHERWISE = "{path} was begun with another {what}; repeat the first command to resume it, or give another name="
 _NOT_ASKED = ("name", "runs_dir", "workers", "worker")  # a search may go on with others
 _AGREED = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # all workers on a study the same
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
 _MOST = 200_000  # vectors that budget=all may mean
-_POLL_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -130,15 +121,15 @@ def prepare(config: Search, path: Path) -> Prepared:
     data = supernet_data(config, space)
     wanted = supernet_config(config, space, init, data)
     supernet = _supernet(config, path, wanted)
-    latency = _latency(config, path, space, device, workload)  # takes minutes at most, so before any training
+    latency = find_latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     say(f"Latency on {device.name} ({workload}): {latency.describe()}")
-    costs = _costs(config, space, device, latency, workload)
+    costs = predictions(space, device, latency, workload, config.cost)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
     table = latency if isinstance(latency, TableLatency) else None
     facts["latency"] = f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}"
     if config.storage:
         check_facts(storage, facts)
-    supernet = supernet or _wait_for(
+    supernet = supernet or found_or_made(
         partial(find_supernet, runs_dir, wanted),
         partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
     )
@@ -174,20 +165,6 @@ def prepare(config: Search, path: Path) -> Prepared:
     return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
 
 
-def _wait_for(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
-    """What another process has made, or is making at this moment, else what this one makes."""
-    waiting = False
-    while (found := find()) is None:
-        try:
-            return make()
-        except InUseError as error:
-            if not waiting:
-                say(f"Waiting: {error}")
-            waiting = True
-            time.sleep(_POLL_S)
-    return found
-
-
 def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun | None:
     """The supernet that the user names, or that an interrupted search in ``path`` was begun with, or one that fits."""
     supernet = FinishedRun(Path(config.supernet), "train") if config.supernet else recorded_parent(path, "supernet")
@@ -205,84 +182,10 @@ def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun
                 f"supernet {supernet.path} was trained with another {different[0]} than this search's; give the same "
                 f"{different[0]}="
             )
-        raise UserError(_BEGUN_OTHERWISE.format(path=path, what=different[0]))
+        raise begun_otherwise(path, different[0])
     return supernet
 
 
 def _train(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData, name: str) -> FinishedRun:
     say("No trained supernet fits this space, data and training: training one first")
     return train_supernet(config, space, init, data, Path(config.runs_dir) / "train" / name)
-
-
-def _latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:
-    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated."""
-    runs_dir = Path(config.runs_dir)
-    if config.latency:
-        table = table_of(FinishedRun(Path(config.latency), "measure"))
-        batches = batches_of(space, device, workload)
-        if config.extrapolate and not table.fits(device.slug, space, workload, batches):
-            table = table.extrapolating()
-        if not table.fits(device.slug, space, workload, batches):
-            raise UserError(
-                f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
-            )
-        return table
-    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload, config.extrapolate)
-    if begun and begun["latency_table"]:
-        same = (table for table in tables if table.digest() == begun["latency_table"])
-        if found := next(same, None):
-            return found
-        raise UserError(_BEGUN_OTHERWISE.format(path=path, what="space, device, workload or latency table"))
-    if not begun and (found := next(tables, None)):
-        return found
-    if begun or config.device != "this":
-        return RooflineLatency(device, space.shape, workload.dtype)
-    return _wait_for(
-        lambda: next(fitting_tables(runs_dir, device, space, workload), None),
-        partial(_measure, config, space, device, workload),
-    )
-
-
-def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
-    say("No measured table covers this space, device and workload: measuring first")
-    facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
-    name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
-    return measure_space(config, space, device, workload, Path(config.runs_dir) / "measure" / name)
-
-
-def _costs(
-    config: Search, space: SearchSpace, device: Device, latency: LatencyModel, workload: Workload
-) -> Callable[[Vector], Metrics]:
-    """All that is predicted of a vector, which depends on its counts alone."""
-    memory = MemoryModel(space.shape, workload, device.is_gpu)
-    energy = latency.energy() if isinstance(latency, TableLatency) else None
-    idle_watts = latency.meta.get("idle_watts") if isinstance(latency, TableLatency) else None
-    context, dtype_bytes = workload.context, DTYPE_BYTES[workload.dtype]
-
-    @cache
-    def costs(counts: Vector) -> Metrics:
-        batch = batch_of(workload, memory, counts)
-        step_ms = decode_ms(latency, counts, batch, context)
-        tokens_per_s = 1e3 * batch / step_ms
-        metrics: dict[str, float | int | str] = {
-            "decode_ms": step_ms,
-            "prefill_ms": prefill_ms(latency, counts, batch, workload.prompt),
-            "tokens_per_s": tokens_per_s,
-            "batch": batch,
-            "kv_bytes_per_token": space.shape.kv_bytes_per_token(counts, dtype_bytes),
-            "parameters": space.shape.parameters(counts),
-            "memory_gib": memory.at(counts, batch).total / 2**30,
-            "latency_source": latency.source,
-        }
-        if isinstance(latency, RooflineLatency):
-            metrics["decode_ms_low"], metrics["decode_ms_high"] = latency.interval(step_ms)
-        joules_per_token = None
-        if energy:
-            layer_ms = partial(latency.layer_ms, "decode", batch=batch, length=context)
-            step_joules = energy.joules_per_step(
-                counts, batch, context, layer_ms, latency.ends_ms("decode", batch, context)
-            )
-            metrics["joules_per_token"] = joules_per_token = step_joules / batch
-        return metrics | cost_metrics(tokens_per_s, joules_per_token, config.cost, idle_watts)
-
-    return lambda vector: costs(tuple(sorted(vector)))

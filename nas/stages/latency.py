@@ -1,0 +1,93 @@
+"""The latency model of a search: named by the user, found among what was measured, measured now, or estimated."""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from nas.config import Search
+from nas.console import complain, say
+from nas.errors import UserError
+from nas.files import value_hash
+from nas.latency import Device, LatencyModel, Workload
+from nas.latency.device import device_folders
+from nas.latency.estimate import RooflineLatency
+from nas.latency.memory import batches_of
+from nas.latency.table import META, TableLatency
+from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, recorded_config
+from nas.space import SearchSpace
+from nas.stages.measure import measure_space, table_of
+
+
+def find_latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:
+    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated.
+
+    Args:
+        config: Names a table, or not; says how to measure one.
+        path: The search's run directory.
+        space: What is searched.
+        device: Where its models are to run.
+        workload: What they are to serve.
+
+    Raises:
+        UserError: The named table does not cover the workload, or the one that the search was begun with is gone.
+    """
+    runs_dir = Path(config.runs_dir)
+    if config.latency:
+        named = table_of(FinishedRun(Path(config.latency), "measure"))
+        batches = batches_of(space, device, workload)
+        for table in [named, named.extrapolating()] if config.extrapolate else [named]:
+            if table.fits(device.slug, space, workload, batches):
+                return table
+        raise UserError(
+            f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
+        )
+    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload, config.extrapolate)
+    if begun and begun["latency_table"]:
+        same = (table for table in tables if table.digest() == begun["latency_table"])
+        if found := next(same, None):
+            return found
+        raise begun_otherwise(path, "space, device, workload or latency table")
+    if not begun and (found := next(tables, None)):
+        return found
+    if begun or config.device != "this":
+        return RooflineLatency(device, space.shape, workload.dtype)
+    return found_or_made(
+        lambda: next(fitting_tables(runs_dir, device, space, workload), None),
+        partial(_measure, config, space, device, workload),
+    )
+
+
+def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
+    say("No measured table covers this space, device and workload: measuring first")
+    facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
+    name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
+    return measure_space(config, space, device, workload, Path(config.runs_dir) / "measure" / name)
+
+
+def fitting_tables(
+    runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
+) -> Iterator[TableLatency]:
+    """Measured tables that cover a workload: of this user's runs, newest first, then those that ship.
+
+    With ``extrapolate`` those of the same shape and runtime follow that do not cover it. Unusable ones are passed over
+    with a warning.
+    """
+    own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
+    published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
+    batches = batches_of(space, device, workload)
+    others = []
+    for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
+        try:
+            table = load()
+            table.check()
+            table.energy()
+        except UserError as error:
+            complain(f"Passing over a latency table: {error}")
+            continue
+        if table.fits(device.slug, space, workload, batches):
+            yield table
+        elif extrapolate:
+            others.append(table.extrapolating())
+    yield from (table for table in others if table.fits(device.slug, space, workload, batches))
