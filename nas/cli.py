@@ -7,6 +7,7 @@ import errno
 import importlib
 import itertools
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from pathlib import Path
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -46,6 +48,7 @@ eval "$(nas -sc install=bash)" switches tab completion on."""
 
 _MANY_PROCESSES = ("train", "finetune")
 _INSIST_S = 5.0
+_PROMPT = "prompt="
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -66,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in STAGES:
         complain(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
-    code = _guarded(arguments[0], _expand_budget(arguments[1:]))
+    code = _guarded(arguments[0], [_quoted(word) for word in _expand_budget(arguments[1:])])
     return code if SIZE == 1 else leave(code)
 
 
@@ -169,6 +172,14 @@ def _expand_budget(arguments: list[str]) -> list[str]:
         else:
             expanded.append(word.removeprefix("--") if word.startswith("--budget=") else word)
     return expanded
+
+
+def _quoted(word: str) -> str:
+    """A prompt is text as it is, so it is quoted for Hydra; all other words are Hydra's language already."""
+    if not word.startswith(_PROMPT):
+        return word
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\${", word.removeprefix(_PROMPT))  # no interpolation, for OmegaConf
+    return _PROMPT + QuotedString(literal, Quote.double).with_quotes()
 
 
 def _name_sweep_by_what_it_varies(arguments: list[str]) -> list[str]:

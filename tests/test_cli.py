@@ -11,7 +11,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import example, given
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
+from nas.cli import _quoted
 from nas.config import STAGES, register, to_stage
 from nas.latency import this_device
 from nas.resources import shipped
@@ -67,6 +72,15 @@ def test_tab_completion_knows_stages_and_options(nas: Nas, monkeypatch: pytest.M
     assert set(nas("-sc", "query=bash").out.split()) == set(STAGES)
     monkeypatch.setenv("COMP_LINE", "nas search sampler=")
     assert set(nas("-sc", "query=bash").out.split()) == {f"sampler={name}" for name in SAMPLERS}
+
+
+@given(st.text(st.one_of(st.sampled_from("\\\"'${}[](), =\n\t:"), st.characters(codec="utf-8"))))
+@example('\\${a}\\"\\')
+def test_a_prompt_reaches_the_config_as_it_was_typed(text: str) -> None:
+    override = OverridesParser.create().parse_override(_quoted(f"prompt={text}"))
+    config = OmegaConf.create({"prompt": "another"})
+    OmegaConf.update(config, "prompt", override.value())
+    assert config.prompt == text
 
 
 def test_a_search_leaves_the_run_directory_of_the_contract(workspace: Workspace) -> None:

@@ -377,6 +377,13 @@ def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkp
     assert len(first) > len("the cat")
 
 
+@pytest.mark.parametrize("prompt", ["def f(x, ${y}", 'it\'s "4", \\', "null", "[a]: é\n"])
+def test_a_prompt_needs_no_quotes_of_hydra(nas: Nas, tmp_path: Path, checkpoint: Path, prompt: str) -> None:
+    result = nas("generate", f"checkpoint={checkpoint}", f"prompt={prompt}", "new_tokens=2", "name=typed")
+    assert result.code == 0, result.err
+    assert (tmp_path / "runs/generate/typed/generated.txt").read_text().startswith(prompt)
+
+
 def test_the_command_writes_what_the_plain_decoder_finds_likeliest_up_to_its_context(
     nas: Nas, tmp_path: Path, checkpoint: Path
 ) -> None:
