@@ -95,7 +95,7 @@ def _guarded(stage: str, overrides: list[str]) -> int:
             options = itertools.takewhile(lambda line: line.startswith("\t"), lines[3:])
             complain(f"nas {stage}: {lines[0]}; use {', '.join(option.strip() for option in options)}")
             return 1
-        key = getattr(cause, "full_key", None)
+        key = str(getattr(cause, "full_key", None) or "")
         where = f"{key}: " if key and key not in lines[0] else ""
         complain(f"nas {stage}: {where}{lines[0]}; nas {stage} --help lists the keys")
         return 1 if isinstance(cause, ValidationError) else 2

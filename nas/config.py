@@ -99,7 +99,7 @@ class MeasureConfig:
     drift: float = 0.02  # so do the points around a sentinel that was further off
     segment: int = 24  # points between two looks at the sentinel
     energy_s: float = 5.0  # seconds of decode steps for each reading of power, on a GPU; 0: none
-    energy_batches: list[int] | None = None  # null: the largest
+    energy_batches: list[int] | None = None  # null: the smallest and the largest
     seed: int = 0
 
 

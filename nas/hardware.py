@@ -21,8 +21,6 @@ _THROTTLE_REASONS = {
     0x40: "hardware thermal slowdown",
     0x80: "hardware power brake",
     0x100: "display clock",
-    0x200: "board limit",
-    0x400: "reliability",
 }
 
 

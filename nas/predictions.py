@@ -32,6 +32,8 @@ def predictions(
     """
     memory = MemoryModel(space.shape, workload, device.is_gpu)
     energy = latency.energy() if isinstance(latency, TableLatency) else None
+    if energy and not energy.knows(set().union(*space.choices)):
+        energy = None
     idle_watts = latency.meta.get("idle_watts") if isinstance(latency, TableLatency) else None
     context, dtype_bytes = workload.context, DTYPE_BYTES[workload.dtype]
 

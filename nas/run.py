@@ -76,6 +76,11 @@ class FinishedRun:
         """The resolved config of the run."""
         return dict(self.info["config"])
 
+    @property
+    def artifacts(self) -> set[str]:
+        """Names of all that it made."""
+        return set(self._hashes)
+
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""
         return file_hash(self.path / _COMPLETE)

@@ -1,5 +1,6 @@
 """CSV tables read back."""
 
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -22,3 +23,27 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     if missing := [column for column in columns if column not in frame.columns]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; restore it or run its stage again")
     return frame
+
+
+def refuse_rows(path: Path, frame: pd.DataFrame, bad: "pd.Series[bool]", rule: str) -> None:
+    """Refuses a table for its first bad row.
+
+    Raises:
+        UserError: There is one; the sentence has its line in the file, and the rule that it breaks.
+    """
+    if bad.any():
+        raise UserError(f"{path} is corrupt (row {frame.index[bad][0] + 2}: {rule}); restore it or measure again")
+
+
+def positive_numbers(frame: pd.DataFrame, columns: list[str], most: float = math.inf) -> "pd.Series[bool]":
+    """Which rows have positive numbers less than ``most`` in all of the columns."""
+    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
+    good: pd.Series[bool] = ((numbers > 0) & (numbers < most)).all(axis=1)
+    return good
+
+
+def whole_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
+    """Which rows have whole numbers, none of them negative, in all of the columns."""
+    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
+    good: pd.Series[bool] = ((numbers >= 0) & (numbers % 1 == 0)).all(axis=1)
+    return good

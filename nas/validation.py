@@ -66,7 +66,7 @@ def validate(config: Any, prefix: str = "") -> None:
         key, value = prefix + item.name, getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             validate(value, f"{key}.")
-        elif value is not None and (rule := _broken_rule(key, item.name, value)):
+        elif (value is not None or key == "workload.batch") and (rule := _broken_rule(key, item.name, value)):
             shown = f"'{value}'" if isinstance(value, str) else value
             raise UserError(f"{key} is {shown}{rule}")
 

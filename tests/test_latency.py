@@ -20,6 +20,7 @@ from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
 from nas.latency.check import CHECK_COLUMNS, phase_errors, random_vectors, summarise_check
+from nas.latency.estimate import RooflineLatency
 from nas.latency.model import PREFILL_TOKENS, Phase, pass_ms, passes
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
@@ -308,10 +309,72 @@ def test_a_batch_that_is_no_number_is_one_sentence(micro: SearchSpace, tmp_path:
 def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
     file = write_table(tmp_path, micro) / "latency.json"
     meta = json.loads(file.read_text())
-    del meta["workload"], meta["dtype"]
-    file.write_text(json.dumps(meta))
-    with pytest.raises(UserError, match=r"latency\.json is corrupt \(it lacks dtype, workload\)"):
+    for key, wrong in {
+        "workload": None,
+        "device": {"name": "Box"},
+        "date": 20260102,
+        "check": [{"phase": "decode"}],
+    }.items():
+        file.write_text(json.dumps(meta | {key: wrong}))
+        with pytest.raises(UserError, match=rf"latency\.json is corrupt \({key} is missing or wrong\)"):
+            TableLatency(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("phase", "zzz"), ("part", "whole"), ("groups", 2.5), ("groups", None), ("batch", 1.5)]
+)
+def test_a_row_that_no_measurement_writes_is_one_sentence(
+    micro: SearchSpace, tmp_path: Path, column: str, value: Any
+) -> None:
+    file = write_table(tmp_path, micro) / "table.csv"
+    table = pd.read_csv(file).astype({"groups": float, "batch": float})
+    table.loc[3, column] = value
+    table.to_csv(file, index=False)
+    with pytest.raises(UserError, match=r"table\.csv is corrupt \(row 5"):
         TableLatency(tmp_path)
+
+
+def test_a_batch_at_which_memory_left_one_context_does_not_flatten_what_is_extrapolated(
+    micro: SearchSpace, tmp_path: Path
+) -> None:
+    grid = Grid((1, 2, 4), (4, 8, 16), (4, 8))
+    lost = [("decode", 4, 8), ("decode", 4, 16)]
+    table = TableLatency(write_table(tmp_path, micro, points=grid.points(micro), lost=lost), extrapolate=True)
+    for batch, length in ((4, 16), (3, 16), (8, 32)):
+        point = Point("decode", "layer", (2,), batch, length)
+        assert table.layer_ms("decode", 2, batch, length) == pytest.approx(affine(point), rel=0.15)
+    measured = Point("decode", "layer", (2,), 4, 4)
+    assert table.layer_ms("decode", 2, 4, 4) == pytest.approx(affine(measured))
+
+
+def test_a_time_without_end_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
+    file = write_table(tmp_path, micro) / "table.csv"
+    table = pd.read_csv(file)
+    table.loc[3, "median_ms"] = math.inf
+    table.to_csv(file, index=False)
+    with pytest.raises(UserError, match=r"table\.csv is corrupt \(row 5"):
+        TableLatency(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("is_gpu", None, "it lacks 'is_gpu'"),
+        ("memory_bytes", "much", "much"),
+        ("flops", 7, "items"),
+        ("calibration", {"dtypes": ["bf16"], "constants": {"magic": 1}}, "magic"),
+    ],
+)
+def test_a_device_that_is_described_wrongly_is_one_sentence(
+    micro: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: Any, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "latency_models" / "mine"
+    folder.mkdir(parents=True)
+    values = find_device("nvidia-a10g").description() | {key: value}
+    (folder / "device.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    with pytest.raises(UserError, match=rf"device\.json .*corrupt \(.*{words}"):
+        RooflineLatency(find_device("mine"), micro.shape, "bf16")
 
 
 @given(st.lists(st.floats(1e-3, 1e4), min_size=1, max_size=30))
@@ -327,6 +390,7 @@ def test_a_summary_of_what_did_not_fit_has_no_times() -> None:
     summary = summarise([math.inf])
     assert (summary["n"], summary["status"]) == (0, "out_of_memory")
     assert all(math.isnan(summary[key]) for key in ("median_ms", "p20_ms", "p80_ms"))
+    assert summarise([1.0, 3.0, math.inf])["median_ms"] == 2.0  # it fits where nothing else took the memory
 
 
 batches = st.integers(1, 300)
@@ -406,7 +470,7 @@ def test_the_grid_is_what_was_asked_for_and_the_workload() -> None:
     assert grid_for(config, WORKLOAD, [4], 32) == Grid((3, 4), (8, 16), (4, 8))
     assert grid_for(MeasureConfig(), WORKLOAD, [4], 32) == Grid((1, 2, 4), (4, 8, 16), (4, 8))
     assert grid_for(MeasureConfig(batches=[4]), WORKLOAD, [4], 32).batches == (2, 4)
-    assert grid_for(MeasureConfig(), dataclasses.replace(WORKLOAD, batch="max"), [3, 40], 32).batches == (3, 10, 20, 40)
+    assert grid_for(MeasureConfig(), dataclasses.replace(WORKLOAD, batch="max"), [3, 40], 32).batches == (3, 20, 40)
     assert grid_for(MeasureConfig(), dataclasses.replace(WORKLOAD, context=1, prompt=1), [1], 32) == Grid(
         (1, 2), (1, 2), (1, 2)
     )
@@ -430,9 +494,16 @@ def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int,
 
 
 def test_the_check_goes_where_it_is_told() -> None:
-    config = MeasureConfig(check_at=[[3, 10], [4, 16], [5, 7]])
+    config = MeasureConfig(check_at=[[3, 10], [2, 16], [4, 7]])
     shapes = check_shapes(config, grid_for(config, WORKLOAD, [2, 4], 32), WORKLOAD, [2, 4])
-    assert shapes == [("decode", 4, 16), ("prefill", 4, 8), ("decode", 3, 10), ("decode", 5, 7)]
+    assert shapes == [("decode", 2, 16), ("prefill", 2, 8), ("decode", 3, 10), ("decode", 4, 7)]
+
+
+def test_the_check_is_at_batches_that_every_vector_has() -> None:
+    workload = dataclasses.replace(WORKLOAD, batch="max")
+    grid = grid_for(MeasureConfig(), workload, [8, 40], 32)
+    assert grid.batches == (8, 20, 40)
+    assert {batch for phase, batch, _ in check_shapes(MeasureConfig(), grid, workload, [8, 40])} == {8}
 
 
 @given(st.integers(0, 60), st.integers(0, 2**32 - 1))
@@ -493,6 +564,9 @@ def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpac
         (WorkloadConfig(prompt=33), r"workload\.prompt is 33"),
         (WorkloadConfig(runtime="compiled"), r"workload\.runtime=compiled needs a GPU"),
         (WorkloadConfig(batch=4, memory_gib=1.0), "memory_gib is for workload.batch=max, but the batch is 4"),
+        (WorkloadConfig(context=8, prompt=9), r"workload\.prompt is 9 but the cache's context is 8"),
+        (WorkloadConfig(batch="max", memory_gib=8.1), r"workload\.memory_gib is 8\.1 but CPU has 8\.00 GiB"),
+        (WorkloadConfig(batch="max", memory_gib=math.inf), r"workload\.memory_gib is inf"),
     ],
 )
 def test_a_workload_that_cannot_be_is_one_sentence(micro: SearchSpace, config: WorkloadConfig, words: str) -> None:

@@ -1,15 +1,19 @@
 """nas search by the command line: whole spaces, limits, several processes, and what earlier searches leave."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import filelock
 import pandas as pd
 import pytest
+import torch
 
 from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
+from nas.latency.points import Point
+from nas.latency.pool import LayerPool
 from nas.shape import ModelShape
 from nas.space import SearchSpace, parse_vector, space_from_dict
 from tests.conftest import Nas, Workspace
@@ -175,6 +179,29 @@ def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, work
     assert table["batch"].nunique() > 2
     assert table["memory_gib"].max() <= limit
     assert table["tokens_per_s"].to_numpy() == pytest.approx((1e3 * table["batch"] / table["decode_ms"]).to_numpy())
+
+
+def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training_or_extrapolated(
+    nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare = LayerPool.prepare
+
+    def short(pool: LayerPool, point: Point) -> tuple[Callable[[], Any], int]:
+        if point.phase == "decode" and point.batch == 4 and 4 in point.groups:
+            raise torch.OutOfMemoryError("planted")
+        return prepare(pool, point)
+
+    monkeypatch.setattr(LayerPool, "prepare", short)
+    monkeypatch.setattr("nas.stages.prepare.train_supernet", lambda *_: pytest.fail("trained"))
+    asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
+    command = ("search", "--budget", 4, *asked, "workload.batch=4", "measure.batches=[1,2]")
+    for attempt in ("once", "twice"):
+        refused = nas(*command, f"name={attempt}", "seed=1", "train.seed=1")
+        assert (refused.code, len(refused.err.splitlines())) == (1, 1), refused.err
+        assert "memory ended before it covered micro at batch 4" in refused.err
+    result = nas(*command, "name=thrice", "extrapolate=true")
+    assert result.code == 0, result.err
+    assert set(trials(workspace.runs / "search" / "thrice")["latency_source"]) == {"estimated"}
 
 
 def test_a_price_an_interval_and_an_extrapolation_become_columns(nas: Nas, workspace: Workspace) -> None:

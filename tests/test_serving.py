@@ -2,15 +2,19 @@
 
 import dataclasses
 import importlib.util
+import itertools
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 
 from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
@@ -193,6 +197,40 @@ def test_weights_and_cache_are_predicted_byte_for_byte(
     assert predicted.kv_cache == sum(stores.values())
 
 
+def most_bytes(call: Callable[[], object]) -> int:
+    """The most memory that a call held at once."""
+    with torch.inference_mode(), profile(profile_memory=True) as profiled:
+        call()
+    events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+    changes: list[int] = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "batch", "prompt"),
+    [
+        ({"intermediate_size": 1024}, 800, 20),
+        ({"head_dim": 128, "intermediate_size": 64}, 800, 20),
+        ({"vocab_size": 20_000}, 64, 10),
+        ({"vocab_size": 20_000}, 512, 10),
+    ],
+    ids=["a wide MLP", "wide attention", "logits of one pass", "logits of many passes"],
+)
+def test_the_workspace_is_what_prompts_and_a_step_hold_at_once(
+    changes: dict[str, int], batch: int, prompt: int
+) -> None:
+    shape, vector = dataclasses.replace(SHAPE, **changes), [4, 1, 2]  # type: ignore[arg-type]
+    runner = Runner(ServingModel.of(random_decoder(shape, vector)), KVCache(shape, vector, batch, 24))
+    tokens = tokens_of(shape, batch, prompt)
+
+    def serve() -> Tensor:
+        logits_BV = runner.prefill(tokens)
+        return runner.decode(logits_BV.argmax(-1), prompt)
+
+    predicted = MemoryModel(shape, Workload(batch, 24, prompt, "fp32", "eager"), on_gpu=False).at(vector, batch)
+    assert 0.95 < predicted.workspace / most_bytes(serve) < 1.2
+
+
 @given(groups, st.floats(0, 3e6), st.booleans())
 def test_the_largest_batch_is_the_last_that_fits(vector: list[int], memory_bytes: float, on_gpu: bool) -> None:
     model = MemoryModel(SHAPE, Workload("max", 20, 10, "fp32", "eager", 1.0), on_gpu)
@@ -282,6 +320,10 @@ def test_a_cache_that_is_too_small_is_refused() -> None:
         generate(runner, tokens_of(SHAPE, 1, 5), 6)
     with pytest.raises(ValueError, match="a cache of 1 x 10 tokens"):
         generate(runner, tokens_of(SHAPE, 2, 5), 2)
+    with pytest.raises(ValueError, match="outside the cache of 10 tokens"):
+        runner.decode(tokens_of(SHAPE, 1, 1)[:, 0], 10)
+    with pytest.raises(ValueError, match="new_tokens is 0"):
+        generate(runner, tokens_of(SHAPE, 1, 5), 0)
 
 
 KERNEL_TRIAL = """
@@ -306,10 +348,13 @@ for B, H, G, d, C, tokens, splits in [
     packed = rotate(q[:, :, None], rope).view(B, G, H // G, d)
     expected = F.scaled_dot_product_attention(packed, new_keys[:, :, :tokens], new_values[:, :, :tokens])
     inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, torch.tensor(tokens - 1))]
-    out = kernels.decode_attention(*inputs[0].split([H, G, G], dim=1), *inputs[1:])
-    torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(inputs[3].cpu(), new_keys)
-    torch.testing.assert_close(inputs[4].cpu(), new_values)
+    parts = inputs[0].split([H, G, G], dim=1)
+    for new in (parts, [part.contiguous() for part in parts[:2]] + [parts[2]]):  # as they come, and after q/k norms
+        inputs[3].copy_(keys), inputs[4].copy_(values)
+        out = kernels.decode_attention(*new, *inputs[1:])
+        torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(inputs[3].cpu(), new_keys)
+        torch.testing.assert_close(inputs[4].cpu(), new_values)
 """
 
 
@@ -326,11 +371,14 @@ def test_the_kernel_is_attention_over_the_cache_and_the_new_token() -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("runtime", ["eager", "graph", "compiled"])
-@pytest.mark.parametrize("rows", [3, 130])
-def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(runtime: str, dtype: str, rows: int) -> None:
-    decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, rows, 20)
+@pytest.mark.parametrize(("rows", "qk_norm"), [(3, False), (3, True), (130, False)])
+def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(
+    runtime: str, dtype: str, rows: int, qk_norm: bool
+) -> None:
+    shape = dataclasses.replace(SHAPE, qk_norm=qk_norm)
+    decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, rows, 20)
     model = ServingModel.of(decoder, "cuda", DTYPES[dtype])
-    runner = Runner(model, KVCache(SHAPE, [4, 1, 2], rows, 24, "cuda", DTYPES[dtype]), runtime)
+    runner = Runner(model, KVCache(shape, [4, 1, 2], rows, 24, "cuda", DTYPES[dtype]), runtime)
     logits = [runner.prefill(tokens[:, :8].cuda()).float().cpu()]
     logits += [runner.decode(tokens[:, at].cuda(), at).float().cpu() for at in range(8, 20)]
     expected = whole_logits(decoder, tokens)[:, 7:]
@@ -375,6 +423,26 @@ def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkp
     assert first == second  # greedy
     assert first.startswith("the cat")
     assert len(first) > len("the cat")
+
+
+def test_the_space_before_the_first_new_word_is_kept(nas: Nas, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "▁the": 1, "▁cat": 2, "▁sat": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "words.json"))
+    decoder = random_decoder(dataclasses.replace(SHAPE, vocab_size=4), [4, 1, 2])
+    HfExporter().export(decoder, tmp_path / "words.json", tmp_path / "model", {})
+    with torch.no_grad():
+        next_word = int(decoder(torch.tensor([[1, 2]]))[0, -1].argmax())
+    result = nas("generate", "checkpoint=model", "prompt=the cat", "new_tokens=1", "dtype=fp32", "name=words")
+    assert result.code == 0, result.err
+    word = {0: "<unk>", 1: " the", 2: " cat", 3: " sat"}[next_word]
+    assert (tmp_path / "runs/generate/words/generated.txt").read_text() == f"the cat{word}\n"
+    small = nas("generate", "checkpoint=model", "prompt=the cat", "new_tokens=9", "batch=10000000000")
+    assert (small.code, "lower batch or new_tokens" in small.err) == (1, True)
+    tokenizer.add_tokens(["dog"])
+    tokenizer.save(str(tmp_path / "model" / "tokenizer.json"))
+    unknown = nas("generate", "checkpoint=model", "prompt=dog", "new_tokens=1")
+    assert (unknown.code, "token 4 but the model knows 4 tokens" in unknown.err) == (1, True)
 
 
 @pytest.mark.parametrize("prompt", ["def f(x, ${y}", 'it\'s "4", \\', "null", "[a]: é\n"])
@@ -432,7 +500,7 @@ def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_pat
     result = nas("generate", f"checkpoint={indifferent}", "prompt=the cat", "new_tokens=16", "name=ended")
     assert result.code == 0, result.err
     assert (tmp_path / "runs/generate/ended/generated.txt").read_text() == "the cat\n"
-    assert "(1 x 1 tokens in " in result.out
+    assert "(0 tokens in " in result.out
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import random
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable
@@ -133,7 +134,7 @@ def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_s
         time_points([SENTINEL], SENTINEL, prepare, CONFIG, CPU, samples)
     assert samples.by_point()[SENTINEL] == pytest.approx([20 * 0.05 / 3] * CONFIG.rounds)
     looks = CONFIG.rounds * (1 + 1 + 1)  # a segment each, with a look before and after it
-    assert (machine.calls[SENTINEL] - 2) % 10 == 0
+    assert (machine.calls[SENTINEL] - 3) % 10 == 0
     assert machine.calls[SENTINEL] > 10 * (looks + 1 / 0.010)  # warm-up
 
 
@@ -195,6 +196,29 @@ def test_what_does_not_fit_into_memory_is_said_so_and_not_tried_again(tmp_path: 
     more = again.time(Samples.at(tmp_path / "samples.csv"), dataclasses.replace(CONFIG, rounds=6))
     assert not any(again.prepared[point] for point in lost)
     assert all(len(more.by_point()[point]) == 6 for point in fitted)
+
+
+def test_a_sentinel_that_does_not_fit_any_more_ends_the_measurement_and_keeps_the_samples(tmp_path: Path) -> None:
+    machine = Machine()
+
+    def prepare(point: Point) -> tuple[Callable[[], None], int]:
+        call, divisor = machine.prepare(point)
+
+        def shrinking() -> None:
+            if point == SENTINEL and machine.now > 3.0:
+                raise torch.OutOfMemoryError("another process took it")
+            call()
+
+        return shrinking, divisor
+
+    samples = Samples.at(tmp_path / "samples.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nas.latency.timing.time", SimpleNamespace(perf_counter=lambda: machine.now))
+        with pytest.raises(UserError, match=f"not even {SENTINEL.batch} rows"):
+            time_points(POINTS, SENTINEL, prepare, CONFIG, CPU, samples)
+    kept = Samples.at(tmp_path / "samples.csv")
+    assert kept.segments == samples.segments != []
+    assert all(math.isfinite(drift) for drift in kept.drifts())
 
 
 def test_memory_that_ends_within_the_first_call_counts_too() -> None:
@@ -279,7 +303,7 @@ def test_a_measurement_that_was_killed_goes_on_and_times_nothing_again(kill: int
         assert {p: len(times) for p, times in finished.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
         new = {point: CONFIG.rounds - len(before.by_point().get(point, [])) for point in POINTS}
         for point in POINTS[1:]:  # the sentinel is timed all the time
-            assert second.calls[point] == (new[point] + 2 if new[point] else 0)  # and two to make it ready
+            assert second.calls[point] == (new[point] + 3 if new[point] else 0)  # and three to make it ready
         assert medians(finished) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
         assert Machine().time(finished).segments == Samples.at(path).segments  # nothing is left to do
 
@@ -314,6 +338,10 @@ def test_a_measurement_that_was_killed_before_its_first_segment_starts_afresh(tm
         lambda text: text.replace("layer,1,", "layer,1-x,", 1),
         lambda text: text.replace(",16,", ",long,", 1),
         lambda text: text.replace(".", "point", 1),
+        lambda text: text.replace(",layer,", ",lawyer,", 1),
+        lambda text: text.replace("\n0,", "\n0,-", 1),
+        lambda text: re.sub(r",[0-9.]+\n", ",\n", text, count=1),
+        lambda text: re.sub(r",[0-9.]+\n", ",0\n", text, count=1),
         lambda text: '"' + text,
         lambda text: "\0\n" + text,
     ],
@@ -386,7 +414,7 @@ def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
     torch.testing.assert_close(step, expected, atol=1e-3, rtol=1e-4)
     assert (step - prompts).abs().max() > 0.1
 
-    caches = [pool._cache(index, groups, decode) for index, groups in enumerate(vector)]
+    caches = pool._caches(decode, vector)
     served = ServingModel.of(decoder)
     torch.testing.assert_close(served(pool._tokens[:4, None], caches, 7), step, atol=1e-3, rtol=1e-4)
     other = put_together(pool, micro, (vector[0], vector[1], 1 if vector[2] > 1 else 4))
@@ -437,7 +465,9 @@ def test_positions_have_weights_of_their_own_and_their_layers_share_what_the_gro
     assert len({position[1].down_proj.weight.data_ptr() for position in pool._layers}) == 3
 
 
-def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_not(micro: SearchSpace) -> None:
+def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_not(
+    micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     large, small = Point("decode", "layer", (4,), 64, 32), Point("decode", "layer", (4,), 8, 32)
     mixed = Point("decode", "whole", (1, 4, 1), 64, 32)
     few = Point("decode", "whole", (1, 1, 2), 16, 32)  # as large as the small layer's where it is largest
@@ -455,6 +485,11 @@ def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_no
     short = LayerPool(micro, "fp32", "eager", CPU, points, held + cache - 1)
     with pytest.raises(torch.OutOfMemoryError):
         run_point(short, small)
+    monkeypatch.setattr("nas.latency.pool._FEWEST_LAYERS", 2)
+    monkeypatch.setattr("nas.latency.pool._BEYOND_CACHES", cache // 2)
+    assert short.prepare(small)[1] == 2  # of three layers, two: enough to be beyond a processor's cache
+    with pytest.raises(torch.OutOfMemoryError):
+        run_point(short, large)
 
 
 @pytest.fixture
@@ -507,7 +542,8 @@ def test_a_measurement_says_what_did_not_fit(
     assert lost["median_ms"].isna().all()
     assert {point.length for point in found.wholes_ms} == {12}
     found.table.to_csv(tmp_path / "table.csv", index=False)
-    meta = {"device": {}, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": "", "check": []}
+    device = {"name": "", "slug": ""}
+    meta = {"device": device, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": "", "check": []}
     (tmp_path / "latency.json").write_text(json.dumps(meta))
     table = TableLatency(tmp_path)
     assert table.layer_ms("decode", 1, 2, 8) > 0

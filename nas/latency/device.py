@@ -87,7 +87,7 @@ def find_device(reference: str) -> Device:
     """``this``, or a device described in latency_models/.
 
     Raises:
-        UserError: There is no such device.
+        UserError: There is no such device, or its device.json is corrupt.
     """
     if reference == "this":
         return this_device()
@@ -96,16 +96,21 @@ def find_device(reference: str) -> Device:
         known = sorted({path.parent.name for root in _roots() for path in root.glob(f"*/{DEVICE}")})
         raise UserError(f"there is no device '{reference}'; use this, {', '.join(known)}")
     values = read_json(files[0])
-    return Device(
-        slug=reference,
-        name=values["name"],
-        is_gpu=values["is_gpu"],
-        memory_bytes=values["memory_bytes"],
-        bandwidth_bytes_per_s=values["bandwidth_bytes_per_s"],
-        flops=values["flops"],
-        facts={"source": values["source"]},
-        calibration=values.get("calibration"),
-    )
+    try:
+        return Device(
+            slug=reference,
+            name=str(values["name"]),
+            is_gpu=bool(values["is_gpu"]),
+            memory_bytes=int(values["memory_bytes"]),
+            bandwidth_bytes_per_s=values["bandwidth_bytes_per_s"] and float(values["bandwidth_bytes_per_s"]),
+            flops={dtype: float(rate) for dtype, rate in values["flops"].items()},
+            facts={"source": values["source"]},
+            calibration=values.get("calibration"),
+        )
+    except KeyError as error:
+        raise UserError(f"{files[0]} is corrupt (it lacks {error}); restore it") from None
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{files[0]} is corrupt ({error}); restore it") from None
 
 
 def _slug(name: str) -> str:

@@ -11,7 +11,7 @@ whole models with the same ``groups`` in every layer.
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +22,7 @@ from scipy.integrate import trapezoid
 
 from nas.errors import UserError
 from nas.hardware import Gpu
-from nas.tables import read_csv
+from nas.tables import positive_numbers, read_csv, refuse_rows
 
 ENERGY = "energy.csv"
 ENERGY_COLUMNS = ["groups", "batch", "length", "watts", "joules_per_step", "seconds", "calls", "method"]
@@ -184,19 +184,21 @@ class EnergyTable:
     def __init__(self, path: Path) -> None:
         self.path = path
         table = read_csv(path, ENERGY_COLUMNS)
-        numbers = table[ENERGY_COLUMNS[:-1]].apply(pd.to_numeric, errors="coerce")
-        bad = table.index[~((numbers > 0) & (numbers < math.inf)).all(axis=1)]
-        if table.empty or len(bad):
-            row = f"row {bad[0] + 2}: its numbers must be positive" if len(bad) else "no row at all"
-            raise UserError(f"{path} is corrupt ({row}); measure again")
+        refuse_rows(path, table, ~positive_numbers(table, ENERGY_COLUMNS[:-1]), "its numbers must be positive")
+        if table.empty:
+            raise UserError(f"{path} is corrupt (no row at all); measure again")
         self._grids: dict[int, pd.DataFrame] = {}  # by groups: watts, a row a batch and a column a length
-        for groups, rows in numbers.groupby("groups"):
+        for groups, rows in table.groupby("groups"):
             grid = rows.pivot_table(index="batch", columns="length", values="watts")
             if grid.size != len(rows) or grid.isna().to_numpy().any():
                 raise UserError(
                     f"{path} is corrupt ({groups:g} groups need every batch at every length once); restore it"
                 )
-            self._grids[int(groups)] = grid
+            self._grids[int(float(str(groups)))] = grid
+
+    def knows(self, groups: Iterable[int]) -> bool:
+        """Whether all of these numbers of groups were measured."""
+        return self._grids.keys() >= set(groups)
 
     def watts(self, groups: int, batch: int, length: int) -> float:
         """Mean power while a model with ``groups`` KV groups in every layer decodes.

@@ -66,8 +66,13 @@ class RooflineLatency:
             raise UserError(f"{device.name} has neither a measured table nor data-sheet rates for {dtype}; measure it")
         self._device, self._shape, self._bytes = device, shape, DTYPE_BYTES[dtype]
         calibration = device.calibration
-        self._calibration = calibration if calibration and dtype in calibration["dtypes"] else None
-        self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
+        try:
+            self._calibration = calibration if calibration and dtype in calibration["dtypes"] else None
+            self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the calibration in device.json of {device.slug} is corrupt ({error}); restore it"
+            ) from None
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
 
@@ -82,11 +87,12 @@ class RooflineLatency:
         return self._embedding_ms(batch * (length if phase == "prefill" else 1)) + self._head_ms(batch)
 
     def interval(self, ms: float) -> tuple[float, float]:
-        """Where the true time of the GPU lies, in milliseconds, given the estimate ``ms``.
+        """Between which milliseconds the time of the GPU is to be expected, given the estimate ``ms``.
 
         With a calibration: ``ms`` divided and multiplied by the factor within which the stated share of published
-        measurements lay, each predicted without its own source. Without one: the estimate is a lower bound, and the
-        upper end is infinite.
+        measurements lay, each predicted without its own source. Few of them were of the GPU's time alone, so this is
+        a rule of thumb, not a confidence interval. Without one: the estimate is a lower bound, and the upper end is
+        infinite.
         """
         if self._calibration is None:
             return ms, math.inf

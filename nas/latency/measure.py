@@ -1,6 +1,7 @@
 """Measures a space: every part of its models over a grid, whole models to check the predictor by, and their power."""
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import psutil
 import torch
 
 from nas.config import MeasureConfig
+from nas.errors import UserError
 from nas.hardware import nvml_state
 from nas.latency.check import random_vectors
 from nas.latency.device import Device
@@ -18,9 +20,11 @@ from nas.latency.model import Phase, Workload
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.table import COLUMNS, summarise
-from nas.latency.timing import Samples, drift_report, time_points, usable
+from nas.latency.timing import Samples, drift_report, is_out_of_memory, time_points, usable
 from nas.space import SearchSpace
 
+_AT_WORK_S = 1.0  # until the clocks have risen
+_QUEUED_CALLS = 50
 _MOST_MEMORY = 0.85  # of what is free: the rest is for activations, graphs and libraries
 
 
@@ -68,11 +72,21 @@ def measure(
     wholes = [Point(phase, "whole", vector, batch, length) for phase, batch, length in shapes for vector in vectors]
     points = grid.points(space) + wholes
     uuid = str(torch.cuda.get_device_properties(0).uuid) if device.is_gpu else None
-    state = nvml_state(uuid) if uuid else {}
+    if uuid:
+        torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
     watts = idle_watts(config.energy_s, uuid) if uuid and config.energy_s else None
-    pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, _free_bytes(device))
+    try:
+        pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, _free_bytes(device))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
+            f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
+        ) from None
     samples = Samples.at(samples_path) if samples_path else Samples()
     sentinel = Point("decode", "layer", (max(space.largest),), min(grid.batches), workload.context)
+    state = _state_at_work(pool, sentinel, uuid) if uuid else {}
     time_points(points, sentinel, pool.prepare, config, torch_device, samples)
 
     rows, wholes_ms = [], {}
@@ -86,30 +100,55 @@ def measure(
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(COLUMNS[:5], ignore_index=True)
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     facts: dict[str, Any] = {"drift": drift_report(samples, config)}
+    timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
+    if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
+        facts["points_of_fewer_layers"] = short
     if uuid:
-        facts |= {"state_before": state, "state_after": nvml_state(uuid), "idle_watts": watts}
+        facts |= {"state_before": state, "state_after": _state_at_work(pool, sentinel, uuid), "idle_watts": watts}
     return Measured(table, wholes_ms, energy, facts)
+
+
+def _state_at_work(pool: LayerPool, point: Point, uuid: str) -> dict[str, Any]:
+    """The GPU's state while it works: at rest it says nothing of the clocks that were timed."""
+    try:
+        call, _ = pool.prepare(point)
+    except torch.OutOfMemoryError:  # `time_points` says so
+        return nvml_state(uuid)
+    with torch.inference_mode():
+        begun = time.perf_counter()
+        while time.perf_counter() - begun < _AT_WORK_S:
+            call()
+            torch.cuda.synchronize()
+        for _ in range(_QUEUED_CALLS):
+            call()
+        state = nvml_state(uuid)
+        torch.cuda.synchronize()
+    return state
 
 
 def _energy(
     space: SearchSpace, grid: Grid, workload: Workload, config: MeasureConfig, pool: LayerPool, uuid: str
 ) -> pd.DataFrame | None:
-    """Power of uniform whole models at the workload's context, for the given batches; None where NVML is silent."""
+    """Power of uniform whole models at the workload's context and the given batches, or the largest that fit.
+
+    None where NVML is silent.
+    """
     rows = []
-    for batch in config.energy_batches or [max(grid.batches)]:
-        for groups in sorted(set().union(*space.choices)):
-            vector = (groups,) * space.shape.num_hidden_layers
+    given = config.energy_batches or [grid.batches[0], grid.batches[-1]]
+    for groups in sorted(set().union(*space.choices)):
+        vector = (groups,) * space.shape.num_hidden_layers
+        for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
             try:
                 call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
             except torch.OutOfMemoryError:
-                return None
+                continue
             with torch.inference_mode():
                 found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
             if found is None:
                 return None
             numbers = (found.watts, found.joules_per_call, found.seconds, found.calls, found.method)
             rows.append((groups, batch, workload.context, *numbers))
-    return pd.DataFrame(rows, columns=ENERGY_COLUMNS)
+    return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None
 
 
 def _free_bytes(device: Device) -> int:

@@ -5,14 +5,16 @@ KV cache     every layer's own groups, times batch and length
 workspace    the activations that live at once: of a pass of prompts or a decode step, whichever is more
 library      what cuBLAS keeps for itself, and the blocks that PyTorch's allocator rounds up to
 
-The first two are exact, byte for byte. The workspace counts the tensors that `nas.serving` holds at its widest point,
-between the up and the down projection. On a GPU the allocator's blocks are 2 MiB; what CUDA itself takes outside of
-PyTorch is not in here but in `Device.usable_bytes`.
+The first two are exact, byte for byte. The workspace counts the tensors that `nas.serving` holds at its widest point.
+On a GPU the allocator's blocks are 2 MiB; what CUDA itself takes outside of PyTorch is not in here but in
+`Device.usable_bytes`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nas.console import complain
 from nas.errors import UserError
 from nas.latency.device import Device
 from nas.latency.model import DTYPE_BYTES, MAX, Workload, passes
@@ -61,6 +63,7 @@ class MemoryModel:
         kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
         rows = passes(batch, workload.prompt)[0]
         workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(batch, batch))
+        workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out, of all passes or a step
         blocks = 4 * shape.num_hidden_layers * _BLOCK // 2 + _SMALL  # four matrices a layer, half a block each
         return Memory(weights, kv_cache, workspace, _LIBRARY + blocks if self._on_gpu else 0)
 
@@ -75,12 +78,16 @@ class MemoryModel:
         return fits
 
     def _live_bytes(self, tokens: int, rows: int) -> int:
-        """Activations at the widest point: gate, up, their activation and product; the residual stream; the logits.
+        """Activations at the widest point, the residual stream and the logits.
 
-        The norm's two fp32 copies were freed before that, but the allocator cannot use their blocks for larger tensors.
+        That is in the MLP (gate, up, their activation and product) or in the attention (queries as they come, rotated,
+        and three times in fp32 between). The norm's two fp32 copies were freed before the MLP, but the allocator cannot
+        use their blocks for larger tensors.
         """
-        shape = self._shape
-        widest = self._bytes * (4 * shape.intermediate_size + 3 * shape.hidden_size) + 2 * _FP32 * shape.hidden_size
+        shape, heads = self._shape, self._shape.num_attention_heads * self._shape.head_dim
+        mlp = self._bytes * 4 * shape.intermediate_size + 2 * _FP32 * shape.hidden_size
+        attention = self._bytes * 2 * heads + _FP32 * 3 * heads
+        widest = max(mlp, attention) + self._bytes * 3 * shape.hidden_size
         return tokens * widest + rows * shape.vocab_size * self._bytes
 
 
@@ -98,7 +105,7 @@ def batch_of(workload: Workload, memory: MemoryModel, vector: Sequence[int]) -> 
     needed = memory.at(vector, 1).total / 2**30
     raise UserError(
         f"not one sequence of {format_vector(vector)} at context {workload.context} fits into workload.memory_gib="
-        f"{workload.memory_gib:g}; it takes {needed:.2f} GiB, so raise it or lower workload.context"
+        f"{workload.memory_gib:g}; it takes {needed:.3g} GiB, so raise it or lower workload.context"
     )
 
 
@@ -106,3 +113,26 @@ def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[i
     """The smallest and the largest batch that any vector of a space has."""
     memory = MemoryModel(space.shape, workload, device.is_gpu)
     return sorted({batch_of(workload, memory, vector) for vector in (space.largest, space.smallest)})
+
+
+def check_memory(space: SearchSpace, device: Device, workload: Workload) -> None:
+    """Says it where the largest vector does not fit into the device's memory at the workload's batch.
+
+    Raises:
+        UserError: Not even the smallest one does.
+    """
+    if workload.batch == MAX:
+        return
+    memory = MemoryModel(space.shape, workload, device.is_gpu)
+    usable_gib = (device.usable_bytes if device.is_gpu else device.memory_bytes) / 2**30
+    for vector in (space.smallest, space.largest):
+        needed_gib = memory.at(vector, int(workload.batch)).total / 2**30
+        if needed_gib <= usable_gib:
+            continue
+        words = (
+            f"{format_vector(vector)} of {space.name} takes {needed_gib:.1f} GiB ({workload}) but {device.name} leaves "
+            f"{usable_gib:.1f}"
+        )
+        if vector == space.smallest:
+            raise UserError(f"{words}; lower workload.batch or .context, or take a smaller space")
+        complain(f"{words}; in a search constraints.max_memory_gib={math.floor(10 * usable_gib) / 10} rules that out")

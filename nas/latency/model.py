@@ -51,7 +51,7 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
     """Fills in what the config leaves to the space and the device.
 
     Raises:
-        UserError: A length is beyond the space's context, or the runtime needs a GPU.
+        UserError: A length is beyond the space's context, the memory beyond the device's, or the runtime needs a GPU.
     """
     limit = shape.max_position_embeddings
     context = config.context or limit
@@ -59,16 +59,32 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
     for key, value in (("context", context), ("prompt", prompt)):
         if value > limit:
             raise UserError(f"workload.{key} is {value} but the space's context is {limit}; lower it")
-    runtime = config.runtime if config.runtime != "auto" else "compiled" if device.is_gpu else "eager"
-    if runtime != "eager" and not device.is_gpu:
-        raise UserError(f"workload.runtime={runtime} needs a GPU but the device is {device.name}; use eager")
-    dtype = config.dtype if config.dtype != "auto" else "bf16" if device.is_gpu else "fp32"
+    if prompt > context:
+        raise UserError(f"workload.prompt is {prompt} but the cache's context is {context}; lower it")
+    dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
     if config.batch != MAX:
         if config.memory_gib is not None:
             raise UserError(f"workload.memory_gib is for workload.batch=max, but the batch is {config.batch}; drop one")
         return Workload(config.batch, context, prompt, dtype, runtime)
-    memory_gib = config.memory_gib or round(device.usable_bytes / 2**30, 2)
+    most_gib = device.memory_bytes / 2**30
+    if config.memory_gib is not None and config.memory_gib > most_gib:
+        raise UserError(
+            f"workload.memory_gib is {config.memory_gib:g} but {device.name} has {most_gib:.2f} GiB; lower it"
+        )
+    memory_gib = config.memory_gib or math.floor(100 * device.usable_bytes / 2**30) / 100
     return Workload(MAX, context, prompt, dtype, runtime, memory_gib)
+
+
+def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") -> tuple[str, str]:
+    """What ``auto`` means on a device, for dtype and runtime, whose keys begin with ``prefix``.
+
+    Raises:
+        UserError: The runtime needs a GPU.
+    """
+    if runtime not in ("auto", "eager") and not device.is_gpu:
+        raise UserError(f"{prefix}runtime={runtime} needs a GPU but the device is {device.name}; use eager")
+    dtype = dtype if dtype != "auto" else "bf16" if device.is_gpu else "fp32"
+    return dtype, runtime if runtime != "auto" else "compiled" if device.is_gpu else "eager"
 
 
 def passes(batch: int, prompt: int) -> list[int]:
@@ -80,7 +96,7 @@ def passes(batch: int, prompt: int) -> list[int]:
 class LatencyModel(Protocol):
     """Milliseconds of the parts of a model, for one device, shape, dtype and runtime."""
 
-    source: str  # measured | published | estimated
+    source: str  # measured | estimated
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         """One layer with ``groups`` KV groups: a decode step at context ``length``, or a pass of prompts so long.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.config import MeasureConfig
-from nas.latency.model import PHASES, Phase, Workload, passes
+from nas.latency.model import MAX, PHASES, Phase, Workload, passes
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 PARTS = ("embedding", "head", "layer", "whole")
@@ -85,11 +85,11 @@ def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], 
 
     def axis(given: Sequence[int] | None, own: Sequence[int], *defaults: int) -> tuple[int, ...]:
         values = {*own, *(given if given is not None else defaults)}
-        return tuple(sorted(values if len(values) > 1 else {*own, max(1, own[0] // 2), min(2, limit)}))
+        return tuple(sorted(values if len(values) > 1 else {*own, own[0] // 2 or min(2, limit)}))
 
     most, context, prompt = max(batches), workload.context, workload.prompt
     return Grid(
-        axis(config.batches, batches, max(1, most // 4), max(1, most // 2)),
+        axis(config.batches, batches, *([] if workload.batch == MAX else [max(1, most // 4)]), max(1, most // 2)),
         axis(config.contexts, [context], max(1, context // 4), max(1, context // 2)),
         axis(config.prompts, [prompt], max(1, prompt // 2)),
     )
@@ -103,13 +103,14 @@ def check_shapes(
     Without `measure.check_at` these are one decode step halfway between grid points in both directions, one halfway
     between contexts, and one prompt halfway between prompts.
     """
-    batch = max(batches)
+    batch = min(batches)  # with batch=max, only the smallest vectors have more
     here: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
     here.append(("prefill", passes(batch, workload.prompt)[0], workload.prompt))
     if config.check_at is not None:
         more: list[tuple[Phase, int, int]] = [("decode", batch, context) for batch, context in config.check_at]
         return list(dict.fromkeys(here + more))
-    between_batches, between_contexts = _halfway(grid.batches), _halfway(grid.contexts)
+    between_batches = _halfway([size for size in grid.batches if size <= batch] or [batch])
+    between_contexts = _halfway(grid.contexts)
     prompt = _halfway(grid.prompts)
     others: list[tuple[Phase, int, int]] = [
         ("decode", between_batches, between_contexts),

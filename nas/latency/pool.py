@@ -2,7 +2,9 @@
 
 A layer timed alone would find its weights and cache in the processor's cache, where a whole model never finds them.
 So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one after
-the other and divides. Layers of one position share what does not depend on their groups, and the memory of their cache.
+the other and divides. Layers of one position share what does not depend on their groups. All points share the memory
+of their caches; where it does not hold so many of a layer's, fewer layers are run, but never so few that a processor's
+cache could hold them. That is how the batches of ``batch=max`` are timed: many groups where most layers have few.
 """
 
 import gc
@@ -21,6 +23,7 @@ from nas.space import SearchSpace, Vector
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BEYOND_CACHES = 2**28  # bytes: more than any processor's own cache holds
+_FEWEST_LAYERS = 4  # that are run for the time of one, unless the model has fewer
 _MOST_COPIES = 16  # of the ends, in one timing
 
 
@@ -96,11 +99,11 @@ class LayerPool:
         if point.part == "head":
             x_BTD = self._x_at(point)[:, -1:]
             return lambda: [head(norm(x_BTD)) for _, norm, head in self._ends], len(self._ends)
-        vector = point.groups * self._depth if point.part == "layer" else point.groups
-        body = self._body(point, vector)
         if point.part == "layer":
-            x_BTD = self._x_at(point)
-            return lambda: body(x_BTD), self._depth
+            depth, x_BTD = self.depth_of(point), self._x_at(point)
+            layer_body = self._body(point, point.groups * depth)
+            return lambda: layer_body(x_BTD), depth
+        body = self._body(point, point.groups)
         embedding, norm, head = self._ends[0]
 
         def whole() -> Tensor:
@@ -110,21 +113,41 @@ class LayerPool:
         return whole, 1
 
     def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        layers = [position[groups] for position, groups in zip(self._layers, vector, strict=True)]
-        caches = [self._cache(index, groups, point) for index, groups in enumerate(vector)]
+        layers = [position[groups] for position, groups in zip(self._layers, vector, strict=False)]
+        caches = self._caches(point, vector)
         last: int | Tensor | None = None
         if point.phase == "decode":
             eager = self._runtime == "eager"
             last = point.length - 1 if eager else torch.tensor(point.length - 1, device=self._device)
         return lambda x_BTD: run_layers(layers, x_BTD, self._rope, caches, last)  # type: ignore[arg-type]
 
-    def _cache(self, index: int, groups: int, point: Point) -> LayerCache:
-        size = point.batch * groups * point.length * self._shape.head_dim
-        if size > self._arena[0].shape[-1]:
-            raise torch.OutOfMemoryError(f"no room for a cache of {point.batch} x {point.length} tokens")
-        sizes = (point.batch, groups, point.length, self._shape.head_dim)
-        keys, values = (part[index, :size].view(sizes) for part in self._arena)
-        return LayerCache(keys, values)
+    def depth_of(self, point: Point) -> int:
+        """How many layers are run for the time of one: all, or as many as there is room for.
+
+        Raises:
+            torch.OutOfMemoryError: There is room for too few.
+        """
+        size = self._cache_size(point, point.groups[0])
+        fits = min(self._depth, self._arena[0].numel() // size)
+        read_bytes = fits * 2 * size * self._dtype.itemsize
+        if fits < self._depth and (fits < _FEWEST_LAYERS or read_bytes < _BEYOND_CACHES):
+            raise _no_room(point)
+        return fits
+
+    def fitting_batch(self, vector: Vector, batch: int, length: int) -> int:
+        """The batch, or the largest whose caches there is room for."""
+        return min(batch, self._arena[0].numel() // (sum(vector) * length * self._shape.head_dim))
+
+    def _caches(self, point: Point, vector: Vector) -> list[LayerCache]:
+        sizes = [self._cache_size(point, groups) for groups in vector]
+        if sum(sizes) > self._arena[0].numel():
+            raise _no_room(point)
+        keys, values = (part[: sum(sizes)].split(sizes) for part in self._arena)
+        shapes = [(point.batch, groups, point.length, self._shape.head_dim) for groups in vector]
+        return [LayerCache(k.view(shape), v.view(shape)) for k, v, shape in zip(keys, values, shapes, strict=True)]
+
+    def _cache_size(self, point: Point, groups: int) -> int:
+        return point.batch * groups * point.length * self._shape.head_dim
 
     def _x_at(self, point: Point) -> Tensor:
         tokens, width = self._token_count(point), self._shape.hidden_size
@@ -170,16 +193,22 @@ class LayerPool:
         return max(2, min(_MOST_COPIES, -(-_BEYOND_CACHES // head)))
 
     def _make_arena(self, points: Iterable[Point], memory_bytes: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of every position, as large as the largest cache that fits."""
+        """Memory for the keys and values of any point: what the largest takes, or as much as there is."""
         held = sum(parameter.nbytes for position in self._layers for parameter in _distinct(position.values()))
         held += sum(parameter.nbytes for ends in self._ends for parameter in _distinct(ends))
-        fits = max(0, memory_bytes - held) // (2 * self._depth * self._dtype.itemsize)
-        sizes = [p.batch * max(p.groups) * p.length * self._shape.head_dim for p in points if p.groups]
-        largest = (self._depth, max((size for size in sizes if size <= fits), default=0))
-        keys, values = (torch.empty(largest, device=self._device, dtype=self._dtype) for _ in range(2))
-        for part in (*keys, *values):  # never time zeros
+        fits = max(0, memory_bytes - held) // (2 * self._dtype.itemsize)
+        most = max((sum(self._cache_size(p, g) for g in self._vector(p)) for p in points if p.groups), default=0)
+        keys, values = (torch.empty(min(fits, most), device=self._device, dtype=self._dtype) for _ in range(2))
+        for part in (keys, values):  # never time zeros
             part.normal_(generator=self._generator)
         return keys, values
+
+    def _vector(self, point: Point) -> Vector:
+        return point.groups * self._depth if point.part == "layer" else point.groups
+
+
+def _no_room(point: Point) -> torch.OutOfMemoryError:
+    return torch.OutOfMemoryError(f"no room for the caches of {point.batch} x {point.length} tokens")
 
 
 def _distinct(modules: Iterable[nn.Module]) -> list[nn.Parameter]:

@@ -11,6 +11,7 @@ its operations: at one prompt length in proportion to its tokens, and at as many
 the measured range nothing is said, unless that is asked for; then the outermost slopes are prolonged.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -25,12 +26,21 @@ from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.model import PHASES, Phase, Workload, passes
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
-from nas.tables import read_csv
+from nas.tables import positive_numbers, read_csv, refuse_rows, whole_numbers
 
 TABLE, META = "table.csv", "latency.json"
 COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n", "status"]
 OK, OUT_OF_MEMORY = "ok", "out_of_memory"
-_META_KEYS = {"check", "date", "device", "dtype", "runtime", "shape", "workload"}
+_META_TYPES = {
+    "check": list,
+    "date": str,
+    "device": dict,
+    "dtype": str,
+    "runtime": str,
+    "shape": dict,
+    "workload": dict,
+}
+_CHECK_KEYS = {"phase", "batch", "length", "n", "mape", "worst"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 _ENDS = ("embedding", "head")
 
@@ -39,6 +49,16 @@ def layer_shape(shape: ModelShape) -> dict[str, int]:
     """The part of a shape that a table depends on: not the number of layers, nor the rotary embeddings' values."""
     features = [key for key in FEATURES if key != "rope_scaling" and getattr(shape, key)]
     return {key: getattr(shape, key) for key in (*_SHAPE_KEYS, *features)}
+
+
+def _wrong_key(meta: dict[str, Any]) -> str | None:
+    """The first key of a latency.json that is not what `nas measure` writes."""
+    for key, kind in _META_TYPES.items():
+        if not isinstance(meta.get(key), kind):
+            return key
+    if not all(isinstance(meta["device"].get(key), str) for key in ("name", "slug")):
+        return "device"
+    return None if all(isinstance(some, dict) and some.keys() >= _CHECK_KEYS for some in meta["check"]) else "check"
 
 
 class TableLatency:
@@ -56,18 +76,17 @@ class TableLatency:
         self.folder, self._extrapolate = folder, extrapolate
         self.source = "estimated" if extrapolate else "measured"
         self.meta: dict[str, Any] = read_json(folder / META)
-        if missing := sorted(_META_KEYS - self.meta.keys()):
-            raise UserError(f"{folder / META} is corrupt (it lacks {', '.join(missing)}); restore it or measure again")
+        if wrong := _wrong_key(self.meta):
+            raise UserError(f"{folder / META} is corrupt ({wrong} is missing or wrong); restore it or measure again")
         table = read_csv(folder / TABLE, COLUMNS)
-        table = table[table["status"] != OUT_OF_MEMORY]
-        numbers = table[["batch", "length", "median_ms"]].apply(pd.to_numeric, errors="coerce")
-        bad = table.index[~((numbers > 0).all(axis=1) & (table["status"] == OK))]
-        if table.empty or len(bad):
-            row = f"row {bad[0] + 2}" if len(bad) else "no row that fitted into memory"
-            raise UserError(
-                f"{folder / TABLE} is corrupt ({row}: batch, length and median_ms must be positive and status {OK} or "
-                f"{OUT_OF_MEMORY}); measure again"
-            )
+        known = table["phase"].isin(PHASES) & table["part"].isin(["layer", *_ENDS])
+        known &= whole_numbers(table, ["groups", "batch", "length"]) & table["status"].isin([OK, OUT_OF_MEMORY])
+        fitted = table["status"] == OK
+        good = known & positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | ~fitted)
+        refuse_rows(folder / TABLE, table, ~good, "a key is unknown, or a number not positive")
+        if not fitted.any():
+            raise UserError(f"{folder / TABLE} is corrupt (no row that fitted into memory); measure again")
+        table = table[fitted]
         self._surfaces = {
             key: _Surface(rows, str(rows["phase"].iloc[0]), f"{folder / TABLE}")
             for key, rows in table.groupby(["phase", "part", "groups"])
@@ -90,7 +109,8 @@ class TableLatency:
                 f"{phase} at " + ", ".join(f"{s['batch']} x {s['length']}" for s in some)
                 for phase, some in shapes.items()
             )
-            words += f"; mean error {told} over {self.meta['check'][0]['n']} whole models ({where} tokens)"
+            models = max(s["n"] for s in self.meta["check"])
+            words += f"; mean error {told} over {models} whole models ({where} tokens)"
         return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")
 
     def digest(self) -> str:
@@ -103,7 +123,10 @@ class TableLatency:
         Raises:
             UserError: check.csv is missing or corrupt.
         """
-        return read_csv(self.folder / CHECK, CHECK_COLUMNS)
+        check = read_csv(self.folder / CHECK, CHECK_COLUMNS)
+        good = positive_numbers(check, CHECK_COLUMNS[2:])
+        refuse_rows(self.folder / CHECK, check, ~good, "its numbers must be positive")
+        return check
 
     def energy(self) -> EnergyTable | None:
         """The power of decode steps, where it was measured.
@@ -161,10 +184,14 @@ class _Surface:
             raise UserError(f"{where} is corrupt ({phase} has a point twice); restore it or measure again")
         self._lines = {float(str(value)): line.sort_values(self._inner) for value, line in rows.groupby(outer)}
         self._outer = np.array(list(self._lines))
+        # Beyond what was measured a line of one point, which memory left, has no slope to prolong.
+        sloped = [value for value, line in self._lines.items() if self._prefill or len(line) > 1]
+        self._sloped = np.array(sloped or list(self._lines))
 
     def __call__(self, batch: int, length: int) -> float:
         outer, inner = self._coordinates(batch, length)
-        values = self._neighbours(outer)
+        lines = self._outer if self.covers(batch, length) else self._sloped
+        values = _neighbours(lines, outer)
         return _along(np.array(values), np.array([self._on_line(value, inner) for value in values]), outer)
 
     def covers(self, batch: int, length: int) -> bool:
@@ -176,7 +203,7 @@ class _Surface:
         low, within = ("batch", {"batch": batch, "tokens": inner}) if self._prefill else ("length", {"length": inner})
         return all(
             line[low].min() <= within[low] and any(value <= line[axis].max() for axis, value in within.items())
-            for line in (self._lines[value] for value in self._neighbours(outer))
+            for line in (self._lines[value] for value in _neighbours(self._outer, outer))
         )
 
     def range(self) -> str:
@@ -191,19 +218,20 @@ class _Surface:
     def _coordinates(self, batch: int, length: int) -> tuple[float, float]:
         return (float(length), float(batch * length)) if self._prefill else (float(batch), float(length))
 
-    def _neighbours(self, outer: float) -> list[float]:
-        """The lines on either side: one where the value was measured, or nothing else was."""
-        if outer in self._lines or len(self._outer) == 1:
-            return [outer if outer in self._lines else float(self._outer[0])]
-        right = int(np.clip(np.searchsorted(self._outer, outer), 1, len(self._outer) - 1))
-        return self._outer[right - 1 : right + 1].tolist()  # type: ignore[no-any-return]
-
     def _on_line(self, value: float, inner: float) -> float:
         line = self._lines[value]
         coordinates, times = line[self._inner].to_numpy(float), line["median_ms"].to_numpy(float)
         if self._prefill and len(line) == 1:  # prompts so long that they go alone: as much time for each token
             return float(times[0] * inner / coordinates[0])
         return _along(coordinates, times, inner)
+
+
+def _neighbours(values: np.ndarray, at: float) -> list[float]:
+    """Those on either side: one where it is one of them, or there is no other."""
+    if at in values or len(values) == 1:
+        return [at if at in values else float(values[0])]
+    right = int(np.clip(np.searchsorted(values, at), 1, len(values) - 1))
+    return values[right - 1 : right + 1].tolist()  # type: ignore[no-any-return]
 
 
 def _along(coordinates: np.ndarray, times: np.ndarray, at: float) -> float:
@@ -216,8 +244,12 @@ def _along(coordinates: np.ndarray, times: np.ndarray, at: float) -> float:
 
 
 def summarise(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Median, 20th and 80th percentile in milliseconds, how many, and whether it fitted into memory."""
-    if not np.isfinite(times_ms).all():
+    """Median, 20th and 80th percentile in milliseconds, how many, and whether it ever fitted into memory.
+
+    Infinite times are of attempts that found too little.
+    """
+    fitted = [ms for ms in times_ms if ms < math.inf]
+    if not fitted:
         return {"median_ms": np.nan, "p20_ms": np.nan, "p80_ms": np.nan, "n": 0, "status": OUT_OF_MEMORY}
-    p20, middle, p80 = np.percentile(times_ms, [20, 50, 80])
-    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(times_ms), "status": OK}
+    p20, middle, p80 = np.percentile(fitted, [20, 50, 80])
+    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(fitted), "status": OK}

@@ -6,6 +6,7 @@ again. Samples are written down a segment at a time, so a killed measurement los
 """
 
 import math
+import os
 import random
 import time
 from collections import Counter
@@ -22,8 +23,8 @@ import torch
 from nas.config import MeasureConfig
 from nas.console import progress_bar
 from nas.errors import UserError
-from nas.latency.points import Point, point_of
-from nas.tables import read_csv
+from nas.latency.points import PARTS, Point, point_of
+from nas.tables import positive_numbers, read_csv, refuse_rows, whole_numbers
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
 
@@ -75,12 +76,16 @@ class Samples:
         """
         if not path.is_file():
             return cls(path)
-        whole = path.read_bytes().rpartition(b"\n")[:2]
-        path.write_bytes(b"".join(whole))  # without a line that a kill or a full disk cut short
-        if not any(whole):
+        content = path.read_bytes()
+        if end := content.rfind(b"\n") + 1:
+            os.truncate(path, end)  # without a line that a kill or a full disk cut short
+        else:
             path.unlink()
             return cls(path)
         frame = read_csv(path, SAMPLE_COLUMNS)
+        good = positive_numbers(frame, SAMPLE_COLUMNS[1:3]) & whole_numbers(frame, ["segment", "batch", "length"])
+        good &= frame["part"].isin(PARTS) & (pd.to_numeric(frame["ms"], errors="coerce") > 0)
+        refuse_rows(path, frame, ~good, "a part is unknown, or a number not positive")
         segments = []
         try:
             for _, rows in frame.groupby("segment"):
@@ -144,14 +149,11 @@ def time_points(
     with progress_bar("Timing", total) as bar:
 
         def show() -> None:
-            done = sum(min(config.rounds, len(times)) for times in samples.by_point().values())
+            taken = samples.by_point().values()
+            done = sum(config.rounds if math.inf in times else min(config.rounds, len(times)) for times in taken)
             bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
 
-        if math.isinf(stopwatch.warm_up(sentinel)):
-            raise UserError(
-                f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups a "
-                "layer fit into memory; lower workload.context, or give smaller measure.batches"
-            )
+        stopwatch.warm_up(sentinel)
         while due := due_points(points, samples, config):
             rng.shuffle(due)
             before = stopwatch.steady(sentinel)
@@ -204,6 +206,11 @@ def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
     }
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's error has a class of its own, a CPU's has not."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 class _Stopwatch:
     """Prepares each point once, and times it."""
 
@@ -211,17 +218,25 @@ class _Stopwatch:
         self._prepare, self._device = prepare, device
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
-    def warm_up(self, point: Point) -> float:
-        """Runs a point until the device has left its idle clocks; its last sample."""
+    def warm_up(self, sentinel: Point) -> None:
+        """Runs the sentinel until the device has left its idle clocks."""
         begun = time.perf_counter()
-        while True:
-            milliseconds = self.sample(point)
-            if time.perf_counter() - begun >= _WARM_UP_S:
-                return milliseconds
+        while time.perf_counter() - begun < _WARM_UP_S:
+            self.steady(sentinel)
 
-    def steady(self, point: Point) -> float:
-        """The median of a few samples."""
-        return median(self.sample(point) for _ in range(_SENTINEL_SAMPLES))
+    def steady(self, sentinel: Point) -> float:
+        """The median of a few samples of the sentinel.
+
+        Raises:
+            UserError: It does not fit into memory, now or any more.
+        """
+        milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES))
+        if math.isfinite(milliseconds):
+            return milliseconds
+        raise UserError(
+            f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups a layer "
+            "fit into memory; lower workload.context, or give smaller measure.batches"
+        )
 
     def sample(self, point: Point) -> float:
         """Milliseconds of one call, divided; infinite where it does not fit into memory."""
@@ -233,8 +248,10 @@ class _Stopwatch:
         try:
             with torch.inference_mode():
                 return 1e3 * self._seconds(call, repeats) / repeats / divisor
-        except torch.OutOfMemoryError:  # what was made ready since has left it too little
-            self._ready[point] = None
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            self._ready[point] = None  # what was made ready since has left it too little
             return math.inf
 
     def _made_ready(self, point: Point) -> tuple[Callable[[], Any], int, int] | None:
@@ -242,8 +259,11 @@ class _Stopwatch:
             with torch.inference_mode():
                 call, divisor = self._prepare(point)
                 self._seconds(call, 1)  # warm-up
-                repeats = max(1, round(_SHORTEST_S[self._device.type] / max(self._seconds(call, 1), 1e-7)))
-        except torch.OutOfMemoryError:
+                shortest = min(self._seconds(call, 1) for _ in range(2))
+                repeats = max(1, math.ceil(_SHORTEST_S[self._device.type] / max(shortest, 1e-7)))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             return None
         return call, repeats, divisor
 

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from nas.serving.runtime import Runner
 
+_COLDEST = 1e-4  # temperature; below it softmax is the maximum, or overflows
+
 
 def generate(
     runner: Runner,
@@ -32,7 +34,7 @@ def generate(
         The new tokens, BN; a row that has produced ``stop_token`` goes on with whatever follows.
 
     Raises:
-        ValueError: The cache does not fit.
+        ValueError: The cache does not fit, or nothing is asked for.
     """
     prompt = tokens_BT.shape[1]
     cache = runner.cache
@@ -40,21 +42,24 @@ def generate(
         needed = f"{len(tokens_BT)} prompts of {prompt} and {new_tokens} tokens more"
         raise ValueError(f"a cache of {cache.batch} x {cache.length} tokens does not fit {needed}")
     generator = torch.Generator(tokens_BT.device).manual_seed(seed)
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens is {new_tokens} but must be positive")
     stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     logits_BV, produced = runner.prefill(tokens_BT), []
     for step in range(new_tokens):
         tokens_B = _next(logits_BV, temperature, generator)
         produced.append(tokens_B)
-        stopped_B |= tokens_B == stop_token
+        if stop_token is not None:
+            stopped_B |= tokens_B == stop_token
         if progress:
             progress(step + 1)
-        if step + 1 == new_tokens or (stop_token is not None and bool(stopped_B.all())):
+        if step + 1 == new_tokens or bool(stopped_B.all()):
             break
         logits_BV = runner.decode(tokens_B, prompt + step)
     return torch.stack(produced, dim=1)
 
 
 def _next(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature == 0:
+    if temperature < _COLDEST:
         return logits_BV.argmax(-1)
     return torch.multinomial((logits_BV.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]

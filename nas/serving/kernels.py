@@ -37,7 +37,7 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, d, there, D: tl.constexpr):
 @triton.jit
 def _attend_split(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, last_ptr, out_ptr, norm_ptr, scale,
-    new_stride, row_stride, group_stride, G, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr,
+    q_stride, k_stride, v_stride, row_stride, group_stride, G, R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr,
     D_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One split of one row's group: its R heads over its share of the tokens."""
@@ -51,16 +51,15 @@ def _attend_split(
     cos_ptr += last * D
     sin_ptr += last * D
     real = (r < R) & (d < D)
-    q = _rotated(q_ptr + row * new_stride + (group * R + r) * D, cos_ptr, sin_ptr, d, real, D)
+    q = _rotated(q_ptr + row * q_stride + (group * R + r) * D, cos_ptr, sin_ptr, d, real, D)
     at = row * row_stride + group * group_stride
     offsets = n[:, None] * D + d
     top = tl.full((R_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((R_PAD,), tl.float32)
     mixed = tl.zeros((R_PAD, D_PAD), tl.float32)
     if (last >= begin) & (last < begin + share):  # this split has the new token: it comes first, and goes to the cache
-        fresh = row * new_stride + group * D
-        k = _rotated(k_ptr + fresh, cos_ptr, sin_ptr, d, d < D, D)
-        v = tl.load(v_ptr + fresh + d, mask=d < D, other=0.0)
+        k = _rotated(k_ptr + row * k_stride + group * D, cos_ptr, sin_ptr, d, d < D, D)
+        v = tl.load(v_ptr + row * v_stride + group * D + d, mask=d < D, other=0.0)
         tl.store(keys_ptr + at + last * D + d, k, mask=d < D)
         tl.store(values_ptr + at + last * D + d, v, mask=d < D)
         top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
@@ -130,7 +129,7 @@ def decode_attention(
     """Writes the new token's key and value into the cache, and attends to all up to it.
 
     Args:
-        q_BHd: Queries before rotation; rows may have any stride, which keys and values share.
+        q_BHd: Queries before rotation; of these and the next two, rows may have any stride.
         k_BGd: The new keys, before rotation.
         v_BGd: The new values.
         cos_Cd: Cosines of every position, fp32.
@@ -150,9 +149,9 @@ def decode_attention(
         norms = torch.empty((B * G, splits, R), device=q_BHd.device, dtype=torch.float32)
     _attend_split[(B * G, splits)](
         q_BHd, k_BGd, v_BGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, last, parts, norms, d**-0.5 * _LOG2_E,
-        q_BHd.stride(0), keys_BGCd.stride(0), keys_BGCd.stride(1), G, R=R, R_PAD=max(16, triton.next_power_of_2(R)),
-        D=d, D_PAD=pad, BLOCK=_BLOCK, SPLITS=splits, PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=3,
+        q_BHd.stride(0), k_BGd.stride(0), v_BGd.stride(0), keys_BGCd.stride(0), keys_BGCd.stride(1),
+        G, R=R, R_PAD=max(16, triton.next_power_of_2(R)), D=d, D_PAD=pad, BLOCK=_BLOCK, SPLITS=splits,
+        PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
     )  # fmt: skip
     if splits > 1:
         _combine[(B * G, R)](

@@ -30,11 +30,11 @@ class ServingLayer(nn.Module):
 
     def __init__(self, shape: ModelShape, groups: int) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_dim, self.qk_norm = shape.num_attention_heads, groups, shape.head_dim, False
+        self.heads, self.groups, self.head_dim = shape.num_attention_heads, groups, shape.head_dim
         width = shape.num_attention_heads * shape.head_dim
         self.qkv_proj = nn.Linear(shape.hidden_size, width + 2 * groups * shape.head_dim, bias=shape.qkv_bias)
-        if shape.qk_norm:
-            self.qk_norm = True
+        self.qk_norm = shape.qk_norm
+        if self.qk_norm:
             self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
             self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
         self.o_proj = nn.Linear(width, shape.hidden_size, bias=shape.o_bias)

@@ -8,7 +8,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -71,13 +70,27 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, tokens_BT: Tensor) -> Tensor:
         """Puts prompts into the cache, in `passes`; logits BV of their last tokens."""
-        ends = np.cumsum(passes(*tokens_BT.shape)).tolist()
-        parts = zip([0, *ends], ends, strict=False)
-        return torch.cat([self.model(tokens_BT[begin:end], self.cache.rows(begin, end)) for begin, end in parts])
+        logits_BV, begin = None, 0
+        for part_BT in tokens_BT.split(passes(*tokens_BT.shape)):
+            part_BV: Tensor = self.model(part_BT, self.cache.rows(begin, begin + len(part_BT)))
+            if len(part_BT) == len(tokens_BT):
+                return part_BV
+            if logits_BV is None:
+                logits_BV = part_BV.new_empty((len(tokens_BT), part_BV.shape[1]))
+            logits_BV[begin : begin + len(part_BT)] = part_BV
+            begin += len(part_BT)
+        assert logits_BV is not None
+        return logits_BV
 
     @torch.inference_mode()
     def decode(self, tokens_B: Tensor, position: int) -> Tensor:
-        """One more token for every row, at ``position``; logits BV, which the next step overwrites."""
+        """One more token for every row, at ``position``; logits BV, which the next step overwrites.
+
+        Raises:
+            ValueError: The cache ends before that.
+        """
+        if not 0 <= position < self.cache.length:
+            raise ValueError(f"position {position} is outside the cache of {self.cache.length} tokens")
         if self.runtime == "eager":
             return self.model(tokens_B[:, None], self.cache.layers, position)  # type: ignore[no-any-return]
         self._tokens_B1.copy_(tokens_B[:, None])

@@ -7,15 +7,17 @@ import time
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
-from nas.config import Generate, WorkloadConfig
+from nas.config import Generate
 from nas.console import progress_bar, say
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
 from nas.export.hf import read_exported
 from nas.files import write_atomically
 from nas.latency.device import this_device
-from nas.latency.model import resolve_workload
+from nas.latency.memory import MemoryModel
+from nas.latency.model import Workload, resolve_runtime
 from nas.latency.pool import DTYPES
 from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
@@ -28,26 +30,35 @@ def run(config: Generate, path: Path) -> None:
     tokenizer = load_tokenizer(config.checkpoint)
     stop = end_of_text_id(tokenizer)
     prompt = tokenizer.encode(config.prompt).ids
-    limit, device = model.shape.max_position_embeddings, this_device()
-    if not prompt or len(prompt) + config.new_tokens > limit:
+    shape, vector, device = model.shape, model.kv_heads, this_device()
+    limit, length = shape.max_position_embeddings, len(prompt) + config.new_tokens
+    if not prompt or length > limit:
         raise UserError(
             f"prompt has {len(prompt)} tokens and new_tokens is {config.new_tokens}, but the model takes 1 to {limit} "
             "together; change either"
         )
-    try:
-        workload = resolve_workload(
-            WorkloadConfig(config.batch, dtype=config.dtype, runtime=config.runtime), model.shape, device
+    if max(prompt) >= shape.vocab_size:
+        raise UserError(
+            f"{folder}: the prompt has token {max(prompt)} but the model knows {shape.vocab_size} tokens; give it its "
+            "own tokenizer.json"
         )
-    except UserError as error:  # which names keys of other commands
-        raise UserError(str(error).removeprefix("workload.")) from None
+    dtype, runtime = resolve_runtime(config.dtype, config.runtime, device)
+    workload = Workload(config.batch, length, len(prompt), dtype, runtime)
+    memory = MemoryModel(shape, workload, device.is_gpu).at(vector, config.batch).total
+    if memory > device.usable_bytes:
+        raise UserError(
+            f"{config.batch} continuations of {length} tokens take {memory / 2**30:.1f} GiB but {device.name} has "
+            f"{device.usable_bytes / 2**30:.1f}; lower batch or new_tokens"
+        )
     asked = {"checkpoint": config.checkpoint, "prompt": config.prompt, "new_tokens": config.new_tokens}
     asked |= {"batch": config.batch, "seed": config.seed, "temperature": config.temperature, "workload": str(workload)}
     with start_run(path, "generate", asked, {"generate": config.seed}) as this_run:
-        torch_device, dtype = torch.device("cuda" if device.is_gpu else "cpu"), DTYPES[workload.dtype]
-        served = ServingModel.of(model, torch_device, dtype)
-        cache = KVCache(model.shape, model.kv_heads, config.batch, len(prompt) + config.new_tokens, torch_device, dtype)
+        torch_device = torch.device("cuda" if device.is_gpu else "cpu")
+        served = ServingModel.of(model, torch_device, DTYPES[dtype])
+        del model  # its weights were copied
+        cache = KVCache(shape, vector, config.batch, length, torch_device, DTYPES[dtype])
         tokens = torch.tensor([prompt] * config.batch, device=torch_device)
-        runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
+        runner, begun = Runner(served, cache, runtime), time.perf_counter()
         with progress_bar("Generating", config.new_tokens) as bar:
             new = generate(
                 runner,
@@ -59,15 +70,22 @@ def run(config: Generate, path: Path) -> None:
                 bar.update,
             ).tolist()
         seconds = time.perf_counter() - begun
-        texts = [config.prompt + tokenizer.decode(_until(row, stop)) for row in new]
+        new = [_until(row, stop) for row in new]
+        texts = [config.prompt + _continued(tokenizer, prompt, row) for row in new]
+        count = sum(map(len, new))
         write_atomically(
             path / "generated.txt", lambda file: file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
         )
-        this_run.log(tokens=config.batch * len(new[0]), seconds=seconds)
+        this_run.log(tokens=count, seconds=seconds)
         this_run.finish()
     for text in texts:
         say(text)
-    say(f"({config.batch} x {len(new[0])} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
+    say(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
+
+
+def _continued(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
+    """The text of new tokens, with the space before them that some tokenizers drop at the beginning of a text."""
+    return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
 
 
 def _until(tokens: list[int], stop: int | None) -> list[int]:

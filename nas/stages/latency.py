@@ -8,12 +8,13 @@ from typing import Any
 
 from nas.config import Search
 from nas.console import complain, say
-from nas.errors import UserError
+from nas.errors import AlreadyFinishedError, UserError
 from nas.files import value_hash
 from nas.latency import Device, LatencyModel, Workload
 from nas.latency.device import device_folders
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import batches_of
+from nas.latency.model import MAX
 from nas.latency.table import META, TableLatency
 from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, recorded_config
 from nas.space import SearchSpace
@@ -36,10 +37,8 @@ def find_latency(config: Search, path: Path, space: SearchSpace, device: Device,
     runs_dir = Path(config.runs_dir)
     if config.latency:
         named = table_of(FinishedRun(Path(config.latency), "measure"))
-        batches = batches_of(space, device, workload)
-        for table in [named, named.extrapolating()] if config.extrapolate else [named]:
-            if table.fits(device.slug, space, workload, batches):
-                return table
+        if table := _covering(named, config.extrapolate, device, space, workload):
+            return table
         raise UserError(
             f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
         )
@@ -53,17 +52,36 @@ def find_latency(config: Search, path: Path, space: SearchSpace, device: Device,
         return found
     if begun or config.device != "this":
         return RooflineLatency(device, space.shape, workload.dtype)
-    return found_or_made(
+    measured = found_or_made(
         lambda: next(fitting_tables(runs_dir, device, space, workload), None),
         partial(_measure, config, space, device, workload),
     )
+    if table := _covering(measured, config.extrapolate, device, space, workload):
+        return table
+    raise UserError(
+        f"{measured.folder} was measured, but memory ended before it covered {space.name} at {workload}; lower "
+        f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}, or give extrapolate=true"
+    )
+
+
+def _covering(
+    table: TableLatency, extrapolate: bool, device: Device, space: SearchSpace, workload: Workload
+) -> TableLatency | None:
+    """The table, or if allowed and need be the table prolonged; None where neither covers the workload."""
+    batches = batches_of(space, device, workload)
+    candidates = [table, table.extrapolating()] if extrapolate else [table]
+    return next((some for some in candidates if some.fits(device.slug, space, workload, batches)), None)
 
 
 def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
     say("No measured table covers this space, device and workload: measuring first")
     facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
     name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
-    return measure_space(config, space, device, workload, Path(config.runs_dir) / "measure" / name)
+    path = Path(config.runs_dir) / "measure" / name
+    try:
+        return measure_space(config, space, device, workload, path)
+    except AlreadyFinishedError:  # a search before this one measured it, and it did not cover the workload
+        return table_of(FinishedRun(path, "measure"))
 
 
 def fitting_tables(
@@ -76,7 +94,6 @@ def fitting_tables(
     """
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
     published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
-    batches = batches_of(space, device, workload)
     others = []
     for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
         try:
@@ -86,8 +103,9 @@ def fitting_tables(
         except UserError as error:
             complain(f"Passing over a latency table: {error}")
             continue
-        if table.fits(device.slug, space, workload, batches):
+        if _covering(table, False, device, space, workload):
             yield table
-        elif extrapolate:
-            others.append(table.extrapolating())
-    yield from (table for table in others if table.fits(device.slug, space, workload, batches))
+        else:
+            others.append(table)
+    if extrapolate:
+        yield from filter(None, (_covering(table, True, device, space, workload) for table in others))

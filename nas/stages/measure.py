@@ -8,7 +8,7 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 
 import dataclasses
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from nas.latency.check import CHECK, predict_wholes, summarise_check
 from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.energy import ENERGY
 from nas.latency.measure import Measured, measure
-from nas.latency.memory import batches_of
-from nas.latency.model import DTYPE_BYTES, Workload, resolve_workload
-from nas.latency.points import check_shapes, grid_for
+from nas.latency.memory import batches_of, check_memory
+from nas.latency.model import Workload, resolve_workload
+from nas.latency.points import Grid, check_shapes, grid_for
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
@@ -36,7 +36,6 @@ from nas.run import FinishedRun, git_state, now, start_run
 from nas.space import SearchSpace
 
 _FIGURE = "check"
-_GIB = 2**30
 
 
 def run(config: Measure, path: Path) -> None:
@@ -48,6 +47,7 @@ def run(config: Measure, path: Path) -> None:
     if config.publish:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
     workload = resolve_workload(config.workload, space.shape, device)
+    check_memory(space, device, workload)
     try:
         table = measure_space(config, space, device, workload, path)
     except AlreadyFinishedError:
@@ -76,7 +76,7 @@ def table_of(run: FinishedRun) -> TableLatency:
     Raises:
         UserError: Its files are missing, changed or corrupt.
     """
-    for name in (TABLE, META, CHECK):
+    for name in (TABLE, META, CHECK, *({ENERGY} & run.artifacts)):
         run.artifact(name)
     return TableLatency(run.path)
 
@@ -104,7 +104,16 @@ def measure_space(
         raise UserError(
             f"the grid reaches beyond the space's context of {limit}; lower measure.contexts, .prompts or .check_at"
         )
-    _check_memory(space, device, workload, batches)
+    energy_batches = config.measure.energy_batches or ()
+    if any(batch > grid.batches[-1] for batch in energy_batches):
+        raise UserError(
+            f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {grid.batches[-1]}"
+        )
+    if outside := [at for at in config.measure.check_at or () if not _within(at, grid)]:
+        raise UserError(
+            f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
+            f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
+        )
     asked = {
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
@@ -134,16 +143,9 @@ def measure_space(
     return TableLatency(path)
 
 
-def _check_memory(space: SearchSpace, device: Device, workload: Workload, batches: Iterable[int]) -> None:
-    """Refuses a workload that cannot be timed: a model of its own, with its cache, must fit at least."""
-    size = DTYPE_BYTES[workload.dtype]
-    needed = space.shape.parameters(space.smallest) * size
-    needed += min(batches) * workload.context * space.shape.kv_bytes_per_token(space.smallest, size)
-    if needed > device.memory_bytes:
-        raise UserError(
-            f"timing {space.name} ({workload}) takes at least {needed / _GIB:.0f} GiB but {device.name} has "
-            f"{device.memory_bytes / _GIB:.0f}; lower workload.batch or .context, or take a smaller space"
-        )
+def _within(batch_and_context: Sequence[int], grid: Grid) -> bool:
+    axes = (grid.batches, grid.contexts)
+    return all(axis[0] <= value <= axis[-1] for value, axis in zip(batch_and_context, axes, strict=True))
 
 
 def _write(path: Path, found: Measured, meta: dict[str, Any], title: str) -> None:
@@ -165,8 +167,8 @@ def _say_facts(found: Measured) -> None:
     if drift["segments_beyond"]:
         say(
             f"  the machine drifted by {drift['worst']:.1%} (more than {drift['tolerance']:.0%} in "
-            f"{drift['segments_beyond']} of {drift['segments']} looks); {drift['points_affected']} points were timed "
-            f"again, of which {drift['points_left_unsteady']} never met it steady"
+            f"{drift['segments_beyond']} of {drift['segments']} segments); {drift['points_affected']} points were "
+            f"timed again, of which {drift['points_left_unsteady']} never met it steady"
         )
     if lost := int((found.table["n"] == 0).sum()):
         say(f"  {lost} of {len(found.table)} points did not fit into memory and are marked so")

@@ -22,6 +22,7 @@ from nas.data import TokenData
 from nas.errors import UserError
 from nas.files import value_hash, without_passwords
 from nas.latency import find_device, resolve_workload
+from nas.latency.memory import check_memory
 from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
 from nas.predictions import predictions
@@ -109,6 +110,7 @@ def prepare(config: Search, path: Path) -> Prepared:
     earlier = earlier_searches(config, space)
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
+    check_memory(space, device, workload)
     settings = dataclasses.asdict(config)
     facts = {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
     facts |= {"space": f"{space.name} {value_hash(space.to_dict())}", "workload": str(workload)}
