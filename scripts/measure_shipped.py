@@ -1,0 +1,51 @@
+"""Measures the tables that ship, on the GPU at hand, and publishes them to latency_models/.
+
+Each is a run of `nas measure` with a name of its own, so what was interrupted goes on, and what is finished is only
+copied.
+
+    python scripts/measure_shipped.py                          all tables
+    python scripts/measure_shipped.py decilm-6b-compiled …     some of them
+    python scripts/measure_shipped.py --list                   their commands
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+
+_CONTEXTS = "measure.contexts=[256,2048,4096]"
+_PROMPTS = "measure.prompts=[512,1024,2048,4096]"
+_WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
+_DENSE, _SPARSE = "measure.batches=[1,8,16,32,64,96,128,160,192,256,320]", "measure.batches=[1,8,32,64,128,192,320]"
+_DECILM = ("space=decilm-6b", "workload.batch=192", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[32,192]")
+_LLAMA = ("space=llama-2-7b", "workload.batch=8", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[1,8]")
+_OFF_GRID = "measure.check_at=[[64,1536],[128,3000],[144,2500]]"
+TABLES = {
+    "decilm-6b-compiled": (*_DECILM, "workload.runtime=compiled", _DENSE, _OFF_GRID, "check=30"),
+    "decilm-6b-eager": (*_DECILM, "workload.runtime=eager", _SPARSE, "check=8"),
+    "llama-2-7b-compiled": (*_LLAMA, "workload.runtime=compiled", _DENSE, "check=1"),
+    "llama-2-7b-eager": (*_LLAMA, "workload.runtime=eager", _SPARSE, "check=1"),
+}
+
+
+def command(name: str) -> list[str]:
+    """The command line that measures a table."""
+    words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}", "publish=latency_models")
+    return [sys.executable, "-m", "nas", *words]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}")
+    parser.add_argument("--list", action="store_true", help="print the commands and run none")
+    options = parser.parse_args()
+    if unknown := set(options.tables) - TABLES.keys():
+        parser.error(f"there is no table {', '.join(sorted(unknown))}; use {', '.join(TABLES)}")
+    for name in options.tables or TABLES:
+        print(shlex.join(command(name)[1:]), flush=True)
+        if not options.list:
+            subprocess.run(command(name), check=True)
+
+
+if __name__ == "__main__":
+    main()
