@@ -110,11 +110,11 @@ def measure(
 
 def _state_at_work(pool: LayerPool, point: Point, uuid: str) -> dict[str, Any]:
     """The GPU's state while it works: at rest it says nothing of the clocks that were timed."""
-    try:
-        call, _ = pool.prepare(point)
-    except torch.OutOfMemoryError:  # `time_points` says so
-        return nvml_state(uuid)
     with torch.inference_mode():
+        try:
+            call, _ = pool.prepare(point)
+        except torch.OutOfMemoryError:  # `time_points` says so
+            return nvml_state(uuid)
         begun = time.perf_counter()
         while time.perf_counter() - begun < _AT_WORK_S:
             call()
@@ -138,11 +138,11 @@ def _energy(
     for groups in sorted(set().union(*space.choices)):
         vector = (groups,) * space.shape.num_hidden_layers
         for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
-            try:
-                call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
-            except torch.OutOfMemoryError:
-                continue
             with torch.inference_mode():
+                try:
+                    call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
+                except torch.OutOfMemoryError:
+                    continue
                 found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
             if found is None:
                 return None

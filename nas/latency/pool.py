@@ -100,7 +100,9 @@ class LayerPool:
             x_BTD = self._x_at(point)[:, -1:]
             return lambda: [head(norm(x_BTD)) for _, norm, head in self._ends], len(self._ends)
         if point.part == "layer":
-            depth, x_BTD = self.depth_of(point), self._x_at(point)
+            if not (depth := self.depth_of(point)):
+                raise _no_room(point)
+            x_BTD = self._x_at(point)
             layer_body = self._body(point, point.groups * depth)
             return lambda: layer_body(x_BTD), depth
         body = self._body(point, point.groups)
@@ -122,17 +124,11 @@ class LayerPool:
         return lambda x_BTD: run_layers(layers, x_BTD, self._rope, caches, last)  # type: ignore[arg-type]
 
     def depth_of(self, point: Point) -> int:
-        """How many layers are run for the time of one: all, or as many as there is room for.
-
-        Raises:
-            torch.OutOfMemoryError: There is room for too few.
-        """
+        """How many layers are run for the time of one: all, or as many as there is room for; 0 if those are too few."""
         size = self._cache_size(point, point.groups[0])
         fits = min(self._depth, self._arena[0].numel() // size)
         read_bytes = fits * 2 * size * self._dtype.itemsize
-        if fits < self._depth and (fits < _FEWEST_LAYERS or read_bytes < _BEYOND_CACHES):
-            raise _no_room(point)
-        return fits
+        return fits if fits == self._depth or (fits >= _FEWEST_LAYERS and read_bytes >= _BEYOND_CACHES) else 0
 
     def fitting_batch(self, vector: Vector, batch: int, length: int) -> int:
         """The batch, or the largest whose caches there is room for."""
