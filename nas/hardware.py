@@ -1,4 +1,4 @@
-"""What this machine calls itself: its processor, and what NVML says of one of its GPUs, at the start and as it runs."""
+"""What this machine calls itself: its processor, and what NVML says of one of its GPUs, for good and as it runs."""
 
 import platform
 import re
@@ -123,7 +123,7 @@ class Gpu:
 
 
 def nvml_facts(uuid: str | None = None) -> dict[str, Any]:
-    """Name, driver, clocks (MHz), power limit (W) and the like; whatever NVML does not answer is left out.
+    """Name, driver, power limit and whether ECC is on; whatever NVML does not answer is left out.
 
     Args:
         uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
@@ -132,12 +132,8 @@ def nvml_facts(uuid: str | None = None) -> dict[str, Any]:
         return _known(
             nvml_name=gpu.name(),
             driver=gpu.driver(),
-            sm_clock_at_start_mhz=gpu.sm_clock_mhz(),
-            memory_clock_at_start_mhz=gpu.memory_clock_mhz(),
             power_limit_watts=gpu.power_limit_watts(),
             ecc=gpu.ecc(),
-            memory_in_use_bytes=gpu.memory_in_use_bytes(),
-            throttle_reasons=gpu.throttle_reasons(),
         )
 
 
