@@ -8,14 +8,20 @@ from typing import Any
 import pandas as pd
 import pynvml
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.config import CostConfig
+from nas.config import CostConfig, MeasureConfig
 from nas.errors import UserError
 from nas.hardware import Gpu, nvml_facts, nvml_state
 from nas.latency.cost import costs
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
+from nas.latency.measure import _energy
+from nas.latency.model import Workload
+from nas.latency.points import Grid
+from nas.latency.pool import LayerPool
+from nas.space import SearchSpace
 from nas.validation import validate
 
 NEVER = float("inf")
@@ -454,3 +460,27 @@ def test_a_cost_that_cannot_be_is_refused(key: str, value: float, words: str) ->
 def test_the_default_costs_are_valid() -> None:
     validate(CostConfig())
     validate(CostConfig(price_per_hour=2.5, grid_kg_per_kwh=0.0, pue=1.0, utilisation=0.0))
+
+
+def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
+    micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def planted(call: Callable[[], torch.Tensor], *_: object) -> Energy:
+        rows = len(call())
+        return Energy(2.0 * rows, 1.0, 5, 300.0, "energy counter")
+
+    monkeypatch.setattr("nas.latency.measure.measure_energy", planted)
+    grid, workload = Grid((1, 6), (4, 16), (2, 4)), Workload(6, 16, 4, "fp32", "eager")
+    points = grid.points(micro)
+    weights = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, 0)
+    held = sum(p.nbytes for layers in weights._layers for p in {*layers[1].parameters(), *layers[2].parameters()})
+    held += sum(p.nbytes for layers in weights._layers for p in layers[4].qkv_proj.parameters())
+    held += sum(p.nbytes for ends in weights._ends for part in ends for p in part.parameters())
+    cache = 2 * 3 * 4 * 4 * 16 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
+    pool = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, held + cache)
+    table = _energy(micro, grid, workload, MeasureConfig(), pool, "u")
+    assert table is not None
+    measured = [(row.groups, row.batch, row.length, row.joules_per_step) for row in table.itertuples()]
+    assert measured == [
+        (groups, batch, 16, 2.0 * batch) for groups, most in ((1, 6), (2, 6), (4, 4)) for batch in (1, most)
+    ]
