@@ -11,37 +11,26 @@ A run directory knows nothing of what a stage does. Reading an artifact of a fin
 
 import json
 import os
-import platform
-import subprocess
 import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import filelock
 
-import nas
 from nas.console import complain, say
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError
 from nas.files import file_hash, read_json, without_passwords, write_json
-from nas.hardware import cpu_name, nvml_facts
+from nas.provenance import now, provenance
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
-_PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
 _POLL_S = 2.0
 
 Found = TypeVar("Found")
-
-
-def now() -> str:
-    """The current time in UTC, to the second, in ISO format."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 class FinishedRun:
@@ -193,7 +182,7 @@ def start_run(
             argv = [without_passwords(word) for word in sys.orig_argv]
             facts: dict[str, Any] = {"stage": stage, "id": uuid.uuid4().hex, "started": now(), "argv": argv}
             facts["config"] = config
-            facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | _provenance()
+            facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | provenance()
             write_json(path / _RUN, facts)
         yield Run(path)
     finally:
@@ -281,26 +270,3 @@ def recorded_config(path: Path) -> dict[str, Any]:
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory, finished or not."""
     return (path / _RUN).is_file()
-
-
-def _provenance() -> dict[str, Any]:
-    versions = {"gqa-nas": nas.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        versions[package] = metadata.version(package)
-    device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
-    return {"git": git_state(), "versions": versions, "device": device}
-
-
-def git_state() -> dict[str, object] | None:
-    """Commit of the checkout that the package runs from, or None for an installed wheel."""
-    here = Path(__file__).resolve().parent
-
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if git("ls-files", "--error-unmatch", "run.py") != "run.py":
-            return None
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return None

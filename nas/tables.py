@@ -25,20 +25,20 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     return frame
 
 
-def refuse_rows(path: Path, frame: pd.DataFrame, bad: "pd.Series[bool]", rule: str) -> None:
-    """Refuses a table for its first bad row.
+def require(path: Path, frame: pd.DataFrame, good: "pd.Series[bool]", rule: str) -> None:
+    """Refuses a table for its first row that is not good.
 
     Raises:
         UserError: There is one; the sentence has its line in the file, and the rule that it breaks.
     """
-    if bad.any():
-        raise UserError(f"{path} is corrupt (row {frame.index[bad][0] + 2}: {rule}); restore it or measure again")
+    if not good.all():
+        raise UserError(f"{path} is corrupt (row {frame.index[~good][0] + 2}: {rule}); restore it or measure again")
 
 
-def positive_numbers(frame: pd.DataFrame, columns: list[str], most: float = math.inf) -> "pd.Series[bool]":
-    """Which rows have positive numbers less than ``most`` in all of the columns."""
+def positive_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
+    """Which rows have positive and finite numbers in all of the columns."""
     numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
-    good: pd.Series[bool] = ((numbers > 0) & (numbers < most)).all(axis=1)
+    good: pd.Series[bool] = ((numbers > 0) & (numbers < math.inf)).all(axis=1)
     return good
 
 

@@ -24,8 +24,8 @@ from nas.hardware import nvml_facts
 from nas.latency.energy import measure_energy
 from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
+from nas.provenance import now
 from nas.report.figure import COLOURS, figure
-from nas.run import now
 from nas.serving.trial import copy_bandwidth, fits, memory_cap, served
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
@@ -62,7 +62,7 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
         with memory_cap(gib):
             for why, batch in batches(shape, vector, runtime, gib):
                 row: dict[str, Any] = {"model": name, "runtime": runtime, "batch": batch, "why": why}
-                with served(shape, vector, batch, CONTEXT, PROMPT, runtime, torch.bfloat16) as trial:
+                with served(shape, vector, workload(batch, runtime)) as trial:
                     seconds = trial.step_ms() / 1e3
                     energy = None
                     if "most" in why:
@@ -83,18 +83,24 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
     """
 
     def fit(batch: int) -> bool:
-        return fits(shape, vector, batch, CONTEXT, PROMPT, runtime, torch.bfloat16)
+        return fits(shape, vector, workload(batch, runtime))
 
-    workload = Workload(1, CONTEXT, PROMPT, "bf16", runtime)
-    most = MemoryModel(shape, workload, on_gpu=True).largest_batch(vector, gib * 2**30)
+    most = MemoryModel(shape, workload(1, runtime), on_gpu=True).largest_batch(vector, gib * 2**30)
     while most and not fit(most):
         most -= 1
-    power = 1 << max(0, most.bit_length() - 1)
-    while most and fit(2 * power):
+    if not most:
+        return
+    power = 1 << (most.bit_length() - 1)
+    while fit(2 * power):
         power *= 2
-    found = {"power of two": power, "multiple of 32": most // 32 * 32, "most": max(most, power)}
-    for batch in sorted({batch for batch in found.values() if batch <= max(most, power) and batch and most}):
+    most = max(most, power)
+    found = {"power of two": power, "multiple of 32": most // 32 * 32, "most": most}
+    for batch in sorted(set(found.values()) - {0}):
         yield ", ".join(why for why, size in found.items() if size == batch), batch
+
+
+def workload(batch: int, runtime: str) -> Workload:
+    return Workload(batch, CONTEXT, PROMPT, "bf16", runtime)
 
 
 def draw(rows: pd.DataFrame) -> None:

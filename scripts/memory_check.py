@@ -19,7 +19,7 @@ from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
-from nas.run import now
+from nas.provenance import now
 from nas.serving.trial import fits, memory_cap
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
@@ -42,7 +42,7 @@ def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> 
     """The largest batch that fits: up from the prediction in steps, then by bisection."""
 
     def fit(batch: int) -> bool:
-        return fits(shape, vector, batch, context, PROMPT, RUNTIME, torch.bfloat16)
+        return fits(shape, vector, Workload(batch, context, PROMPT, "bf16", RUNTIME))
 
     good, bad, step = 0, max(1, predicted), max(2, predicted // 20)
     while fit(bad):

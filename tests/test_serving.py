@@ -21,11 +21,11 @@ from nas.errors import UserError
 from nas.export.hf import HfExporter, read_exported
 from nas.latency.memory import MemoryModel, batch_of
 from nas.latency.model import DTYPE_BYTES, Workload
-from nas.latency.pool import DTYPES
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving import model as serving_model
 from nas.serving.model import empty, with_terms
+from nas.serving.runtime import DTYPES
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 from tests.conftest import Nas, random_supernet

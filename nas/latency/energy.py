@@ -22,7 +22,7 @@ from scipy.integrate import trapezoid
 
 from nas.errors import UserError
 from nas.hardware import Gpu
-from nas.tables import positive_numbers, read_csv, refuse_rows
+from nas.tables import positive_numbers, read_csv, require
 
 ENERGY = "energy.csv"
 ENERGY_COLUMNS = ["groups", "batch", "length", "watts", "joules_per_step", "seconds", "calls", "method"]
@@ -184,7 +184,7 @@ class EnergyTable:
     def __init__(self, path: Path) -> None:
         self.path = path
         table = read_csv(path, ENERGY_COLUMNS)
-        refuse_rows(path, table, ~positive_numbers(table, ENERGY_COLUMNS[:-1]), "its numbers must be positive")
+        require(path, table, positive_numbers(table, ENERGY_COLUMNS[:-1]), "its numbers must be positive")
         if table.empty:
             raise UserError(f"{path} is corrupt (no row at all); measure again")
         self._grids: dict[int, pd.DataFrame] = {}  # by groups: watts, a row a batch and a column a length

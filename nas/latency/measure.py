@@ -20,7 +20,7 @@ from nas.latency.model import Phase, Workload
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.table import COLUMNS, summarise
-from nas.latency.timing import Samples, drift_report, is_out_of_memory, time_points, usable
+from nas.latency.timing import Samples, drift_report, memory_watched, time_points, usable
 from nas.space import SearchSpace
 
 _AT_WORK_S = 1.0  # until the clocks have risen
@@ -67,7 +67,6 @@ def measure(
         device: The device at hand.
         samples_path: Where samples are kept, and those of an interrupted attempt are.
     """
-    torch_device = torch.device("cuda" if device.is_gpu else "cpu")
     vectors = random_vectors(space, check, config.seed)
     wholes = [Point(phase, "whole", vector, batch, length) for phase, batch, length in shapes for vector in vectors]
     points = grid.points(space) + wholes
@@ -75,29 +74,13 @@ def measure(
     if uuid:
         torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
     watts = idle_watts(config.energy_s, uuid) if uuid and config.energy_s else None
-    try:
-        pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, _free_bytes(device))
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
-            f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
-        ) from None
+    pool = _pool(space, grid, workload, device, points)
     samples = Samples.at(samples_path) if samples_path else Samples()
     sentinel = Point("decode", "layer", (max(space.largest),), min(grid.batches), workload.context)
     state = _state_at_work(pool, sentinel, uuid) if uuid else {}
-    time_points(points, sentinel, pool.prepare, config, torch_device, samples)
+    time_points(points, sentinel, pool.prepare, config, pool.device, samples)
 
-    rows, wholes_ms = [], {}
-    for point, times in usable(samples, config):
-        summary = summarise(times)
-        if point.part == "whole":
-            if math.isfinite(summary["median_ms"]):
-                wholes_ms[point] = float(summary["median_ms"])
-        else:
-            rows.append(dict(zip(COLUMNS, [*point.row(), *summary.values()], strict=True)))
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(COLUMNS[:5], ignore_index=True)
+    table, wholes_ms = _summaries(samples, config)
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     facts: dict[str, Any] = {"drift": drift_report(samples, config)}
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
@@ -106,6 +89,31 @@ def measure(
     if uuid:
         facts |= {"state_before": state, "state_after": _state_at_work(pool, sentinel, uuid), "idle_watts": watts}
     return Measured(table, wholes_ms, energy, facts)
+
+
+def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, points: list[Point]) -> LayerPool:
+    torch_device = torch.device("cuda" if device.is_gpu else "cpu")
+    try:
+        with memory_watched():
+            return LayerPool(space, workload.dtype, workload.runtime, torch_device, points, _free_bytes(device))
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
+            f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
+        ) from None
+
+
+def _summaries(samples: Samples, config: MeasureConfig) -> tuple[pd.DataFrame, dict[Point, float]]:
+    """The table, and the times of the whole models that fitted into memory."""
+    rows, wholes_ms = [], {}
+    for point, times in usable(samples, config):
+        summary = summarise(times)
+        if point.part != "whole":
+            rows.append(dict(zip(COLUMNS, [*point.row(), *summary.values()], strict=True)))
+        elif math.isfinite(summary["median_ms"]):
+            wholes_ms[point] = float(summary["median_ms"])
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int})
+    return table.sort_values(COLUMNS[:5], ignore_index=True), wholes_ms
 
 
 def _state_at_work(pool: LayerPool, point: Point, uuid: str) -> dict[str, Any]:

@@ -18,10 +18,9 @@ from nas.latency.points import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.cache import LayerCache
 from nas.serving.model import ServingLayer, randomise, run_layers, with_terms
-from nas.serving.runtime import captured, compile_layers
+from nas.serving.runtime import DTYPES, captured, compile_layers
 from nas.space import SearchSpace, Vector
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _BEYOND_CACHES = 2**28  # bytes: more than any processor's own cache holds
 _FEWEST_LAYERS = 4  # that are run for the time of one, unless the model has fewer
 _MOST_COPIES = 16  # of the ends, in one timing
@@ -49,7 +48,7 @@ class LayerPool:
         memory_bytes: int,
     ) -> None:
         shape, points = space.shape, list(points)
-        self._shape, self._runtime, self._dtype, self._device = shape, runtime, DTYPES[dtype], device
+        self._shape, self._runtime, self._dtype, self.device = shape, runtime, DTYPES[dtype], device
         self._generator = torch.Generator(device).manual_seed(0)
         self._depth = shape.num_hidden_layers
         self._layers: list[dict[int, ServingLayer]] = []  # by position, then by groups
@@ -88,7 +87,7 @@ class LayerPool:
             return (captured(call, self._graphs) if captures else call), divisor
         except torch.OutOfMemoryError:
             gc.collect()
-            if self._device.type == "cuda":
+            if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise
 
@@ -120,7 +119,7 @@ class LayerPool:
         last: int | Tensor | None = None
         if point.phase == "decode":
             eager = self._runtime == "eager"
-            last = point.length - 1 if eager else torch.tensor(point.length - 1, device=self._device)
+            last = point.length - 1 if eager else torch.tensor(point.length - 1, device=self.device)
         return lambda x_BTD: run_layers(layers, x_BTD, self._rope, caches, last)  # type: ignore[arg-type]
 
     def depth_of(self, point: Point) -> int:
@@ -170,7 +169,7 @@ class LayerPool:
         return self._fill(module)
 
     def _fill(self, module: nn.Module) -> nn.Module:
-        module.to(self._dtype).to_empty(device=self._device).requires_grad_(False)
+        module.to(self._dtype).to_empty(device=self.device).requires_grad_(False)
         randomise(module, self._generator)
         return module
 
@@ -194,7 +193,7 @@ class LayerPool:
         held += sum(parameter.nbytes for ends in self._ends for parameter in _distinct(ends))
         fits = max(0, memory_bytes - held) // (2 * self._dtype.itemsize)
         most = max((sum(self._cache_size(p, g) for g in self._vector(p)) for p in points if p.groups), default=0)
-        keys, values = (torch.empty(min(fits, most), device=self._device, dtype=self._dtype) for _ in range(2))
+        keys, values = (torch.empty(min(fits, most), device=self.device, dtype=self._dtype) for _ in range(2))
         for part in (keys, values):  # never time zeros
             part.normal_(generator=self._generator)
         return keys, values

@@ -26,7 +26,7 @@ from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.model import PHASES, Phase, Workload, passes
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
-from nas.tables import positive_numbers, read_csv, refuse_rows, whole_numbers
+from nas.tables import positive_numbers, read_csv, require, whole_numbers
 
 TABLE, META = "table.csv", "latency.json"
 COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n", "status"]
@@ -83,7 +83,7 @@ class TableLatency:
         known &= whole_numbers(table, ["groups", "batch", "length"]) & table["status"].isin([OK, OUT_OF_MEMORY])
         fitted = table["status"] == OK
         good = known & positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | ~fitted)
-        refuse_rows(folder / TABLE, table, ~good, "a key is unknown, or a number not positive")
+        require(folder / TABLE, table, good, "a key is unknown, or a number not positive")
         if not fitted.any():
             raise UserError(f"{folder / TABLE} is corrupt (no row that fitted into memory); measure again")
         table = table[fitted]
@@ -125,7 +125,7 @@ class TableLatency:
         """
         check = read_csv(self.folder / CHECK, CHECK_COLUMNS)
         good = positive_numbers(check, CHECK_COLUMNS[2:])
-        refuse_rows(self.folder / CHECK, check, ~good, "its numbers must be positive")
+        require(self.folder / CHECK, check, good, "its numbers must be positive")
         return check
 
     def energy(self) -> EnergyTable | None:
@@ -161,12 +161,13 @@ class TableLatency:
             what = f"{groups} groups" if part == "layer" else part
             raise UserError(f"{self.folder / TABLE} has no {phase} times for {what}; measure this space")
         surface = self._surfaces[phase, part, groups]
-        if not self._extrapolate and not surface.covers(batch, length):
+        within = surface.covers(batch, length)
+        if not self._extrapolate and not within:
             raise UserError(
                 f"{self.folder / TABLE} covers {surface.range()} in {phase}, not batch {batch} and length {length}; "
                 "measure that workload, or allow extrapolate=true"
             )
-        return surface(batch, length)
+        return surface.ms(batch, length, within)
 
 
 class _Surface:
@@ -188,10 +189,10 @@ class _Surface:
         sloped = [value for value, line in self._lines.items() if self._prefill or len(line) > 1]
         self._sloped = np.array(sloped or list(self._lines))
 
-    def __call__(self, batch: int, length: int) -> float:
+    def ms(self, batch: int, length: int, within: bool) -> float:
+        """The time at a batch and length, which the measured points surround or not."""
         outer, inner = self._coordinates(batch, length)
-        lines = self._outer if self.covers(batch, length) else self._sloped
-        values = _neighbours(lines, outer)
+        values = _neighbours(self._outer if within else self._sloped, outer)
         return _along(np.array(values), np.array([self._on_line(value, inner) for value in values]), outer)
 
     def covers(self, batch: int, length: int) -> bool:

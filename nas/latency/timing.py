@@ -11,6 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ from nas.config import MeasureConfig
 from nas.console import progress_bar
 from nas.errors import UserError
 from nas.latency.points import PARTS, Point, point_of
-from nas.tables import positive_numbers, read_csv, refuse_rows, whole_numbers
+from nas.tables import positive_numbers, read_csv, require, whole_numbers
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
 
@@ -85,7 +86,7 @@ class Samples:
         frame = read_csv(path, SAMPLE_COLUMNS)
         good = positive_numbers(frame, SAMPLE_COLUMNS[1:3]) & whole_numbers(frame, ["segment", "batch", "length"])
         good &= frame["part"].isin(PARTS) & (pd.to_numeric(frame["ms"], errors="coerce") > 0)
-        refuse_rows(path, frame, ~good, "a part is unknown, or a number not positive")
+        require(path, frame, good, "a part is unknown, or a number not positive")
         segments = []
         try:
             for _, rows in frame.groupby("segment"):
@@ -206,9 +207,15 @@ def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
     }
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's error has a class of its own, a CPU's has not."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+@contextmanager
+def memory_watched() -> Iterator[None]:
+    """Makes a CPU's lack of memory the error that a GPU's is: `torch.OutOfMemoryError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise torch.OutOfMemoryError(str(error)) from None
+        raise
 
 
 class _Stopwatch:
@@ -246,24 +253,20 @@ class _Stopwatch:
             return math.inf
         call, repeats, divisor = ready
         try:
-            with torch.inference_mode():
+            with memory_watched(), torch.inference_mode():
                 return 1e3 * self._seconds(call, repeats) / repeats / divisor
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            self._ready[point] = None  # what was made ready since has left it too little
+        except torch.OutOfMemoryError:  # what was made ready since has left it too little
+            self._ready[point] = None
             return math.inf
 
     def _made_ready(self, point: Point) -> tuple[Callable[[], Any], int, int] | None:
         try:
-            with torch.inference_mode():
+            with memory_watched(), torch.inference_mode():
                 call, divisor = self._prepare(point)
                 self._seconds(call, 1)  # warm-up
                 shortest = min(self._seconds(call, 1) for _ in range(2))
                 repeats = max(1, math.ceil(_SHORTEST_S[self._device.type] / max(shortest, 1e-7)))
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
+        except torch.OutOfMemoryError:
             return None
         return call, repeats, divisor
 

@@ -16,6 +16,7 @@ from nas.serving.cache import KVCache
 from nas.serving.model import ServingModel
 
 RUNTIMES = ("eager", "graph", "compiled")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
@@ -70,16 +71,12 @@ class Runner:
     @torch.inference_mode()
     def prefill(self, tokens_BT: Tensor) -> Tensor:
         """Puts prompts into the cache, in `passes`; logits BV of their last tokens."""
-        logits_BV, begin = None, 0
+        logits_BV = self.model.lm_head.weight.new_empty((len(tokens_BT), self.model.shape.vocab_size))
+        begin = 0
         for part_BT in tokens_BT.split(passes(*tokens_BT.shape)):
-            part_BV: Tensor = self.model(part_BT, self.cache.rows(begin, begin + len(part_BT)))
-            if len(part_BT) == len(tokens_BT):
-                return part_BV
-            if logits_BV is None:
-                logits_BV = part_BV.new_empty((len(tokens_BT), part_BV.shape[1]))
-            logits_BV[begin : begin + len(part_BT)] = part_BV
-            begin += len(part_BT)
-        assert logits_BV is not None
+            end = begin + len(part_BT)
+            logits_BV[begin:end] = self.model(part_BT, self.cache.rows(begin, end))
+            begin = end
         return logits_BV
 
     @torch.inference_mode()

@@ -8,10 +8,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nas.latency.model import passes
+from nas.latency.model import Workload, passes
 from nas.serving.cache import KVCache
 from nas.serving.model import empty, randomise
-from nas.serving.runtime import Runner, captured
+from nas.serving.runtime import DTYPES, Runner, captured
 from nas.shape import ModelShape
 
 _COPIED_BYTES = (2**29, 2**31)
@@ -29,9 +29,7 @@ def memory_cap(gib: float) -> Iterator[None]:
 
 
 @contextmanager
-def served(
-    shape: ModelShape, vector: Sequence[int], batch: int, context: int, prompt: int, runtime: str, dtype: torch.dtype
-) -> Iterator["Trial"]:
+def served(shape: ModelShape, vector: Sequence[int], workload: Workload) -> Iterator["Trial"]:
     """A model with random weights that has read a pass of prompts and decoded a step; freed again afterwards.
 
     Raises:
@@ -40,19 +38,17 @@ def served(
     release()
     trial = Trial()
     try:
-        trial.begin(shape, vector, batch, context, prompt, runtime, dtype)
+        trial.begin(shape, vector, workload)
         yield trial
     finally:
         trial.runner = None  # whoever still holds the trial holds no memory
         release()
 
 
-def fits(
-    shape: ModelShape, vector: Sequence[int], batch: int, context: int, prompt: int, runtime: str, dtype: torch.dtype
-) -> bool:
+def fits(shape: ModelShape, vector: Sequence[int], workload: Workload) -> bool:
     """Whether `served` finds memory enough."""
     try:
-        with served(shape, vector, batch, context, prompt, runtime, dtype):
+        with served(shape, vector, workload):
             return True
     except torch.OutOfMemoryError:
         return False
@@ -63,30 +59,22 @@ class Trial:
 
     runner: Runner | None = None
 
-    def begin(
-        self,
-        shape: ModelShape,
-        vector: Sequence[int],
-        batch: int,
-        context: int,
-        prompt: int,
-        runtime: str,
-        dtype: torch.dtype,
-    ) -> None:
+    def begin(self, shape: ModelShape, vector: Sequence[int], workload: Workload) -> None:
         """Makes the model, lets it read a pass of prompts, and decodes a step."""
         device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
+        batch, dtype = int(workload.batch), DTYPES[workload.dtype]
         model = empty(shape, vector, device, dtype)
         randomise(model, generator)
-        cache = KVCache(shape, vector, batch, context, device, dtype)
+        cache = KVCache(shape, vector, batch, workload.context, device, dtype)
         for layer in cache.layers:  # never time zeros
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
         read_once = sum(p.nbytes for part in (model.layers, model.norm, model.lm_head) for p in part.parameters())
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         self.bytes_per_step = read_once + kept
-        self._position, self.runner = context - 1, Runner(model, cache, runtime)
-        rows = passes(batch, prompt)[0]
-        tokens = torch.randint(shape.vocab_size, (batch, prompt), device=device, generator=generator)
+        self._position, self.runner = workload.context - 1, Runner(model, cache, workload.runtime)
+        rows = passes(batch, workload.prompt)[0]
+        tokens = torch.randint(shape.vocab_size, (batch, workload.prompt), device=device, generator=generator)
         logits_BV = torch.empty((batch, shape.vocab_size), device=device, dtype=dtype)  # that of all passes
         self.runner.prefill(tokens[:rows])  # the others would take no more
         self._tokens_B = tokens[:, -1]

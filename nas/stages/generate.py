@@ -4,6 +4,7 @@ generated.txt  the text, prompt included; of several continuations one after the
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,50 +16,32 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
 from nas.export.hf import read_exported
 from nas.files import write_atomically
-from nas.latency.device import this_device
+from nas.latency.device import Device, this_device
 from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload, resolve_runtime
-from nas.latency.pool import DTYPES
 from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
+from nas.serving.runtime import DTYPES
+from nas.shape import ModelShape
 
 
 def run(config: Generate, path: Path) -> None:
     """Generates into ``path``."""
-    folder = Path(config.checkpoint)
-    model = read_exported(folder)
+    model = read_exported(Path(config.checkpoint))
     tokenizer = load_tokenizer(config.checkpoint)
     stop = end_of_text_id(tokenizer)
     prompt = tokenizer.encode(config.prompt).ids
     shape, vector, device = model.shape, model.kv_heads, this_device()
-    limit, length = shape.max_position_embeddings, len(prompt) + config.new_tokens
-    if not prompt or length > limit:
-        raise UserError(
-            f"prompt has {len(prompt)} tokens and new_tokens is {config.new_tokens}, but the model takes 1 to {limit} "
-            "together; change either"
-        )
-    if max(prompt) >= shape.vocab_size:
-        raise UserError(
-            f"{folder}: the prompt has token {max(prompt)} but the model knows {shape.vocab_size} tokens; give it its "
-            "own tokenizer.json"
-        )
-    dtype, runtime = resolve_runtime(config.dtype, config.runtime, device)
-    workload = Workload(config.batch, length, len(prompt), dtype, runtime)
-    memory = MemoryModel(shape, workload, device.is_gpu).at(vector, config.batch).total
-    if memory > device.usable_bytes:
-        raise UserError(
-            f"{config.batch} continuations of {length} tokens take {memory / 2**30:.1f} GiB but {device.name} has "
-            f"{device.usable_bytes / 2**30:.1f}; lower batch or new_tokens"
-        )
+    workload = _workload(config, prompt, shape, vector, device)
     asked = {"checkpoint": config.checkpoint, "prompt": config.prompt, "new_tokens": config.new_tokens}
     asked |= {"batch": config.batch, "seed": config.seed, "temperature": config.temperature, "workload": str(workload)}
     with start_run(path, "generate", asked, {"generate": config.seed}) as this_run:
-        torch_device = torch.device("cuda" if device.is_gpu else "cpu")
-        served = ServingModel.of(model, torch_device, DTYPES[dtype])
+        torch_device, dtype = torch.device("cuda" if device.is_gpu else "cpu"), DTYPES[workload.dtype]
+        served = ServingModel.of(model, torch_device, dtype)
         del model  # its weights were copied
-        cache = KVCache(shape, vector, config.batch, length, torch_device, DTYPES[dtype])
+        cache = KVCache(shape, vector, config.batch, workload.context, torch_device, dtype)
         tokens = torch.tensor([prompt] * config.batch, device=torch_device)
-        runner, begun = Runner(served, cache, runtime), time.perf_counter()
+        runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
         with progress_bar("Generating", config.new_tokens) as bar:
             new = generate(
                 runner,
@@ -81,6 +64,36 @@ def run(config: Generate, path: Path) -> None:
     for text in texts:
         say(text)
     say(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
+
+
+def _workload(
+    config: Generate, prompt: list[int], shape: ModelShape, vector: Sequence[int], device: Device
+) -> Workload:
+    """What is asked of the model.
+
+    Raises:
+        UserError: The prompt is empty, too long or another tokenizer's, or memory does not suffice.
+    """
+    limit, length = shape.max_position_embeddings, len(prompt) + config.new_tokens
+    if not prompt or length > limit:
+        raise UserError(
+            f"prompt has {len(prompt)} tokens and new_tokens is {config.new_tokens}, but the model takes 1 to {limit} "
+            "together; change either"
+        )
+    if max(prompt) >= shape.vocab_size:
+        raise UserError(
+            f"{config.checkpoint}: the prompt has token {max(prompt)} but the model knows {shape.vocab_size} tokens; "
+            "give it its own tokenizer.json"
+        )
+    dtype, runtime = resolve_runtime(config.dtype, config.runtime, device)
+    workload = Workload(config.batch, length, len(prompt), dtype, runtime)
+    needed = MemoryModel(shape, workload, device.is_gpu).at(vector, config.batch).total
+    if needed > device.usable_bytes:
+        raise UserError(
+            f"{config.batch} continuations of {length} tokens take {needed / 2**30:.1f} GiB but {device.name} has "
+            f"{device.usable_bytes / 2**30:.1f}; lower batch or new_tokens"
+        )
+    return workload
 
 
 def _continued(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:

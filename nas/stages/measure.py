@@ -30,9 +30,10 @@ from nas.latency.points import Grid, check_shapes, grid_for
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
+from nas.provenance import git_state, now
 from nas.report.check import check_size, draw_check
 from nas.report.figure import figure
-from nas.run import FinishedRun, git_state, now, start_run
+from nas.run import FinishedRun, start_run
 from nas.space import SearchSpace
 
 _FIGURE = "check"
