@@ -9,18 +9,28 @@ cache could hold them. That is how the batches of ``batch=max`` are timed: many 
 
 import gc
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nas.latency.model import step_rows
 from nas.latency.points import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.cache import LayerCache
-from nas.serving.model import ServingLayer, randomise, run_layers, with_terms
+from nas.serving.model import (
+    InputMajorLinear,
+    Position,
+    ServingLayer,
+    last_logits,
+    no_terms,
+    randomise,
+    run_layers,
+)
 from nas.serving.runtime import DTYPES, captured, compile_layers
 from nas.space import SearchSpace, Vector
 
+_M = TypeVar("_M", bound=nn.Module)
 _BEYOND_CACHES = 2**28  # bytes: more than any processor's own cache holds
 _FEWEST_LAYERS = 4  # that are run for the time of one, unless the model has fewer
 _MOST_COPIES = 16  # of the ends, in one timing
@@ -61,7 +71,7 @@ class LayerPool:
         self._rope = tuple(table.to(device) for table in rope_table(shape))
         if runtime == "compiled":
             compile_layers(layer for position in self._layers for layer in position.values())
-        tokens = max(point.batch * (point.length if point.phase == "prefill" else 1) for point in points)
+        tokens = max(map(self._token_count, points))
         self._tokens = torch.randint(shape.vocab_size, (tokens,), device=device, generator=self._generator)
         self._x = torch.empty(tokens * shape.hidden_size, device=device, dtype=self._dtype)
         self._x.normal_(generator=self._generator)
@@ -92,12 +102,13 @@ class LayerPool:
             raise
 
     def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
-        tokens_BT = self._tokens[: self._token_count(point)].view(point.batch, -1)
+        tokens_BT = self._tokens[: self._token_count(point)].view(self._rows(point), -1)
         if point.part == "embedding":
             return lambda: [embedding(tokens_BT) for embedding, _, _ in self._ends], len(self._ends)
         if point.part == "head":
-            x_BTD = self._x_at(point)[:, -1:]
-            return lambda: [head(norm(x_BTD)) for _, norm, head in self._ends], len(self._ends)
+            x_BTD, at = self._x_at(point), self._position(point)
+            terms_NBTD = no_terms(x_BTD)
+            return lambda: [last_logits(x_BTD, terms_NBTD, *ends[1:], at) for ends in self._ends], len(self._ends)
         if point.part == "layer":
             if not (depth := self.depth_of(point)):
                 raise _no_room(point)
@@ -106,21 +117,18 @@ class LayerPool:
             return lambda: layer_body(x_BTD), depth
         body = self._body(point, point.groups)
         embedding, norm, head = self._ends[0]
-
-        def whole() -> Tensor:
-            x_BTD, terms_NBTD = body(embedding(tokens_BT))
-            return head(norm(with_terms(x_BTD[:, -1:], terms_NBTD[:, :, -1:])[:, 0]))  # type: ignore[no-any-return]
-
-        return whole, 1
+        last = self._position(point)
+        return lambda: last_logits(*body(embedding(tokens_BT)), norm, head, last), 1
 
     def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         layers = [position[groups] for position, groups in zip(self._layers, vector, strict=False)]
-        caches = self._caches(point, vector)
-        last: int | Tensor | None = None
-        if point.phase == "decode":
-            eager = self._runtime == "eager"
-            last = point.length - 1 if eager else torch.tensor(point.length - 1, device=self.device)
+        caches, last = self._caches(point, vector), self._position(point)
         return lambda x_BTD: run_layers(layers, x_BTD, self._rope, caches, last)  # type: ignore[arg-type]
+
+    def _position(self, point: Point) -> Position:
+        if point.phase == "prefill":
+            return None
+        return point.length - 1 if self._runtime == "eager" else torch.tensor(point.length - 1, device=self.device)
 
     def depth_of(self, point: Point) -> int:
         """How many layers are run for the time of one: all, or as many as there is room for; 0 if those are too few."""
@@ -146,11 +154,13 @@ class LayerPool:
 
     def _x_at(self, point: Point) -> Tensor:
         tokens, width = self._token_count(point), self._shape.hidden_size
-        return self._x[: tokens * width].view(point.batch, -1, width)
+        return self._x[: tokens * width].view(self._rows(point), -1, width)
 
-    @staticmethod
-    def _token_count(point: Point) -> int:
-        return point.batch * (point.length if point.phase == "prefill" else 1)
+    def _rows(self, point: Point) -> int:
+        return point.batch if point.phase == "prefill" else step_rows(point.batch, self._runtime)
+
+    def _token_count(self, point: Point) -> int:
+        return self._rows(point) * (point.length if point.phase == "prefill" else 1)
 
     def _make_layer(self, groups: int, twin: ServingLayer | None) -> ServingLayer:
         """A layer with random weights, but for those that it shares with its twin."""
@@ -163,23 +173,23 @@ class LayerPool:
             self._fill(module)
         return layer.eval()
 
-    def _make(self, kind: type[nn.Module], *arguments: Any, **more: Any) -> nn.Module:
+    def _make(self, kind: type[_M], *arguments: Any, **more: Any) -> _M:
         with torch.device("meta"):
             module = kind(*arguments, **more)
         return self._fill(module)
 
-    def _fill(self, module: nn.Module) -> nn.Module:
+    def _fill(self, module: _M) -> _M:
         module.to(self._dtype).to_empty(device=self.device).requires_grad_(False)
         randomise(module, self._generator)
         return module
 
-    def _make_ends(self) -> tuple[nn.Module, nn.Module, nn.Module]:
+    def _make_ends(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
         """Embedding, final norm and output head."""
         shape = self._shape
         return (
             self._make(nn.Embedding, shape.vocab_size, shape.hidden_size),
             self._make(RMSNorm, shape.hidden_size, shape.rms_norm_eps),
-            self._make(nn.Linear, shape.hidden_size, shape.vocab_size, bias=False),
+            self._make(InputMajorLinear, shape.hidden_size, shape.vocab_size, bias=False),
         )
 
     def _end_copies(self) -> int:

@@ -41,7 +41,7 @@ SAMPLE_COLUMNS = [
     "length",
     "ms",
 ]
-_SHORTEST_S = {"cuda": 2e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
+_SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
 _WARM_UP_S = 1.0
 _SENTINEL_SAMPLES = 3
 

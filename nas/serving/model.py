@@ -1,8 +1,11 @@
 """The decoder in the form that serves it: fewer, larger matrices, and a step that works on a static KV cache.
 
 Queries, keys and values come from one product, gate and up from another. A layer takes and returns the residual stream
-as x and the terms that are still to be added to it: so additions and the norm that follows are neighbours within a
-layer, which the compiler makes one kernel of. Weights are those of a `Decoder`, rearranged.
+as x and the terms that are still to be added to it: so additions and the norm that follows are neighbours, which one
+kernel does. Weights are those of a `Decoder`, rearranged.
+
+A decode step's position is an integer or in device memory. The first is served by PyTorch's own operations; the second,
+which a CUDA graph can replay for any position, by Triton's kernels between the products.
 
 Shape suffixes as in `nas.model.decoder`; N is the number of terms.
 """
@@ -17,7 +20,19 @@ from nas.model.decoder import Decoder, Layer, RMSNorm, Rope, rope_table, rotate
 from nas.serving.cache import LayerCache
 from nas.shape import ModelShape
 
-_MANY_ROWS = 128
+Position = int | Tensor | None  # of a decode step's token; None for a prompt from position 0 on
+
+
+class InputMajorLinear(nn.Linear):
+    """A linear layer whose weight is laid out input by input.
+
+    A product with few rows takes as long as its weight takes to be read. All of its programs go through the inputs side
+    by side; in this layout what they read at a time lies side by side, too, and memory is read in long sweeps.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
+        super().__init__(inputs, outputs, bias)
+        self.weight.data = self.weight.data.t().contiguous().t()
 
 
 class ServingLayer(nn.Module):
@@ -32,14 +47,14 @@ class ServingLayer(nn.Module):
         super().__init__()
         self.heads, self.groups, self.head_dim = shape.num_attention_heads, groups, shape.head_dim
         width = shape.num_attention_heads * shape.head_dim
-        self.qkv_proj = nn.Linear(shape.hidden_size, width + 2 * groups * shape.head_dim, bias=shape.qkv_bias)
+        self.qkv_proj = InputMajorLinear(shape.hidden_size, width + 2 * groups * shape.head_dim, bias=shape.qkv_bias)
         self.qk_norm = shape.qk_norm
         if self.qk_norm:
             self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
             self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
-        self.o_proj = nn.Linear(width, shape.hidden_size, bias=shape.o_bias)
-        self.gate_up_proj = nn.Linear(shape.hidden_size, 2 * shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.o_proj = InputMajorLinear(width, shape.hidden_size, bias=shape.o_bias)
+        self.gate_up_proj = InputMajorLinear(shape.hidden_size, 2 * shape.intermediate_size, bias=shape.mlp_bias)
+        self.down_proj = InputMajorLinear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
         self.attention_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
         self.mlp_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
@@ -71,7 +86,7 @@ class ServingLayer(nn.Module):
             own_norm.weight.copy_(norm.weight)
 
     def forward(
-        self, x_BTD: Tensor, terms_NBTD: Tensor, rope: Rope, cache: LayerCache, last: int | Tensor | None = None
+        self, x_BTD: Tensor, terms_NBTD: Tensor, rope: Rope, cache: LayerCache, last: Position = None
     ) -> tuple[Tensor, Tensor]:
         """A prompt from position 0 on, or one token more for every row.
 
@@ -80,14 +95,13 @@ class ServingLayer(nn.Module):
             terms_NBTD: What the layer before adds to it.
             rope: The rotary table of all positions.
             cache: Where keys and values go.
-            last: None for a prompt; else the position of the token. An integer is served by PyTorch's attention, one
-                in device memory by the Triton kernel, which a CUDA graph can replay for any position.
+            last: Position of the token.
 
         Returns:
             The residual stream in the same two parts.
         """
-        x_BTD = with_terms(x_BTD, terms_NBTD)
-        heads_BTHd = self.qkv_proj(self.attention_norm(x_BTD)).unflatten(-1, (-1, self.head_dim))
+        x_BTD, normed_BTD = residual_norm(x_BTD, terms_NBTD, self.attention_norm, last)
+        heads_BTHd = self.qkv_proj(normed_BTD).unflatten(-1, (-1, self.head_dim))
         q, k, v = heads_BTHd.split([self.heads, self.groups, self.groups], dim=2)
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -96,13 +110,18 @@ class ServingLayer(nn.Module):
         elif isinstance(last, int):
             out_BTHd = self._attend_token(q, k, v, rope, cache, last)
         else:
-            from nas.serving.kernels import decode_attention  # Triton comes with PyTorch's builds for GPUs only
+            from nas.serving.attention import decode_attention  # Triton comes with PyTorch's builds for GPUs only
 
             token = (x[:, 0] for x in (q, k, v))
             out_BTHd = decode_attention(*token, *rope, cache.keys, cache.values, last).unsqueeze(1)
-        x_BTD = x_BTD + self.o_proj(out_BTHd.flatten(2))
-        gate, up = self.gate_up_proj(self.mlp_norm(x_BTD)).chunk(2, dim=-1)
-        return x_BTD, _product_in_terms(F.silu(gate) * up, self.down_proj)
+        x_BTD, normed_BTD = residual_norm(x_BTD, self.o_proj(out_BTHd.flatten(2)).unsqueeze(0), self.mlp_norm, last)
+        gate_up_BTF = self.gate_up_proj(normed_BTD)
+        if isinstance(last, Tensor):
+            from nas.serving.elementwise import swiglu
+
+            return x_BTD, product_in_halves(swiglu(gate_up_BTF[:, 0]), self.down_proj).unsqueeze(2)
+        gate, up = gate_up_BTF.chunk(2, dim=-1)
+        return x_BTD, self.down_proj(F.silu(gate) * up).unsqueeze(0)
 
     def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
         q, k, v = _turned(q, rope, 0), _turned(k, rope, 0), v.transpose(1, 2)
@@ -122,27 +141,38 @@ class ServingLayer(nn.Module):
         return F.scaled_dot_product_attention(packed_BGRd, keys, values).flatten(1, 2).unsqueeze(1)
 
 
+def residual_norm(x_BTD: Tensor, terms_NBTD: Tensor, norm: RMSNorm, last: Position) -> tuple[Tensor, Tensor]:
+    """The residual stream with its terms, and that under a norm."""
+    if isinstance(last, Tensor):
+        from nas.serving.elementwise import add_norm
+
+        x_BD, normed_BD = add_norm(x_BTD[:, 0], terms_NBTD[:, :, 0], norm.weight, norm.eps)
+        return x_BD.unsqueeze(1), normed_BD.unsqueeze(1)
+    x_BTD = with_terms(x_BTD, terms_NBTD)
+    return x_BTD, norm(x_BTD)
+
+
 def with_terms(x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
     """The residual stream: x and its terms, added in fp32 and rounded once."""
-    if len(terms_NBTD) == 1:
-        return x_BTD + terms_NBTD[0]
+    match len(terms_NBTD):
+        case 0:
+            return x_BTD
+        case 1:
+            return x_BTD + terms_NBTD[0]
     return (x_BTD.float() + terms_NBTD.float().sum(0)).to(x_BTD.dtype)
 
 
-def _product_in_terms(x_BTF: Tensor, linear: nn.Linear) -> Tensor:
-    """A linear layer's output as terms.
+def product_in_halves(x_BF: Tensor, linear: nn.Linear) -> Tensor:
+    """A linear layer's output as two terms (2BD), each the sum over half of F.
 
-    In compiled decode steps of many rows it is two halves of the sum over F: F is so much larger than D here that
-    cuBLAS alone leaves multiprocessors idle. Adding the halves costs nothing, as the kernel that comes next does it.
+    F is so much larger than D in an MLP that one product of few rows leaves multiprocessors idle. Adding the halves
+    costs nothing, as the kernel that comes next does it. An odd F gives one term.
     """
-    rows, width = x_BTF.shape[0], x_BTF.shape[2]
-    if not (torch.compiler.is_compiling() and x_BTF.shape[1] == 1 and rows >= _MANY_ROWS and width % 2 == 0):
-        return linear(x_BTF).unsqueeze(0)  # type: ignore[no-any-return]
-    halves_NBF = x_BTF[:, 0].unflatten(-1, (2, -1)).transpose(0, 1)
-    terms_NBD = torch.bmm(halves_NBF, linear.weight.unflatten(1, (2, -1)).permute(1, 2, 0))
-    if linear.bias is not None:
-        terms_NBD = terms_NBD + linear.bias / 2
-    return terms_NBD.unsqueeze(2)
+    parts = 2 - x_BF.shape[1] % 2
+    terms_NBD = torch.bmm(
+        x_BF.unflatten(1, (parts, -1)).transpose(0, 1), linear.weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
+    )
+    return terms_NBD if linear.bias is None else terms_NBD + linear.bias / parts
 
 
 def _turned(x_BTHd: Tensor, rope: Rope, start: int) -> Tensor:
@@ -168,7 +198,7 @@ class ServingModel(nn.Module):
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
         self.layers = nn.ModuleList(ServingLayer(shape, groups) for groups in vector)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.lm_head = InputMajorLinear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         cos, sin = rope_table(shape)
@@ -200,27 +230,30 @@ class ServingModel(nn.Module):
             assert isinstance(layer, ServingLayer)
             yield layer
 
-    def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: int | Tensor | None = None) -> Tensor:
+    def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: Position = None) -> Tensor:
         """Logits BV of the last position; see `ServingLayer.forward`."""
-        return self.head(*self.body(self.embed_tokens(tokens_BT), caches, last))
-
-    def body(self, x_BTD: Tensor, caches: Sequence[LayerCache], last: int | Tensor | None) -> tuple[Tensor, Tensor]:
-        """All layers, one cache each."""
-        return run_layers(self.layers, x_BTD, self.rope, caches, last)
-
-    def head(self, x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
-        """Logits BV of the last position of the residual stream."""
-        return self.lm_head(self.norm(with_terms(x_BTD[:, -1:], terms_NBTD[:, :, -1:])[:, 0]))  # type: ignore[no-any-return]
+        x_BTD, terms_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), self.rope, caches, last)
+        return last_logits(x_BTD, terms_NBTD, self.norm, self.lm_head, last)
 
 
 def run_layers(
-    layers: Iterable[nn.Module], x_BTD: Tensor, rope: Rope, caches: Sequence[LayerCache], last: int | Tensor | None
+    layers: Iterable[nn.Module], x_BTD: Tensor, rope: Rope, caches: Sequence[LayerCache], last: Position
 ) -> tuple[Tensor, Tensor]:
     """Layers one after the other, a cache each; see `ServingLayer.forward`."""
-    terms_NBTD = x_BTD.new_zeros((1, 1, 1, 1))
+    terms_NBTD = no_terms(x_BTD)
     for layer, cache in zip(layers, caches, strict=True):
         x_BTD, terms_NBTD = layer(x_BTD, terms_NBTD, rope, cache, last)
     return x_BTD, terms_NBTD
+
+
+def no_terms(x_BTD: Tensor) -> Tensor:
+    """What is still to be added to the residual stream before the first layer: nothing."""
+    return x_BTD.new_empty((0, *x_BTD.shape))
+
+
+def last_logits(x_BTD: Tensor, terms_NBTD: Tensor, norm: RMSNorm, head: nn.Module, last: Position) -> Tensor:
+    """Logits BV of the last position of the residual stream."""
+    return head(residual_norm(x_BTD[:, -1:], terms_NBTD[:, :, -1:], norm, last)[1][:, 0])  # type: ignore[no-any-return]
 
 
 def empty(shape: ModelShape, vector: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> ServingModel:

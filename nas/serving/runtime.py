@@ -1,8 +1,8 @@
 """The runtimes that a model can be served on, and the runner that keeps a model, its cache and its graph together.
 
 ``eager``     PyTorch as it is: every operation is launched on its own.
-``graph``     the decode step captured in a CUDA graph: no launch overhead.
-``compiled``  the same, with each layer compiled first: neighbouring element-wise operations become one kernel.
+``graph``     the decode step, with Triton's kernels between the products, captured in a CUDA graph: no launch overhead.
+``compiled``  the same, with each layer compiled first: in prompts too, neighbouring operations become one kernel.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.latency.model import passes
+from nas.latency.model import passes, step_rows
 from nas.serving.cache import KVCache
 from nas.serving.model import ServingModel
 
@@ -62,7 +62,7 @@ class Runner:
     def __init__(self, model: ServingModel, cache: KVCache, runtime: str = "eager") -> None:
         self.model, self.cache, self.runtime = model, cache, runtime
         device = model.rope_cos.device
-        self._tokens_B1 = torch.zeros((cache.batch, 1), dtype=torch.long, device=device)
+        self._tokens_B1 = torch.zeros((step_rows(cache.batch, runtime), 1), dtype=torch.long, device=device)
         self._last = torch.zeros((), dtype=torch.long, device=device)
         self._step: Callable[[], Tensor] | None = None
         if runtime == "compiled":
@@ -90,8 +90,8 @@ class Runner:
             raise ValueError(f"position {position} is outside the cache of {self.cache.length} tokens")
         if self.runtime == "eager":
             return self.model(tokens_B[:, None], self.cache.layers, position)  # type: ignore[no-any-return]
-        self._tokens_B1.copy_(tokens_B[:, None])
+        self._tokens_B1[: len(tokens_B)] = tokens_B[:, None]
         self._last.fill_(position)
         if self._step is None:
             self._step = captured(lambda: self.model(self._tokens_B1, self.cache.layers, self._last))
-        return self._step()
+        return self._step()[: len(tokens_B)]

@@ -1,4 +1,4 @@
-"""The Triton kernel of the decode step: attention of one new token for every row against a KV cache.
+"""The Triton kernel of a decode step's attention: one new token for every row against a KV cache.
 
 At a decode step the cache is read once, and each byte serves only a few multiplications, so a kernel is as good as the
 share of the memory's bandwidth that it reaches. Three things make it so. All R = H / G query heads of a group go
@@ -129,7 +129,8 @@ def decode_attention(
     """Writes the new token's key and value into the cache, and attends to all up to it.
 
     Args:
-        q_BHd: Queries before rotation; of these and the next two, rows may have any stride.
+        q_BHd: Queries before rotation; of these and the next two, rows may have any stride. More rows than the cache
+            has are there to fill up a product: their output is undefined.
         k_BGd: The new keys, before rotation.
         v_BGd: The new values.
         cos_Cd: Cosines of every position, fp32.
@@ -138,11 +139,11 @@ def decode_attention(
         values_BGCd: The cache's values.
         last: Position of the new token, one integer on the device.
     """
-    B, H, d = q_BHd.shape
-    G = k_BGd.shape[1]
+    H, d = q_BHd.shape[1:]
+    B, G = keys_BGCd.shape[:2]
     R, pad = H // G, max(16, triton.next_power_of_2(d))
     splits = split_count(B * G, keys_BGCd.shape[2], _multiprocessors(q_BHd.device))
-    out_BHd = torch.empty((B, H, d), device=q_BHd.device, dtype=q_BHd.dtype)
+    out_BHd = torch.empty(q_BHd.shape, device=q_BHd.device, dtype=q_BHd.dtype)
     parts, norms = out_BHd, out_BHd
     if splits > 1:
         parts = torch.empty((B * G, splits, R, d), device=q_BHd.device, dtype=torch.float32)
