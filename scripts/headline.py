@@ -77,9 +77,10 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
 
 
 def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iterator[tuple[str, int]]:
-    """The batches to time, and why: the largest power of two, the largest multiple of 32, the largest of all.
+    """The batches to time, and why: the largest power of two, the largest of all, and the multiples of 16 near it.
 
-    The last is the memory model's, or the largest below it that fits; docs/memory has how close that is.
+    The largest is the memory model's, or the largest below it that fits; docs/memory has how close that is. It need not
+    be the fastest: some numbers of rows suit cuBLAS better than others.
     """
 
     def fit(batch: int) -> bool:
@@ -94,9 +95,10 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
     while fit(2 * power):
         power *= 2
     most = max(most, power)
-    found = {"power of two": power, "multiple of 32": most // 32 * 32, "most": most}
-    for batch in sorted(set(found.values()) - {0}):
-        yield ", ".join(why for why, size in found.items() if size == batch), batch
+    near = range(-(-3 * most // 4 // 16) * 16, most + 1, 16)
+    for batch in sorted({power, most, *near} - {0}):
+        found = {"power of two": batch == power, "multiple of 16": batch in near, "most": batch == most}
+        yield ", ".join(why for why, true in found.items() if true), batch
 
 
 def workload(batch: int, runtime: str) -> Workload:

@@ -20,10 +20,11 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter, read_exported
 from nas.latency.memory import MemoryModel, batch_of
-from nas.latency.model import DTYPE_BYTES, Workload, step_rows
+from nas.latency.model import DTYPE_BYTES, Workload, filled_up
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.model import InputMajorLinear, empty, product_in_halves, with_terms
+from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
@@ -378,11 +379,34 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
 
 @pytest.mark.parametrize(
     ("batch", "runtime", "rows"),
-    [(1, "graph", 1), (64, "compiled", 64), (65, "graph", 96), (144, "compiled", 160), (192, "graph", 192)],
+    [
+        (1, "graph", [1]),
+        (64, "compiled", [64]),
+        (65, "graph", [65, 72, 80, 96, 128]),
+        (144, "compiled", [144, 160, 192]),
+        (192, "graph", [192]),
+        (144, "eager", [144]),
+    ],
 )
-def test_large_steps_are_filled_up_in_a_graph_alone(batch: int, runtime: str, rows: int) -> None:
-    assert step_rows(batch, runtime) == rows
-    assert step_rows(batch, "eager") == batch
+def test_only_large_steps_in_a_graph_are_filled_up(batch: int, runtime: str, rows: list[int]) -> None:
+    assert filled_up(batch, runtime) == rows
+
+
+@pytest.mark.parametrize("fastest", [144, 160, 192])
+def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = next(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
+    seen: list[int] = []
+    layer.qkv_proj.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+
+    def milliseconds(run: Callable[[], None]) -> float:
+        run()
+        return abs(seen[-1] - fastest) + 1.0
+
+    monkeypatch.setattr("nas.serving.rows.milliseconds", milliseconds)
+    assert fastest_rows(layer, 144, "graph") == fastest
+    assert set(seen) == {144, 160, 192}
+    seen.clear()
+    assert (fastest_rows(layer, 144, "eager"), fastest_rows(layer, 64, "graph"), seen) == (144, 64, [])
 
 
 @needs_gpu

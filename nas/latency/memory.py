@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from nas.console import complain
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.latency.model import DTYPE_BYTES, MAX, Workload, passes, step_rows
+from nas.latency.model import DTYPE_BYTES, MAX, Workload, filled_up, passes
 from nas.shape import ModelShape
 from nas.space import SearchSpace, format_vector
 
@@ -62,7 +62,7 @@ class MemoryModel:
         weights = shape.parameters(vector) * self._bytes + rope
         kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
         rows = passes(batch, workload.prompt)[0]
-        step = step_rows(batch, workload.runtime)
+        step = filled_up(batch, workload.runtime)[-1]
         workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
         workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out, of all passes or a step
         blocks = 4 * shape.num_hidden_layers * _BLOCK // 2 + _SMALL  # four matrices a layer, half a block each

@@ -19,7 +19,7 @@ Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MAX = "max"  # the batch that is as large as fits into the memory
-_FILLED_UP, _MULTIPLE = 64, 32  # rows
+_MULTIPLES = (8, 16, 32, 64)  # rows
 PREFILL_TOKENS = 4096  # of one pass: more prompts go through in parts, or their activations would fill the memory
 
 
@@ -94,13 +94,13 @@ def passes(batch: int, prompt: int) -> list[int]:
     return [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
 
 
-def step_rows(batch: int, runtime: str) -> int:
-    """Rows that a decode step computes: in a CUDA graph, large batches are filled up to a multiple of 32.
+def filled_up(batch: int, runtime: str) -> list[int]:
+    """How many rows a decode step may compute, ascending: the batch, or in a CUDA graph also multiples above it.
 
-    cuBLAS takes up to a fifth longer for other numbers of rows than for the multiple above them. Attention leaves the
-    additional rows out.
+    The products of some numbers of rows take a fifth longer than those of more: `nas.serving.rows` finds the fastest.
     """
-    return batch if runtime == "eager" or batch <= _FILLED_UP else -(-batch // _MULTIPLE) * _MULTIPLE
+    few = runtime == "eager" or batch <= max(_MULTIPLES)
+    return [batch] if few else sorted({batch, *(-(-batch // multiple) * multiple for multiple in _MULTIPLES)})
 
 
 class LatencyModel(Protocol):

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nas.latency.model import step_rows
+from nas.latency.model import filled_up
 from nas.latency.points import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.cache import LayerCache
@@ -27,6 +27,7 @@ from nas.serving.model import (
     randomise,
     run_layers,
 )
+from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES, captured, compile_layers
 from nas.space import SearchSpace, Vector
 
@@ -71,10 +72,11 @@ class LayerPool:
         self._rope = tuple(table.to(device) for table in rope_table(shape))
         if runtime == "compiled":
             compile_layers(layer for position in self._layers for layer in position.values())
-        tokens = max(map(self._token_count, points))
+        tokens = max(p.batch * p.length if p.phase == "prefill" else filled_up(p.batch, runtime)[-1] for p in points)
         self._tokens = torch.randint(shape.vocab_size, (tokens,), device=device, generator=self._generator)
         self._x = torch.empty(tokens * shape.hidden_size, device=device, dtype=self._dtype)
         self._x.normal_(generator=self._generator)
+        self._step_rows: dict[int, int] = {}  # by batch
         self._arena = self._make_arena(points, memory_bytes)
         self._graphs = torch.cuda.graph_pool_handle() if runtime != "eager" else None
         self._prepared: dict[Point, tuple[Callable[[], Any], int]] = {}  # keeps that pool alive, too
@@ -157,7 +159,13 @@ class LayerPool:
         return self._x[: tokens * width].view(self._rows(point), -1, width)
 
     def _rows(self, point: Point) -> int:
-        return point.batch if point.phase == "prefill" else step_rows(point.batch, self._runtime)
+        """Of the tensors that go through the layers."""
+        if point.phase == "prefill":
+            return point.batch
+        if point.batch not in self._step_rows:
+            layer = next(iter(self._layers[0].values()))
+            self._step_rows[point.batch] = fastest_rows(layer, point.batch, self._runtime)
+        return self._step_rows[point.batch]
 
     def _token_count(self, point: Point) -> int:
         return self._rows(point) * (point.length if point.phase == "prefill" else 1)

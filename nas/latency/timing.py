@@ -2,7 +2,9 @@
 
 A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Where it
 is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
-again. Samples are written down a segment at a time, so a killed measurement loses no more than one.
+again. Decode steps and prompts come in segments of their own: on an H100, whose power is limited, a step right after a
+prompt was measured 2.5 % slower than after another step. Samples are written down a segment at a time, so a killed
+measurement loses no more than one.
 """
 
 import math
@@ -24,6 +26,7 @@ import torch
 from nas.config import MeasureConfig
 from nas.console import progress_bar
 from nas.errors import UserError
+from nas.latency.model import PHASES
 from nas.latency.points import PARTS, Point, point_of
 from nas.tables import positive_numbers, read_csv, require, whole_numbers
 
@@ -42,7 +45,7 @@ SAMPLE_COLUMNS = [
     "ms",
 ]
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
-_WARM_UP_S = 1.0
+_WARM_UP_S = 0.5
 _SENTINEL_SAMPLES = 3
 
 
@@ -154,16 +157,19 @@ def time_points(
             done = sum(config.rounds if math.inf in times else min(config.rounds, len(times)) for times in taken)
             bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
 
-        stopwatch.warm_up(sentinel)
         while due := due_points(points, samples, config):
             rng.shuffle(due)
-            before = stopwatch.steady(sentinel)
-            for begin in range(0, len(due), config.segment):
-                times = {point: stopwatch.sample(point) for point in due[begin : begin + config.segment]}
-                after = stopwatch.steady(sentinel)
-                samples.add(Segment(before, after, times))
-                before = after
-                show()
+            for phase in PHASES:
+                if not (of_phase := [point for point in due if point.phase == phase]):
+                    continue
+                stopwatch.warm_up(sentinel)
+                before = stopwatch.steady(sentinel)
+                for begin in range(0, len(of_phase), config.segment):
+                    times = {point: stopwatch.sample(point) for point in of_phase[begin : begin + config.segment]}
+                    after = stopwatch.steady(sentinel)
+                    samples.add(Segment(before, after, times))
+                    before = after
+                    show()
 
 
 def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
@@ -226,7 +232,7 @@ class _Stopwatch:
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
     def warm_up(self, sentinel: Point) -> None:
-        """Runs the sentinel until the device has left its idle clocks."""
+        """Runs the sentinel until the device has left its idle clocks, and those that prompts have left it with."""
         begun = time.perf_counter()
         while time.perf_counter() - begun < _WARM_UP_S:
             self.steady(sentinel)

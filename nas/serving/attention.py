@@ -21,6 +21,7 @@ from torch import Tensor
 _BLOCK = 64  # tokens that a program reads at a time
 _FEWEST = 256  # tokens of a split: fewer, and combining costs more than it brings
 _MOST = 64  # splits
+_PROGRAMS = 1.4  # at least, for a multiprocessor
 _LOG2_E = 1.4426950408889634  # softmax in powers of two
 
 
@@ -111,8 +112,12 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def split_count(problems: int, length: int, multiprocessors: int) -> int:
-    """Among how many programs each sequence is split: as many as it takes to give every multiprocessor work."""
-    return max(1, min(triton.cdiv(multiprocessors, problems), triton.cdiv(length, _FEWEST), _MOST))
+    """Among how many programs each sequence is split: as many as it takes to give every multiprocessor work.
+
+    One program cannot keep a multiprocessor's share of the memory busy: while it computes, another one has to read.
+    """
+    programs = int(_PROGRAMS * multiprocessors)
+    return max(1, min(triton.cdiv(programs, problems), triton.cdiv(length, _FEWEST), _MOST))
 
 
 @torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd"))

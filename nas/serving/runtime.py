@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.latency.model import passes, step_rows
+from nas.latency.model import passes
 from nas.serving.cache import KVCache
 from nas.serving.model import ServingModel
+from nas.serving.rows import fastest_rows
 
 RUNTIMES = ("eager", "graph", "compiled")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -62,7 +63,9 @@ class Runner:
     def __init__(self, model: ServingModel, cache: KVCache, runtime: str = "eager") -> None:
         self.model, self.cache, self.runtime = model, cache, runtime
         device = model.rope_cos.device
-        self._tokens_B1 = torch.zeros((step_rows(cache.batch, runtime), 1), dtype=torch.long, device=device)
+        with torch.inference_mode():
+            rows = fastest_rows(next(model.serving_layers()), cache.batch, runtime)
+        self._tokens_B1 = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._last = torch.zeros((), dtype=torch.long, device=device)
         self._step: Callable[[], Tensor] | None = None
         if runtime == "compiled":

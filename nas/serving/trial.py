@@ -1,7 +1,7 @@
 """Trying out on a GPU what is predicted: does a vector fit at a batch within a cap on memory, and how fast is it?"""
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import median
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from nas.latency.model import Workload, passes
 from nas.serving.cache import KVCache
 from nas.serving.model import empty, randomise
+from nas.serving.rows import milliseconds
 from nas.serving.runtime import DTYPES, Runner, captured
 from nas.shape import ModelShape
 
@@ -96,7 +97,7 @@ class Trial:
                 self.step()
 
         run()
-        return median(_milliseconds(run) / steps for _ in range(rounds))
+        return median(milliseconds(run) / steps for _ in range(rounds))
 
 
 def release() -> None:
@@ -122,15 +123,5 @@ def copy_bandwidth() -> float:
 
         for copy in (by_kernel, by_engine):
             replay = captured(copy)
-            milliseconds = median(_milliseconds(replay) for _ in range(20))
-            best = max(best, 2 * size / milliseconds * 1e3)
+            best = max(best, 2e3 * size / median(milliseconds(replay) for _ in range(20)))
     return best
-
-
-def _milliseconds(call: Callable[[], object]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
