@@ -118,7 +118,7 @@ def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
         "points_affected": 0,
         "points_left_unsteady": 0,
     }
-    orders = [[p for segment in samples.segments[i : i + 3] for p in segment.samples] for i in range(0, 12, 3)]
+    orders = [[p for segment in samples.segments[i : i + 4] for p in segment.samples] for i in range(0, 16, 4)]
     assert all(set(order) == set(POINTS) for order in orders)
     assert len(set(map(tuple, orders))) > 1  # shuffled
 
