@@ -377,6 +377,25 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.parametrize(
+    ("problems", "length", "splits"),
+    [
+        (192, 2048, 1),  # as many as are resident saturate the memory
+        (264, 2048, 1),
+        (288, 2048, 4),  # 24 programs would run alone: 4 x 288 are 4 rounds and 96
+        (320, 2048, 2),  # 2 x 320 are 2 rounds and 112
+        (96, 2048, 2),
+        (1, 2048, 8),  # of 256 tokens, and no shorter
+        (1, 200, 1),
+    ],
+)
+def test_sequences_are_split_where_programs_leave_the_memory_idle(problems: int, length: int, splits: int) -> None:
+    from nas.serving.attention import Room, split_count
+
+    assert split_count(problems, 32, length, Room(264, 112)) == splits
+
+
 @pytest.mark.parametrize(
     ("batch", "runtime", "rows"),
     [

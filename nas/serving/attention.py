@@ -12,6 +12,7 @@ The position is read from device memory, so one CUDA graph serves all of them.
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return"
 import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -21,7 +22,10 @@ from torch import Tensor
 _BLOCK = 64  # tokens that a program reads at a time
 _FEWEST = 256  # tokens of a split: fewer, and combining costs more than it brings
 _MOST = 64  # splits
-_PROGRAMS = 1.4  # at least, for a multiprocessor
+_STAGES = 3  # of the pipeline: blocks of so many less one are read ahead
+_RESERVED = 1024  # bytes of shared memory that CUDA takes for each program
+_SATURATING = 0.85  # programs for each multiprocessor; read, like the next, off an H100's times
+_COMBINING = 160  # tokens
 _LOG2_E = 1.4426950408889634  # softmax in powers of two
 
 
@@ -104,20 +108,49 @@ def _combine(
     tl.store(out_ptr + (problem * R + r).to(tl.int64) * D + d, mixed.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":  # Triton's interpreter, in tests
-        return 1
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+@dataclass(frozen=True)
+class Room:
+    """Where a device runs the programs of the kernel.
 
-
-def split_count(problems: int, length: int, multiprocessors: int) -> int:
-    """Among how many programs each sequence is split: as many as it takes to give every multiprocessor work.
-
-    One program cannot keep a multiprocessor's share of the memory busy: while it computes, another one has to read.
+    Attributes:
+        resident: How many programs at the same time.
+        saturating: How many programs take all of the memory's bandwidth.
     """
-    programs = int(_PROGRAMS * multiprocessors)
-    return max(1, min(triton.cdiv(programs, problems), triton.cdiv(length, _FEWEST), _MOST))
+
+    resident: int
+    saturating: float
+
+
+@functools.cache
+def _room(device: torch.device, rows: int, width: int, itemsize: int) -> Room:
+    """For programs of so many padded heads of so padded a width."""
+    if device.type != "cuda":  # Triton's interpreter, in tests
+        return Room(1, 1.0)
+    about = torch.cuda.get_device_properties(device)
+    blocks = 2 * (_STAGES - 1) * _BLOCK * width  # keys and values on their way
+    shared = itemsize * (blocks + rows * width + rows * _BLOCK) + _RESERVED  # and queries, and weights
+    resident = max(1, about.shared_memory_per_multiprocessor // shared)
+    return Room(resident * about.multi_processor_count, _SATURATING * about.multi_processor_count)
+
+
+def split_count(problems: int, heads: int, length: int, room: Room) -> int:
+    """Among how many programs each sequence is split.
+
+    Few programs do not saturate the memory, and no more do the last few of many, for which there was no room at first.
+    Splitting shortens that, but its parts, each of so many heads, are to be combined. Time is counted in tokens that one
+    program alone reads.
+    """
+
+    def time(splits: int) -> float:
+        rounds, left = divmod(problems * splits, room.resident)
+        at_once = rounds * max(1.0, room.resident / room.saturating) + (
+            max(1.0, left / room.saturating) if left else 0.0
+        )
+        if splits == 1:
+            return at_once * length
+        return at_once * (length / splits + 2 * heads) + _COMBINING  # a part of fp32 is written and read again
+
+    return min(range(1, max(1, min(triton.cdiv(length, _FEWEST), _MOST)) + 1), key=time)
 
 
 @torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd"))
@@ -147,7 +180,8 @@ def decode_attention(
     H, d = q_BHd.shape[1:]
     B, G = keys_BGCd.shape[:2]
     R, pad = H // G, max(16, triton.next_power_of_2(d))
-    splits = split_count(B * G, keys_BGCd.shape[2], _multiprocessors(q_BHd.device))
+    R_pad = max(16, triton.next_power_of_2(R))
+    splits = split_count(B * G, R, keys_BGCd.shape[2], _room(q_BHd.device, R_pad, pad, q_BHd.element_size()))
     out_BHd = torch.empty(q_BHd.shape, device=q_BHd.device, dtype=q_BHd.dtype)
     parts, norms = out_BHd, out_BHd
     if splits > 1:
@@ -156,8 +190,8 @@ def decode_attention(
     _attend_split[(B * G, splits)](
         q_BHd, k_BGd, v_BGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, last, parts, norms, d**-0.5 * _LOG2_E,
         q_BHd.stride(0), k_BGd.stride(0), v_BGd.stride(0), keys_BGCd.stride(0), keys_BGCd.stride(1),
-        G, R=R, R_PAD=max(16, triton.next_power_of_2(R)), D=d, D_PAD=pad, BLOCK=_BLOCK, SPLITS=splits,
-        PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32", num_warps=4, num_stages=3,
+        G, R=R, R_PAD=R_pad, D=d, D_PAD=pad, BLOCK=_BLOCK, SPLITS=splits,
+        PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32", num_warps=4, num_stages=_STAGES,
     )  # fmt: skip
     if splits > 1:
         _combine[(B * G, R)](
