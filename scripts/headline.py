@@ -153,6 +153,26 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def beside_the_announcement(rows: pd.DataFrame) -> str:
+    """Deci's figures for DeciLM-6B over Llama 2 7B on an A10G, and these."""
+    best = rows.groupby(["model", "runtime"])["tokens_per_s"].max().to_dict()
+    powers = rows[rows["why"].str.contains("power of two")].groupby("model")["batch"].max()
+    most = rows.groupby("model")["batch"].max()
+    llama, decilm = "Llama-2-7B", "DeciLM-6B"
+
+    def over(runtime: str) -> str:
+        return f"{best[decilm, runtime] / best[llama, runtime]:.1f} ×"
+
+    lines = [
+        ("largest batch, Llama 2 7B", "8", f"{most[llama]} (power of two: {powers[llama]})"),
+        ("largest batch, DeciLM-6B", "64", f"{most[decilm]} (power of two: {powers[decilm]})"),
+        ("throughput, plain PyTorch", "4.8 ×", f"{over('eager')} (`eager`)"),
+        ("throughput, optimized", "15 ×", f"{over('compiled')} (`compiled`)"),
+    ]
+    heads = ["DeciLM-6B over Llama 2 7B | announced, A10G | here", "--- | ---: | ---:"]
+    return "\n".join(f"| {line} |" for line in [*heads, *map(" | ".join, lines)])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory-gib", type=float, default=22.5)
@@ -164,7 +184,7 @@ def main() -> None:
         measure(options.memory_gib, options.energy_s, file)
     rows = pd.read_csv(file)
     draw(rows)
-    print(table(rows))
+    print(beside_the_announcement(rows), table(rows), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ def measure(
     pool = _pool(space, grid, workload, device, points)
     samples = Samples.at(samples_path) if samples_path else Samples()
     sentinel = Point("decode", "layer", (max(space.largest),), min(grid.batches), workload.context)
-    state = _state_at_work(pool, sentinel, uuid) if uuid else {}
+    heaviest = Point("decode", "layer", (max(space.largest),), max(grid.batches), workload.context)
+    state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
     time_points(points, sentinel, pool.prepare, config, pool.device, samples)
 
     table, wholes_ms = _summaries(samples, config)
@@ -87,7 +89,11 @@ def measure(
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
         facts["points_of_fewer_layers"] = short
     if uuid:
-        facts |= {"state_before": state, "state_after": _state_at_work(pool, sentinel, uuid), "idle_watts": watts}
+        facts |= {
+            "state_before": state,
+            "state_after": _state_at_work(pool, [heaviest, sentinel], uuid),
+            "idle_watts": watts,
+        }
     return Measured(table, wholes_ms, energy, facts)
 
 
@@ -116,22 +122,21 @@ def _summaries(samples: Samples, config: MeasureConfig) -> tuple[pd.DataFrame, d
     return table.sort_values(COLUMNS[:5], ignore_index=True), wholes_ms
 
 
-def _state_at_work(pool: LayerPool, point: Point, uuid: str) -> dict[str, Any]:
-    """The GPU's state while it works: at rest it says nothing of the clocks that were timed."""
-    with torch.inference_mode():
-        try:
+def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str, Any]:
+    """The GPU's state while it runs the first point that fits: at rest it says nothing of what holds it back."""
+    for point in points:
+        with torch.inference_mode(), suppress(torch.OutOfMemoryError):
             call, _ = pool.prepare(point)
-        except torch.OutOfMemoryError:  # `time_points` says so
-            return nvml_state(uuid)
-        begun = time.perf_counter()
-        while time.perf_counter() - begun < _AT_WORK_S:
-            call()
+            begun = time.perf_counter()
+            while time.perf_counter() - begun < _AT_WORK_S:
+                call()
+                torch.cuda.synchronize()
+            for _ in range(_QUEUED_CALLS):
+                call()
+            state = nvml_state(uuid)
             torch.cuda.synchronize()
-        for _ in range(_QUEUED_CALLS):
-            call()
-        state = nvml_state(uuid)
-        torch.cuda.synchronize()
-    return state
+            return state
+    return nvml_state(uuid)  # `time_points` says that nothing fits
 
 
 def _energy(

@@ -137,8 +137,13 @@ def split_count(problems: int, heads: int, length: int, room: Room) -> int:
     """Among how many programs each sequence is split.
 
     Few programs do not saturate the memory, and no more do the last few of many, for which there was no room at first.
-    Splitting shortens that, but its parts, each of so many heads, are to be combined. Time is counted in tokens that one
-    program alone reads.
+    Splitting shortens that, but its parts are to be combined. Time is counted in tokens that one program alone reads.
+
+    Args:
+        problems: Rows times groups.
+        heads: Of a group.
+        length: Tokens of the cache.
+        room: Where they run.
     """
 
     def time(splits: int) -> float:

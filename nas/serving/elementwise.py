@@ -1,7 +1,7 @@
 """The Triton kernels of a decode step between its matrix products: residual and norm, and SwiGLU.
 
-Each is one pass over data that is still in the GPU's cache. What PyTorch's compiler makes of the same lines took twice
-as long at these sizes, most of it between kernels.
+Each is one pass over data that is still in the GPU's cache. With what PyTorch's compiler made of the same lines, a step
+of 192 rows of DeciLM-6B took 5 % longer on an H100.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return"

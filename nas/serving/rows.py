@@ -12,7 +12,7 @@ import torch
 from nas.latency.model import filled_up
 from nas.serving.model import ServingLayer, product_in_halves
 
-_SAMPLES = 7
+_ROUNDS, _REPEATS = 6, 4  # the first round warms up
 
 
 def fastest_rows(layer: ServingLayer, batch: int, runtime: str) -> int:
@@ -21,7 +21,10 @@ def fastest_rows(layer: ServingLayer, batch: int, runtime: str) -> int:
     if len(candidates) == 1:
         return batch
     products = {rows: _products(layer, rows) for rows in candidates}
-    return min(candidates, key=lambda rows: median(milliseconds(products[rows]) for _ in range(_SAMPLES)))
+    rounds = [
+        {rows: milliseconds(products[rows]) for rows in candidates} for _ in range(_ROUNDS)
+    ]  # in turn: clocks move
+    return min(candidates, key=lambda rows: median(times[rows] for times in rounds[1:]))
 
 
 def milliseconds(call: Callable[[], object]) -> float:
@@ -35,15 +38,15 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 
 def _products(layer: ServingLayer, rows: int) -> Callable[[], None]:
-    """The four products of a decode step, whose weights together are more than a GPU's cache holds."""
+    """The four products of a decode step, more weights than a GPU's cache holds, a few times over."""
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj)
     inputs = [layer.o_proj.weight.new_empty((rows, linear.in_features)).normal_() for linear in linears]
     inner = inputs[0].new_empty((rows, layer.down_proj.in_features)).normal_()
 
     def run() -> None:
-        for linear, x in zip(linears, inputs, strict=True):
-            linear(x)
-        product_in_halves(inner, layer.down_proj)
+        for _ in range(_REPEATS):  # one after the other: launching takes no time of its own
+            for linear, x in zip(linears, inputs, strict=True):
+                linear(x)
+            product_in_halves(inner, layer.down_proj)
 
-    run()
     return run
