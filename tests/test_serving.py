@@ -21,6 +21,8 @@ from nas.errors import UserError
 from nas.export.hf import HfExporter, read_exported
 from nas.latency.memory import MemoryModel, batch_of
 from nas.latency.model import DTYPE_BYTES, Workload, filled_up
+from nas.latency.points import Point
+from nas.latency.pool import LayerPool
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.model import InputMajorLinear, empty, product_in_halves, with_terms
@@ -326,6 +328,8 @@ for B, H, G, d, C, tokens, splits in [
     for new in (parts, [part.contiguous() for part in parts[:2]] + [parts[2]]):  # as they come, and after q/k norms
         inputs[3].copy_(keys), inputs[4].copy_(values)
         out = attention.decode_attention(*new, *inputs[1:])
+        few = attention.decode_attention(*(part[:1] for part in new), *inputs[1:])  # the cache has more rows
+        torch.testing.assert_close(few, out[:1])
         torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(inputs[3].cpu(), new_keys)
         torch.testing.assert_close(inputs[4].cpu(), new_values)
@@ -413,19 +417,73 @@ def test_only_large_steps_in_a_graph_are_filled_up(batch: int, runtime: str, row
 
 @pytest.mark.parametrize("fastest", [144, 160, 192])
 def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = next(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
+    layers = list(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
     seen: list[int] = []
-    layer.qkv_proj.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    layers[1].qkv_proj.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
 
     def milliseconds(run: Callable[[], None]) -> float:
         run()
-        return abs(seen[-1] - fastest) + 1.0
+        return 1.0 if seen[-1] == fastest else 1.005 if seen[-1] > fastest else 1.02
 
     monkeypatch.setattr("nas.serving.rows.milliseconds", milliseconds)
-    assert fastest_rows(layer, 144, "graph") == fastest
+    assert fastest_rows(layers, 144, "graph") == fastest
     assert set(seen) == {144, 160, 192}
     seen.clear()
-    assert (fastest_rows(layer, 144, "eager"), fastest_rows(layer, 64, "graph"), seen) == (144, 64, [])
+    assert (fastest_rows(layers, 144, "eager"), fastest_rows(layers, 64, "graph"), seen) == (144, 64, [])
+
+
+def test_rows_that_fill_a_step_up_are_no_reason_unless_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([1.0, 0.995, 1.1] * 6)
+    monkeypatch.setattr("nas.serving.rows.milliseconds", lambda _: next(times))
+    assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers(), 144, "graph") == 144
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_is_timed_lies_in_memory_as_what_serves(tied: bool) -> None:
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied)
+    space = SearchSpace("one", shape, ((4, 2),) * 3)
+    points = [Point("decode", "layer", (2,), 3, 16)]
+    pool = LayerPool(space, "fp32", "eager", torch.device("cpu"), points, 2**30)
+    model = empty(shape, (4, 2, 2), "cpu", torch.float32)
+    served = next(model.serving_layers())
+    for name, parameter in pool._layers[0][4].named_parameters():
+        assert parameter.stride() == served.get_parameter(name).stride(), name
+    _, norm, head = pool._ends[0]
+    assert [p.stride() for p in head.parameters()] == [model.lm_head.weight.stride()]
+    assert norm.weight.stride() == model.norm.weight.stride()
+
+
+def test_the_pool_sends_as_many_rows_through_as_the_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, str]] = []
+
+    def rows(_: object, batch: int, runtime: str) -> int:
+        asked.append((batch, runtime))
+        return batch + 3
+
+    monkeypatch.setattr("nas.latency.pool.fastest_rows", rows)
+    monkeypatch.setattr("nas.latency.pool.filled_up", lambda batch, _: [batch, batch + 3])
+    points = [Point("decode", "layer", (2,), 5, 16), Point("prefill", "layer", (2,), 2, 4)]
+    pool = LayerPool(SearchSpace("one", SHAPE, ((2,),) * 3), "fp32", "eager", torch.device("cpu"), points, 2**30)
+    assert [len(pool._x_at(point)) for point in points] == [8, 2]
+    assert (asked, pool.step_rows) == ([(5, "eager")], {5: 8})
+
+
+def test_memory_counts_the_rows_that_a_step_may_be_filled_up_to() -> None:
+    shape = dataclasses.replace(SHAPE, vocab_size=20_000)
+
+    def workspace(batch: int, runtime: str) -> int:
+        return MemoryModel(shape, Workload(batch, 20, 1, "fp32", runtime), on_gpu=True).at([4, 1, 2], batch).workspace
+
+    handed_out = 4 * 20_000  # bytes a row of the logits that are no part of a step
+    assert workspace(65, "graph") == workspace(128, "graph") - 63 * handed_out
+    assert workspace(65, "eager") < workspace(65, "graph")
+
+
+def test_tokens_of_another_number_of_rows_are_refused() -> None:
+    runner = Runner(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), KVCache(SHAPE, [4, 1, 2], 3, 24))
+    for rows in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"{rows} tokens for a cache of 3 rows"):
+            runner.decode(torch.zeros(rows, dtype=torch.long), 0)
 
 
 @needs_gpu
@@ -433,8 +491,9 @@ def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: 
 @pytest.mark.parametrize("runtime", ["eager", "graph", "compiled"])
 @pytest.mark.parametrize(("rows", "qk_norm"), [(3, False), (3, True), (130, False)])
 def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(
-    runtime: str, dtype: str, rows: int, qk_norm: bool
+    runtime: str, dtype: str, rows: int, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nas.serving.runtime.fastest_rows", lambda _, batch, runtime: filled_up(batch, runtime)[-1])
     shape = dataclasses.replace(SHAPE, qk_norm=qk_norm)
     decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, rows, 20)
     model = ServingModel.of(decoder, "cuda", DTYPES[dtype])

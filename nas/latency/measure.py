@@ -88,6 +88,8 @@ def measure(
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
         facts["points_of_fewer_layers"] = short
+    if filled := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
+        facts["filled_up"] = filled
     if uuid:
         facts |= {
             "state_before": state,

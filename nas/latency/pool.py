@@ -18,6 +18,7 @@ from nas.latency.model import filled_up
 from nas.latency.points import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.cache import LayerCache
+from nas.serving.cuda import captured
 from nas.serving.model import (
     InputMajorLinear,
     Position,
@@ -28,7 +29,7 @@ from nas.serving.model import (
     run_layers,
 )
 from nas.serving.rows import fastest_rows
-from nas.serving.runtime import DTYPES, captured, compile_layers
+from nas.serving.runtime import DTYPES, compile_layers
 from nas.space import SearchSpace, Vector
 
 _M = TypeVar("_M", bound=nn.Module)
@@ -76,7 +77,7 @@ class LayerPool:
         self._tokens = torch.randint(shape.vocab_size, (tokens,), device=device, generator=self._generator)
         self._x = torch.empty(tokens * shape.hidden_size, device=device, dtype=self._dtype)
         self._x.normal_(generator=self._generator)
-        self._step_rows: dict[int, int] = {}  # by batch
+        self.step_rows: dict[int, int] = {}  # by batch, as far as was asked for
         self._arena = self._make_arena(points, memory_bytes)
         self._graphs = torch.cuda.graph_pool_handle() if runtime != "eager" else None
         self._prepared: dict[Point, tuple[Callable[[], Any], int]] = {}  # keeps that pool alive, too
@@ -92,8 +93,8 @@ class LayerPool:
         return self._prepared[point]
 
     def _prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
-        call, divisor = self._call(point)
         try:
+            call, divisor = self._call(point)
             call()  # compiles, where that is asked for
             captures = self._runtime != "eager" and point.phase == "decode"
             return (captured(call, self._graphs) if captures else call), divisor
@@ -162,10 +163,9 @@ class LayerPool:
         """Of the tensors that go through the layers."""
         if point.phase == "prefill":
             return point.batch
-        if point.batch not in self._step_rows:
-            layer = next(iter(self._layers[0].values()))
-            self._step_rows[point.batch] = fastest_rows(layer, point.batch, self._runtime)
-        return self._step_rows[point.batch]
+        if point.batch not in self.step_rows:
+            self.step_rows[point.batch] = fastest_rows(self._layers[0].values(), point.batch, self._runtime)
+        return self.step_rows[point.batch]
 
     def _token_count(self, point: Point) -> int:
         return self._rows(point) * (point.length if point.phase == "prefill" else 1)
@@ -192,12 +192,13 @@ class LayerPool:
         return module
 
     def _make_ends(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
-        """Embedding, final norm and output head."""
+        """Embedding, final norm and output head, whose weight lies as that of a `ServingModel`."""
         shape = self._shape
+        head = nn.Linear if shape.tie_word_embeddings else InputMajorLinear
         return (
             self._make(nn.Embedding, shape.vocab_size, shape.hidden_size),
             self._make(RMSNorm, shape.hidden_size, shape.rms_norm_eps),
-            self._make(InputMajorLinear, shape.hidden_size, shape.vocab_size, bias=False),
+            self._make(head, shape.hidden_size, shape.vocab_size, bias=False),
         )
 
     def _end_copies(self) -> int:

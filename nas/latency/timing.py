@@ -45,7 +45,7 @@ SAMPLE_COLUMNS = [
     "ms",
 ]
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
-_WARM_UP_S = 0.5
+_WARM_UP_S = {"cuda": 0.5, "cpu": 0.1}
 _SENTINEL_SAMPLES = 3
 
 
@@ -234,7 +234,7 @@ class _Stopwatch:
     def warm_up(self, sentinel: Point) -> None:
         """Runs the sentinel until the device has left its idle clocks, and those that prompts have left it with."""
         begun = time.perf_counter()
-        while time.perf_counter() - begun < _WARM_UP_S:
+        while time.perf_counter() - begun < _WARM_UP_S[self._device.type]:
             self.steady(sentinel)
 
     def steady(self, sentinel: Point) -> float:

@@ -146,7 +146,7 @@ def split_count(problems: int, heads: int, length: int, room: Room) -> int:
         room: Where they run.
     """
 
-    def time(splits: int) -> float:
+    def taken(splits: int) -> float:
         rounds, left = divmod(problems * splits, room.resident)
         at_once = rounds * max(1.0, room.resident / room.saturating) + (
             max(1.0, left / room.saturating) if left else 0.0
@@ -155,7 +155,7 @@ def split_count(problems: int, heads: int, length: int, room: Room) -> int:
             return at_once * length
         return at_once * (length / splits + 2 * heads) + _COMBINING  # a part of fp32 is written and read again
 
-    return min(range(1, max(1, min(triton.cdiv(length, _FEWEST), _MOST)) + 1), key=time)
+    return min(range(1, max(1, min(triton.cdiv(length, _FEWEST), _MOST)) + 1), key=taken)
 
 
 @torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd"))
@@ -183,7 +183,7 @@ def decode_attention(
         last: Position of the new token, one integer on the device.
     """
     H, d = q_BHd.shape[1:]
-    B, G = keys_BGCd.shape[:2]
+    B, G = min(len(q_BHd), len(keys_BGCd)), keys_BGCd.shape[1]
     R, pad = H // G, max(16, triton.next_power_of_2(d))
     R_pad = max(16, triton.next_power_of_2(R))
     splits = split_count(B * G, R, keys_BGCd.shape[2], _room(q_BHd.device, R_pad, pad, q_BHd.element_size()))

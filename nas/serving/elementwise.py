@@ -49,12 +49,13 @@ def add_norm(x_BD: Tensor, terms_NBD: Tensor, weight_D: Tensor, eps: float) -> t
     """The residual stream with its terms added in fp32 and rounded once, and that under RMSNorm; both BD.
 
     Args:
-        x_BD: The residual stream; it, the terms and the weight are contiguous, but for the terms' first stride.
+        x_BD: The residual stream.
         terms_NBD: What is added to it.
         weight_D: The norm's weight.
         eps: Added to the mean square.
     """
     B, D = x_BD.shape
+    x_BD, terms_NBD = x_BD.contiguous(), terms_NBD.contiguous()
     total_BD, normed_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
     _add_norm[(B,)](
         x_BD, terms_NBD, weight_D, total_BD, normed_BD, terms_NBD.stride(0), eps,
@@ -65,7 +66,7 @@ def add_norm(x_BD: Tensor, terms_NBD: Tensor, weight_D: Tensor, eps: float) -> t
 
 @add_norm.register_fake
 def _(x_BD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x_BD), torch.empty_like(x_BD)
+    return x_BD.new_empty(x_BD.shape), x_BD.new_empty(x_BD.shape)
 
 
 @torch.library.custom_op("nas::swiglu", mutates_args=())
@@ -73,7 +74,7 @@ def swiglu(gate_up_BF: Tensor) -> Tensor:
     """SiLU of the first half of each row times the second, in fp32 and rounded once; contiguous, (B, F / 2)."""
     B, F = gate_up_BF.shape[0], gate_up_BF.shape[1] // 2
     out_BF = gate_up_BF.new_empty((B, F))
-    _swiglu[(B, triton.cdiv(F, _BLOCK))](gate_up_BF, out_BF, F, BLOCK=_BLOCK, num_warps=4)
+    _swiglu[(B, triton.cdiv(F, _BLOCK))](gate_up_BF.contiguous(), out_BF, F, BLOCK=_BLOCK, num_warps=4)
     return out_BF
 
 

@@ -4,49 +4,37 @@ Which kernel cuBLAS takes depends on the number of rows, and not always to the b
 took a fifth longer than 160. So what a layer's products take is timed; attention leaves the additional rows out.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from statistics import median
 
-import torch
-
 from nas.latency.model import filled_up
+from nas.serving.cuda import milliseconds
 from nas.serving.model import ServingLayer, product_in_halves
 
 _ROUNDS, _REPEATS = 6, 4  # the first round warms up
+_ALIKE = 1.01  # times that differ by less do not count as different
 
 
-def fastest_rows(layer: ServingLayer, batch: int, runtime: str) -> int:
-    """The one of `filled_up` that a layer's products are fastest at."""
+def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> int:
+    """The least of `filled_up` that the products of the layer with the fewest groups are fastest at."""
     candidates = filled_up(batch, runtime)
     if len(candidates) == 1:
         return batch
-    products = {rows: _products(layer, rows) for rows in candidates}
-    rounds = [
-        {rows: milliseconds(products[rows]) for rows in candidates} for _ in range(_ROUNDS)
-    ]  # in turn: clocks move
-    return min(candidates, key=lambda rows: median(times[rows] for times in rounds[1:]))
+    run = _products(min(layers, key=lambda layer: layer.groups), candidates[-1])
+    rounds = [{rows: milliseconds(lambda n=rows: run(n)) for rows in candidates} for _ in range(_ROUNDS)]  # type: ignore[misc]
+    times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}  # in turn: clocks move
+    return min(rows for rows in candidates if times[rows] < _ALIKE * min(times.values()))
 
 
-def milliseconds(call: Callable[[], object]) -> float:
-    """What a call takes the GPU."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end))
+def _products(layer: ServingLayer, most: int) -> Callable[[int], None]:
+    """The four products of a decode step of so many rows, a few times over; more weights than a GPU's cache holds."""
+    linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
+    inputs = [linear.weight.new_empty((most, linear.in_features)).normal_() for linear in linears]
 
-
-def _products(layer: ServingLayer, rows: int) -> Callable[[], None]:
-    """The four products of a decode step, more weights than a GPU's cache holds, a few times over."""
-    linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj)
-    inputs = [layer.o_proj.weight.new_empty((rows, linear.in_features)).normal_() for linear in linears]
-    inner = inputs[0].new_empty((rows, layer.down_proj.in_features)).normal_()
-
-    def run() -> None:
-        for _ in range(_REPEATS):  # one after the other: launching takes no time of its own
-            for linear, x in zip(linears, inputs, strict=True):
-                linear(x)
-            product_in_halves(inner, layer.down_proj)
+    def run(rows: int) -> None:
+        for _ in range(_REPEATS):  # one after the other: launching takes no time of its own, where layers are large
+            for linear, x in zip(linears[:3], inputs, strict=False):
+                linear(x[:rows])
+            product_in_halves(inputs[3][:rows], layer.down_proj)
 
     return run

@@ -6,13 +6,13 @@
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nas.latency.model import passes
 from nas.serving.cache import KVCache
+from nas.serving.cuda import captured
 from nas.serving.model import ServingModel
 from nas.serving.rows import fastest_rows
 
@@ -25,30 +25,6 @@ def compile_layers(layers: Iterable[nn.Module]) -> None:
     torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=True)
-
-
-def captured(call: Callable[[], Any], pool: Any = None) -> Callable[[], Any]:
-    """The call as the replay of a CUDA graph, which returns what the captured call returned, in place.
-
-    Args:
-        call: Must read and write the same memory each time, and not wait for the device.
-        pool: Memory to share with other graphs, none of whose results is read after another one has run.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and lets libraries choose
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        result = call()
-
-    def replay(_alive: Callable[[], Any] = call) -> Any:  # the call keeps alive what the graph reads
-        graph.replay()
-        return result
-
-    return replay
 
 
 class Runner:
@@ -64,7 +40,7 @@ class Runner:
         self.model, self.cache, self.runtime = model, cache, runtime
         device = model.rope_cos.device
         with torch.inference_mode():
-            rows = fastest_rows(next(model.serving_layers()), cache.batch, runtime)
+            rows = fastest_rows(model.serving_layers(), cache.batch, runtime)
         self._tokens_B1 = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._last = torch.zeros((), dtype=torch.long, device=device)
         self._step: Callable[[], Tensor] | None = None
@@ -87,8 +63,10 @@ class Runner:
         """One more token for every row, at ``position``; logits BV, which the next step overwrites.
 
         Raises:
-            ValueError: The cache ends before that.
+            ValueError: The cache ends before that, or has another number of rows.
         """
+        if len(tokens_B) != self.cache.batch:
+            raise ValueError(f"{len(tokens_B)} tokens for a cache of {self.cache.batch} rows")
         if not 0 <= position < self.cache.length:
             raise ValueError(f"position {position} is outside the cache of {self.cache.length} tokens")
         if self.runtime == "eager":

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from nas.latency.model import Workload, passes
 from nas.serving.cache import KVCache
+from nas.serving.cuda import captured, milliseconds
 from nas.serving.model import empty, randomise
-from nas.serving.rows import milliseconds
-from nas.serving.runtime import DTYPES, Runner, captured
+from nas.serving.runtime import DTYPES, Runner
 from nas.shape import ModelShape
 
 _COPIED_BYTES = (2**29, 2**31)
