@@ -7,6 +7,7 @@ from nas.latency.check import WORKLOAD, summarise_check
 from nas.report.figure import COLOURS
 
 _A_ROW = 3
+_BEYOND = 1.01  # so far the line goes on: with few models, or much the same times, small errors look small
 
 
 def draw_check(drawing: Figure, check: pd.DataFrame, title: str) -> None:
@@ -17,9 +18,16 @@ def draw_check(drawing: Figure, check: pd.DataFrame, title: str) -> None:
     for axes, summary in zip(panels, summaries, strict=False):
         models = check[(check[WORKLOAD] == [summary[key] for key in WORKLOAD]).all(axis=1)]
         times = models[["predicted_ms", "measured_ms"]].to_numpy()
-        axes.plot([times.min(), times.max()], [times.min(), times.max()], color="black", linewidth=0.8, label="perfect")
+        ends = [times.min() / _BEYOND, times.max() * _BEYOND]
+        axes.plot(ends, ends, color="black", linewidth=0.8, label="perfect")
         colour = COLOURS[0] if summary["phase"] == "decode" else COLOURS[1]
-        axes.scatter(models["measured_ms"], models["predicted_ms"], s=16, color=colour, label=f"{len(models)} models")
+        axes.scatter(
+            models["measured_ms"],
+            models["predicted_ms"],
+            s=16,
+            color=colour,
+            label=f"{len(models)} model{'s' * (len(models) > 1)}",
+        )
         axes.set(xlabel="measured (ms)", ylabel="predicted (ms)")
         tau = f", τ {summary['kendall_tau']:.3f}" if "kendall_tau" in summary else ""
         axes.set_title(
