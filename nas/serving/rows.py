@@ -5,6 +5,7 @@ took a fifth longer than 160. So what a layer's products take is timed; attentio
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from statistics import median
 
 from nas.latency.model import filled_up
@@ -21,8 +22,9 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
     if len(candidates) == 1:
         return batch
     run = _products(min(layers, key=lambda layer: layer.groups), candidates[-1])
-    rounds = [{rows: milliseconds(lambda n=rows: run(n)) for rows in candidates} for _ in range(_ROUNDS)]  # type: ignore[misc]
-    times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}  # in turn: clocks move
+    # All in turn, as clocks move.
+    rounds = [{rows: milliseconds(partial(run, rows)) for rows in candidates} for _ in range(_ROUNDS)]
+    times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}
     return min(rows for rows in candidates if times[rows] < _ALIKE * min(times.values()))
 
 
