@@ -6,7 +6,7 @@ at the largest. PyTorch gets the cap as a whole; on a card of that size CUDA wou
 neither memory nor time depends on them.
 
     python scripts/headline.py                 on a GPU: measures, writes docs/headline/headline.csv and the figure
-    python scripts/headline.py --draw          draws the figure and prints the README's table from the CSV
+    python scripts/headline.py --draw          draws the figure and prints the tables of the README and docs/latency.md
 """
 
 import argparse

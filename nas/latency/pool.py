@@ -109,18 +109,17 @@ class LayerPool:
         if point.part == "embedding":
             return lambda: [embedding(tokens_BT) for embedding, _, _ in self._ends], len(self._ends)
         if point.part == "head":
-            x_BTD, at = self._x_at(point), self._position(point)
+            x_BTD, last = self._x_at(point), self._position(point)
             terms_NBTD = no_terms(x_BTD)
-            return lambda: [last_logits(x_BTD, terms_NBTD, *ends[1:], at) for ends in self._ends], len(self._ends)
+            return lambda: [last_logits(x_BTD, terms_NBTD, *ends[1:], last) for ends in self._ends], len(self._ends)
         if point.part == "layer":
             if not (depth := self.depth_of(point)):
                 raise _no_room(point)
             x_BTD = self._x_at(point)
             layer_body = self._body(point, point.groups * depth)
             return lambda: layer_body(x_BTD), depth
-        body = self._body(point, point.groups)
+        body, last = self._body(point, point.groups), self._position(point)
         embedding, norm, head = self._ends[0]
-        last = self._position(point)
         return lambda: last_logits(*body(embedding(tokens_BT)), norm, head, last), 1
 
     def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:

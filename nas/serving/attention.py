@@ -147,15 +147,14 @@ def split_count(problems: int, heads: int, length: int, room: Room) -> int:
     """
 
     def taken(splits: int) -> float:
-        rounds, left = divmod(problems * splits, room.resident)
-        at_once = rounds * max(1.0, room.resident / room.saturating) + (
-            max(1.0, left / room.saturating) if left else 0.0
-        )
+        full_rounds, left = divmod(problems * splits, room.resident)
+        last_round = max(1.0, left / room.saturating) if left else 0.0
+        rounds = full_rounds * max(1.0, room.resident / room.saturating) + last_round
         if splits == 1:
-            return at_once * length
-        return at_once * (length / splits + 2 * heads) + _COMBINING  # a part of fp32 is written and read again
+            return rounds * length
+        return rounds * (length / splits + 2 * heads) + _COMBINING  # a part of fp32 is written and read again
 
-    return min(range(1, max(1, min(triton.cdiv(length, _FEWEST), _MOST)) + 1), key=taken)
+    return min(range(1, min(triton.cdiv(length, _FEWEST), _MOST) + 1), key=taken)
 
 
 @torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd"))
