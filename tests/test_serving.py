@@ -311,11 +311,13 @@ from nas.serving import attention
 device = sys.argv[1]
 generator = torch.Generator().manual_seed(0)
 draw = lambda *size: torch.randn(size, generator=generator)
-for B, H, G, d, C, tokens, splits in [
-    (2, 8, 2, 16, 100, 70, 1), (2, 8, 2, 16, 100, 70, 3), (1, 8, 1, 24, 64, 1, 2), (3, 32, 1, 32, 130, 130, 4),
-    (2, 4, 4, 16, 50, 33, 2),
+for B, H, G, d, C, tokens, whole, splits in [
+    (2, 8, 2, 16, 400, 270, 4, 1), (2, 8, 2, 16, 400, 270, 3, 2), (2, 8, 2, 16, 400, 270, 2, 3),
+    (2, 8, 2, 16, 400, 270, 0, 7), (1, 8, 1, 24, 64, 1, 0, 2), (3, 32, 1, 32, 130, 130, 0, 4),
+    (3, 32, 1, 32, 130, 129, 2, 5), (2, 4, 4, 16, 50, 33, 5, 2),
 ]:
-    attention.split_count = lambda *_: splits
+    attention.leftovers = lambda problems, *_: (min(whole, problems), splits)
+    arrivals = torch.zeros(B * G, dtype=torch.int32, device=device)
     q, k, v = draw(B, H + 2 * G, d).split([H, G, G], dim=1)
     keys, values, cos, sin = draw(B, G, C, d), draw(B, G, C, d), draw(C, d), draw(C, d)
     rope = cos[tokens - 1 : tokens], sin[tokens - 1 : tokens]
@@ -323,7 +325,7 @@ for B, H, G, d, C, tokens, splits in [
     new_keys[:, :, tokens - 1], new_values[:, :, tokens - 1] = rotate(k[:, :, None], rope)[:, :, 0], v
     packed = rotate(q[:, :, None], rope).view(B, G, H // G, d)
     expected = F.scaled_dot_product_attention(packed, new_keys[:, :, :tokens], new_values[:, :, :tokens])
-    inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, torch.tensor(tokens - 1))]
+    inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, arrivals, torch.tensor(tokens - 1))]
     parts = inputs[0].split([H, G, G], dim=1)
     for new in (parts, [part.contiguous() for part in parts[:2]] + [parts[2]]):  # as they come, and after q/k norms
         inputs[3].copy_(keys), inputs[4].copy_(values)
@@ -333,6 +335,7 @@ for B, H, G, d, C, tokens, splits in [
         torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(inputs[3].cpu(), new_keys)
         torch.testing.assert_close(inputs[4].cpu(), new_values)
+        assert not arrivals.any()
 """
 
 
@@ -383,21 +386,23 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.parametrize(
-    ("problems", "length", "splits"),
+    ("problems", "length", "whole", "splits"),
     [
-        (192, 2048, 1),  # as many as are resident saturate the memory
-        (264, 2048, 1),
-        (288, 2048, 4),  # 24 programs would run alone: 4 x 288 are 4 rounds and 96
-        (320, 2048, 2),  # 2 x 320 are 2 rounds and 112
-        (96, 2048, 2),
-        (1, 2048, 8),  # of 256 tokens, and no shorter
-        (1, 200, 1),
+        (132, 2048, 132, 1),
+        (128, 2048, 128, 1),
+        (96, 2048, 0, 2),
+        (64, 2048, 0, 3),
+        (144, 2048, 132, 8),  # 12 are left over: 96 parts of 256 tokens, and no shorter
+        (192, 2048, 132, 2),
+        (208, 2048, 208, 1),  # too many are left over to be split
+        (1, 2048, 0, 8),
+        (1, 300, 1, 1),
     ],
 )
-def test_sequences_are_split_where_programs_leave_the_memory_idle(problems: int, length: int, splits: int) -> None:
-    from nas.serving.attention import Room, split_count
+def test_sequences_that_are_left_over_are_split(problems: int, length: int, whole: int, splits: int) -> None:
+    from nas.serving.attention import leftovers
 
-    assert split_count(problems, 32, length, Room(264, 112)) == splits
+    assert leftovers(problems, length, 132) == (whole, splits)
 
 
 @pytest.mark.parametrize(

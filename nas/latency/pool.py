@@ -149,7 +149,10 @@ class LayerPool:
             raise _no_room(point)
         keys, values = (part[: sum(sizes)].split(sizes) for part in self._arena)
         shapes = [(point.batch, groups, point.length, self._shape.head_dim) for groups in vector]
-        return [LayerCache(k.view(shape), v.view(shape)) for k, v, shape in zip(keys, values, shapes, strict=True)]
+        arrivals = torch.zeros(point.batch * max(vector), device=self.device, dtype=torch.int32)
+        return [
+            LayerCache(k.view(shape), v.view(shape), arrivals) for k, v, shape in zip(keys, values, shapes, strict=True)
+        ]
 
     def _cache_size(self, point: Point, groups: int) -> int:
         return point.batch * groups * point.length * self._shape.head_dim

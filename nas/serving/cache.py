@@ -12,14 +12,21 @@ from nas.shape import ModelShape
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer; both BGCd."""
+    """Keys and values of one layer.
+
+    Attributes:
+        keys: BGCd.
+        values: BGCd.
+        arrivals: What the programs of `decode_attention` need; layers share it.
+    """
 
     keys: Tensor
     values: Tensor
+    arrivals: Tensor
 
     def rows(self, begin: int, end: int) -> "LayerCache":
         """The part of some rows of the batch."""
-        return LayerCache(self.keys[begin:end], self.values[begin:end])
+        return LayerCache(self.keys[begin:end], self.values[begin:end], self.arrivals)
 
 
 class KVCache:
@@ -48,7 +55,10 @@ class KVCache:
         counts = [math.prod(size) for size in sizes]
         # Two allocations, as many would waste memory. Not one: the compiler must see that keys never are values.
         keys, values = (torch.zeros(sum(counts), device=device, dtype=dtype).split(counts) for _ in range(2))
-        self.layers = [LayerCache(k.view(size), v.view(size)) for k, v, size in zip(keys, values, sizes, strict=True)]
+        arrivals = torch.zeros(batch * max(vector), device=device, dtype=torch.int32)
+        self.layers = [
+            LayerCache(k.view(size), v.view(size), arrivals) for k, v, size in zip(keys, values, sizes, strict=True)
+        ]
 
     def rows(self, begin: int, end: int) -> list[LayerCache]:
         """The part of some rows of the batch, of every layer."""

@@ -113,7 +113,7 @@ class ServingLayer(nn.Module):
             from nas.serving.attention import decode_attention  # Triton comes with PyTorch's builds for GPUs only
 
             token = (x[:, 0] for x in (q, k, v))
-            out_BTHd = decode_attention(*token, *rope, cache.keys, cache.values, last).unsqueeze(1)
+            out_BTHd = decode_attention(*token, *rope, cache.keys, cache.values, cache.arrivals, last).unsqueeze(1)
         x_BTD, normed_BTD = residual_norm(x_BTD, self.o_proj(out_BTHd.flatten(2)).unsqueeze(0), self.mlp_norm, last)
         gate_up_BTF = self.gate_up_proj(normed_BTD)
         if isinstance(last, Tensor):
