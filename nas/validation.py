@@ -12,6 +12,7 @@ _POSITIVE = {
     "checkpoint_every",
     "clip_norm",
     "context",
+    "check_rounds",
     "contexts",
     "distillation_temperature",
     "drift",

@@ -80,7 +80,8 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
     """The batches to time, and why: the largest power of two, the largest of all, and the multiples of 16 near it.
 
     The largest is the memory model's, or the largest below it that fits; docs/memory has how close that is. It need not
-    be the fastest: some numbers of rows suit cuBLAS better than others.
+    be the fastest: some numbers of rows suit cuBLAS better than others. Where the host cannot launch fast enough to
+    notice, the multiples are left out.
     """
 
     def fit(batch: int) -> bool:
@@ -95,7 +96,7 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
     while fit(2 * power):
         power *= 2
     most = max(most, power)
-    near = range(-(-3 * most // 4 // 16) * 16, most + 1, 16)
+    near = range(-(-3 * most // 4 // 16) * 16, most + 1, 16) if runtime != "eager" else ()
     for batch in sorted({power, most, *near} - {0}):
         found = {"power of two": batch == power, "multiple of 16": batch in near, "most": batch == most}
         yield ", ".join(why for why, true in found.items() if true), batch

@@ -27,6 +27,7 @@ from nas.files import read_json
 from nas.latency import Workload, this_device
 from nas.latency.check import CHECK_COLUMNS, predict_wholes, random_vectors, summarise_check
 from nas.latency.measure import measure
+from nas.latency.model import PHASES
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.table import COLUMNS, TableLatency
@@ -121,6 +122,16 @@ def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
     orders = [[p for segment in samples.segments[i : i + 4] for p in segment.samples] for i in range(0, 16, 4)]
     assert all(set(order) == set(POINTS) for order in orders)
     assert len(set(map(tuple, orders))) > 1  # shuffled
+
+
+def test_decode_steps_of_whole_models_may_have_rounds_of_their_own() -> None:
+    decode, prefill = (Point(phase, "whole", (4, 1, 2), 2, 16) for phase in PHASES)
+    machine, points = Machine(), [SENTINEL, decode, prefill]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(STEADY, decode, 50.0)
+        patch.setitem(STEADY, prefill, 70.0)
+        samples = machine.time(Samples(), dataclasses.replace(CONFIG, check_rounds=7), points)
+    assert {p: len(times) for p, times in samples.by_point().items()} == {SENTINEL: 4, decode: 7, prefill: 4}
 
 
 def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_says() -> None:

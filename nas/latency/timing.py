@@ -149,12 +149,14 @@ def time_points(
     """
     stopwatch = _Stopwatch(prepare, device)
     rng = random.Random(config.seed + len(samples.segments))
-    total = config.rounds * len(points)
+    total = sum(rounds_of(point, config) for point in points)
     with progress_bar("Timing", total) as bar:
 
         def show() -> None:
-            taken = samples.by_point().values()
-            done = sum(config.rounds if math.inf in times else min(config.rounds, len(times)) for times in taken)
+            done = 0
+            for point, times in samples.by_point().items():
+                rounds = rounds_of(point, config)
+                done += rounds if math.inf in times else min(rounds, len(times))
             bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
 
         while due := due_points(points, samples, config):
@@ -177,11 +179,17 @@ def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig)
     taken, good = samples.by_point(), samples.by_point(config.drift)
 
     def is_due(point: Point) -> bool:
-        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * config.rounds:
+        rounds = rounds_of(point, config)
+        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * rounds:
             return False
-        return len(good.get(point, [])) < config.rounds or spread(good[point]) > config.spread
+        return len(good.get(point, [])) < rounds or spread(good[point]) > config.spread
 
     return [point for point in points if is_due(point)]
+
+
+def rounds_of(point: Point, config: MeasureConfig) -> int:
+    """How many samples a point gets, if all goes well."""
+    return config.check_rounds or config.rounds if (point.phase, point.part) == ("decode", "whole") else config.rounds
 
 
 def spread(times: Sequence[float]) -> float:
@@ -194,7 +202,7 @@ def usable(samples: Samples, config: MeasureConfig) -> Iterator[tuple[Point, lis
     """Each point's samples: the steady ones, or all where drift has left few."""
     good = samples.by_point(config.drift)
     for point, times in samples.by_point().items():
-        yield point, good[point] if len(good[point]) > config.rounds // 2 else times
+        yield point, good[point] if len(good[point]) > rounds_of(point, config) // 2 else times
 
 
 def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
