@@ -325,7 +325,8 @@ for B, H, G, d, C, tokens, whole, splits in [
     new_keys[:, :, tokens - 1], new_values[:, :, tokens - 1] = rotate(k[:, :, None], rope)[:, :, 0], v
     packed = rotate(q[:, :, None], rope).view(B, G, H // G, d)
     expected = F.scaled_dot_product_attention(packed, new_keys[:, :, :tokens], new_values[:, :, :tokens])
-    inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, arrivals, torch.tensor(tokens - 1))]
+    last = torch.tensor(tokens - 1)
+    inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, arrivals, last)]
     parts = inputs[0].split([H, G, G], dim=1)
     for new in (parts, [part.contiguous() for part in parts[:2]] + [parts[2]]):  # as they come, and after q/k norms
         inputs[3].copy_(keys), inputs[4].copy_(values)

@@ -82,7 +82,7 @@ def _attend(
         top = higher
     spread = r[:, None] * D + d
     complete = part < 0
-    if SPLITS > 1:
+    if SPLITS > 1:  # noqa: SIM102 -- decided when the kernel is compiled
         if split:
             seen = total > 0  # a part beyond the end has seen nothing
             mixed = mixed / tl.where(seen, total, 1.0)[:, None]
