@@ -109,8 +109,8 @@ def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
     samples = Machine().time(Samples())
     assert {point: len(times) for point, times in samples.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
     assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
-    segments = [[point.phase for point in segment.samples] for segment in samples.segments]
-    assert segments == [["decode"] * 4, ["decode"] * 4, ["decode"], ["prefill"]] * CONFIG.rounds
+    loads = [{(point.phase, point.batch) for point in segment.samples} for segment in samples.segments]
+    assert all(len(load) == 1 for load in loads)
     assert drift_report(samples, CONFIG) == {
         "tolerance": 0.02,
         "worst": 0.0,
@@ -122,6 +122,29 @@ def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
     orders = [[p for segment in samples.segments[i : i + 4] for p in segment.samples] for i in range(0, 16, 4)]
     assert all(set(order) == set(POINTS) for order in orders)
     assert len(set(map(tuple, orders))) > 1  # shuffled
+    assert len({tuple(map(frozenset, loads[i : i + 4])) for i in range(0, 16, 4)}) > 1  # and so are the segments
+
+
+def test_a_load_of_many_points_has_several_segments() -> None:
+    samples = Machine().time(Samples(), dataclasses.replace(CONFIG, segment=2))
+    sizes = Counter(len(segment.samples) for segment in samples.segments)
+    assert sizes == {2: 3 * CONFIG.rounds, 1: 4 * CONFIG.rounds}  # three loads of three points, and one of one
+
+
+def test_what_a_heavy_load_leaves_behind_is_over_before_the_next_one_is_timed() -> None:
+    throttled_until = 0.0
+
+    def factor(point: Point, now: float) -> float:
+        nonlocal throttled_until
+        if point.batch == 4:
+            throttled_until = now + 0.06
+        return 1.0 if point.batch == 4 or now >= throttled_until else 1.1
+
+    machine = Machine(factor)
+    samples = machine.time(Samples(), dataclasses.replace(CONFIG, drift=0.5, spread=0.5))  # nothing is timed again
+    assert machine.slow.total() > 0
+    assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
+    assert max(samples.drifts()) < 1e-9
 
 
 def test_decode_steps_of_whole_models_may_have_rounds_of_their_own() -> None:
@@ -315,7 +338,7 @@ def test_a_measurement_that_was_killed_goes_on_and_times_nothing_again(kill: int
         assert {p: len(times) for p, times in finished.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
         new = {point: CONFIG.rounds - len(before.by_point().get(point, [])) for point in POINTS}
         for point in POINTS[1:]:  # the sentinel is timed all the time
-            assert second.calls[point] == (new[point] + 3 if new[point] else 0)  # and three to make it ready
+            assert (second.prepared[point], second.calls[point] > 0) == (new[point] > 0, new[point] > 0)
         assert medians(finished) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
         assert Machine().time(finished).segments == Samples.at(path).segments  # nothing is left to do
 

@@ -2,9 +2,11 @@
 
 A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Where it
 is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
-again. Decode steps and prompts come in segments of their own: on an H100, whose power is limited, a step right after a
-prompt was measured 2.5 % slower than after another step. Samples are written down a segment at a time, so a killed
-measurement loses no more than one.
+again. A segment's points are of one phase and batch, and the segments are shuffled, too (randomised blocks): where a
+GPU's power is limited, its clocks remember for a tenth of a second or two what ran before. On an H100 a step right
+after a prompt took 2.5 % longer than after another step, on an H200 one after a step of 300 rows 2 % longer than after
+one of 30. So each segment begins with a warm-up under its own load. Samples are written down a segment at a time, so a
+killed measurement loses no more than one.
 """
 
 import math
@@ -26,7 +28,6 @@ import torch
 from nas.config import MeasureConfig
 from nas.console import progress_bar
 from nas.errors import UserError
-from nas.latency.model import PHASES
 from nas.latency.points import PARTS, Point, point_of
 from nas.tables import positive_numbers, read_csv, require, whole_numbers
 
@@ -45,7 +46,7 @@ SAMPLE_COLUMNS = [
     "ms",
 ]
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
-_WARM_UP_S = {"cuda": 0.5, "cpu": 0.1}
+_WARM_UP_S = {"cuda": 0.25, "cpu": 0.05}  # of a segment, and of a look at the sentinel
 _SENTINEL_SAMPLES = 3
 
 
@@ -160,18 +161,26 @@ def time_points(
             bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
 
         while due := due_points(points, samples, config):
-            rng.shuffle(due)
-            for phase in PHASES:
-                if not (of_phase := [point for point in due if point.phase == phase]):
-                    continue
-                stopwatch.warm_up(sentinel)
-                before = stopwatch.steady(sentinel)
-                for begin in range(0, len(of_phase), config.segment):
-                    times = {point: stopwatch.sample(point) for point in of_phase[begin : begin + config.segment]}
-                    after = stopwatch.steady(sentinel)
-                    samples.add(Segment(before, after, times))
-                    before = after
-                    show()
+            before = stopwatch.look_at(sentinel)
+            for segment in _segments(due, config.segment, rng):
+                stopwatch.warm_up(segment)
+                times = {point: stopwatch.sample(point) for point in segment}
+                after = stopwatch.look_at(sentinel)
+                samples.add(Segment(before, after, times))
+                before = after
+                show()
+
+
+def _segments(points: Iterable[Point], most: int, rng: random.Random) -> list[list[Point]]:
+    """Points of one load, in any order, and that in any order."""
+    loads: dict[tuple[str, int], list[Point]] = {}
+    for point in points:
+        loads.setdefault((point.phase, point.batch), []).append(point)
+    for load in loads.values():
+        rng.shuffle(load)
+    segments = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
+    rng.shuffle(segments)
+    return segments
 
 
 def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
@@ -239,18 +248,20 @@ class _Stopwatch:
         self._prepare, self._device = prepare, device
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
-    def warm_up(self, sentinel: Point) -> None:
-        """Runs the sentinel until the device has left its idle clocks, and those that prompts have left it with."""
-        begun = time.perf_counter()
-        while time.perf_counter() - begun < _WARM_UP_S[self._device.type]:
-            self.steady(sentinel)
+    def warm_up(self, points: Iterable[Point]) -> None:
+        """Runs the first that fits into memory until the device has got used to it."""
+        fitting = next((point for point in points if math.isfinite(self.sample(point))), None)
+        end = time.perf_counter() + _WARM_UP_S[self._device.type]
+        while fitting and time.perf_counter() < end and math.isfinite(self.sample(fitting)):
+            pass
 
-    def steady(self, sentinel: Point) -> float:
+    def look_at(self, sentinel: Point) -> float:
         """The median of a few samples of the sentinel.
 
         Raises:
             UserError: It does not fit into memory, now or any more.
         """
+        self.warm_up([sentinel])
         milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES))
         if math.isfinite(milliseconds):
             return milliseconds
