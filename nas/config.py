@@ -95,7 +95,6 @@ class MeasureConfig:
     prompts: list[int] | None = None  # null: half of the workload's prompt, and that prompt
     check_at: list[list[int]] | None = None  # more [batch, context] for the check; null: halfway between grid points
     rounds: int = 5  # every point is timed once a round, in shuffled order; the median counts
-    check_rounds: int | None = None  # of whole models' decode steps, which may be a thousandth apart; null: rounds
     spread: float = 0.02  # a point whose 20th and 80th percentiles lie further apart gets up to as many rounds more
     drift: float = 0.02  # so do the points around a sentinel that was further off
     segment: int = 24  # points between two looks at the sentinel

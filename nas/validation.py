@@ -12,7 +12,6 @@ _POSITIVE = {
     "checkpoint_every",
     "clip_norm",
     "context",
-    "check_rounds",
     "contexts",
     "distillation_temperature",
     "drift",

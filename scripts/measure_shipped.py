@@ -21,12 +21,7 @@ _COARSE = ("measure.batches=[1,8,16,32,64,96,128,160,192,224,256,288,320]",)
 _SPARSE = ("measure.batches=[1,8,32,64,128,192,320]",)
 _DECILM = ("space=decilm-6b", "workload.batch=192", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[32,192]")
 _LLAMA = ("space=llama-2-7b", "workload.batch=8", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[1,8]")
-_CHECK = (
-    "check=30",
-    "measure.check_rounds=12",
-    "measure.segment=48",
-    "measure.check_at=[[64,1536],[128,3000],[136,2500],[200,2500]]",
-)
+_CHECK = ("check=30", "measure.check_at=[[64,1536],[128,3000],[136,2500],[200,2500]]")
 TABLES = {
     "decilm-6b-compiled": (*_DECILM, "workload.runtime=compiled", *_DENSE, *_CHECK),
     "decilm-6b-eager": (*_DECILM, "workload.runtime=eager", *_SPARSE, "check=8"),

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
-from nas.latency.check import CHECK_COLUMNS, phase_errors, random_vectors, summarise_check
+from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import PREFILL_TOKENS, Phase, pass_ms, passes
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
@@ -264,6 +264,20 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     )
     unchecked = TableLatency(write_table(tmp_path, micro, check=[]))
     assert unchecked.describe() == "measured on Box on 2026-01-02"
+    loads = [{"groups": groups, "batch": 4, "length": 16, "ratio": ratio} for groups, ratio in ((1, 1.046), (4, 0.99))]
+    assert TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads)).describe() == (
+        "measured on Box on 2026-01-02; under a lasting load, at the card's power limit, up to 4.6% longer"
+    )
+    cool = [{**loads[0], "ratio": 1.004}]
+    assert TableLatency(write_table(tmp_path, micro, check=[], lasting_load=cool)).describe() == unchecked.describe()
+
+
+def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps(micro: SearchSpace, tmp_path: Path) -> None:
+    table = TableLatency(write_table(tmp_path, micro))
+    predicted = sum(table.layer_ms("decode", 2, 4, 16) for _ in range(3)) + table.ends_ms("decode", 4, 16)
+    row = {"groups": 2, "batch": 4, "length": 16, "watts": 9.0, "joules_per_step": 1.0, "calls": 50, "method": "m"}
+    energy = pd.DataFrame([row | {"seconds": 50 * 1.05 * predicted / 1e3}])
+    assert lasting_load(energy, table, 3) == [{"groups": 2, "batch": 4, "length": 16, "ratio": 1.05}]
 
 
 def test_a_table_in_which_nothing_fitted_into_memory_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
@@ -314,6 +328,7 @@ def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace,
         "device": {"name": "Box"},
         "date": 20260102,
         "check": [{"phase": "decode"}],
+        "lasting_load": [{"groups": 2}],
     }.items():
         file.write_text(json.dumps(meta | {key: wrong}))
         with pytest.raises(UserError, match=rf"latency\.json is corrupt \({key} is missing or wrong\)"):

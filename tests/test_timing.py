@@ -27,7 +27,6 @@ from nas.files import read_json
 from nas.latency import Workload, this_device
 from nas.latency.check import CHECK_COLUMNS, predict_wholes, random_vectors, summarise_check
 from nas.latency.measure import measure
-from nas.latency.model import PHASES
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.table import COLUMNS, TableLatency
@@ -147,14 +146,28 @@ def test_what_a_heavy_load_leaves_behind_is_over_before_the_next_one_is_timed() 
     assert max(samples.drifts()) < 1e-9
 
 
-def test_decode_steps_of_whole_models_may_have_rounds_of_their_own() -> None:
-    decode, prefill = (Point(phase, "whole", (4, 1, 2), 2, 16) for phase in PHASES)
-    machine, points = Machine(), [SENTINEL, decode, prefill]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STEADY, decode, 50.0)
-        patch.setitem(STEADY, prefill, 70.0)
-        samples = machine.time(Samples(), dataclasses.replace(CONFIG, check_rounds=7), points)
-    assert {p: len(times) for p, times in samples.by_point().items()} == {SENTINEL: 4, decode: 7, prefill: 4}
+@pytest.mark.parametrize(("longest_s", "even"), [(0.4, True), (math.inf, False)])
+def test_a_heavy_load_ends_before_the_power_limit_is_felt(
+    longest_s: float, even: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an H200 does: slower after 0.6 s of it, and a light load lets it recover."""
+    heavy = [Point("decode", "whole", (groups,) * 3, 4, 16) for groups in range(1, 31)]
+    for point in heavy:
+        monkeypatch.setitem(STEADY, point, 40.0)
+    busy = 0.0
+
+    def factor(point: Point, _: float) -> float:
+        nonlocal busy
+        seconds = STEADY[point] / 1e3
+        busy = min(1.0, busy + seconds) if point.batch == 4 else max(0.0, busy - 4 * seconds)
+        return 1.13 if busy > 0.6 else 1.0
+
+    for name, seconds in (("_REST_S", 0.25), ("_WARM_UP_S", 0.1), ("_LONGEST_S", longest_s)):
+        monkeypatch.setattr(f"nas.latency.timing.{name}", {"cpu": seconds})
+    config = dataclasses.replace(CONFIG, spread=0.5, segment=40)
+    samples = Machine(factor).time(Samples(), config, [SENTINEL, *heavy])
+    assert (max(max(times) for times in samples.by_point().values()) < 40.1) == even
+    assert {len(times) for times in samples.by_point().values()} == {CONFIG.rounds}
 
 
 def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_says() -> None:

@@ -11,6 +11,7 @@ from nas.space import SearchSpace, Vector, format_vector
 CHECK = "check.csv"
 CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
 WORKLOAD = ["phase", "batch", "length"]
+_ENERGY_KEYS = ["groups", "batch", "length"]
 
 
 def random_vectors(space: SearchSpace, count: int, seed: int) -> list[Vector]:
@@ -43,6 +44,24 @@ def predict_wholes(measured_ms: dict[Point, float], predictor: LatencyModel) -> 
 def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
     """For each workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one."""
     return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
+
+
+def lasting_load(energy: pd.DataFrame, predictor: LatencyModel, layers: int) -> list[dict[str, float]]:
+    """How long decode steps take that follow one another for seconds, over their prediction.
+
+    A GPU that reaches its power limit then is slower than in the short runs that a table is made of.
+
+    Args:
+        energy: `nas.latency.energy.ENERGY_COLUMNS`: what was run so long.
+        predictor: The table.
+        layers: Of the models.
+    """
+    found = []
+    for groups, batch, length, seconds, calls in energy[[*_ENERGY_KEYS, "seconds", "calls"]].to_numpy(float):
+        predicted = pass_ms(predictor, "decode", (int(groups),) * layers, int(batch), int(length))
+        where = {"groups": int(groups), "batch": int(batch), "length": int(length)}
+        found.append(where | {"ratio": round(1e3 * seconds / calls / predicted, 4)})
+    return found
 
 
 def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple[float, float] | None:

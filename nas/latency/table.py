@@ -43,6 +43,7 @@ _META_TYPES = {
 _CHECK_KEYS = {"phase", "batch", "length", "n", "mape", "worst"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 _ENDS = ("embedding", "head")
+_TOLD_SLOWER = 0.005
 
 
 def layer_shape(shape: ModelShape) -> dict[str, int]:
@@ -58,6 +59,9 @@ def _wrong_key(meta: dict[str, Any]) -> str | None:
             return key
     if not all(isinstance(meta["device"].get(key), str) for key in ("name", "slug")):
         return "device"
+    loads = meta.get("lasting_load", [])  # only where energy was measured
+    if not (isinstance(loads, list) and all(isinstance(load, dict) and "ratio" in load for load in loads)):
+        return "lasting_load"
     return None if all(isinstance(some, dict) and some.keys() >= _CHECK_KEYS for some in meta["check"]) else "check"
 
 
@@ -111,6 +115,9 @@ class TableLatency:
             )
             models = max(s["n"] for s in self.meta["check"])
             words += f"; mean error {told} over {models} whole models ({where} tokens)"
+        slower = max((load["ratio"] for load in self.meta.get("lasting_load", [])), default=1.0) - 1
+        if slower >= _TOLD_SLOWER:
+            words += f"; under a lasting load, at the card's power limit, up to {slower:.1%} longer"
         return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")
 
     def digest(self) -> str:

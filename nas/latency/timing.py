@@ -2,11 +2,14 @@
 
 A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Where it
 is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
-again. A segment's points are of one phase and batch, and the segments are shuffled, too (randomised blocks): where a
-GPU's power is limited, its clocks remember for a tenth of a second or two what ran before. On an H100 a step right
-after a prompt took 2.5 % longer than after another step, on an H200 one after a step of 300 rows 2 % longer than after
-one of 30. So each segment begins with a warm-up under its own load. Samples are written down a segment at a time, so a
-killed measurement loses no more than one.
+again. Samples are written down a segment at a time, so a killed measurement loses no more than one.
+
+A segment's points are of one phase and batch, and the segments are shuffled, too (randomised blocks): a GPU at its
+power limit remembers for a tenth of a second or two what ran before. On an H100 a step right after a prompt took 2.5 %
+longer than after another step, on an H200 one after a step of 300 rows 2 % longer than after one of 30. So each look at
+the sentinel, and each segment, begins with a warm-up under its own load. Nor does a segment last: under a heavy load an
+H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on, every 1.2 s. What is timed is the even
+speed; how far a lasting load is below it is measured with the energy.
 """
 
 import math
@@ -46,7 +49,9 @@ SAMPLE_COLUMNS = [
     "ms",
 ]
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
-_WARM_UP_S = {"cuda": 0.25, "cpu": 0.05}  # of a segment, and of a look at the sentinel
+_REST_S = {"cuda": 0.25, "cpu": 0.05}  # of the sentinel, a light load, before a look at it
+_WARM_UP_S = {"cuda": 0.1, "cpu": 0.02}  # of a segment
+_LONGEST_S = {"cuda": 0.4, "cpu": math.inf}  # that a segment goes on, and the point amid it
 _SENTINEL_SAMPLES = 3
 
 
@@ -150,37 +155,38 @@ def time_points(
     """
     stopwatch = _Stopwatch(prepare, device)
     rng = random.Random(config.seed + len(samples.segments))
-    total = sum(rounds_of(point, config) for point in points)
+    total = config.rounds * len(points)
     with progress_bar("Timing", total) as bar:
 
-        def show() -> None:
-            done = 0
-            for point, times in samples.by_point().items():
-                rounds = rounds_of(point, config)
-                done += rounds if math.inf in times else min(rounds, len(times))
-            bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
+        def show(words: str = "") -> None:
+            taken = samples.by_point().values()
+            done = sum(config.rounds if math.inf in times else min(config.rounds, len(times)) for times in taken)
+            bar.update(done, words or f"drift {max(samples.drifts(), default=0):.1%}")
 
         while due := due_points(points, samples, config):
+            for index, point in enumerate(due):
+                if stopwatch.make_ready(point):
+                    show(f"made ready {index + 1} of {len(due)}")
             before = stopwatch.look_at(sentinel)
-            for segment in _segments(due, config.segment, rng):
-                stopwatch.warm_up(segment)
-                times = {point: stopwatch.sample(point) for point in segment}
-                after = stopwatch.look_at(sentinel)
-                samples.add(Segment(before, after, times))
-                before = after
-                show()
+            for load in _loads(due, config.segment, rng):
+                while load:
+                    times = stopwatch.burst(load)
+                    after = stopwatch.look_at(sentinel)
+                    samples.add(Segment(before, after, times))
+                    load, before = load[len(times) :], after
+                    show()
 
 
-def _segments(points: Iterable[Point], most: int, rng: random.Random) -> list[list[Point]]:
-    """Points of one load, in any order, and that in any order."""
+def _loads(points: Iterable[Point], most: int, rng: random.Random) -> list[list[Point]]:
+    """Points of one phase and batch, no more than ``most``, shuffled inside and among each other."""
     loads: dict[tuple[str, int], list[Point]] = {}
     for point in points:
         loads.setdefault((point.phase, point.batch), []).append(point)
     for load in loads.values():
         rng.shuffle(load)
-    segments = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
-    rng.shuffle(segments)
-    return segments
+    parts = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
+    rng.shuffle(parts)
+    return parts
 
 
 def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
@@ -188,17 +194,11 @@ def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig)
     taken, good = samples.by_point(), samples.by_point(config.drift)
 
     def is_due(point: Point) -> bool:
-        rounds = rounds_of(point, config)
-        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * rounds:
+        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * config.rounds:
             return False
-        return len(good.get(point, [])) < rounds or spread(good[point]) > config.spread
+        return len(good.get(point, [])) < config.rounds or spread(good[point]) > config.spread
 
     return [point for point in points if is_due(point)]
-
-
-def rounds_of(point: Point, config: MeasureConfig) -> int:
-    """How many samples a point gets, if all goes well."""
-    return config.check_rounds or config.rounds if (point.phase, point.part) == ("decode", "whole") else config.rounds
 
 
 def spread(times: Sequence[float]) -> float:
@@ -211,7 +211,7 @@ def usable(samples: Samples, config: MeasureConfig) -> Iterator[tuple[Point, lis
     """Each point's samples: the steady ones, or all where drift has left few."""
     good = samples.by_point(config.drift)
     for point, times in samples.by_point().items():
-        yield point, good[point] if len(good[point]) > rounds_of(point, config) // 2 else times
+        yield point, good[point] if len(good[point]) > config.rounds // 2 else times
 
 
 def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
@@ -242,18 +242,29 @@ def memory_watched() -> Iterator[None]:
 
 
 class _Stopwatch:
-    """Prepares each point once, and times it."""
+    """Makes each point ready once, and times it."""
 
     def __init__(self, prepare: Prepare, device: torch.device) -> None:
         self._prepare, self._device = prepare, device
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
-    def warm_up(self, points: Iterable[Point]) -> None:
-        """Runs the first that fits into memory until the device has got used to it."""
-        fitting = next((point for point in points if math.isfinite(self.sample(point))), None)
-        end = time.perf_counter() + _WARM_UP_S[self._device.type]
-        while fitting and time.perf_counter() < end and math.isfinite(self.sample(fitting)):
-            pass
+    def make_ready(self, point: Point) -> bool:
+        """What takes a while and is done once; whether that was now."""
+        if point in self._ready:
+            return False
+        self._ready[point] = self._made_ready(point)
+        return True
+
+    def burst(self, points: Sequence[Point]) -> dict[Point, float]:
+        """A sample each of the first few, no more than a device can run evenly after a rest."""
+        begun, device = time.perf_counter(), self._device.type
+        self._run(points, _WARM_UP_S[device])
+        times: dict[Point, float] = {}
+        for point in points:
+            times[point] = self.sample(point)
+            if time.perf_counter() - begun > _LONGEST_S[device]:
+                break
+        return times
 
     def look_at(self, sentinel: Point) -> float:
         """The median of a few samples of the sentinel.
@@ -261,7 +272,8 @@ class _Stopwatch:
         Raises:
             UserError: It does not fit into memory, now or any more.
         """
-        self.warm_up([sentinel])
+        self.make_ready(sentinel)
+        self._run([sentinel], _REST_S[self._device.type])
         milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES))
         if math.isfinite(milliseconds):
             return milliseconds
@@ -272,8 +284,6 @@ class _Stopwatch:
 
     def sample(self, point: Point) -> float:
         """Milliseconds of one call, divided; infinite where it does not fit into memory."""
-        if point not in self._ready:
-            self._ready[point] = self._made_ready(point)
         if (ready := self._ready[point]) is None:
             return math.inf
         call, repeats, divisor = ready
@@ -283,6 +293,13 @@ class _Stopwatch:
         except torch.OutOfMemoryError:  # what was made ready since has left it too little
             self._ready[point] = None
             return math.inf
+
+    def _run(self, points: Iterable[Point], seconds: float) -> None:
+        """The first that fits into memory, so long."""
+        end = time.perf_counter() + seconds
+        for point in points:
+            while time.perf_counter() < end and math.isfinite(self.sample(point)):
+                pass
 
     def _made_ready(self, point: Point) -> tuple[Callable[[], Any], int, int] | None:
         try:

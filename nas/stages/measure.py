@@ -20,7 +20,7 @@ from nas.config import LatencyParts, Measure
 from nas.console import say
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import write_atomically, write_json
-from nas.latency.check import CHECK, predict_wholes, summarise_check
+from nas.latency.check import CHECK, lasting_load, predict_wholes, summarise_check
 from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.energy import ENERGY
 from nas.latency.measure import Measured, measure
@@ -139,7 +139,14 @@ def measure_space(
             "check": [],
             **found.facts,
         }
-        _write(path, found, meta, f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}")
+        layers = space.shape.num_hidden_layers
+        _write(
+            path,
+            found,
+            meta,
+            layers,
+            f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}",
+        )
         run.finish()
     return TableLatency(path)
 
@@ -149,14 +156,18 @@ def _within(batch_and_context: Sequence[int], grid: Grid) -> bool:
     return all(axis[0] <= value <= axis[-1] for value, axis in zip(batch_and_context, axes, strict=True))
 
 
-def _write(path: Path, found: Measured, meta: dict[str, Any], title: str) -> None:
+def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title: str) -> None:
     write_atomically(path / TABLE, partial(found.table.to_csv, index=False))
     if found.energy is not None:
         write_atomically(path / ENERGY, partial(found.energy.to_csv, index=False))
     write_json(path / META, meta)
-    check = predict_wholes(found.wholes_ms, TableLatency(path, extrapolate=True))
+    predictor = TableLatency(path, extrapolate=True)
+    check = predict_wholes(found.wholes_ms, predictor)
     write_atomically(path / CHECK, partial(check.to_csv, index=False))
-    write_json(path / META, meta | {"check": summarise_check(check)})
+    meta = meta | {"check": summarise_check(check)}
+    if found.energy is not None:
+        meta["lasting_load"] = lasting_load(found.energy, predictor, layers)
+    write_json(path / META, meta)
     if not check.empty:
         with figure(path / _FIGURE, **check_size(check)) as drawing:
             draw_check(drawing, check, title)
