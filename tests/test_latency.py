@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
-from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
+from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, repeatability, summarise_check
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import PREFILL_TOKENS, Phase, pass_ms, passes
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
@@ -266,10 +266,24 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     assert unchecked.describe() == "measured on Box on 2026-01-02"
     loads = [{"groups": groups, "batch": 4, "length": 16, "ratio": ratio} for groups, ratio in ((1, 1.046), (4, 0.99))]
     assert TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads)).describe() == (
-        "measured on Box on 2026-01-02; under a lasting load, at the card's power limit, up to 4.6% longer"
+        "measured on Box on 2026-01-02; steps that follow one another for seconds took up to 4.6% longer"
     )
     cool = [{**loads[0], "ratio": 1.004}]
     assert TableLatency(write_table(tmp_path, micro, check=[], lasting_load=cool)).describe() == unchecked.describe()
+
+
+def test_repeatability_is_how_samples_order_models_among_themselves() -> None:
+    def at(batch: int, groups: int) -> Point:
+        return Point("decode", "whole", (groups,) * 2, batch, 16)
+
+    agree = {at(4, groups): [float(groups), 9.0 * groups, groups + 0.5, 9.0 * groups] for groups in (1, 2, 4)}
+    differ = {at(2, groups): [float(groups), 1.0 / groups] for groups in (1, 2, 4)}
+    alone = {at(8, 1): [1.0, 2.0]}
+    assert repeatability(agree | differ | alone) == [
+        {"phase": "decode", "batch": 2, "length": 16, "kendall_tau": pytest.approx(-1.0)},
+        {"phase": "decode", "batch": 4, "length": 16, "kendall_tau": pytest.approx(1.0)},
+    ]
+    assert repeatability({}) == []
 
 
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps(micro: SearchSpace, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """Predicted against measured: whole models of vectors that the table has not seen."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
@@ -46,10 +48,31 @@ def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
     return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
 
 
+def repeatability(samples_ms: dict[Point, list[float]]) -> list[dict[str, Any]]:
+    """How well measurements of whole models agree among themselves, for each workload: what a check can tell at best.
+
+    Kendall τ between the medians of every other sample and those of the rest.
+
+    Args:
+        samples_ms: Of whole models, in the order in which they were taken; of two samples at least.
+    """
+    halves = [
+        (point.phase, point.batch, point.length, float(np.median(times[::2])), float(np.median(times[1::2])))
+        for point, times in samples_ms.items()
+    ]
+    found = []
+    for where, rows in pd.DataFrame(halves, columns=[*WORKLOAD, "one", "other"]).groupby(WORKLOAD, sort=True):
+        tau = kendalltau(rows["one"], rows["other"]).statistic if len(rows) > 1 else np.nan
+        if np.isfinite(tau):
+            found.append(dict(zip(WORKLOAD, where, strict=True)) | {"kendall_tau": float(tau)})
+    return found
+
+
 def lasting_load(energy: pd.DataFrame, predictor: LatencyModel, layers: int) -> list[dict[str, float]]:
     """How long decode steps take that follow one another for seconds, over their prediction.
 
-    A GPU that reaches its power limit then is slower than in the short runs that a table is made of.
+    A GPU that reaches its power limit then is slower than in the short runs that a table is made of. Eager steps differ
+    for another reason: they take as long as the host, which other processes share, needs to launch them.
 
     Args:
         energy: `nas.latency.energy.ENERGY_COLUMNS`: what was run so long.

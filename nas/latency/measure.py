@@ -14,7 +14,7 @@ import torch
 from nas.config import MeasureConfig
 from nas.errors import UserError
 from nas.hardware import nvml_state
-from nas.latency.check import random_vectors
+from nas.latency.check import random_vectors, repeatability
 from nas.latency.device import Device
 from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
 from nas.latency.model import Phase, Workload
@@ -37,7 +37,7 @@ class Measured:
         table: `nas.latency.table.COLUMNS`.
         wholes_ms: Of the whole models.
         energy: `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured.
-        facts: For latency.json: drift, the GPU's state before and after, idle power.
+        facts: For latency.json: drift, repeatability, the GPU's state before and after, idle power.
     """
 
     table: pd.DataFrame
@@ -85,6 +85,9 @@ def measure(
     table, wholes_ms = _summaries(samples, config)
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     facts: dict[str, Any] = {"drift": drift_report(samples, config)}
+    taken = {point: times for point, times in usable(samples, config) if point in wholes_ms and len(times) > 1}
+    if agreement := repeatability(taken):
+        facts["repeatability"] = agreement
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
         facts["points_of_fewer_layers"] = short

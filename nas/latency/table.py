@@ -117,7 +117,7 @@ class TableLatency:
             words += f"; mean error {told} over {models} whole models ({where} tokens)"
         slower = max((load["ratio"] for load in self.meta.get("lasting_load", [])), default=1.0) - 1
         if slower >= _TOLD_SLOWER:
-            words += f"; under a lasting load, at the card's power limit, up to {slower:.1%} longer"
+            words += f"; steps that follow one another for seconds took up to {slower:.1%} longer"
         return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")
 
     def digest(self) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from statistics import median
 
+import torch
+
 from nas.latency.model import filled_up
 from nas.serving.cuda import milliseconds
 from nas.serving.model import ServingLayer, product_in_halves
@@ -25,6 +27,9 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
     # All in turn, as clocks move.
     rounds = [{rows: milliseconds(partial(run, rows)) for rows in candidates} for _ in range(_ROUNDS)]
     times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}
+    del run  # and what it multiplied, whose blocks suit nothing else
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     return min(rows for rows in candidates if times[rows] < _ALIKE * min(times.values()))
 
 
