@@ -97,7 +97,7 @@ class MeasureConfig:
     rounds: int = 5  # every point is timed once a round, in shuffled order; the median counts
     spread: float = 0.02  # a point whose 20th and 80th percentiles lie further apart gets up to as many rounds more
     drift: float = 0.02  # so do the points around a sentinel that was further off
-    segment: int = 24  # points between two looks at the sentinel
+    segment: int = 24  # at most so many points between two looks at the sentinel; on a GPU, no more than 0.4 s of them
     energy_s: float = 5.0  # seconds of decode steps for each reading of power, on a GPU; 0: none
     energy_batches: list[int] | None = None  # null: the smallest and the largest
     seed: int = 0

@@ -265,11 +265,15 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     unchecked = TableLatency(write_table(tmp_path, micro, check=[]))
     assert unchecked.describe() == "measured on Box on 2026-01-02"
     loads = [{"groups": groups, "batch": 4, "length": 16, "ratio": ratio} for groups, ratio in ((1, 1.046), (4, 0.99))]
-    assert TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads)).describe() == (
+    eager = TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads))
+    assert eager.describe() == unchecked.describe()
+    changes: dict[str, Any] = {"check": [], "lasting_load": loads, "runtime": "graph"}
+    assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == (
         "measured on Box on 2026-01-02; steps that follow one another for seconds took up to 4.6% longer"
     )
     cool = [{**loads[0], "ratio": 1.004}]
-    assert TableLatency(write_table(tmp_path, micro, check=[], lasting_load=cool)).describe() == unchecked.describe()
+    changes["lasting_load"] = cool
+    assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == unchecked.describe()
 
 
 def test_repeatability_is_how_samples_order_models_among_themselves() -> None:
@@ -286,12 +290,16 @@ def test_repeatability_is_how_samples_order_models_among_themselves() -> None:
     assert repeatability({}) == []
 
 
-def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps(micro: SearchSpace, tmp_path: Path) -> None:
-    table = TableLatency(write_table(tmp_path, micro))
-    predicted = sum(table.layer_ms("decode", 2, 4, 16) for _ in range(3)) + table.ends_ms("decode", 4, 16)
-    row = {"groups": 2, "batch": 4, "length": 16, "watts": 9.0, "joules_per_step": 1.0, "calls": 50, "method": "m"}
-    energy = pd.DataFrame([row | {"seconds": 50 * 1.05 * predicted / 1e3}])
-    assert lasting_load(energy, table, 3) == [{"groups": 2, "batch": 4, "length": 16, "ratio": 1.05}]
+def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(
+    micro: SearchSpace, tmp_path: Path
+) -> None:
+    table, (batch, length) = TableLatency(write_table(tmp_path, micro)), (GRID.batches[-1], GRID.contexts[-1])
+    predicted = 3 * table.layer_ms("decode", 2, batch, length) + table.ends_ms("decode", batch, length)
+    where = {"groups": 2, "batch": batch, "length": length}
+    known = where | {"watts": 9.0, "joules_per_step": 1.0, "seconds": 50 * 1.05 * predicted / 1e3, "calls": 50}
+    energy = pd.DataFrame([known, known | {"batch": batch - 1}, known | {"groups": 8}])
+    points = pd.read_csv(tmp_path / "table.csv")
+    assert lasting_load(energy, points, table, 3) == [where | {"ratio": 1.05}]
 
 
 def test_a_table_in_which_nothing_fitted_into_memory_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
@@ -342,7 +350,7 @@ def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace,
         "device": {"name": "Box"},
         "date": 20260102,
         "check": [{"phase": "decode"}],
-        "lasting_load": [{"groups": 2}],
+        "lasting_load": [{"groups": 2, "ratio": None}],
     }.items():
         file.write_text(json.dumps(meta | {key: wrong}))
         with pytest.raises(UserError, match=rf"latency\.json is corrupt \({key} is missing or wrong\)"):

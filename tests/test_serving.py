@@ -397,6 +397,7 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
         (192, 2048, 132, 2),
         (208, 2048, 208, 1),  # too many are left over to be split
         (1, 2048, 0, 8),
+        (1, 131_072, 0, 16),
         (1, 300, 1, 1),
     ],
 )

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from nas.config import MeasureConfig
 from nas.errors import UserError
 from nas.files import read_json
-from nas.latency import Workload, this_device
+from nas.latency import Workload, this_device, timing
 from nas.latency.check import CHECK_COLUMNS, predict_wholes, random_vectors, summarise_check
-from nas.latency.measure import measure
+from nas.latency.energy import ENERGY_COLUMNS
+from nas.latency.measure import Measured, measure
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.table import COLUMNS, TableLatency
@@ -44,6 +45,7 @@ from nas.model.decoder import Decoder
 from nas.run import FinishedRun
 from nas.serving import ServingLayer, ServingModel
 from nas.space import SearchSpace
+from nas.stages.measure import _write
 from tests.conftest import Nas
 from tests.test_resume import kill_when
 
@@ -108,7 +110,7 @@ def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
     samples = Machine().time(Samples())
     assert {point: len(times) for point, times in samples.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
     assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
-    loads = [{(point.phase, point.batch) for point in segment.samples} for segment in samples.segments]
+    loads = [{point.phase for point in segment.samples} for segment in samples.segments]
     assert all(len(load) == 1 for load in loads)
     assert drift_report(samples, CONFIG) == {
         "tolerance": 0.02,
@@ -121,15 +123,44 @@ def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
     orders = [[p for segment in samples.segments[i : i + 4] for p in segment.samples] for i in range(0, 16, 4)]
     assert all(set(order) == set(POINTS) for order in orders)
     assert len(set(map(tuple, orders))) > 1  # shuffled
-    assert len({tuple(map(frozenset, loads[i : i + 4])) for i in range(0, 16, 4)}) > 1  # and so are the segments
 
 
-def test_a_load_of_many_points_has_several_segments() -> None:
+@pytest.fixture
+def like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor is treated as a GPU."""
+    for name in ("_LOAD", "_REST_S", "_WARM_UP_S", "_LONGEST_S"):
+        values = getattr(timing, name)
+        monkeypatch.setitem(values, "cpu", values["cuda"])
+
+
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_segment_on_a_gpu_is_of_one_load_and_does_not_last() -> None:
     samples = Machine().time(Samples(), dataclasses.replace(CONFIG, segment=2))
+    loads = [{(point.phase, point.batch) for point in segment.samples} for segment in samples.segments]
+    assert all(len(load) == 1 for load in loads)
     sizes = Counter(len(segment.samples) for segment in samples.segments)
     assert sizes == {2: 3 * CONFIG.rounds, 1: 4 * CONFIG.rounds}  # three loads of three points, and one of one
+    order = [next(iter(load)) for load in loads]
+    assert len({tuple(order[i : i + 7]) for i in range(0, 28, 7)}) > 1
 
 
+@pytest.mark.usefixtures("like_a_gpu")
+def test_a_load_is_warmed_up_before_it_is_timed() -> None:
+    begun, loaded = 0.0, 0
+
+    def factor(point: Point, now: float) -> float:
+        nonlocal begun, loaded
+        if point.batch != loaded:
+            begun, loaded = now, point.batch
+        return 1.1 if now - begun < 0.05 else 1.0  # so long does each load take to settle
+
+    machine = Machine(factor)
+    samples = machine.time(Samples(), dataclasses.replace(CONFIG, drift=0.5, spread=0.5))  # nothing is timed again
+    assert machine.slow.total() > 0
+    assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
+
+
+@pytest.mark.usefixtures("like_a_gpu")
 def test_what_a_heavy_load_leaves_behind_is_over_before_the_next_one_is_timed() -> None:
     throttled_until = 0.0
 
@@ -146,6 +177,7 @@ def test_what_a_heavy_load_leaves_behind_is_over_before_the_next_one_is_timed() 
     assert max(samples.drifts()) < 1e-9
 
 
+@pytest.mark.usefixtures("like_a_gpu")
 @pytest.mark.parametrize(("longest_s", "even"), [(0.4, True), (math.inf, False)])
 def test_a_heavy_load_ends_before_the_power_limit_is_felt(
     longest_s: float, even: bool, monkeypatch: pytest.MonkeyPatch
@@ -162,8 +194,7 @@ def test_a_heavy_load_ends_before_the_power_limit_is_felt(
         busy = min(1.0, busy + seconds) if point.batch == 4 else max(0.0, busy - 4 * seconds)
         return 1.13 if busy > 0.6 else 1.0
 
-    for name, seconds in (("_REST_S", 0.25), ("_WARM_UP_S", 0.1), ("_LONGEST_S", longest_s)):
-        monkeypatch.setattr(f"nas.latency.timing.{name}", {"cpu": seconds})
+    monkeypatch.setitem(timing._LONGEST_S, "cpu", longest_s)
     config = dataclasses.replace(CONFIG, spread=0.5, segment=40)
     samples = Machine(factor).time(Samples(), config, [SENTINEL, *heavy])
     assert (max(max(times) for times in samples.by_point().values()) < 40.1) == even
@@ -545,15 +576,16 @@ def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_no
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A processor has no idle clocks that a warm-up would have to wake."""
-    monkeypatch.setattr("nas.latency.timing._WARM_UP_S", {"cpu": 0.05})
+    """Nothing here depends on what is timed first."""
+    for name in ("_REST_S", "_WARM_UP_S"):
+        monkeypatch.setattr(f"nas.latency.timing.{name}", {"cpu": 0.0})
 
 
 @pytest.mark.usefixtures("quick")
 def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: SearchSpace, tmp_path: Path) -> None:
     workload = Workload(2, 16, 4, "fp32", "eager")
     grid = Grid((1, 2), (8, 16), (2, 4))
-    config = MeasureConfig(rounds=1)
+    config = MeasureConfig(rounds=2)
     shapes: list[tuple[Any, int, int]] = [("decode", 2, 16), ("prefill", 2, 4), ("decode", 1, 12)]
     found = measure(micro, grid, shapes, workload, config, 2, this_device(), tmp_path / "samples.csv")
     assert found.energy is None
@@ -563,14 +595,27 @@ def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: S
     assert timed == expected
     assert len(found.table) == len(expected)
     assert (found.table["median_ms"] > 0).all()
-    assert found.table["n"].between(1, 2).all()
+    assert found.table["n"].between(2, 4).all()
     assert (found.table["status"] == "ok").all()
     vectors = random_vectors(micro, 2, config.seed)
     assert set(found.wholes_ms) == {Point(p, "whole", v, batch, length) for p, batch, length in shapes for v in vectors}
-    assert set(found.facts) - {"repeatability"} == {"drift"}
+    assert set(found.facts) == {"drift", "repeatability"}
     kept = Samples.at(tmp_path / "samples.csv")
     assert found.facts["drift"] == drift_report(kept, config)
     assert set(kept.by_point()) == {*grid.points(micro), *found.wholes_ms}
+
+
+def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(tmp_path: Path) -> None:
+    rows = [("decode", "layer", 2, batch, length, 1.0, 1.0, 1.0, 3, "ok") for batch in (1, 2) for length in (8, 16)]
+    rows += [
+        ("decode", part, 0, batch, 1, 0.5, 0.5, 0.5, 3, "ok") for part in ("embedding", "head") for batch in (1, 2)
+    ]
+    energy = pd.DataFrame([(2, 2, 16, 100.0, 0.5, 5.0, 1000, "energy counter")], columns=ENERGY_COLUMNS)
+    found = Measured(pd.DataFrame(rows, columns=COLUMNS), {}, energy, {"drift": {}})
+    meta = {"device": {"name": "", "slug": ""}, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": ""}
+    _write(tmp_path, found, meta | {"check": []}, layers=3, title="")
+    ratio = round(5000 / 1000 / (3 * 1.0 + 2 * 0.5), 4)
+    assert TableLatency(tmp_path).meta["lasting_load"] == [{"groups": 2, "batch": 2, "length": 16, "ratio": ratio}]
 
 
 @pytest.mark.usefixtures("quick")

@@ -49,9 +49,10 @@ def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
 
 
 def repeatability(samples_ms: dict[Point, list[float]]) -> list[dict[str, Any]]:
-    """How well measurements of whole models agree among themselves, for each workload: what a check can tell at best.
+    """How well measurements of whole models agree among themselves, for each workload.
 
-    Kendall τ between the medians of every other sample and those of the rest.
+    Kendall τ between the medians of every other sample and those of the rest. Each half has half of the samples, and
+    both are noisy: against all samples, a perfect predictor reaches somewhat more.
 
     Args:
         samples_ms: Of whole models, in the order in which they were taken; of two samples at least.
@@ -68,19 +69,27 @@ def repeatability(samples_ms: dict[Point, list[float]]) -> list[dict[str, Any]]:
     return found
 
 
-def lasting_load(energy: pd.DataFrame, predictor: LatencyModel, layers: int) -> list[dict[str, float]]:
+def lasting_load(
+    energy: pd.DataFrame, table: pd.DataFrame, predictor: LatencyModel, layers: int
+) -> list[dict[str, float]]:
     """How long decode steps take that follow one another for seconds, over their prediction.
 
     A GPU that reaches its power limit then is slower than in the short runs that a table is made of. Eager steps differ
     for another reason: they take as long as the host, which other processes share, needs to launch them.
 
     Args:
-        energy: `nas.latency.energy.ENERGY_COLUMNS`: what was run so long.
-        predictor: The table.
+        energy: `nas.latency.energy.ENERGY_COLUMNS`: what was run so long. Only what the table has measured counts:
+            between its points the prediction has an error of its own.
+        table: `nas.latency.table.COLUMNS`.
+        predictor: Of that table.
         layers: Of the models.
     """
+    layer_steps = table[(table["phase"] == "decode") & (table["part"] == "layer") & (table["n"] > 0)]
+    measured = set(layer_steps[_ENERGY_KEYS].astype(int).itertuples(index=False, name=None))
     found = []
     for groups, batch, length, seconds, calls in energy[[*_ENERGY_KEYS, "seconds", "calls"]].to_numpy(float):
+        if (groups, batch, length) not in measured:
+            continue
         predicted = pass_ms(predictor, "decode", (int(groups),) * layers, int(batch), int(length))
         where = {"groups": int(groups), "batch": int(batch), "length": int(length)}
         found.append(where | {"ratio": round(1e3 * seconds / calls / predicted, 4)})

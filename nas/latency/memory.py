@@ -25,7 +25,7 @@ _FP32 = 4
 _BLOCK = 2**21  # bytes that the allocator gets from CUDA at a time, for each large tensor
 _LIBRARY = 2 * 2**25  # cuBLAS on Hopper: 32 MiB for each of two streams, the prompts' and the graph's
 _SMALL = 2**24  # of the allocator, for small tensors
-_FRAGMENTS = 2**26  # of the allocator, freed but in pieces; without them one of 36 trials on an H100 lacked a few MiB
+_FRAGMENTS = 2**25  # of the allocator, freed but in pieces; without them one of 36 trials on an H100 lacked a few MiB
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,9 @@ class MemoryModel:
         step = filled_up(batch, workload.runtime)[-1]
         workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
         workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out, of all passes or a step
-        blocks = (
-            4 * shape.num_hidden_layers * _BLOCK // 2 + _SMALL + _FRAGMENTS
-        )  # four matrices a layer, half a block each
-        return Memory(weights, kv_cache, workspace, _LIBRARY + blocks if self._on_gpu else 0)
+        unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices a layer, half a block each
+        library = _LIBRARY + unused + _SMALL + _FRAGMENTS if self._on_gpu else 0
+        return Memory(weights, kv_cache, workspace, library)
 
     def largest_batch(self, vector: Sequence[int], memory_bytes: float) -> int:
         """The most sequences that fit; 0 if not even one does."""

@@ -4,8 +4,8 @@ A round's points come in segments, and between any two segments a *sentinel*, al
 is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
 again. Samples are written down a segment at a time, so a killed measurement loses no more than one.
 
-A segment's points are of one phase and batch, and the segments are shuffled, too (randomised blocks): a GPU at its
-power limit remembers for a tenth of a second or two what ran before. On an H100 a step right after a prompt took 2.5 %
+On a GPU a segment's points are of one phase and batch, and segments are shuffled, too (randomised blocks): at its power
+limit it remembers for a tenth of a second or two what ran before. On an H100 a step right after a prompt took 2.5 %
 longer than after another step, on an H200 one after a step of 300 rows 2 % longer than after one of 30. So each look at
 the sentinel, and each segment, begins with a warm-up under its own load. Nor does a segment last: under a heavy load an
 H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on, every 1.2 s. What is timed is the even
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -49,9 +50,10 @@ SAMPLE_COLUMNS = [
     "ms",
 ]
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
-_REST_S = {"cuda": 0.25, "cpu": 0.05}  # of the sentinel, a light load, before a look at it
-_WARM_UP_S = {"cuda": 0.1, "cpu": 0.02}  # of a segment
-_LONGEST_S = {"cuda": 0.4, "cpu": math.inf}  # that a segment goes on, and the point amid it
+_LOAD = {"cuda": attrgetter("phase", "batch"), "cpu": attrgetter("phase")}  # what points of one segment share
+_REST_S = {"cuda": 0.25, "cpu": 0.01}  # of the sentinel, a light load, before a look at it
+_WARM_UP_S = {"cuda": 0.1, "cpu": 0.05}  # of a segment
+_LONGEST_S = {"cuda": 0.4, "cpu": math.inf}  # of a segment, which has one sample at least
 _SENTINEL_SAMPLES = 3
 
 
@@ -158,17 +160,16 @@ def time_points(
     total = config.rounds * len(points)
     with progress_bar("Timing", total) as bar:
 
-        def show(words: str = "") -> None:
+        def show() -> None:
             taken = samples.by_point().values()
             done = sum(config.rounds if math.inf in times else min(config.rounds, len(times)) for times in taken)
-            bar.update(done, words or f"drift {max(samples.drifts(), default=0):.1%}")
+            bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
 
         while due := due_points(points, samples, config):
-            for index, point in enumerate(due):
-                if stopwatch.make_ready(point):
-                    show(f"made ready {index + 1} of {len(due)}")
             before = stopwatch.look_at(sentinel)
-            for load in _loads(due, config.segment, rng):
+            for load in _loads(due, _LOAD[device.type], config.segment, rng):
+                if any([stopwatch.make_ready(point) for point in load]):  # all of them, which is work for the device
+                    before = stopwatch.look_at(sentinel)
                 while load:
                     times = stopwatch.burst(load)
                     after = stopwatch.look_at(sentinel)
@@ -177,11 +178,11 @@ def time_points(
                     show()
 
 
-def _loads(points: Iterable[Point], most: int, rng: random.Random) -> list[list[Point]]:
-    """Points of one phase and batch, no more than ``most``, shuffled inside and among each other."""
-    loads: dict[tuple[str, int], list[Point]] = {}
+def _loads(points: Iterable[Point], kind: Callable[[Point], Any], most: int, rng: random.Random) -> list[list[Point]]:
+    """Points of one kind, no more than ``most``, shuffled inside and among each other."""
+    loads: dict[Any, list[Point]] = {}
     for point in points:
-        loads.setdefault((point.phase, point.batch), []).append(point)
+        loads.setdefault(kind(point), []).append(point)
     for load in loads.values():
         rng.shuffle(load)
     parts = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]

@@ -22,6 +22,7 @@ from torch import Tensor
 _BLOCK = 64  # tokens that a program reads at a time
 _STAGES = 3  # of the pipeline: blocks of so many less one are read ahead
 _FEWEST = 256  # tokens of a part: fewer, and it costs more than it brings
+_MOST = 16  # parts, which one program combines
 _LOG2_E = 1.4426950408889634  # softmax in powers of two
 
 
@@ -124,7 +125,7 @@ def leftovers(problems: int, length: int, multiprocessors: int) -> tuple[int, in
     """
     left = problems % multiprocessors
     places = multiprocessors if problems > left else 3 * multiprocessors // 2
-    splits = min(places // left, length // _FEWEST) if left else 1
+    splits = min(places // left, length // _FEWEST, _MOST) if left else 1
     return (problems - left, splits) if splits > 1 else (problems, 1)
 
 

@@ -17,7 +17,7 @@ class LayerCache:
     Attributes:
         keys: BGCd.
         values: BGCd.
-        arrivals: What the programs of `decode_attention` need; layers share it.
+        arrivals: What the programs of `decode_attention` need. Layers and rows share it, so decode one after the other.
     """
 
     keys: Tensor

@@ -166,7 +166,7 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
     write_atomically(path / CHECK, partial(check.to_csv, index=False))
     meta = meta | {"check": summarise_check(check)}
     if found.energy is not None:
-        meta["lasting_load"] = lasting_load(found.energy, predictor, layers)
+        meta["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
     write_json(path / META, meta)
     if not check.empty:
         with figure(path / _FIGURE, **check_size(check)) as drawing:
