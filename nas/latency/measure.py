@@ -82,11 +82,11 @@ def measure(
     state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
     time_points(points, sentinel, pool.prepare, config, pool.device, samples)
 
-    table, wholes_ms = _summaries(samples, config)
+    taken = dict(usable(samples, config))
+    table, wholes_ms = _summaries(taken)
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     facts: dict[str, Any] = {"drift": drift_report(samples, config)}
-    taken = {point: times for point, times in usable(samples, config) if point in wholes_ms and len(times) > 1}
-    if agreement := repeatability(taken):
+    if agreement := repeatability({point: taken[point] for point in wholes_ms if len(taken[point]) > 1}):
         facts["repeatability"] = agreement
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
@@ -114,10 +114,10 @@ def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, po
         ) from None
 
 
-def _summaries(samples: Samples, config: MeasureConfig) -> tuple[pd.DataFrame, dict[Point, float]]:
+def _summaries(taken: dict[Point, list[float]]) -> tuple[pd.DataFrame, dict[Point, float]]:
     """The table, and the times of the whole models that fitted into memory."""
     rows, wholes_ms = [], {}
-    for point, times in usable(samples, config):
+    for point, times in taken.items():
         summary = summarise(times)
         if point.part != "whole":
             rows.append(dict(zip(COLUMNS, [*point.row(), *summary.values()], strict=True)))

@@ -25,7 +25,7 @@ _FP32 = 4
 _BLOCK = 2**21  # bytes that the allocator gets from CUDA at a time, for each large tensor
 _LIBRARY = 2 * 2**25  # cuBLAS on Hopper: 32 MiB for each of two streams, the prompts' and the graph's
 _SMALL = 2**24  # of the allocator, for small tensors
-_FRAGMENTS = 2**25  # of the allocator, freed but in pieces; without them one of 36 trials on an H100 lacked a few MiB
+_FRAGMENTS = 2**25  # of the allocator, freed but in pieces; without them one of 36 trials on an H100 did not fit
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nas.latency.model import filled_up
 from nas.latency.points import Point
 from nas.model.decoder import RMSNorm, rope_table
-from nas.serving.cache import LayerCache
+from nas.serving.cache import LayerCache, layer_caches
 from nas.serving.cuda import captured
 from nas.serving.model import (
     InputMajorLinear,
@@ -144,15 +144,9 @@ class LayerPool:
         return min(batch, self._arena[0].numel() // (sum(vector) * length * self._shape.head_dim))
 
     def _caches(self, point: Point, vector: Vector) -> list[LayerCache]:
-        sizes = [self._cache_size(point, groups) for groups in vector]
-        if sum(sizes) > self._arena[0].numel():
+        if sum(self._cache_size(point, groups) for groups in vector) > self._arena[0].numel():
             raise _no_room(point)
-        keys, values = (part[: sum(sizes)].split(sizes) for part in self._arena)
-        shapes = [(point.batch, groups, point.length, self._shape.head_dim) for groups in vector]
-        arrivals = torch.zeros(point.batch * max(vector), device=self.device, dtype=torch.int32)
-        return [
-            LayerCache(k.view(shape), v.view(shape), arrivals) for k, v, shape in zip(keys, values, shapes, strict=True)
-        ]
+        return layer_caches(*self._arena, self._shape, vector, point.batch, point.length)
 
     def _cache_size(self, point: Point, groups: int) -> int:
         return point.batch * groups * point.length * self._shape.head_dim

@@ -12,8 +12,6 @@ The position is read from device memory, so one CUDA graph serves all of them.
 """
 
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-any-return"
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -129,8 +127,7 @@ def leftovers(problems: int, length: int, multiprocessors: int) -> tuple[int, in
     return (problems - left, splits) if splits > 1 else (problems, 1)
 
 
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
+def _multiprocessors(device: torch.device) -> int:
     """Of a device; Triton's interpreter, in tests, counts as one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
@@ -165,7 +162,7 @@ def decode_attention(
     H, d = q_BHd.shape[1:]
     B, G, C = min(len(q_BHd), len(keys_BGCd)), *keys_BGCd.shape[1:3]
     R = H // G
-    whole, splits = leftovers(B * G, C, multiprocessors(q_BHd.device))
+    whole, splits = leftovers(B * G, C, _multiprocessors(q_BHd.device))
     parts = (B * G - whole) * splits
     out_BHd = torch.empty(q_BHd.shape, device=q_BHd.device, dtype=q_BHd.dtype)
     mixed = torch.empty((parts, R, d), device=q_BHd.device, dtype=torch.float32)

@@ -29,6 +29,17 @@ class LayerCache:
         return LayerCache(self.keys[begin:end], self.values[begin:end], self.arrivals)
 
 
+def layer_caches(
+    keys: Tensor, values: Tensor, shape: ModelShape, vector: Sequence[int], batch: int, length: int
+) -> list[LayerCache]:
+    """Shares flat keys and values out to the layers of a vector; what is left of them stays unused."""
+    sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
+    counts = [math.prod(size) for size in sizes]
+    parts = (storage[: sum(counts)].split(counts) for storage in (keys, values))
+    arrivals = torch.zeros(batch * max(vector), device=keys.device, dtype=torch.int32)
+    return [LayerCache(k.view(size), v.view(size), arrivals) for k, v, size in zip(*parts, sizes, strict=True)]
+
+
 class KVCache:
     """The caches of all layers.
 
@@ -51,14 +62,10 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.batch, self.length = batch, length
-        sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
-        counts = [math.prod(size) for size in sizes]
+        count = batch * sum(vector) * length * shape.head_dim
         # Two allocations, as many would waste memory. Not one: the compiler must see that keys never are values.
-        keys, values = (torch.zeros(sum(counts), device=device, dtype=dtype).split(counts) for _ in range(2))
-        arrivals = torch.zeros(batch * max(vector), device=device, dtype=torch.int32)
-        self.layers = [
-            LayerCache(k.view(size), v.view(size), arrivals) for k, v, size in zip(keys, values, sizes, strict=True)
-        ]
+        keys, values = (torch.zeros(count, device=device, dtype=dtype) for _ in range(2))
+        self.layers = layer_caches(keys, values, shape, vector, batch, length)
 
     def rows(self, begin: int, end: int) -> list[LayerCache]:
         """The part of some rows of the batch, of every layer."""

@@ -28,8 +28,7 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
     rounds = [{rows: milliseconds(partial(run, rows)) for rows in candidates} for _ in range(_ROUNDS)]
     times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}
     del run  # and what it multiplied, whose blocks suit nothing else
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()
     return min(rows for rows in candidates if times[rows] < _ALIKE * min(times.values()))
 
 

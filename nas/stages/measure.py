@@ -139,14 +139,8 @@ def measure_space(
             "check": [],
             **found.facts,
         }
-        layers = space.shape.num_hidden_layers
-        _write(
-            path,
-            found,
-            meta,
-            layers,
-            f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}",
-        )
+        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}"
+        _write(path, found, meta, space.shape.num_hidden_layers, title)
         run.finish()
     return TableLatency(path)
 
@@ -164,10 +158,10 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
     predictor = TableLatency(path, extrapolate=True)
     check = predict_wholes(found.wholes_ms, predictor)
     write_atomically(path / CHECK, partial(check.to_csv, index=False))
-    meta = meta | {"check": summarise_check(check)}
+    found_out: dict[str, Any] = {"check": summarise_check(check)}
     if found.energy is not None:
-        meta["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
-    write_json(path / META, meta)
+        found_out["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
+    write_json(path / META, meta | found_out)
     if not check.empty:
         with figure(path / _FIGURE, **check_size(check)) as drawing:
             draw_check(drawing, check, title)
