@@ -5,6 +5,7 @@ copied.
 
     python scripts/measure_shipped.py                          all tables
     python scripts/measure_shipped.py decilm-6b-compiled …     some of them
+    python scripts/measure_shipped.py … measure.rounds=3       with other settings
     python scripts/measure_shipped.py --list                   their commands
 """
 
@@ -12,6 +13,7 @@ import argparse
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 
 _CONTEXTS = "measure.contexts=[256,1024,2048,4096]"
 _PROMPTS = "measure.prompts=[512,1024,4096]"
@@ -30,23 +32,26 @@ TABLES = {
 }
 
 
-def command(name: str) -> list[str]:
+def command(name: str, overrides: Sequence[str] = ()) -> list[str]:
     """The command line that measures a table."""
     words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}", "publish=latency_models")
-    return [sys.executable, "-m", "nas", *words]
+    return [sys.executable, "-m", "nas", *words, *overrides]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}")
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; or KEY=VALUE")
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     options = parser.parse_args()
-    if unknown := set(options.tables) - TABLES.keys():
+    overrides = [word for word in options.tables if "=" in word]
+    names = [word for word in options.tables if "=" not in word]
+    if unknown := set(names) - TABLES.keys():
         parser.error(f"there is no table {', '.join(sorted(unknown))}; use {', '.join(TABLES)}")
-    for name in options.tables or TABLES:
-        print(shlex.join(command(name)[1:]), flush=True)
+    for name in names or TABLES:
+        words = command(name, overrides)
+        print(shlex.join(words[1:]), flush=True)
         if not options.list:
-            subprocess.run(command(name), check=True)
+            subprocess.run(words, check=True)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
-from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, repeatability, summarise_check
+from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
 from nas.latency.estimate import RooflineLatency
 from nas.latency.model import PREFILL_TOKENS, Phase, pass_ms, passes
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
@@ -274,20 +274,6 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     cool = [{**loads[0], "ratio": 1.004}]
     changes["lasting_load"] = cool
     assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == unchecked.describe()
-
-
-def test_repeatability_is_how_samples_order_models_among_themselves() -> None:
-    def at(batch: int, groups: int) -> Point:
-        return Point("decode", "whole", (groups,) * 2, batch, 16)
-
-    agree = {at(4, groups): [float(groups), 9.0 * groups, groups + 0.5, 9.0 * groups] for groups in (1, 2, 4)}
-    differ = {at(2, groups): [float(groups), 1.0 / groups] for groups in (1, 2, 4)}
-    alone = {at(8, 1): [1.0, 2.0]}
-    assert repeatability(agree | differ | alone) == [
-        {"phase": "decode", "batch": 2, "length": 16, "kendall_tau": pytest.approx(-1.0)},
-        {"phase": "decode", "batch": 4, "length": 16, "kendall_tau": pytest.approx(1.0)},
-    ]
-    assert repeatability({}) == []
 
 
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(
@@ -581,6 +567,22 @@ def test_check_summaries_measure_relative_errors_by_workload() -> None:
         assert summary == {key: pytest.approx(value) for key, value in expected.items()}
     assert phase_errors(summaries, "decode") == pytest.approx(((0.65 + 0.5) / 5, 0.5))
     assert phase_errors(summaries[:2], "prefill") is None
+
+
+def test_a_check_says_how_a_sum_fitted_to_the_models_themselves_would_order_them() -> None:
+    layer_ms, order_ms = {1: 1.0, 2: 2.0, 4: 5.0}, {"2-1": 0.1}
+    vectors = ["1-1", "1-2", "2-1", "2-2", "1-4", "4-4"]
+    sums = {vector: sum(layer_ms[int(groups)] for groups in vector.split("-")) for vector in vectors}
+
+    def taus(measured: dict[str, float]) -> tuple[Any, Any]:
+        rows = [("decode", vector, 4, 8, ms, -ms) for vector, ms in measured.items()]
+        (summary,) = summarise_check(pd.DataFrame(rows, index=range(7, 13), columns=CHECK_COLUMNS))
+        return summary["kendall_tau"], summary["kendall_tau_refitted"]
+
+    assert taus(sums) == (pytest.approx(-1.0), pytest.approx(1.0))
+    # A sum has 1-2 and 2-1 tied, which leaves 14 of 15 pairs.
+    ordered = {vector: ms + order_ms.get(vector, 0.0) for vector, ms in sums.items()}
+    assert taus(ordered)[1] == pytest.approx(14 / math.sqrt(14 * 15))
 
 
 def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpace) -> None:

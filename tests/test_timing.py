@@ -599,7 +599,7 @@ def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: S
     assert (found.table["status"] == "ok").all()
     vectors = random_vectors(micro, 2, config.seed)
     assert set(found.wholes_ms) == {Point(p, "whole", v, batch, length) for p, batch, length in shapes for v in vectors}
-    assert set(found.facts) == {"drift", "repeatability"}
+    assert set(found.facts) == {"drift"}
     kept = Samples.at(tmp_path / "samples.csv")
     assert found.facts["drift"] == drift_report(kept, config)
     assert set(kept.by_point()) == {*grid.points(micro), *found.wholes_ms}

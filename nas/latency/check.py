@@ -1,6 +1,6 @@
 """Predicted against measured: whole models of vectors that the table has not seen."""
 
-from typing import Any
+from collections import Counter
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ from scipy.stats import kendalltau
 
 from nas.latency.model import LatencyModel, Phase, pass_ms
 from nas.latency.points import Point
-from nas.space import SearchSpace, Vector, format_vector
+from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 CHECK = "check.csv"
 CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
@@ -44,29 +44,12 @@ def predict_wholes(measured_ms: dict[Point, float], predictor: LatencyModel) -> 
 
 
 def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
-    """For each workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one."""
-    return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
+    """For each workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one.
 
-
-def repeatability(samples_ms: dict[Point, list[float]]) -> list[dict[str, Any]]:
-    """How well measurements of whole models agree among themselves, for each workload.
-
-    Kendall τ between the medians of every other sample and those of the rest. Each half has half of the samples, and
-    both are noisy: against all samples, a perfect predictor reaches somewhat more.
-
-    Args:
-        samples_ms: Of whole models, in the order in which they were taken; of two samples at least.
+    Where there are more models than choices of groups, ``kendall_tau_refitted`` is that of a sum whose layer times are
+    fitted, afterwards, to these very models: the rest is noise and the order of layers, which no sum can predict.
     """
-    halves = [
-        (point.phase, point.batch, point.length, float(np.median(times[::2])), float(np.median(times[1::2])))
-        for point, times in samples_ms.items()
-    ]
-    found = []
-    for where, rows in pd.DataFrame(halves, columns=[*WORKLOAD, "one", "other"]).groupby(WORKLOAD, sort=True):
-        tau = kendalltau(rows["one"], rows["other"]).statistic if len(rows) > 1 else np.nan
-        if np.isfinite(tau):
-            found.append(dict(zip(WORKLOAD, where, strict=True)) | {"kendall_tau": float(tau)})
-    return found
+    return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
 
 
 def lasting_load(
@@ -108,8 +91,17 @@ def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple
 
 def _summary(rows: pd.DataFrame) -> dict[str, float | str]:
     errors = (rows["predicted_ms"] / rows["measured_ms"] - 1).abs()
-    tau = kendalltau(rows["predicted_ms"], rows["measured_ms"]).statistic if len(rows) > 1 else np.nan
     summary: dict[str, float | str] = {"phase": str(rows["phase"].iloc[0])}
     summary |= {key: int(rows[key].iloc[0]) for key in WORKLOAD[1:]}
     summary |= {"n": len(rows), "mape": float(errors.mean()), "worst": float(errors.max())}
-    return summary | ({"kendall_tau": float(tau)} if np.isfinite(tau) else {})  # none where predictions tie
+    taus = {"kendall_tau": _kendall_tau(rows["predicted_ms"], rows["measured_ms"])}
+    counts = pd.DataFrame([Counter(parse_vector(vector)) for vector in rows["vector"]], rows.index).fillna(0)
+    if len(rows) > counts.shape[1]:
+        layer_ms, *_ = np.linalg.lstsq(counts, rows["measured_ms"])
+        sums = (counts @ layer_ms).round(9)  # equal counts tie, whatever their last bit
+        taus["kendall_tau_refitted"] = _kendall_tau(sums, rows["measured_ms"])
+    return summary | {name: tau for name, tau in taus.items() if np.isfinite(tau)}  # none where predictions tie
+
+
+def _kendall_tau(predicted_ms: pd.Series, measured_ms: pd.Series) -> float:
+    return float(kendalltau(predicted_ms, measured_ms).statistic) if len(measured_ms) > 1 else np.nan

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from nas.config import MeasureConfig
 from nas.errors import UserError
 from nas.hardware import nvml_state
-from nas.latency.check import random_vectors, repeatability
+from nas.latency.check import random_vectors
 from nas.latency.device import Device
 from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
 from nas.latency.model import Phase, Workload
@@ -37,7 +38,7 @@ class Measured:
         table: `nas.latency.table.COLUMNS`.
         wholes_ms: Of the whole models.
         energy: `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured.
-        facts: For latency.json: drift, repeatability, the GPU's state before and after, idle power.
+        facts: For latency.json: drift, the GPU's state before and after, idle power.
     """
 
     table: pd.DataFrame
@@ -82,12 +83,9 @@ def measure(
     state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
     time_points(points, sentinel, pool.prepare, config, pool.device, samples)
 
-    taken = dict(usable(samples, config))
-    table, wholes_ms = _summaries(taken)
+    table, wholes_ms = _summaries(usable(samples, config))
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     facts: dict[str, Any] = {"drift": drift_report(samples, config)}
-    if agreement := repeatability({point: taken[point] for point in wholes_ms if len(taken[point]) > 1}):
-        facts["repeatability"] = agreement
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
         facts["points_of_fewer_layers"] = short
@@ -114,10 +112,10 @@ def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, po
         ) from None
 
 
-def _summaries(taken: dict[Point, list[float]]) -> tuple[pd.DataFrame, dict[Point, float]]:
+def _summaries(taken: Iterable[tuple[Point, list[float]]]) -> tuple[pd.DataFrame, dict[Point, float]]:
     """The table, and the times of the whole models that fitted into memory."""
     rows, wholes_ms = [], {}
-    for point, times in taken.items():
+    for point, times in taken:
         summary = summarise(times)
         if point.part != "whole":
             rows.append(dict(zip(COLUMNS, [*point.row(), *summary.values()], strict=True)))
