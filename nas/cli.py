@@ -28,6 +28,7 @@ from nas.config import STAGES, register, to_stage
 from nas.console import complain
 from nas.distributed import SIZE, agree, leave, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes
+from nas.files import without_passwords
 from nas.resources import shipped
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
@@ -47,6 +48,7 @@ torchrun --nproc-per-node 8 -m nas train … trains on many GPUs.
 eval "$(nas -sc install=bash)" switches tab completion on."""
 
 _MANY_PROCESSES = ("train", "finetune")
+_MULTIRUN = {"-m", "--multirun"}
 _INSIST_S = 5.0
 _PROMPT = "prompt="
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -108,6 +110,11 @@ def _guarded(stage: str, overrides: list[str]) -> int:
 
 def _hydra(stage: str, overrides: list[str]) -> int:
     """Hands over to Hydra; returns 1 if a run failed by the user's mistake (the others of a sweep still run)."""
+    if _MULTIRUN & set(overrides) and any(without_passwords(word) != word for word in overrides):
+        raise UserError(
+            "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
+            "PGPASSWORD or ~/.pgpass instead"
+        )
     failed, home = False, os.getpid()
 
     def run(config: DictConfig) -> None:
@@ -184,7 +191,7 @@ def _quoted(word: str) -> str:
 
 def _name_sweep_by_what_it_varies(arguments: list[str]) -> list[str]:
     """Keeps overrides that are the same in all runs of a sweep out of the names of their folders."""
-    if not {"-m", "--multirun"} & set(arguments):
+    if not _MULTIRUN & set(arguments):
         return arguments
     words = [word for word in arguments if "=" in word and not word.startswith("-")]
     with suppress(HydraException):  # Hydra says what is wrong with an override

@@ -71,7 +71,7 @@ def _distinct(draw: Callable[[], list[Vector]], count: int, taken: set[Vector]) 
 
 def choose_some(spread: list[Vector], equal: list[Vector], count: int) -> list[Vector]:
     """Of both sets of `choose_vectors`, ``count`` vectors, half of each where there are enough."""
-    of_equal = min(count // 2, len(equal))
+    of_equal = max(min(count // 2, len(equal)), count - len(spread))
     places = np.linspace(0, len(spread) - 1, count - of_equal).round().astype(int)
     return [*(spread[place] for place in places), *equal[:of_equal]]
 

@@ -45,6 +45,15 @@ def _system_error(error: BaseException) -> int | None:
     return None
 
 
+def end_cut_line(file: Path) -> None:
+    """Closes a line that a kill cut short, so that the next one does not continue it."""
+    if file.is_file() and file.stat().st_size:
+        with file.open("r+b") as stream:
+            stream.seek(-1, os.SEEK_END)
+            if stream.read() != b"\n":
+                stream.write(b"\n")
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes ``value`` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, default=str) + "\n"

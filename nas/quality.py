@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas.console import progress_bar
+from nas.files import end_cut_line
 from nas.model import Supernet
 from nas.space import Vector, format_vector
 
@@ -91,6 +92,7 @@ class LossMemo:
         """Remembers losses."""
         self._known |= losses
         self.file.parent.mkdir(parents=True, exist_ok=True)
+        end_cut_line(self.file)
         with self.file.open("a", encoding="utf-8") as stream:
             stream.writelines(json.dumps({"name": name, "loss_nats": loss}) + "\n" for name, loss in losses.items())
 

@@ -24,7 +24,7 @@ import filelock
 from nas.console import complain, say
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError
-from nas.files import file_hash, read_json, without_passwords, write_json
+from nas.files import end_cut_line, file_hash, read_json, without_passwords, write_json
 from nas.provenance import now, provenance
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
@@ -54,7 +54,8 @@ class FinishedRun:
                 f"{path} was written by 'nas {self.info.get('stage')}', not by 'nas {stage}'; give a {stage} run"
             )
         if not (path / _COMPLETE).is_file():
-            raise UserError(f"{path} is unfinished; run its command again with name={path.name} to finish it")
+            name = _name(path, str(self.info.get("stage")))
+            raise UserError(f"{path} is unfinished; run its command again with name={name} to finish it")
         self._hashes: dict[str, str] = read_json(path / _COMPLETE).get("artifacts", {})
         parts = (self._hashes, self.info.get("config"), self.info.get("parents"))
         if not all(isinstance(part, dict) for part in parts):
@@ -102,6 +103,13 @@ class FinishedRun:
         if parent.digest() != fact["hash"]:
             raise UserError(f"{path} is not the {role} that {self.path} was made from; run that again")
         return parent
+
+
+def _name(path: Path, stage: str) -> str:
+    """What ``name=`` makes a run directory: the path below its stage's folder, with the sweep that it is of."""
+    *folders, own = path.parts
+    below = folders[len(folders) - folders[::-1].index(stage) :] if stage in folders else []
+    return "/".join([*below, own])
 
 
 class Run:
@@ -177,7 +185,7 @@ def start_run(
         }
         if (path / _RUN).is_file():
             _check_resumable(path, stage, config, parent_facts)
-            _end_cut_line(path / _METRICS)
+            end_cut_line(path / _METRICS)
         else:
             argv = [without_passwords(word) for word in sys.orig_argv]
             facts: dict[str, Any] = {"stage": stage, "id": uuid.uuid4().hex, "started": now(), "argv": argv}
@@ -206,13 +214,6 @@ def begun_otherwise(path: Path, what: str) -> UserError:
     return UserError(
         f"{path} was begun with another {what}; repeat the first command to resume it, or give another name="
     )
-
-
-def _end_cut_line(file: Path) -> None:
-    """Closes a line that a kill cut short, so that the next one does not continue it."""
-    if file.is_file() and not file.read_bytes().endswith(b"\n"):
-        with file.open("ab") as stream:
-            stream.write(b"\n")
 
 
 def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
@@ -265,6 +266,11 @@ def identity(path: Path) -> str:
 def recorded_config(path: Path) -> dict[str, Any]:
     """The config of an earlier attempt at the run ``path``; empty if there was none."""
     return (read_json(path / _RUN).get("config") or {}) if is_run(path) else {}
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """The run directories below ``folder``, finished or not; a sweep's may be nested."""
+    return sorted(file.parent for file in folder.rglob(_RUN))
 
 
 def is_run(path: Path) -> bool:

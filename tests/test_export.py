@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nas.data.tokenizer import train_tokenizer
@@ -90,6 +91,24 @@ def test_the_tokenizer_travels_along(exported: tuple[Vector, Path]) -> None:
     assert loaded.eos_token == "<|endoftext|>"
 
 
+@pytest.mark.parametrize("puts_it_first", [True, False])
+def test_a_tokenizers_own_beginning_of_text_is_declared(
+    supernet: Supernet, tokenizer: Path, tmp_path: Path, puts_it_first: bool
+) -> None:
+    like_llama = Tokenizer.from_file(str(tokenizer))
+    like_llama.add_special_tokens(["<s>", "</s>"])
+    begin, end = (like_llama.token_to_id(name) for name in ("<s>", "</s>"))
+    if puts_it_first:
+        like_llama.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
+    like_llama.save(str(tmp_path / "tokenizer.json"))
+    HfExporter().export(supernet.extract((4, 1, 2)), tmp_path / "tokenizer.json", tmp_path / "model", {})
+    for file in ("config.json", "generation_config.json"):
+        declared = json.loads((tmp_path / "model" / file).read_text())
+        assert declared["bos_token_id"] == begin
+        assert declared["eos_token_id"] == like_llama.token_to_id("<|endoftext|>") != end
+    assert AutoTokenizer.from_pretrained(tmp_path / "model", trust_remote_code=True).bos_token == "<s>"
+
+
 def test_saving_with_transformers_keeps_the_layers(exported: tuple[Vector, Path], tmp_path: Path) -> None:
     vector, folder = exported
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
@@ -134,7 +153,7 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
 @pytest.mark.parametrize("name", list(shipped_spaces()))
 def test_engines_compute_the_ffn_width_of_every_shipped_shape(name: str) -> None:
     shape = load_space(name).shape
-    config = hf_config(shape, (1,) * shape.num_hidden_layers, shape.intermediate_size, None)
+    config = hf_config(shape, (1,) * shape.num_hidden_layers, shape.intermediate_size)
     assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], shape.hidden_size) == shape.intermediate_size
 
 
@@ -254,6 +273,14 @@ def test_finetuning_an_export_starts_from_its_loss_and_exports_again(nas: Nas, w
     inherited = pd.read_csv(run / "trials.csv").set_index("vector").loc[vector, "loss_nats"]
     assert before == pytest.approx(inherited, abs=1e-4)
     assert after < before
+    assert nas("generate", "checkpoint=runs/finetune/more", "prompt=import", "new_tokens=2", "name=text").code == 0
+    written = json.loads((workspace.runs / "generate" / "text" / "run.json").read_text())
+    assert written["parents"]["checkpoint"]["path"] == "../../finetune/more"
+    weights = workspace.runs / "export" / "one" / vector / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    spoiled = nas("generate", checkpoint, "prompt=import", "new_tokens=2", "name=spoiled")
+    assert spoiled.code == 1
+    assert "changed after the run finished" in spoiled.err
     model = workspace.runs / "finetune" / "more" / "model"
     assert read_exported(model).kv_heads == parse_vector(vector)
     assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).config.model_type == "nemotron-nas"

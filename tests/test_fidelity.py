@@ -79,6 +79,8 @@ def test_some_of_the_vectors_are_half_of_each_set_and_reach_both_ends() -> None:
     assert some[:4] == [spread[0], spread[4], spread[7], spread[11]]
     assert some[4:] == equal[:4]
     assert choose_some(spread, equal, 0) == []
+    uneven = choose_some(spread[:3], equal, 14)
+    assert sorted(uneven) == sorted([*spread[:3], *equal[:11]])
 
 
 LOSSES = st.lists(st.integers(0, 5), min_size=2, max_size=12)

@@ -57,6 +57,17 @@ def test_vectors_that_begin_alike_share_those_layers(micro: SearchSpace) -> None
     assert rows == [count * len(WINDOWS) for count in beginnings]
 
 
+def test_a_line_that_was_cut_short_costs_only_itself(tmp_path: Path) -> None:
+    memo = tmp_path / "losses.jsonl"
+    LossMemo(memo).add({"1-1": 3.0})
+    with memo.open("a") as file:
+        file.write('{"name": "2-2", "lo')
+    LossMemo(memo).add({"4-4": 2.0})
+    found = LossMemo(memo)
+    assert [name in found for name in ("1-1", "2-2", "4-4")] == [True, False, True]
+    assert found["4-4"] == 2.0
+
+
 def test_a_loss_is_evaluated_once_and_remembered_on_disk(
     micro: SearchSpace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,9 +1,11 @@
 """Reports: what the figures show, and that they come from the CSVs alone."""
 
+import shutil
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import moocore
 import numpy as np
 import pandas as pd
 import pytest
@@ -74,6 +76,33 @@ def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -
     assert metrics["distance"] >= 0
     itself = nas("report", "run=runs/search/whole", "reference=runs/search/whole", "name=itself")
     assert "100.0% of the best front's, and distance 0.0000 from it, after 27 evaluations" in itself.out
+
+
+def test_a_sweep_over_paths_is_reported_whole(nas: Nas, workspace: Workspace) -> None:
+    searches = workspace.runs / "search"
+    for nested in ("warm_start-null", "warm_start-runs/search/base"):
+        shutil.copytree(searches / "base", searches / "sweep" / nested)
+    assert nas("report", "run=runs/search/sweep", "name=sweep").code == 0
+    assert sorted(pd.read_csv("runs/report/sweep/metrics.csv")["run"]) == ["base", "warm_start-null"]
+    (searches / "sweep" / "warm_start-null" / "complete.json").unlink()
+    unfinished = nas("report", "run=runs/search/sweep", "name=again")
+    assert unfinished.code == 1
+    assert "name=sweep/warm_start-null to finish it" in unfinished.err
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7])
+def test_within_limits_every_front_vector_counts(nas: Nas, workspace: Workspace, share: float) -> None:
+    two = ["loss_nats", "kv_bytes_per_token"]
+    sizes = pd.read_csv("runs/search/base/trials.csv")["kv_bytes_per_token"]
+    limit = f"constraints.max_kv_bytes_per_token={sizes.min() + share * (sizes.max() - sizes.min())}"
+    limited = (limit, f"objectives=[{','.join(two)}]", "name=limited", *workspace.arguments)
+    assert nas("search", "--budget", "27", *limited).code == 0
+    assert nas("report", "run=runs/search/limited", "name=limited").code == 0
+    trials, front = (pd.read_csv(f"runs/search/limited/{name}.csv")[two] for name in ("trials", "front"))
+    reference = trials.max() + 0.1 * (trials.max() - trials.min())
+    assert (front < reference).all(axis=None)
+    found = pd.read_csv("runs/report/limited/metrics.csv")["hypervolume"].item()
+    assert found == pytest.approx(moocore.hypervolume(front.to_numpy(), ref=reference.to_numpy()))
 
 
 def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace) -> None:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nas.budget import Budget, parse_budget
 from nas.errors import UserError
 from nas.search import METRICS, Constraints, Objectives, Problem, Storage, on_front, reference_point, search
+from nas.search.claims import Claims
 from nas.search.exhaustive import ExhaustiveSampler
 from nas.search.front import hypervolume_curve, knee
 from nas.search.front_sampler import FrontSampler
@@ -149,6 +150,28 @@ def test_a_budget_in_time_ends_the_search_and_counts_across_restarts(micro: Sear
     assert 2 <= len(first) < micro.size
     again = run(micro, tmp_path, Budget(None, 1.0), evaluate=slow)
     assert len(again) <= len(first) + 1  # what the first spent is counted, but for the time between evaluations
+
+
+def test_what_a_kill_left_finished_counts_though_no_time_is_left(micro: SearchSpace, tmp_path: Path) -> None:
+    def slow(vector: Vector) -> Metrics:
+        time.sleep(0.2)
+        return additive(vector)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Claims, "finish", killed)
+        run(micro, tmp_path, Budget(None, 0.1), evaluate=slow)
+    assert len(run(micro, tmp_path, Budget(None, 0.1))) == 1
+
+
+def test_within_limits_the_exhaustive_sampler_goes_in_lexicographic_order(micro: SearchSpace, tmp_path: Path) -> None:
+    asked = problem(micro, limits={"max_decode_ms": 1.6})
+    trials = search(asked, ExhaustiveSampler, Budget(9), 0, Storage.file(tmp_path / "study.db"))
+    after_landmarks = trials["vector"].tolist()[sum(map(asked.constraints.keep, micro.landmarks().values())) :]
+    assert after_landmarks == sorted(after_landmarks)
+    assert len(after_landmarks) > 4
 
 
 def test_three_objectives_are_searched_together(micro: SearchSpace, tmp_path: Path) -> None:

@@ -95,6 +95,33 @@ def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, workspace: Wor
     assert len(trials(workspace.runs / "search" / "other")) == 7
 
 
+def test_names_do_not_decide_a_supernet(nas: Nas, workspace: Workspace, micro_file: Path) -> None:
+    renamed = workspace.path / "renamed.yaml"
+    renamed.write_text(micro_file.read_text() + "  another: 1-1-4\n")
+    before = set(workspace.runs.glob("train/*"))
+    (supernet,) = before
+    for name, more in (("found", ()), ("given", (f"supernet={supernet}",))):
+        result = nas("search", "--budget", 5, f"name={name}", *workspace.arguments, f"space={renamed}", *more)
+        assert result.code == 0, result.err
+    assert set(workspace.runs.glob("train/*")) == before
+
+
+def test_a_supernet_that_another_process_finishes_at_that_moment_is_taken(
+    nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (finished,) = workspace.runs.glob("train/*")
+    aside = finished.rename(workspace.path / "aside")
+
+    def others_finish(*_: object) -> None:
+        if aside.exists():
+            aside.rename(finished)
+
+    monkeypatch.setattr("nas.stages.train.check_trainable", others_finish)
+    result = nas("search", "--budget", 5, "name=late", *workspace.arguments)
+    assert result.code == 0, result.err
+    assert len(trials(workspace.runs / "search" / "late")) == 5
+
+
 def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(nas: Nas, workspace: Workspace) -> None:
     pool = (
         "-m",

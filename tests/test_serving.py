@@ -636,7 +636,7 @@ def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_pat
         (["prompt=", "new_tokens=4"], ["prompt has 0 tokens", "1 to 24"]),
         (["prompt=the cat", "checkpoint=."], ["has no config.json"]),
         (["prompt=the cat", "new_tokens=100"], ["prompt has", "new_tokens is 100", "1 to 24", "change either"]),
-        (["prompt=the cat", "checkpoint=nowhere"], ["nowhere has no config.json"]),
+        (["prompt=the cat", "checkpoint=nowhere"], ["nowhere does not exist", "'nas export' or 'nas finetune'"]),
         (["prompt=the cat", "new_tokens=0"], ["new_tokens is 0 but must be positive"]),
     ],
 )

@@ -33,6 +33,7 @@ from nas.search.claims import Claim, ClaimLostError, Claims
 from nas.search.metrics import Metrics
 from nas.space import Vector, format_vector, load_space
 from nas.stages.workers import more_workers
+from tests.conftest import Nas
 from tests.test_search import SAMPLERS, TWO, additive, problem
 
 HEARTBEAT_S = 0.2  # a worker counts as gone after 1.2 s
@@ -369,6 +370,13 @@ def test_a_database_that_is_not_there_is_one_sentence_without_the_password(postg
     with pytest.raises(UserError, match='"nowhere" does not exist') as caught:
         search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage)
     assert "secret" not in str(caught.value)
+
+
+def test_a_sweep_gets_no_password_as_it_would_be_written_to_a_file(nas: Nas, tmp_path: Path) -> None:
+    result = nas("search", "-m", "worker=0,1", "name=pool", "storage=postgresql://me:s3cret@host/studies")
+    assert result.code == 1
+    assert result.err.startswith("nas search: a sweep's command line is written to multirun.yaml")
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,6 +63,14 @@ def load_tokenizer(reference: str) -> Tokenizer:
         raise UserError(f"tokenizer {file} cannot be read ({error}); give a Hugging Face tokenizer.json") from None
 
 
+def beginning_id(tokenizer: Tokenizer) -> int | None:
+    """Id of the token that begins a text: what the tokenizer itself puts there, a usual name, or the end of text."""
+    if begun := tokenizer.encode("").ids:
+        return int(begun[0])
+    ids = (tokenizer.token_to_id(name) for name in ("<s>", "<|begin_of_text|>", "<bos>"))
+    return next((index for index in ids if index is not None), end_of_text_id(tokenizer))
+
+
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """Id of the token that ends a document: END_OF_TEXT, or the usual names of other tokenizers."""
     ids = (tokenizer.token_to_id(name) for name in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"))

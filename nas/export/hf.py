@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nas.data.tokenizer import end_of_text_id, load_tokenizer
+from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
@@ -49,16 +49,15 @@ class HfExporter:
         folder.mkdir(parents=True, exist_ok=True)
         state, width = _padded_state(model)
         write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
-        end = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
-        config = hf_config(model.shape, model.kv_heads, width, end)
-        write_json(folder / "config.json", config)
-        write_json(folder / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": False})
+        special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
+        write_json(folder / "config.json", hf_config(model.shape, model.kv_heads, width) | special)
+        write_json(folder / "generation_config.json", special | {"do_sample": False})
         shutil.copy(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), folder)
         (folder / "README.md").write_text(_card(model, width, card), encoding="utf-8")
 
 
-def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_text: int | None) -> dict[str, Any]:
-    """The contents of config.json for a model whose FFN is ``width`` wide."""
+def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int) -> dict[str, Any]:
+    """The contents of config.json, but for the tokenizer's, of a model whose FFN is ``width`` wide."""
     heads, ffn_mult = shape.num_attention_heads, 3 * width / (2 * shape.hidden_size)
     padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
     scaling = dict(shape.rope_scaling or {})
@@ -97,8 +96,6 @@ def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int, end_of_tex
         "qkv_bias": shape.qkv_bias,
         "mlp_bias": shape.mlp_bias,
         "qk_norm": shape.qk_norm,
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
         "dtype": "float32",
         "torch_dtype": "float32",
         **padding,
@@ -181,16 +178,15 @@ def _padded_state(model: Decoder) -> tuple[dict[str, Tensor], int]:
     return state, width
 
 
-def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> int | None:
-    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns the id of its end of text."""
+def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, int | None]:
+    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns what config.json says of it."""
     loaded = load_tokenizer(str(tokenizer))
-    end = end_of_text_id(loaded)
-    name = None if end is None else loaded.id_to_token(end)
+    ids = {"bos": beginning_id(loaded), "eos": end_of_text_id(loaded)}
+    names = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in ids.items()}
     shutil.copy(tokenizer, folder / "tokenizer.json")
-    special = {"bos_token": name, "eos_token": name, "pad_token": name}
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **special}
-    write_json(folder / "tokenizer_config.json", facts)
-    return end
+    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
+    write_json(folder / "tokenizer_config.json", facts | {"pad_token": names["eos_token"]})
+    return {f"{key}_token_id": index for key, index in ids.items()}
 
 
 def _engine_warnings(shape: ModelShape) -> list[str]:

@@ -79,7 +79,7 @@ def agreement_table(table: pd.DataFrame) -> Table:
     """The agreements for the terminal."""
     shown = Table()
     for heading in ("trained loss", "among", "by"):
-        shown.add_column(heading, no_wrap=True)
+        shown.add_column(heading)
     for heading in ("vectors", "tau", "95 %", "ceiling"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table.to_dict("records"):

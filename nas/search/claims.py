@@ -16,7 +16,7 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
@@ -148,9 +148,15 @@ class Claims:
         """
         self._change(self._own(claim), done=True)
 
-    def adopt(self) -> Claim | None:
-        """Takes over the lowest unfinished claim of a worker that is gone, or returns None."""
+    def adopt(self, vectors: Collection[Vector] | None = None) -> Claim | None:
+        """Takes over the lowest unfinished claim of a worker that is gone, or returns None.
+
+        Args:
+            vectors: Only a claim of one of these counts; None: any.
+        """
         for row in self._others()[1]:
+            if vectors is not None and row.claim.vector not in vectors:
+                continue
             with suppress(ClaimLostError):
                 same = and_(_CLAIMS.c.slot == row.slot, _CLAIMS.c.owner == row.owner, _CLAIMS.c.beat == row.beat)
                 self._change(same, owner=self.owner, beat=0)

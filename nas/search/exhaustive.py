@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import numpy as np
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
@@ -11,7 +12,7 @@ from nas.search.informed import InformedSampler
 
 
 class ExhaustiveSampler(InformedSampler):
-    """Proposes the first vector in lexicographic order that is not taken, whether it is permitted or not.
+    """Proposes the first vector in lexicographic order that is permitted and not taken.
 
     Args:
         seed: Changes nothing; every sampler is given one.
@@ -28,7 +29,7 @@ class ExhaustiveSampler(InformedSampler):
         taken = self.taken | {tuple(other.params.get(name) for name in search_space) for other in others}
         vector: tuple[Any, ...] = ()
         for vector in itertools.product(*map(_choices, search_space.values())):
-            if vector not in taken:
+            if vector not in taken and (self.permitted is None or self.permitted(np.array([vector]))[0]):
                 break
         return dict(zip(search_space, vector, strict=True))
 

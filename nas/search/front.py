@@ -57,9 +57,9 @@ def on_front(frame: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.bool
 def reference_point(landmarks: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.float64]:
     """The hypervolume's reference point: a tenth of the landmarks' range beyond the worst of them.
 
-    Every search evaluates the same landmarks first, so searches of one space and workload share this point (unless
-    their budget is smaller than the number of landmarks). A margin in proportion to the value instead of the range
-    would drown the front: losses differ in the third digit.
+    Every search evaluates the same landmarks first, so searches of one space and workload share this point, unless
+    their limits or a small budget leave some out: then give all that was evaluated. A margin in proportion to the value
+    instead of the range would drown the front: losses differ in the third digit.
     """
     points = objectives.points(landmarks)
     worst = np.where(objectives.maximise, points.min(0), points.max(0))

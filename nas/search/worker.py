@@ -77,7 +77,11 @@ class Worker:
         """What to do now: what a worker that is gone left behind, or a new slot; waits as long as either may come."""
         while True:
             in_time = self._allowance.seconds is None or self.spent() < self._allowance.seconds
-            if in_time and (claim := self._claims.adopt() or self._claims.take(self._allowance.slots)):
+            if in_time:
+                claim = self._claims.adopt() or self._claims.take(self._allowance.slots)
+            else:
+                claim = self._claims.adopt(self._finished())  # which takes no time
+            if claim:
                 return claim
             live, gone = self._claims.under_way()
             if not live and not (gone and in_time):
@@ -86,13 +90,16 @@ class Worker:
             time.sleep(_POLL_S)
 
     def _carry_out(self, claim: Claim, bar: Bar) -> None:
-        if claim.vector is None or claim.vector not in vectors_of(finished_trials(self._study), self._problem.space):
+        if claim.vector is None or claim.vector not in self._finished():
             trial = self._ask(claim)
             vector = tuple(trial.params[name] for name in self._sampler.distributions)
             metrics = self._problem.evaluate(vector)
             self._tell(trial, {"vector": format_vector(vector), **metrics})
             bar.update(self.spent(), f"{format_vector(vector)} {metrics['loss_nats']:.4f}")
         self._claims.finish(claim)
+
+    def _finished(self) -> set[Vector]:
+        return set(vectors_of(finished_trials(self._study), self._problem.space))
 
     def _ask(self, claim: Claim) -> optuna.Trial:
         """A trial of the claim's vector, or of one that the sampler proposes and no other worker has."""

@@ -10,6 +10,7 @@ import torch
 from nas.config import Export, build
 from nas.console import say
 from nas.errors import UserError
+from nas.latency.model import Workload
 from nas.model.checkpoint import load_supernet
 from nas.run import FinishedRun, start_run
 from nas.search import COLUMNS, Objectives
@@ -65,15 +66,14 @@ def select(
 
 def card_facts(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, str]:
     """What the model card states of a vector."""
-    workload, source = search.config["workload"], row["latency_source"]
-    at = f"batch {workload['batch']}, context {workload['context']}, {workload['dtype']}, {workload['runtime']}"
+    source, at = row["latency_source"], Workload(**search.config["workload"] | {"batch": row["batch"]})
     return {
         "KV groups by layer": row["vector"],
         "inherited validation loss": f"{row['loss_nats']:.5f} nats/token, with the supernet's weights (measured)",
         "decode step": f"{row['decode_ms']:.4f} ms ({source}; {at})",
         "decode throughput": f"{row['tokens_per_s']:,.1f} tokens/s ({source}; {at})",
-        "prefill": f"{row['prefill_ms']:.4f} ms ({source}; the same, prompt of {workload['prompt']} tokens)",
-        "KV cache": f"{row['kv_bytes_per_token']} bytes a token in {workload['dtype']}",
+        "prefill": f"{row['prefill_ms']:.4f} ms ({source}; the same)",
+        "KV cache": f"{row['kv_bytes_per_token']} bytes a token in {at.dtype}",
         "where the latency comes from": search.config["latency"],
         "searched with": f"gqa-nas {search.info['versions']['gqa-nas']}, {search.info['started'][:10]}",
     }

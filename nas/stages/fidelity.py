@@ -43,6 +43,8 @@ def run(config: Fidelity, path: Path) -> None:
             f"vectors is {config.vectors} and alone.vectors {config.alone.vectors}; a ranking takes two or more, and "
             "those trained alone are among the others"
         )
+    if config.equal_total >= config.vectors:
+        raise UserError(f"equal_total is {config.equal_total} of {config.vectors} vectors; lower it or raise vectors")
     source = FinishedRun(Path(config.supernet), "train")
     data = _text_of(source, config)
     inherited = inherited_loss(source, data, config.validation_windows, Path(config.runs_dir))

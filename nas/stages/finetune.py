@@ -9,13 +9,13 @@ from nas.config import Finetune, build
 from nas.console import say
 from nas.data import prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN
-from nas.errors import UserError
 from nas.export.hf import read_exported
 from nas.files import file_hash
 from nas.model import Decoder
 from nas.quality import mean_loss
-from nas.run import FinishedRun, is_run, start_run
+from nas.run import start_run
 from nas.space import format_vector
+from nas.stages.exported import resolve_checkpoint, writer_of
 from nas.training import check_memory, fit, text_loss, training_device, whole_state, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
@@ -23,7 +23,7 @@ from nas.training.loop import CHECKPOINT, autocast
 def run(config: Finetune, path: Path) -> None:
     """Finetunes into ``path``/model."""
     source = resolve_checkpoint(Path(config.checkpoint))
-    parents = _writer(source)
+    parents = writer_of(source)
     options, device = config.train, training_device()
     model = read_exported(source, with_weights=not config.from_scratch)
     check_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
@@ -66,31 +66,3 @@ def run(config: Finetune, path: Path) -> None:
             build(config.export).export(trained, Path(tokenizer), path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
     say(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")
-
-
-def _writer(folder: Path) -> dict[str, FinishedRun]:
-    """The run that wrote an exported model, if the model still lies there; its files are verified."""
-    if not is_run(folder.parent):
-        return {}
-    writer = FinishedRun(folder.parent)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        writer.artifact(f"{folder.name}/{name}")
-    return {"checkpoint": writer}
-
-
-def resolve_checkpoint(folder: Path) -> Path:
-    """An exported directory, or the only one inside ``folder``.
-
-    Raises:
-        UserError: There is none, or more than one.
-    """
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {folder} does not exist; give a directory that 'nas export' wrote")
-    if (folder / "config.json").is_file():
-        return folder
-    inside = sorted(file.parent for file in folder.glob("*/config.json"))
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        raise UserError(f"{folder} holds {len(inside)} models; give one of them, such as {inside[0]}")
-    raise UserError(f"{folder} has no config.json; give a directory that 'nas export' wrote")

@@ -23,19 +23,22 @@ from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.runtime import DTYPES
 from nas.shape import ModelShape
+from nas.stages.exported import resolve_checkpoint, writer_of
 
 
 def run(config: Generate, path: Path) -> None:
     """Generates into ``path``."""
-    model = read_exported(Path(config.checkpoint))
-    tokenizer = load_tokenizer(config.checkpoint)
+    source = resolve_checkpoint(Path(config.checkpoint))
+    parents = writer_of(source)
+    model = read_exported(source)
+    tokenizer = load_tokenizer(str(source))
     stop = end_of_text_id(tokenizer)
     prompt = tokenizer.encode(config.prompt).ids
     shape, vector, device = model.shape, model.kv_heads, this_device()
     workload = _workload(config, prompt, shape, vector, device)
     asked = {"checkpoint": config.checkpoint, "prompt": config.prompt, "new_tokens": config.new_tokens}
     asked |= {"batch": config.batch, "seed": config.seed, "temperature": config.temperature, "workload": str(workload)}
-    with start_run(path, "generate", asked, {"generate": config.seed}) as this_run:
+    with start_run(path, "generate", asked, {"generate": config.seed}, parents) as this_run:
         torch_device, dtype = torch.device("cuda" if device.is_gpu else "cpu"), DTYPES[workload.dtype]
         served = ServingModel.of(model, torch_device, dtype)
         del model  # its weights were copied

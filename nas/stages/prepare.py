@@ -19,7 +19,7 @@ from nas.budget import Budget, parse_budget
 from nas.config import Search, build
 from nas.console import say
 from nas.data import TokenData
-from nas.errors import UserError
+from nas.errors import AlreadyFinishedError, UserError
 from nas.files import value_hash, without_passwords
 from nas.latency import find_device, resolve_workload
 from nas.latency.memory import check_memory
@@ -37,8 +37,10 @@ from nas.stages.train import (
     find_supernet,
     inherited_loss,
     settle,
+    space_identity,
     supernet_config,
     supernet_data,
+    supernet_identity,
     train_supernet,
 )
 from nas.stages.warm_start import WarmStart, earlier_searches, warm_start
@@ -81,7 +83,6 @@ class Prepared:
 
     def search(self, membership: Membership) -> pd.DataFrame:
         """Works on the study until it is done; returns all evaluated vectors."""
-        self.warm.enter(self.loss)
         return search(
             self.problem,
             self.make_sampler,
@@ -118,7 +119,8 @@ def prepare(config: Search, path: Path) -> Prepared:
         check_facts(storage, facts)
 
     begun_or_named = config.supernet or recorded_config(path)
-    if not begun_or_named and space.name not in {run.config["space"]["name"] for run in find_runs(runs_dir, "train")}:
+    ours, trained = space_identity(space.to_dict()), find_runs(runs_dir, "train")
+    if not begun_or_named and all(space_identity(run.config["space"]) != ours for run in trained):
         check_trainable(config.train, space)  # before any text is read
     data = supernet_data(config, space)
     wanted = supernet_config(config, space, init, data)
@@ -139,13 +141,14 @@ def prepare(config: Search, path: Path) -> Prepared:
     loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
     windows = list(loss.windows.shape)
     warm = warm_start(earlier, space, supernet, windows)
+    warm.enter(loss)
     if earlier:
         say(warm.describe())
 
     facts |= {
         "supernet": supernet.digest()[:12],
         "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
-        "warm_start": value_hash([sorted(warm.known.items()), warm.proposed]),
+        "warm_start": value_hash([list(warm.known.items()), warm.proposed]),
     }
     if config.storage:
         check_facts(storage, facts)
@@ -172,13 +175,9 @@ def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun
     supernet = FinishedRun(Path(config.supernet), "train") if config.supernet else recorded_parent(path, "supernet")
     if supernet is None:
         return find_supernet(Path(config.runs_dir), wanted)
-    theirs = supernet.config
-    same = {
-        "space": theirs["space"] == wanted["space"],
-        "data": theirs["data"]["digest"] == wanted["data"]["digest"],
-        "init": wanted["init"] in (None, theirs.get("init")),
-    }
-    if different := [key for key, equal in same.items() if not equal]:
+    theirs, ours = supernet_identity(supernet.config), supernet_identity(wanted)
+    asked = ("space", "data", "init") if ours["init"] else ("space", "data")
+    if different := [key for key in asked if theirs[key] != ours[key]]:
         if config.supernet:
             raise UserError(
                 f"supernet {supernet.path} was trained with another {different[0]} than this search's; give the same "
@@ -190,4 +189,8 @@ def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun
 
 def _train(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData, name: str) -> FinishedRun:
     say("No trained supernet fits this space, data and training: training one first")
-    return train_supernet(config, space, init, data, Path(config.runs_dir) / "train" / name)
+    path = Path(config.runs_dir) / "train" / name
+    try:
+        return train_supernet(config, space, init, data, path)
+    except AlreadyFinishedError:  # another process finished it a moment ago
+        return FinishedRun(path, "train")

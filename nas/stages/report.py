@@ -16,17 +16,19 @@ from nas.console import say
 from nas.errors import UserError
 from nas.files import write_atomically
 from nas.latency.check import CHECK_COLUMNS
+from nas.latency.model import Workload
 from nas.report.check import check_size, draw_check
 from nas.report.figure import figure
 from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
 from nas.report.table import front_table, gain_sentence
-from nas.run import FinishedRun, is_run, start_run
+from nas.run import FinishedRun, is_run, runs_in, start_run
 from nas.search import COLUMNS, Objectives, on_front, reference_point
 from nas.search.front import front_distance, gains_over_uniform
 from nas.tables import read_csv
 
+_TITLE_WIDTH = 58
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
 
@@ -35,7 +37,7 @@ def run(config: Report, path: Path) -> None:
     source = Path(config.run)
     if not source.is_dir():
         raise UserError(f"run={config.run} does not exist; give the directory of a search or of a sweep")
-    folders = [source] if is_run(source) else sorted(child for child in source.iterdir() if is_run(child))
+    folders = [source] if is_run(source) else runs_in(source)
     if not folders:
         raise UserError(f"{source} holds no run; give the directory of a search or of a sweep of searches")
     searches = [FinishedRun(folder, "search") for folder in folders]
@@ -70,7 +72,8 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
         draw_groups(drawing, group_matrix(front), title)
 
     known = everything[everything["vector"].isin(landmarks["vector"])]
-    reference = reference_point(known if len(known) else everything, objectives)  # limits may rule out all of them
+    complete = len(known) == landmarks["vector"].nunique()  # limits and small budgets leave some out
+    reference = reference_point(known if complete else everything, objectives)
     labels = _labels([search.config for search in searches])
     table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
     with figure(path / "hypervolume") as drawing:
@@ -120,14 +123,8 @@ def front_metrics(
 
 
 def _title(config: dict[str, Any]) -> str:
-    workload = config["workload"]
-    return "\n".join(
-        (
-            f"{config['space']['name']}: batch {workload['batch']}, context {workload['context']}, "
-            f"{workload['dtype']}, {workload['runtime']}",
-            *textwrap.wrap(f"latency {config['latency']}", 58),
-        )
-    )
+    lines = (f"{config['space']['name']}: {Workload(**config['workload'])}", f"latency {config['latency']}")
+    return "\n".join(part for line in lines for part in textwrap.wrap(line, _TITLE_WIDTH))
 
 
 def _check_comparable(searches: list[FinishedRun]) -> None:

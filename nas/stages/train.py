@@ -86,8 +86,17 @@ def find_supernet(runs_dir: Path, wanted: dict[str, Any]) -> FinishedRun | None:
 
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
     """What decides a supernet's weights: text and checkpoint by content and not by path, no key that only watches."""
-    train = weights_identity(config["train"])
-    return {"space": config["space"], "init": config.get("init"), "data": config["data"]["digest"], "train": train}
+    return {
+        "space": space_identity(config["space"]),
+        "init": (config.get("init") or {}).get("hash"),
+        "data": config["data"]["digest"],
+        "train": weights_identity(config["train"]),
+    }
+
+
+def space_identity(space: dict[str, Any]) -> dict[str, Any]:
+    """Of a recorded space what decides a supernet's weights: no names, neither its own nor of vectors."""
+    return {key: value for key, value in space.items() if key not in ("name", "known_vectors")}
 
 
 def weights_identity(train: dict[str, Any]) -> dict[str, Any]:
@@ -123,11 +132,11 @@ def train_supernet(
     device = training_device()
     length = window_length(options, space.shape.max_position_embeddings)
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
-    supernet = Supernet(space, options.sharing)
     seeds = {"train": options.seed}
     with start_run(path, "train", supernet_config(config, space, init, data), seeds) as run:
         start = f"the weights of {init.folder}" if init else "random weights"
         say(f"Training {space.name} ({space.size:,} vectors) from {start} for {options.steps} steps in {path}")
+        supernet = Supernet(space, options.sharing)
         if init:
             init.load_into(supernet)
         else:
