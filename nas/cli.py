@@ -50,7 +50,7 @@ eval "$(nas -sc install=bash)" switches tab completion on."""
 _MANY_PROCESSES = ("train", "finetune")
 _MULTIRUN = {"-m", "--multirun"}
 _INSIST_S = 5.0
-_PROMPT = "prompt="
+_PROMPT = "prompt"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 
@@ -126,9 +126,10 @@ def _hydra(stage: str, overrides: list[str]) -> int:
                 raise KeyboardInterrupt(f"the same command with name={config.name} finishes it") from None
             if not isinstance(error, UserError | OSError):
                 raise
-            complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")
             if isinstance(error, AlreadyFinishedError) and HydraConfig.get().mode == RunMode.MULTIRUN:
+                complain(f"nas {stage}: {str(error).partition(';')[0]}: left as it is")
                 return  # a sweep that is repeated goes on with what is left
+            complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")
             if os.getpid() != home:  # a launcher sent this job elsewhere, and tells of its failure at home
                 raise
             failed = True
@@ -182,11 +183,23 @@ def _expand_budget(arguments: list[str]) -> list[str]:
 
 
 def _quoted(word: str) -> str:
-    """A prompt is text as it is, so it is quoted for Hydra; all other words are Hydra's language already."""
-    if not word.startswith(_PROMPT):
+    """A prompt is text as it is, so it is quoted for Hydra, and so is a value that Hydra's language does not know.
+
+    All other words are in that language: lists, choices to sweep over, names with quotes of their own.
+    """
+    key, equals, text = word.partition("=")
+    if not equals or word.startswith("-") or (key != _PROMPT and _is_hydras(word)):
         return word
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\${", word.removeprefix(_PROMPT))  # no interpolation, for OmegaConf
-    return _PROMPT + QuotedString(literal, Quote.double).with_quotes()
+    literal = re.sub(r"(\\*)\$\{", r"\1\1\${", text)  # no interpolation, for OmegaConf
+    quoted = f"{key}={QuotedString(literal, Quote.double).with_quotes()}"
+    return quoted if key == _PROMPT or _is_hydras(quoted) else word
+
+
+def _is_hydras(word: str) -> bool:
+    with suppress(HydraException):
+        OverridesParser.create().parse_override(word)
+        return True
+    return False
 
 
 def _name_sweep_by_what_it_varies(arguments: list[str]) -> list[str]:

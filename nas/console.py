@@ -12,7 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from nas.distributed import IS_MAIN
 
+_NO_TERMINAL = 160  # columns of a pipe or a log: tables need not be folded there
 _out = Console(soft_wrap=True, highlight=False, markup=False, quiet=not IS_MAIN)
+if not _out.is_terminal:
+    _out.width = max(_out.width, _NO_TERMINAL)
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
@@ -37,9 +40,9 @@ class Bar:
     def __init__(self, progress: Progress, task: int) -> None:
         self._progress, self._task = progress, task  # progress.tasks is keyed by an int-like TaskID
 
-    def update(self, completed: float, note: str = "") -> None:
-        """Set how much is done and a short note beside the bar (a loss, a vector)."""
-        self._progress.update(self._task, completed=completed, note=note)  # type: ignore[arg-type]
+    def update(self, completed: float, note: str = "", total: float | None = None) -> None:
+        """Set how much is done, a short note beside the bar (a loss, a vector), and the total if it has changed."""
+        self._progress.update(self._task, completed=completed, total=total, note=note)  # type: ignore[arg-type]
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 
 from nas.errors import UserError, causes
 
+os.umask(_UMASK := os.umask(0))
+
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path beside ``path`` and renames the result into place.
@@ -25,6 +27,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(temporary)
+        temporary.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read
         temporary.replace(path)
     except Exception as error:
         number = _system_error(error)

@@ -150,3 +150,14 @@ def test_the_wheel_works_from_an_empty_directory(tmp_path: Path, workspace: Work
     command = [sys.executable, "-m", "nas", "search", "--budget", "4", "name=w", *workspace.arguments]
     subprocess.run(command, cwd=empty, env=environment, check=True, capture_output=True)
     assert (empty / "runs" / "search" / "w" / "front.csv").is_file()
+
+
+@pytest.mark.parametrize("value", ["~/corpus", "ünï", "it's.txt", "a(1).txt", "a=b.txt"])
+def test_a_value_that_hydra_would_not_know_is_text_as_it_is(value: str) -> None:
+    (override,) = OverridesParser.create().parse_overrides([_quoted(f"data.path={value}")])
+    assert override.value() == value
+
+
+@pytest.mark.parametrize("word", ["seed=0,1", "x=[1,2]", "budget=all", "x=null", "+a.b=1", "~x", 'name="ünï"'])
+def test_hydras_own_language_stays_as_it_is(word: str) -> None:
+    assert _quoted(word) == word

@@ -136,6 +136,11 @@ def test_the_configuration_is_what_inference_engines_read(exported: tuple[Vector
         assert engine_ffn_width(block["ffn"]["ffn_mult"], config["hidden_size"]) == config["intermediate_size"]
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(exported: tuple[Vector, Path]) -> None:
+    modes = {(exported[1] / name).stat().st_mode for name in ("config.json", "model.safetensors", "tokenizer.json")}
+    assert len(modes) == 1
+
+
 def test_tensors_have_plain_llama_names(exported: tuple[Vector, Path]) -> None:
     names = set(load_file(exported[1] / "model.safetensors"))
     assert "model.layers.0.self_attn.k_proj.weight" in names

@@ -159,6 +159,14 @@ def test_where_it_may_extrapolate_a_table_goes_on_straight_and_calls_it_an_estim
     assert table.ends_ms("decode", 500, 2000) == pytest.approx(2 * (0.5 + 0.1 * 500))
 
 
+def test_what_would_be_extrapolated_to_no_time_at_all_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
+    low, *_ = GRID.batches
+    steep = write_table(tmp_path, micro, lambda point: float(point.batch**4 * point.length))
+    table = TableLatency(steep, extrapolate=True)
+    with pytest.raises(UserError, match=rf"too little to be extrapolated to batch {low - 1} .* measure that workload"):
+        table.layer_ms("decode", 2, low - 1, GRID.contexts[0])
+
+
 def test_a_prompt_so_long_that_it_goes_alone_does_not_flatten_what_is_between(
     micro: SearchSpace, tmp_path: Path
 ) -> None:

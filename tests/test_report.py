@@ -15,7 +15,7 @@ from PIL import Image
 from nas.latency.check import CHECK_COLUMNS
 from nas.report.check import check_size, draw_check
 from nas.report.front import draw_front, front_points
-from nas.report.groups import draw_groups, group_matrix
+from nas.report.groups import draw_groups, group_matrix, groups_size
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
 from nas.report.table import gain_sentence
 from nas.search import Objectives
@@ -190,6 +190,12 @@ def test_the_heat_map_shows_every_number_once() -> None:
     axes = drawing.axes[0]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts == {(0, 0): "4", (0, 1): "4", (0, 2): "4", (1, 0): "1", (1, 1): "2", (1, 2): "4"}
+
+
+@pytest.mark.parametrize("layers", [4, 32, 80])
+def test_the_heat_map_grows_so_that_no_two_numbers_meet(layers: int) -> None:
+    size = groups_size(pd.DataFrame(np.ones((layers, 5))))
+    assert 72 * (size["height"] - 1.5) / layers > 7  # points, of which a number is 7 high
 
 
 def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:

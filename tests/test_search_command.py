@@ -208,6 +208,17 @@ def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, work
     assert table["tokens_per_s"].to_numpy() == pytest.approx((1e3 * table["batch"] / table["decode_ms"]).to_numpy())
 
 
+def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one(nas: Nas, workspace: Workspace) -> None:
+    (measured,) = workspace.runs.glob("measure/*")
+    space = workspace.arguments[0]
+    newer = ("workload.batch=3", "measure.batches=[1]", "measure.rounds=2", "name=newer")
+    assert nas("measure", space, *newer).code == 0
+    result = nas("search", "--budget", 3, "name=exact", *workspace.arguments)
+    assert f"(runs/measure/{measured.name})" in result.out
+    between = [word for word in workspace.arguments if not word.startswith("workload.batch")]
+    assert "(runs/measure/newer)" in nas("search", "--budget", 3, "name=other", *between, "workload.batch=3").out
+
+
 def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training_or_extrapolated(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -180,7 +180,13 @@ class TableLatency:
                 f"{self.folder / TABLE} covers {surface.range()} in {phase}, not batch {batch} and length {length}; "
                 "measure that workload, or allow extrapolate=true"
             )
-        return surface.ms(batch, length, within)
+        ms = surface.ms(batch, length, within)
+        if ms <= 0:
+            raise UserError(
+                f"{self.folder / TABLE} covers {surface.range()} in {phase}: too little to be extrapolated to batch "
+                f"{batch} and length {length}; measure that workload"
+            )
+        return ms
 
 
 class _Surface:

@@ -157,15 +157,14 @@ def time_points(
     """
     stopwatch = _Stopwatch(prepare, device)
     rng = random.Random(config.seed + len(samples.segments))
+
+    def done() -> int:
+        return sum(config.rounds if math.inf in times else len(times) for times in samples.by_point().values())
+
     total = config.rounds * len(points)
     with progress_bar("Timing", total) as bar:
-
-        def show() -> None:
-            taken = samples.by_point().values()
-            done = sum(config.rounds if math.inf in times else min(config.rounds, len(times)) for times in taken)
-            bar.update(done, f"drift {max(samples.drifts(), default=0):.1%}")
-
         while due := due_points(points, samples, config):
+            total = max(total, done() + len(due))  # what drifted or scattered is timed again
             before = stopwatch.look_at(sentinel)
             for load in _loads(due, _LOAD[device.type], config.segment, rng):
                 if any([stopwatch.make_ready(point) for point in load]):  # all of them, which is work for the device
@@ -175,7 +174,7 @@ def time_points(
                     after = stopwatch.look_at(sentinel)
                     samples.add(Segment(before, after, times))
                     load, before = load[len(times) :], after
-                    show()
+                    bar.update(done(), f"drift {max(samples.drifts()):.1%}", total)
 
 
 def _loads(points: Iterable[Point], kind: Callable[[Point], Any], most: int, rng: random.Random) -> list[list[Point]]:

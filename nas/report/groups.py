@@ -15,6 +15,12 @@ def group_matrix(front: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(vectors, columns=[f"{loss:.4f}" for loss in ordered["loss_nats"]])
 
 
+def groups_size(matrix: pd.DataFrame) -> dict[str, float]:
+    """Width and height of the heat map's figure in inches, which leave room for every cell."""
+    layers, points = matrix.shape
+    return {"width": max(5.0, 2.0 + 0.32 * points), "height": max(4.2, 1.8 + 0.16 * layers)}
+
+
 def draw_groups(drawing: Figure, matrix: pd.DataFrame, title: str) -> None:
     """Draws the heat map; small ones carry their numbers."""
     axes = drawing.subplots()

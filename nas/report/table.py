@@ -12,8 +12,8 @@ def front_table(front: pd.DataFrame, names: dict[str, str] | None = None) -> Tab
         names: Names of vectors that have one.
     """
     table = Table()
-    table.add_column("vector", overflow="fold", min_width=15)
-    for heading in ("loss nats", "tokens/s", "decode ms", "prefill ms", "KV B/token"):
+    table.add_column("vector", overflow="fold", min_width=12)
+    for heading in ("loss\nnats", "tokens\n/s", "decode\nms", "prefill\nms", "KV B\n/token"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("latency", no_wrap=True)
     for row in front.to_dict("records"):

@@ -87,14 +87,14 @@ def _measure(config: Search, space: SearchSpace, device: Device, workload: Workl
 def fitting_tables(
     runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
 ) -> Iterator[TableLatency]:
-    """Measured tables that cover a workload: of this user's runs, newest first, then those that ship.
+    """Measured tables that cover a workload: those measured for it first, as others may have to interpolate.
 
-    With ``extrapolate`` those of the same shape and runtime follow that do not cover it. Unusable ones are passed over
-    with a warning.
+    Of either kind this user's runs come first, newest first, then those that ship. With ``extrapolate`` those of the
+    same shape and runtime follow that do not cover it. Unusable ones are passed over with a warning.
     """
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
     published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
-    others = []
+    tables = []
     for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
         try:
             table = load()
@@ -103,9 +103,10 @@ def fitting_tables(
         except UserError as error:
             complain(f"Passing over a latency table: {error}")
             continue
-        if _covering(table, False, device, space, workload):
-            yield table
-        else:
-            others.append(table)
+        tables.append(table)
+    asked = dataclasses.asdict(workload)
+    covering = [table for table in tables if _covering(table, False, device, space, workload)]
+    yield from sorted(covering, key=lambda table: bool(table.meta["workload"] != asked))
     if extrapolate:
+        others = (table for table in tables if table not in covering)
         yield from filter(None, (_covering(table, True, device, space, workload) for table in others))

@@ -126,10 +126,10 @@ def prepare(config: Search, path: Path) -> Prepared:
     wanted = supernet_config(config, space, init, data)
     supernet = _supernet(config, path, wanted)
     latency = find_latency(config, path, space, device, workload)  # takes minutes at most, so before any training
-    say(f"Latency on {device.name} ({workload}): {latency.describe()}")
+    table = latency if isinstance(latency, TableLatency) else None
+    say(f"Latency on {device.name} ({workload}): {latency.describe()}" + (f" ({table.folder})" if table else ""))
     costs = predictions(space, device, latency, workload, config.cost)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
-    table = latency if isinstance(latency, TableLatency) else None
     facts["latency"] = f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}"
     if config.storage:
         check_facts(storage, facts)

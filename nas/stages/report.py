@@ -20,7 +20,7 @@ from nas.latency.model import Workload
 from nas.report.check import check_size, draw_check
 from nas.report.figure import figure
 from nas.report.front import draw_front, front_points
-from nas.report.groups import draw_groups, group_matrix
+from nas.report.groups import draw_groups, group_matrix, groups_size
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
 from nas.report.table import front_table, gain_sentence
 from nas.run import FinishedRun, is_run, runs_in, start_run
@@ -68,8 +68,9 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     panels = len(objectives.names) * (len(objectives.names) - 1) // 2
     with figure(path / "front", width=6.4 if panels == 1 else 4.6 * panels) as drawing:
         draw_front(drawing, points, objectives, title)
-    with figure(path / "groups", width=max(5.0, 2.0 + 0.32 * len(front))) as drawing:
-        draw_groups(drawing, group_matrix(front), title)
+    groups = group_matrix(front)
+    with figure(path / "groups", **groups_size(groups)) as drawing:
+        draw_groups(drawing, groups, title)
 
     known = everything[everything["vector"].isin(landmarks["vector"])]
     complete = len(known) == landmarks["vector"].nunique()  # limits and small budgets leave some out
@@ -95,10 +96,15 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     write_atomically(path / "metrics.csv", partial(metrics.to_csv, index=False))
     for label, of_label in metrics.groupby("label", sort=False):
         middle = of_label.median(numeric_only=True)
+        beside = (
+            f", {middle['hypervolume_share']:.1%} of the best front's, and distance {middle['distance']:.4f} from it"
+            if len(searches) + len(others) > 1  # alone it would be compared with itself
+            else ""
+        )
         say(
-            f"{label}: hypervolume {middle['hypervolume']:.6g}, {middle['hypervolume_share']:.1%} of the best front's, "
-            f"and distance {middle['distance']:.4f} from it, after {middle['evaluations']:.0f} evaluations (median of "
-            f"{len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors are uniform"
+            f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
+            f"(median of {len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
+            "are uniform"
         )
 
 
@@ -123,7 +129,9 @@ def front_metrics(
 
 
 def _title(config: dict[str, Any]) -> str:
-    lines = (f"{config['space']['name']}: {Workload(**config['workload'])}", f"latency {config['latency']}")
+    limits = [f"{key} {limit:g}" for key, limit in config.get("constraints", {}).items() if limit is not None]
+    lines = [f"{config['space']['name']}: {Workload(**config['workload'])}", f"latency {config['latency']}"]
+    lines += [f"within {', '.join(limits)}"] if limits else []
     return "\n".join(part for line in lines for part in textwrap.wrap(line, _TITLE_WIDTH))
 
 
