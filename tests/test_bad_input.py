@@ -182,6 +182,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("train train.accumulate=3", ["4 texts", "3 passes", "train.accumulate"]),
         ("train train.parallel=pipeline", ["train.parallel", "'pipeline'", "fsdp"]),
         ("fidelity supernet=nowhere", ["nowhere", "finished run"]),
+        ("search train.steps=[1", ["train.steps", "'[1'"]),
         ("fidelity supernet=x vectors=1", ["vectors is 1", "two or more"]),
         ("fidelity supernet=x vectors=8", ["equal_total is 12 of 8 vectors", "raise vectors"]),
         ("fidelity supernet=x alone.vectors=25", ["alone.vectors 25", "among the others"]),
@@ -227,7 +228,7 @@ def test_a_graph_is_refused_on_a_cpu(refused: Refused) -> None:
     refused(["measure", *DEFAULTS["measure"], "workload.runtime=graph"], ["workload.runtime=graph", "GPU", "eager"])
 
 
-@pytest.mark.parametrize("arguments", [["trian.steps=3"], ["--bad"], ["train.steps=[1"], ["sampler.flavour=1"]])
+@pytest.mark.parametrize("arguments", [["trian.steps=3"], ["--bad"], ["a b=3"], ["sampler.flavour=1"]])
 def test_hydras_usage_errors_exit_with_2(nas: Nas, arguments: list[str]) -> None:
     outcome = nas("search", *arguments)
     assert outcome.code == 2
