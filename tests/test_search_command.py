@@ -14,8 +14,10 @@ from nas.latency.memory import MemoryModel
 from nas.latency.model import Workload
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
+from nas.model import Supernet
+from nas.quality import vector_losses
 from nas.shape import ModelShape
-from nas.space import SearchSpace, parse_vector, space_from_dict
+from nas.space import SearchSpace, Vector, parse_vector, space_from_dict
 from tests.conftest import Nas, Workspace
 
 
@@ -93,6 +95,26 @@ def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, workspace: Wor
     front = pd.read_csv(base / "front.csv")
     assert f"0 losses taken over, {len(front)} vectors to be evaluated early" in other.out
     assert len(trials(workspace.runs / "search" / "other")) == 7
+
+
+def test_a_search_of_everything_evaluates_no_loss_that_it_took_over(
+    nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for memo in (workspace.runs / "cache").glob("losses-*"):
+        memo.unlink()
+    evaluated = list[Vector]()
+
+    def counted(supernet: Supernet, vectors: list[Vector], windows_NT: torch.Tensor) -> list[float]:
+        evaluated.extend(vectors)
+        return vector_losses(supernet, vectors, windows_NT)
+
+    monkeypatch.setattr("nas.quality.vector_losses", counted)
+    base = workspace.runs / "search" / "base"
+    result = nas("search", "--budget", "all", f"warm_start={base}", "name=whole", *workspace.arguments)
+    assert result.code == 0, result.err
+    known = set(map(parse_vector, trials(base)["vector"]))
+    assert len(evaluated) == len(set(evaluated)) == 27 - len(known)
+    assert not known & set(evaluated)
 
 
 def test_names_do_not_decide_a_supernet(nas: Nas, workspace: Workspace, micro_file: Path) -> None:

@@ -67,11 +67,14 @@ def beginning_id(tokenizer: Tokenizer) -> int | None:
     """Id of the token that begins a text: what the tokenizer itself puts there, a usual name, or the end of text."""
     if begun := tokenizer.encode("").ids:
         return int(begun[0])
-    ids = (tokenizer.token_to_id(name) for name in ("<s>", "<|begin_of_text|>", "<bos>"))
-    return next((index for index in ids if index is not None), end_of_text_id(tokenizer))
+    known = _first_known(tokenizer, "<s>", "<|begin_of_text|>", "<bos>")
+    return end_of_text_id(tokenizer) if known is None else known
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
     """Id of the token that ends a document: END_OF_TEXT, or the usual names of other tokenizers."""
-    ids = (tokenizer.token_to_id(name) for name in (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>"))
-    return next((index for index in ids if index is not None), None)
+    return _first_known(tokenizer, END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+
+
+def _first_known(tokenizer: Tokenizer, *names: str) -> int | None:
+    return next((index for index in map(tokenizer.token_to_id, names) if index is not None), None)
