@@ -30,17 +30,9 @@ from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.measure import Measured, measure
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
+from nas.latency.samples import SAMPLE_COLUMNS, Samples, Segment, drift_report, due_points, spread, usable
 from nas.latency.table import COLUMNS, TableLatency
-from nas.latency.timing import (
-    SAMPLE_COLUMNS,
-    Samples,
-    Segment,
-    drift_report,
-    due_points,
-    spread,
-    time_points,
-    usable,
-)
+from nas.latency.timing import time_points
 from nas.model.decoder import Decoder
 from nas.run import FinishedRun
 from nas.serving import ServingLayer, ServingModel

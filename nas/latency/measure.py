@@ -21,8 +21,9 @@ from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
 from nas.latency.model import Phase, Workload
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
+from nas.latency.samples import Samples, drift_report, usable
 from nas.latency.table import COLUMNS, summarise
-from nas.latency.timing import Samples, drift_report, memory_watched, time_points, usable
+from nas.latency.timing import memory_watched, time_points
 from nas.space import SearchSpace
 
 _AT_WORK_S = 1.0  # until the clocks have risen

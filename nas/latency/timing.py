@@ -13,128 +13,30 @@ speed; how far a lasting load is below it is measured with the energy.
 """
 
 import math
-import os
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from operator import attrgetter
-from pathlib import Path
 from statistics import median
 from typing import Any
 
-import numpy as np
-import pandas as pd
 import torch
 
 from nas.config import MeasureConfig
 from nas.console import progress_bar
 from nas.errors import UserError
-from nas.latency.points import PARTS, Point, point_of
-from nas.tables import positive_numbers, read_csv, require, whole_numbers
+from nas.latency.points import Point
+from nas.latency.samples import Samples, Segment, due_points
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
 
-SAMPLES = "samples.csv"
-SAMPLE_COLUMNS = [
-    "segment",
-    "sentinel_before_ms",
-    "sentinel_after_ms",
-    "phase",
-    "part",
-    "groups",
-    "batch",
-    "length",
-    "ms",
-]
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
 _LOAD = {"cuda": attrgetter("phase", "batch"), "cpu": attrgetter("phase")}  # what points of one segment share
 _REST_S = {"cuda": 0.25, "cpu": 0.01}  # of the sentinel, a light load, before a look at it
 _WARM_UP_S = {"cuda": 0.1, "cpu": 0.05}  # of a segment
 _LONGEST_S = {"cuda": 0.4, "cpu": math.inf}  # of a segment, which has one sample at least
 _SENTINEL_SAMPLES = 3
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Samples taken one after another, and what the sentinel took before and after them.
-
-    Attributes:
-        before: Milliseconds of the sentinel.
-        after: The same.
-        samples: Milliseconds by point; infinite for one that does not fit into memory.
-    """
-
-    before: float
-    after: float
-    samples: dict[Point, float]
-
-
-@dataclass
-class Samples:
-    """All samples of a measurement; with a path, written there as they come."""
-
-    path: Path | None = None
-    segments: list[Segment] = field(default_factory=list)
-
-    @classmethod
-    def at(cls, path: Path) -> "Samples":
-        """Those that an interrupted measurement left at ``path``, or none.
-
-        Raises:
-            UserError: The file is corrupt.
-        """
-        if not path.is_file():
-            return cls(path)
-        content = path.read_bytes()
-        if end := content.rfind(b"\n") + 1:
-            os.truncate(path, end)  # without a line that a kill or a full disk cut short
-        else:
-            path.unlink()
-            return cls(path)
-        frame = read_csv(path, SAMPLE_COLUMNS)
-        good = positive_numbers(frame, SAMPLE_COLUMNS[1:3]) & whole_numbers(frame, ["segment", "batch", "length"])
-        good &= frame["part"].isin(PARTS) & (pd.to_numeric(frame["ms"], errors="coerce") > 0)
-        require(path, frame, good, "a part is unknown, or a number not positive")
-        segments = []
-        try:
-            for _, rows in frame.groupby("segment"):
-                points = [point_of(*row) for row in rows[SAMPLE_COLUMNS[3:8]].itertuples(index=False)]
-                first = rows.iloc[0]
-                times = dict(zip(points, rows["ms"].astype(float), strict=True))
-                segments.append(Segment(float(first.iloc[1]), float(first.iloc[2]), times))
-        except (ValueError, TypeError, UserError) as error:
-            raise UserError(f"{path} is corrupt ({error}); remove it and measure again") from None
-        return cls(path, segments)
-
-    def add(self, segment: Segment) -> None:
-        """Appends a segment, to the file too."""
-        rows = [[len(self.segments), segment.before, segment.after, *p.row(), ms] for p, ms in segment.samples.items()]
-        self.segments.append(segment)
-        if self.path:
-            text = pd.DataFrame(rows, columns=SAMPLE_COLUMNS).to_csv(index=False, header=not self.path.is_file())
-            try:
-                with self.path.open("a", encoding="utf-8") as stream:
-                    stream.write(text)
-            except OSError as error:  # which does not say where
-                raise OSError(error.errno, error.strerror, str(self.path)) from error
-
-    def drifts(self) -> list[float]:
-        """By which share each segment's sentinel was off its median over all, at the worse of both sides."""
-        usual = median([ms for segment in self.segments for ms in (segment.before, segment.after)] or [math.nan])
-        return [max(abs(ms / usual - 1) for ms in (segment.before, segment.after)) for segment in self.segments]
-
-    def by_point(self, tolerance: float = math.inf) -> dict[Point, list[float]]:
-        """Samples of each point, without those of segments in which the sentinel drifted more than ``tolerance``."""
-        samples: dict[Point, list[float]] = {}
-        for segment, drift in zip(self.segments, self.drifts(), strict=True):
-            for point, ms in segment.samples.items():
-                kept = samples.setdefault(point, [])
-                if not drift > tolerance or math.isinf(ms):
-                    kept.append(ms)
-        return samples
 
 
 def time_points(
@@ -187,47 +89,6 @@ def _loads(points: Iterable[Point], kind: Callable[[Point], Any], most: int, rng
     parts = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
     rng.shuffle(parts)
     return parts
-
-
-def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
-    """Points that are still to be timed: too few steady samples, or too wide a spread, and not tired of trying."""
-    taken, good = samples.by_point(), samples.by_point(config.drift)
-
-    def is_due(point: Point) -> bool:
-        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * config.rounds:
-            return False
-        return len(good.get(point, [])) < config.rounds or spread(good[point]) > config.spread
-
-    return [point for point in points if is_due(point)]
-
-
-def spread(times: Sequence[float]) -> float:
-    """How far the 20th and 80th percentiles are apart, as a share of the median."""
-    low, middle, high = np.percentile(times, [20, 50, 80])
-    return float((high - low) / middle)
-
-
-def usable(samples: Samples, config: MeasureConfig) -> Iterator[tuple[Point, list[float]]]:
-    """Each point's samples: the steady ones, or all where drift has left few."""
-    good = samples.by_point(config.drift)
-    for point, times in samples.by_point().items():
-        yield point, good[point] if len(good[point]) > config.rounds // 2 else times
-
-
-def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
-    """What latency.json says of the sentinel."""
-    drifts = samples.drifts()
-    affected = [segment for segment, drift in zip(samples.segments, drifts, strict=True) if drift > config.drift]
-    redone = Counter(point for segment in affected for point in segment.samples)
-    good = samples.by_point(config.drift)
-    return {
-        "tolerance": config.drift,
-        "worst": round(max(drifts, default=0.0), 5),
-        "segments": len(drifts),
-        "segments_beyond": len(affected),
-        "points_affected": len(redone),
-        "points_left_unsteady": sum(not good[point] for point in redone),
-    }
 
 
 @contextmanager

@@ -27,8 +27,8 @@ from nas.latency.measure import Measured, measure
 from nas.latency.memory import batches_of, check_memory
 from nas.latency.model import Workload, resolve_workload
 from nas.latency.points import Grid, check_shapes, grid_for
+from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
-from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
 from nas.provenance import git_state, now
 from nas.report.check import check_size, draw_check
