@@ -32,6 +32,7 @@ from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 from tests.conftest import Nas, random_supernet
 
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 SHAPE = ModelShape(
     num_hidden_layers=3,
     hidden_size=48,
@@ -41,6 +42,8 @@ SHAPE = ModelShape(
     vocab_size=97,
     max_position_embeddings=24,
 )
+# What Triton's products take; with one group, the first is left to cuBLAS.
+WHOLE_TILES = dataclasses.replace(SHAPE, hidden_size=256, num_attention_heads=8, head_dim=32, intermediate_size=512)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 groups = st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=3, max_size=3)
 
@@ -93,6 +96,7 @@ def test_prompts_in_several_passes_are_prompts_in_one(monkeypatch: pytest.Monkey
         torch.testing.assert_close(one.values, parts.values)
 
 
+@needs_triton
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("width", "terms"), [(64, 2), (63, 1)])
 def test_a_product_in_halves_is_the_product(bias: bool, width: int, terms: int) -> None:
@@ -326,26 +330,32 @@ for B, H, G, d, C, tokens, whole, splits in [
     packed = rotate(q[:, :, None], rope).view(B, G, H // G, d)
     expected = F.scaled_dot_product_attention(packed, new_keys[:, :, :tokens], new_values[:, :, :tokens])
     last = torch.tensor(tokens - 1)
-    inputs = [x.to(device) for x in (torch.cat((q, k, v), 1), cos, sin, keys, values, arrivals, last)]
-    parts = inputs[0].split([H, G, G], dim=1)
-    for new in (parts, [part.contiguous() for part in parts[:2]] + [parts[2]]):  # as they come, and after q/k norms
-        inputs[3].copy_(keys), inputs[4].copy_(values)
-        out = attention.decode_attention(*new, *inputs[1:])
-        few = attention.decode_attention(*(part[:1] for part in new), *inputs[1:])  # the cache has more rows
+    terms = draw(2, B, H + 2 * G, d)
+    terms[1] = torch.cat((q, k, v), 1) - terms[0]
+    cos, sin, keys, values, arrivals, last = (x.to(device) for x in (cos, sin, keys, values, arrivals, last))
+    parts = terms.to(device).split([H, G, G], dim=2)
+    summed = terms.sum(0, keepdim=True).to(device).split([H, G, G], dim=2)
+    normed = [part.contiguous() for part in summed[:2]] + [summed[2]]
+    old_keys, old_values, inputs = keys.clone(), values.clone(), (cos, sin, keys, values, arrivals, last)
+    for new in (parts, summed, normed):  # as they come, as one term, and as they are after q/k norms
+        keys.copy_(old_keys), values.copy_(old_values)
+        out = attention.decode_attention(*new, *inputs)
+        few = attention.decode_attention(*(part[:, :1] for part in new), *inputs)  # the cache has more rows
         torch.testing.assert_close(few, out[:1])
         torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(inputs[3].cpu(), new_keys)
-        torch.testing.assert_close(inputs[4].cpu(), new_values)
+        torch.testing.assert_close(keys.cpu(), new_keys)
+        torch.testing.assert_close(values.cpu(), new_values)
         assert not arrivals.any()
 """
 
 
 STEP_TRIAL = """
-import dataclasses, sys, torch
+import dataclasses, itertools, sys, torch
 from nas.model.decoder import RMSNorm
 from nas.serving import KVCache, ServingModel
 from nas.serving.elementwise import swiglu
 from nas.serving.model import residual_norm
+from nas.serving.products import gated, gated_in_triton, halves, halves_in_triton
 from tests.test_serving import SHAPE, random_decoder, tokens_of, whole_logits
 
 device = sys.argv[1]
@@ -358,6 +368,20 @@ for terms in (0, 1, 2):
 gate_up = torch.randn(3, 2 * 1500, device=device)
 gate, up = gate_up.chunk(2, dim=1)
 torch.testing.assert_close(swiglu(gate_up), torch.nn.functional.silu(gate) * up)
+in_bf16 = [(torch.bfloat16, 128), (torch.bfloat16, 1)] if device == "cuda" else []  # the interpreter knows none
+trials = [(torch.float32, 5), (torch.float32, 33), *in_bf16]
+for (dtype, rows), (inputs, outputs) in itertools.product(trials, [(256, 512), (512, 256)]):
+    x, weight = torch.randn(rows, inputs, device=device), torch.randn(inputs, outputs, device=device) / 16
+    x, weight = x.to(dtype), weight.to(dtype).t()
+    exact = x.double() @ weight.double().t()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 0.01, "atol": 0.01}
+    gate, up = exact.chunk(2, dim=1)
+    for call in (gated_in_triton, lambda *given: gated(*given, None)):
+        torch.testing.assert_close(call(x, weight).double(), torch.nn.functional.silu(gate) * up, **tolerance)
+    for call in (halves_in_triton, halves):
+        terms = call(x, weight).double()
+        for term, half in zip(terms, torch.arange(inputs).chunk(2), strict=True):
+            torch.testing.assert_close(term, x[:, half].double() @ weight[:, half].double().t(), **tolerance)
 
 rows, filled_up, start, length = 3, 5, 4, 8
 for features in ({}, {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}):
@@ -373,7 +397,7 @@ for features in ({}, {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}):
 """
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize("trial", [KERNEL_TRIAL, STEP_TRIAL], ids=["attention", "a step"])
 def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
     """On the GPU, or in Triton's interpreter."""
@@ -385,7 +409,7 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@needs_triton
 @pytest.mark.parametrize(
     ("problems", "length", "whole", "splits"),
     [
@@ -422,16 +446,25 @@ def test_only_large_steps_in_a_graph_are_filled_up(batch: int, runtime: str, row
     assert filled_up(batch, runtime) == rows
 
 
+@needs_triton
 @pytest.mark.parametrize("fastest", [144, 160, 192])
 def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = list(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
     seen: list[int] = []
-    layers[1].qkv_proj.register_forward_hook(lambda _, inputs, __: seen.append(len(inputs[0])))
+    product = product_in_halves
+
+    def seeing(x_BF: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        if linear is layers[1].qkv_proj:
+            seen.append(len(x_BF))
+        return product(x_BF, linear)
+
+    monkeypatch.setattr("nas.serving.rows.product_in_halves", seeing)
 
     def milliseconds(run: Callable[[], None]) -> float:
         run()
         return 1.0 if seen[-1] == fastest else 1.005 if seen[-1] > fastest else 1.02
 
+    monkeypatch.setattr("nas.serving.products.swiglu", lambda gate_up_BF: gate_up_BF.chunk(2, dim=1)[0])  # a GPU's
     monkeypatch.setattr("nas.serving.rows.milliseconds", milliseconds)
     assert fastest_rows(layers, 144, "graph") == fastest
     assert set(seen) == {144, 160, 192}
@@ -496,12 +529,22 @@ def test_tokens_of_another_number_of_rows_are_refused() -> None:
 @needs_gpu
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("runtime", ["eager", "graph", "compiled"])
-@pytest.mark.parametrize(("rows", "qk_norm"), [(3, False), (3, True), (130, False)])
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        (SHAPE, 3),
+        (dataclasses.replace(SHAPE, qk_norm=True), 3),
+        (SHAPE, 130),
+        (WHOLE_TILES, 3),
+        (WHOLE_TILES, 100),
+        (WHOLE_TILES, 130),
+    ],
+    ids=["few", "few, q/k norms", "many", "few in tiles", "some in tiles", "many in tiles"],
+)
 def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(
-    runtime: str, dtype: str, rows: int, qk_norm: bool, monkeypatch: pytest.MonkeyPatch
+    runtime: str, dtype: str, shape: ModelShape, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("nas.serving.runtime.fastest_rows", lambda _, batch, runtime: filled_up(batch, runtime)[-1])
-    shape = dataclasses.replace(SHAPE, qk_norm=qk_norm)
     decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, rows, 20)
     model = ServingModel.of(decoder, "cuda", DTYPES[dtype])
     runner = Runner(model, KVCache(shape, [4, 1, 2], rows, 24, "cuda", DTYPES[dtype]), runtime)

@@ -17,19 +17,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nas.serving.launch import let_next_start, starting_early, wait
+
 _BLOCK = 64  # tokens that a program reads at a time
-_STAGES = 3  # of the pipeline: blocks of so many less one are read ahead
 _FEWEST = 256  # tokens of a part: fewer, and it costs more than it brings
 _MOST = 16  # parts, which one program combines
 _LOG2_E = 1.4426950408889634  # softmax in powers of two
 
 
 @triton.jit
-def _rotated(x_ptr, cos_ptr, sin_ptr, d, there, D: tl.constexpr):
+def _sum(ptr, stride, there, N: tl.constexpr):
+    """The terms of a value, added in fp32 and rounded once."""
+    first = tl.load(ptr, mask=there, other=0.0)
+    total = first.to(tl.float32)
+    for n in tl.static_range(1, N):
+        total += tl.load(ptr + n * stride, mask=there, other=0.0).to(tl.float32)
+    return total.to(first.dtype)
+
+
+@triton.jit
+def _rotated(ptr, stride, cos, sin, d, there, N: tl.constexpr, D: tl.constexpr):
     """Heads (…, D) under the rotary embedding in half-split form, rounded as the reference rounds them."""
-    x = tl.load(x_ptr + d, mask=there, other=0.0)
-    partner = tl.load(x_ptr + tl.where(d < D // 2, d + D // 2, d - D // 2), mask=there, other=0.0)
-    cos, sin = tl.load(cos_ptr + d, mask=d < D, other=0.0), tl.load(sin_ptr + d, mask=d < D, other=0.0)
+    x = _sum(ptr + d, stride, there, N)
+    partner = _sum(ptr + tl.where(d < D // 2, d + D // 2, d - D // 2), stride, there, N)
     turned = x.to(tl.float32) * cos + tl.where(d < D // 2, -partner, partner).to(tl.float32) * sin
     return turned.to(x.dtype)
 
@@ -37,8 +47,9 @@ def _rotated(x_ptr, cos_ptr, sin_ptr, d, there, D: tl.constexpr):
 @triton.jit
 def _attend(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, arrivals_ptr, last_ptr, out_ptr, part_ptr, norm_ptr,
-    scale, q_stride, k_stride, v_stride, row_stride, group_stride, whole, G, R: tl.constexpr, R_PAD: tl.constexpr,
-    D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr, SPLITS: tl.constexpr, PRECISION: tl.constexpr,
+    scale, q_term, q_stride, k_term, k_stride, v_term, v_stride, row_stride, group_stride, whole, G, N: tl.constexpr,
+    R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row's group: its R heads over all of the row's tokens, or over one part of ``SPLITS``."""
     part = tl.program_id(0) - whole
@@ -50,23 +61,24 @@ def _attend(
     begin = tl.where(split, part % SPLITS, 0) * share
     end = tl.minimum(begin + share, last)  # the new token is not read back
     r, d, n = tl.arange(0, R_PAD), tl.arange(0, D_PAD)[None, :], tl.arange(0, BLOCK)
-    cos_ptr += last * D
-    sin_ptr += last * D
     real = (r[:, None] < R) & (d < D)
-    q = _rotated(q_ptr + row * q_stride + (group * R + r[:, None]) * D, cos_ptr, sin_ptr, d, real, D)
+    cos = tl.load(cos_ptr + last * D + d, mask=d < D, other=0.0)
+    sin = tl.load(sin_ptr + last * D + d, mask=d < D, other=0.0)
+    wait(EARLY)
+    q = _rotated(q_ptr + row * q_stride + (group * R + r[:, None]) * D, q_term, cos, sin, d, real, N, D)
+    k_new = _rotated(k_ptr + row * k_stride + group * D, k_term, cos, sin, d, d < D, N, D)
+    v_new = _sum(v_ptr + row * v_stride + group * D + d, v_term, d < D, N)
     at = row * row_stride + group * group_stride
     offsets = n[:, None] * D + d
     top = tl.full((R_PAD,), float("-inf"), tl.float32)
     total = tl.zeros((R_PAD,), tl.float32)
     mixed = tl.zeros((R_PAD, D_PAD), tl.float32)
     if (last >= begin) & (last < begin + share):  # the new token is here: it comes first, and goes to the cache
-        k = _rotated(k_ptr + row * k_stride + group * D, cos_ptr, sin_ptr, d, d < D, D)
-        v = tl.load(v_ptr + row * v_stride + group * D + d, mask=d < D, other=0.0)
-        tl.store(keys_ptr + at + last * D + d, k, mask=d < D)
-        tl.store(values_ptr + at + last * D + d, v, mask=d < D)
-        top = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1) * scale
+        tl.store(keys_ptr + at + last * D + d, k_new, mask=d < D)
+        tl.store(values_ptr + at + last * D + d, v_new, mask=d < D)
+        top = tl.sum(q.to(tl.float32) * k_new.to(tl.float32), 1) * scale
         total += 1.0
-        mixed += v.to(tl.float32)
+        mixed += v_new.to(tl.float32)
     for token in range(begin, end, BLOCK):
         there = (token + n[:, None] < end) & (d < D)
         k = tl.load(keys_ptr + at + token * D + offsets, mask=there, other=0.0)
@@ -104,6 +116,7 @@ def _attend(
                     mixed = mixed * fade[:, None] + piece * weight[:, None]
                     top = higher
                 tl.store(arrivals_ptr + problem, 0)
+    let_next_start(EARLY)
     if complete:
         out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + problem.to(tl.int64) * R * D + spread, out, mask=real)
@@ -127,6 +140,15 @@ def leftovers(problems: int, length: int, multiprocessors: int) -> tuple[int, in
     return (problems - left, splits) if splits > 1 else (problems, 1)
 
 
+def stages(problems: int, multiprocessors: int) -> int:
+    """Of the pipeline: blocks of so many less one are read ahead.
+
+    With two, three programs find room on a multiprocessor, with three, two programs do. On an H100 the former were 1 to
+    8 % faster where there are more than two to four sequences a multiprocessor, and slower elsewhere.
+    """
+    return 2 if 2 * multiprocessors < problems <= 4 * multiprocessors else 3
+
+
 def _multiprocessors(device: torch.device) -> int:
     """Of a device; Triton's interpreter, in tests, counts as one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -134,9 +156,9 @@ def _multiprocessors(device: torch.device) -> int:
 
 @torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd", "arrivals"))
 def decode_attention(
-    q_BHd: Tensor,
-    k_BGd: Tensor,
-    v_BGd: Tensor,
+    q_NBHd: Tensor,
+    k_NBGd: Tensor,
+    v_NBGd: Tensor,
     cos_Cd: Tensor,
     sin_Cd: Tensor,
     keys_BGCd: Tensor,
@@ -147,10 +169,10 @@ def decode_attention(
     """Writes the new token's key and value into the cache, and attends to all up to it.
 
     Args:
-        q_BHd: Queries before rotation; of these and the next two, rows may have any stride. More rows than the cache
-            has are there to fill up a product: their output is undefined.
-        k_BGd: The new keys, before rotation.
-        v_BGd: The new values.
+        q_NBHd: Queries before rotation, as terms; of these and the next two, terms and rows may have any stride. More
+            rows than the cache has are there to fill up a product: their output is undefined.
+        k_NBGd: The new keys, before rotation.
+        v_NBGd: The new values.
         cos_Cd: Cosines of every position, fp32.
         sin_Cd: Sines of every position.
         keys_BGCd: The cache's keys, rotated.
@@ -159,24 +181,25 @@ def decode_attention(
             afterwards.
         last: Position of the new token, one integer on the device.
     """
-    H, d = q_BHd.shape[1:]
-    B, G, C = min(len(q_BHd), len(keys_BGCd)), *keys_BGCd.shape[1:3]
+    N, rows, H, d = q_NBHd.shape
+    B, G, C = min(rows, len(keys_BGCd)), *keys_BGCd.shape[1:3]
     R = H // G
-    whole, splits = leftovers(B * G, C, _multiprocessors(q_BHd.device))
+    multiprocessors = _multiprocessors(q_NBHd.device)
+    whole, splits = leftovers(B * G, C, multiprocessors)
     parts = (B * G - whole) * splits
-    out_BHd = torch.empty(q_BHd.shape, device=q_BHd.device, dtype=q_BHd.dtype)
-    mixed = torch.empty((parts, R, d), device=q_BHd.device, dtype=torch.float32)
-    norms = torch.empty((parts, R), device=q_BHd.device, dtype=torch.float32)
+    out_BHd = torch.empty((rows, H, d), device=q_NBHd.device, dtype=q_NBHd.dtype)
+    mixed = torch.empty((parts, R, d), device=q_NBHd.device, dtype=torch.float32)
+    norms = torch.empty((parts, R), device=q_NBHd.device, dtype=torch.float32)
     _attend[(whole + parts,)](
-        q_BHd, k_BGd, v_BGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, arrivals, last, out_BHd, mixed, norms,
-        d**-0.5 * _LOG2_E, q_BHd.stride(0), k_BGd.stride(0), v_BGd.stride(0), keys_BGCd.stride(0), keys_BGCd.stride(1),
-        whole, G, R=R, R_PAD=max(16, triton.next_power_of_2(R)), D=d, D_PAD=max(16, triton.next_power_of_2(d)),
-        BLOCK=_BLOCK, SPLITS=splits, PRECISION="ieee" if q_BHd.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=_STAGES,
+        q_NBHd, k_NBGd, v_NBGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, arrivals, last, out_BHd, mixed, norms,
+        d**-0.5 * _LOG2_E, *q_NBHd.stride()[:2], *k_NBGd.stride()[:2], *v_NBGd.stride()[:2], *keys_BGCd.stride()[:2],
+        whole, G, N=N, R=R, R_PAD=max(16, triton.next_power_of_2(R)), D=d, D_PAD=max(16, triton.next_power_of_2(d)),
+        BLOCK=_BLOCK, SPLITS=splits, PRECISION="ieee" if q_NBHd.dtype == torch.float32 else "tf32",
+        num_warps=4, num_stages=stages(B * G, multiprocessors), **starting_early(q_NBHd[0]),
     )  # fmt: skip
     return out_BHd
 
 
 @decode_attention.register_fake
-def _(q_BHd: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty(q_BHd.shape, device=q_BHd.device, dtype=q_BHd.dtype)
+def _(q_NBHd: Tensor, *_: Tensor) -> Tensor:
+    return q_NBHd.new_empty(q_NBHd.shape[1:])

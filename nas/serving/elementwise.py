@@ -10,18 +10,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nas.serving.launch import let_next_start, starting_early, wait
+
 _BLOCK = 1024  # values of a SwiGLU program
 
 
 @triton.jit
 def _add_norm(
     x_ptr, terms_ptr, weight_ptr, sum_ptr, normed_ptr, term_stride, eps, N: tl.constexpr, D: tl.constexpr,
-    D_PAD: tl.constexpr,
+    D_PAD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row."""
     d = tl.arange(0, D_PAD)
     there = d < D
     at = tl.program_id(0).to(tl.int64) * D + d
+    weight = tl.load(weight_ptr + d, mask=there, other=0.0).to(tl.float32)
+    wait(EARLY)
+    let_next_start(EARLY)
     x = tl.load(x_ptr + at, mask=there, other=0.0)
     total = x.to(tl.float32)
     for n in tl.static_range(N):
@@ -30,7 +35,6 @@ def _add_norm(
     tl.store(sum_ptr + at, rounded, mask=there)
     total = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(total * total, 0) / D + eps)
-    weight = tl.load(weight_ptr + d, mask=there, other=0.0).to(tl.float32)
     tl.store(normed_ptr + at, (total * scale * weight).to(x.dtype), mask=there)
 
 
@@ -59,7 +63,7 @@ def add_norm(x_BD: Tensor, terms_NBD: Tensor, weight_D: Tensor, eps: float) -> t
     total_BD, normed_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)
     _add_norm[(B,)](
         x_BD, terms_NBD, weight_D, total_BD, normed_BD, terms_NBD.stride(0), eps,
-        N=len(terms_NBD), D=D, D_PAD=triton.next_power_of_2(D), num_warps=8,
+        N=len(terms_NBD), D=D, D_PAD=triton.next_power_of_2(D), num_warps=8, **starting_early(x_BD),
     )  # fmt: skip
     return total_BD, normed_BD
 

@@ -101,27 +101,36 @@ class ServingLayer(nn.Module):
             The residual stream in the same two parts.
         """
         x_BTD, normed_BTD = residual_norm(x_BTD, terms_NBTD, self.attention_norm, last)
-        heads_BTHd = self.qkv_proj(normed_BTD).unflatten(-1, (-1, self.head_dim))
-        q, k, v = heads_BTHd.split([self.heads, self.groups, self.groups], dim=2)
-        if self.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
+        if isinstance(last, Tensor):
+            return self._decode(x_BTD, normed_BTD, rope, cache, last)
+        q, k, v = self._heads(self.qkv_proj(normed_BTD))
         if last is None:
             out_BTHd = self._attend_prompt(q, k, v, rope, cache)
-        elif isinstance(last, int):
-            out_BTHd = self._attend_token(q, k, v, rope, cache, last)
         else:
-            from nas.serving.attention import decode_attention  # Triton comes with PyTorch's builds for GPUs only
-
-            token = (x[:, 0] for x in (q, k, v))
-            out_BTHd = decode_attention(*token, *rope, cache.keys, cache.values, cache.arrivals, last).unsqueeze(1)
+            out_BTHd = self._attend_token(q, k, v, rope, cache, last)
         x_BTD, normed_BTD = residual_norm(x_BTD, self.o_proj(out_BTHd.flatten(2)).unsqueeze(0), self.mlp_norm, last)
-        gate_up_BTF = self.gate_up_proj(normed_BTD)
-        if isinstance(last, Tensor):
-            from nas.serving.elementwise import swiglu
-
-            return x_BTD, product_in_halves(swiglu(gate_up_BTF[:, 0]), self.down_proj).unsqueeze(2)
-        gate, up = gate_up_BTF.chunk(2, dim=-1)
+        gate, up = self.gate_up_proj(normed_BTD).chunk(2, dim=-1)
         return x_BTD, self.down_proj(F.silu(gate) * up).unsqueeze(0)
+
+    def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of their product (…, B, T, W), each (…, B, T, H or G, d)."""
+        q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.groups, self.groups], dim=-2)
+        return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
+
+    def _decode(
+        self, x_BTD: Tensor, normed_BTD: Tensor, rope: Rope, cache: LayerCache, last: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """A token whose position is in device memory, by kernels that take sums as terms."""
+        from nas.serving.attention import decode_attention  # Triton comes with PyTorch's builds for GPUs only
+        from nas.serving.products import gated
+
+        qkv_NBW = product_in_halves(normed_BTD[:, 0], self.qkv_proj)
+        q, k, v = self._heads(qkv_NBW.sum(0, keepdim=True) if self.qk_norm else qkv_NBW)
+        out_BHd = decode_attention(q, k, v, *rope, cache.keys, cache.values, cache.arrivals, last)
+        terms_NBTD = product_in_halves(out_BHd.flatten(1), self.o_proj).unsqueeze(2)
+        x_BTD, normed_BTD = residual_norm(x_BTD, terms_NBTD, self.mlp_norm, last)
+        hidden_BF = gated(normed_BTD[:, 0], self.gate_up_proj.weight, self.gate_up_proj.bias)
+        return x_BTD, product_in_halves(hidden_BF, self.down_proj).unsqueeze(2)
 
     def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
         q, k, v = _turned(q, rope, 0), _turned(k, rope, 0), v.transpose(1, 2)
@@ -163,16 +172,11 @@ def with_terms(x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
 
 
 def product_in_halves(x_BF: Tensor, linear: nn.Linear) -> Tensor:
-    """A linear layer's output as two terms (2BD), each the sum over half of F.
+    """A linear layer's output as terms (NBD), see `halves`."""
+    from nas.serving.products import halves
 
-    F is so much larger than D in an MLP that one product of few rows leaves multiprocessors idle. Adding the halves
-    costs nothing, as the kernel that comes next does it. An odd F gives one term.
-    """
-    parts = 2 - x_BF.shape[1] % 2
-    terms_NBD = torch.bmm(
-        x_BF.unflatten(1, (parts, -1)).transpose(0, 1), linear.weight.unflatten(1, (parts, -1)).permute(1, 2, 0)
-    )
-    return terms_NBD if linear.bias is None else terms_NBD + linear.bias / parts
+    terms_NBD: Tensor = halves(x_BF, linear.weight)
+    return terms_NBD if linear.bias is None else terms_NBD + linear.bias / len(terms_NBD)
 
 
 def _turned(x_BTHd: Tensor, rope: Rope, start: int) -> Tensor:

@@ -34,13 +34,16 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
 
 def _products(layer: ServingLayer, most: int) -> Callable[[int], None]:
     """The four products of a decode step of so many rows, a few times over; more weights than a GPU's cache holds."""
+    from nas.serving.products import gated
+
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
     inputs = [linear.weight.new_empty((most, linear.in_features)).normal_() for linear in linears]
 
     def run(rows: int) -> None:
         for _ in range(_REPEATS):  # one after the other: launching takes no time of its own, where layers are large
-            for linear, x in zip(linears[:3], inputs, strict=False):
-                linear(x[:rows])
+            product_in_halves(inputs[0][:rows], layer.qkv_proj)
+            product_in_halves(inputs[1][:rows], layer.o_proj)
+            gated(inputs[2][:rows], layer.gate_up_proj.weight, layer.gate_up_proj.bias)
             product_in_halves(inputs[3][:rows], layer.down_proj)
 
     return run

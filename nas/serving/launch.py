@@ -1,0 +1,44 @@
+"""Programmatic dependent launch: a kernel's programs start while those of the kernel before are at their end.
+
+They wait until all that the kernels before have written is there, and only then read or write what others do. That
+saves the time between two kernels, and what a program takes until it can begin.
+"""
+
+# mypy: disable-error-code="no-untyped-def,untyped-decorator"
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+MOST_ROWS = 128  # of a step whose products are Triton's: only these let the next kernel start early
+
+
+@triton.jit
+def wait(EARLY: tl.constexpr):
+    """Until the kernels before are done."""
+    if EARLY:
+        gdc_wait()
+
+
+@triton.jit
+def let_next_start(EARLY: tl.constexpr):
+    """Where all of a kernel's programs have come here, the next kernel's start, as far as there is room for them."""
+    if EARLY:
+        gdc_launch_dependents()
+
+
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is of the kind that this, and Triton's products, were found to be the faster on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def starting_early(x: Tensor) -> dict[str, Any]:
+    """Arguments of a kernel that calls the above, from the rows of a step and their device."""
+    if not is_hopper(x.device):
+        return {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": len(x) <= MOST_ROWS}
