@@ -436,8 +436,8 @@ def test_sequences_that_are_left_over_are_split(problems: int, length: int, whol
     [
         (1, "graph", [1]),
         (64, "compiled", [64]),
-        (65, "graph", [65, 72, 80, 96, 128]),
-        (144, "compiled", [144, 160, 192]),
+        (65, "graph", [65, 72, 80, 96, 112, 128]),
+        (144, "compiled", [144, 160, 176, 192]),
         (192, "graph", [192]),
         (144, "eager", [144]),
     ],
@@ -466,15 +466,20 @@ def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: 
 
     monkeypatch.setattr("nas.serving.products.swiglu", lambda gate_up_BF: gate_up_BF.chunk(2, dim=1)[0])  # a GPU's
     monkeypatch.setattr("nas.serving.rows.milliseconds", milliseconds)
+    monkeypatch.setattr("nas.serving.rows.captured", lambda call, _: call)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     assert fastest_rows(layers, 144, "graph") == fastest
-    assert set(seen) == {144, 160, 192}
+    assert set(seen) == {144, 160, 176, 192}
     seen.clear()
     assert (fastest_rows(layers, 144, "eager"), fastest_rows(layers, 64, "graph"), seen) == (144, 64, [])
 
 
+@needs_triton
 def test_rows_that_fill_a_step_up_are_no_reason_unless_it_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([1.0, 0.995, 1.1] * 6)
+    times = iter([1.0, 0.995, 1.1, 1.1] * 6)
     monkeypatch.setattr("nas.serving.rows.milliseconds", lambda _: next(times))
+    monkeypatch.setattr("nas.serving.rows.captured", lambda call, _: call)
+    monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers(), 144, "graph") == 144
 
 

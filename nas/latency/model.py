@@ -19,7 +19,7 @@ Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 MAX = "max"  # the batch that is as large as fits into the memory
-_ROW_MULTIPLES = (8, 16, 32, 64)  # that decode steps are filled up to
+_FEW_ROWS = 64  # of a decode step; more are filled up, at most to a multiple of this
 PREFILL_TOKENS = 4096  # of one pass: more prompts go through in parts, or their activations would fill the memory
 
 
@@ -99,8 +99,10 @@ def filled_up(batch: int, runtime: str) -> list[int]:
 
     The products of some numbers of rows take a fifth longer than those of more: `nas.serving.rows` finds the fastest.
     """
-    few = runtime == "eager" or batch <= max(_ROW_MULTIPLES)
-    return [batch] if few else sorted({batch, *(-(-batch // multiple) * multiple for multiple in _ROW_MULTIPLES)})
+    if runtime == "eager" or batch <= _FEW_ROWS:
+        return [batch]
+    most = math.ceil(batch / _FEW_ROWS) * _FEW_ROWS
+    return sorted({batch, math.ceil(batch / 8) * 8, *range(math.ceil(batch / 16) * 16, most + 1, 16)})
 
 
 class LatencyModel(Protocol):

@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from nas.latency.model import filled_up
-from nas.serving.cuda import milliseconds
+from nas.serving.cuda import captured, milliseconds
 from nas.serving.model import ServingLayer, product_in_halves
 
 _ROUNDS, _REPEATS = 6, 4  # the first round warms up
@@ -23,27 +23,31 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
     candidates = filled_up(batch, runtime)
     if len(candidates) == 1:
         return batch
-    run = _products(min(layers, key=lambda layer: layer.groups), candidates[-1])
+    run, pool = _products(min(layers, key=lambda layer: layer.groups), candidates[-1]), torch.cuda.graph_pool_handle()
+    steps = {
+        rows: captured(partial(run, rows), pool) for rows in candidates
+    }  # launched one by one, the host would count
     # All in turn, as clocks move.
-    rounds = [{rows: milliseconds(partial(run, rows)) for rows in candidates} for _ in range(_ROUNDS)]
+    rounds = [{rows: milliseconds(step) for rows, step in steps.items()} for _ in range(_ROUNDS)]
     times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}
-    del run  # and what it multiplied, whose blocks suit nothing else
+    del run, steps  # and what they multiplied, whose blocks suit nothing else
     torch.cuda.empty_cache()
     return min(rows for rows in candidates if times[rows] < _ALIKE * min(times.values()))
 
 
 def _products(layer: ServingLayer, most: int) -> Callable[[int], None]:
-    """The four products of a decode step of so many rows, a few times over; more weights than a GPU's cache holds."""
+    """The products of a decode step of so many rows, a few times over; more weights than a GPU's cache holds."""
     from nas.serving.products import gated
 
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
     inputs = [linear.weight.new_empty((most, linear.in_features)).normal_() for linear in linears]
 
     def run(rows: int) -> None:
-        for _ in range(_REPEATS):  # one after the other: launching takes no time of its own, where layers are large
-            product_in_halves(inputs[0][:rows], layer.qkv_proj)
-            product_in_halves(inputs[1][:rows], layer.o_proj)
-            gated(inputs[2][:rows], layer.gate_up_proj.weight, layer.gate_up_proj.bias)
-            product_in_halves(inputs[3][:rows], layer.down_proj)
+        for_qkv, for_o, for_gate_up, for_down = (x[:rows] for x in inputs)
+        for _ in range(_REPEATS):
+            product_in_halves(for_qkv, layer.qkv_proj)
+            product_in_halves(for_o, layer.o_proj)
+            gated(for_gate_up, layer.gate_up_proj.weight, layer.gate_up_proj.bias)
+            product_in_halves(for_down, layer.down_proj)
 
     return run
