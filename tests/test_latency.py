@@ -21,7 +21,7 @@ from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
 from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
 from nas.latency.estimate import RooflineLatency
-from nas.latency.model import PREFILL_TOKENS, Phase, pass_ms, passes
+from nas.latency.model import PREFILL_TOKENS, STEP_REVISION, Phase, pass_ms, passes
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.resources import shipped
@@ -275,13 +275,22 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     loads = [{"groups": groups, "batch": 4, "length": 16, "ratio": ratio} for groups, ratio in ((1, 1.046), (4, 0.99))]
     eager = TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads))
     assert eager.describe() == unchecked.describe()
-    changes: dict[str, Any] = {"check": [], "lasting_load": loads, "runtime": "graph"}
+    now = STEP_REVISION["graph"]
+    changes: dict[str, Any] = {"check": [], "lasting_load": loads, "runtime": "graph", "step_revision": now}
     assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == (
         "measured on Box on 2026-01-02; steps that follow one another for seconds took up to 4.6% longer"
     )
     cool = [{**loads[0], "ratio": 1.004}]
     changes["lasting_load"] = cool
     assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == unchecked.describe()
+    for before in (now - 1, 1):
+        old = TableLatency(write_table(tmp_path, micro, **(changes | {"step_revision": before})))
+        assert old.describe() == (
+            f"{unchecked.describe()}; decode steps are of an earlier version of this software, and may be some per cent "
+            "off"
+        )
+    del changes["step_revision"]
+    assert "an earlier version" in TableLatency(write_table(tmp_path, micro, **changes)).describe()
 
 
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(
@@ -344,6 +353,7 @@ def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace,
         "device": {"name": "Box"},
         "date": 20260102,
         "check": [{"phase": "decode"}],
+        "step_revision": "new",
         "lasting_load": [{"groups": 2, "ratio": None}],
     }.items():
         file.write_text(json.dumps(meta | {key: wrong}))

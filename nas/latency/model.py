@@ -18,6 +18,8 @@ from nas.shape import ModelShape
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+# Of the decode step that a runtime runs: raised where its kernels change so much that tables of before are off.
+STEP_REVISION = {"eager": 1, "graph": 2, "compiled": 2}
 MAX = "max"  # the batch that is as large as fits into the memory
 _FEW_ROWS = 64  # of a decode step; more are filled up, at most to a multiple of this
 PREFILL_TOKENS = 4096  # of one pass: more prompts go through in parts, or their activations would fill the memory

@@ -23,7 +23,7 @@ from nas.errors import UserError
 from nas.files import file_hash, read_json
 from nas.latency.check import CHECK, CHECK_COLUMNS, phase_errors
 from nas.latency.energy import ENERGY, EnergyTable
-from nas.latency.model import PHASES, Phase, Workload, passes
+from nas.latency.model import PHASES, STEP_REVISION, Phase, Workload, passes
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 from nas.tables import positive_numbers, read_csv, require, whole_numbers
@@ -59,6 +59,8 @@ def _wrong_key(meta: dict[str, Any]) -> str | None:
             return key
     if not all(isinstance(meta["device"].get(key), str) for key in ("name", "slug")):
         return "device"
+    if not isinstance(meta.get("step_revision", 1), int):
+        return "step_revision"
     loads = meta.get("lasting_load", [])  # only where energy was measured
     if not (
         isinstance(loads, list) and all(isinstance(load, dict) and _is_positive(load.get("ratio")) for load in loads)
@@ -124,6 +126,8 @@ class TableLatency:
         slower = max((load["ratio"] for load in self.meta.get("lasting_load", [])), default=1.0) - 1
         if slower >= _TOLD_SLOWER and self.meta["runtime"] != "eager":  # whose steps depend on the host
             words += f"; steps that follow one another for seconds took up to {slower:.1%} longer"
+        if self.meta.get("step_revision", 1) < STEP_REVISION.get(self.meta["runtime"], 1):
+            words += "; decode steps are of an earlier version of this software, and may be some per cent off"
         return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")
 
     def digest(self) -> str:

@@ -25,7 +25,7 @@ from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.energy import ENERGY
 from nas.latency.measure import Measured, measure
 from nas.latency.memory import batches_of, check_memory
-from nas.latency.model import Workload, resolve_workload
+from nas.latency.model import STEP_REVISION, Workload, resolve_workload
 from nas.latency.points import Grid, check_shapes, grid_for
 from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
@@ -132,6 +132,7 @@ def measure_space(
             "shape": layer_shape(space.shape),
             "dtype": workload.dtype,
             "runtime": workload.runtime,
+            "step_revision": STEP_REVISION[workload.runtime],
             "workload": dataclasses.asdict(workload),
             "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,
