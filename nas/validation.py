@@ -1,4 +1,4 @@
-"""Checks the ranges of a config's numbers, by the names of its fields: a name means the same in every command."""
+"""Checks a config's keys, and its numbers by the names of their fields: a name means the same in every command."""
 
 import dataclasses
 from typing import Any
@@ -57,12 +57,15 @@ _NAMED = {
 
 
 def validate(config: Any, prefix: str = "") -> None:
-    """Checks the ranges of all numbers in a tree of config dataclasses.
+    """Checks a tree of config dataclasses.
 
     Raises:
-        UserError: One is out of range; the sentence names it.
+        UserError: A number is out of range, or Hydra was told to add a key that there is not; the sentence names it.
     """
-    for item in dataclasses.fields(config):
+    fields = dataclasses.fields(config)
+    if unknown := sorted(vars(config).keys() - {item.name for item in fields}):
+        raise UserError(f"there is no key {prefix}{unknown[0]}; --help lists the keys")
+    for item in fields:
         key, value = prefix + item.name, getattr(config, item.name)
         if dataclasses.is_dataclass(value):
             validate(value, f"{key}.")

@@ -204,6 +204,8 @@ def test_a_wrong_value_is_named_together_with_its_mend(refused: Refused, command
     [
         ("trian", ["'trian'", "train, measure, search"]),
         ("train data=books", ["data/books", "hf, stdlib, text"]),
+        ("train +train.setps=3", ["no key train.setps", "--help"]),
+        ("search +budgte=3", ["no key budgte", "--help"]),
         ("train data=text", ["data.path is needed"]),
         ("search sampler=cmaes", ["sampler/cmaes", "exhaustive, front, nsga2, random, tpe"]),
         ("export run=x export=gguf", ["export/gguf", "hf"]),

@@ -410,6 +410,35 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize("rows", [16, 64, 128])
+@pytest.mark.parametrize(("kernel", "tile"), [("_gated", "_GATED"), ("_half", "_HALVES"), ("_half", "_WIDE")])
+def test_the_products_compile_for_a_hopper_card_and_fit_into_its_multiprocessors(
+    kernel: str, tile: str, rows: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    from nas.serving import products
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    function, tiled = getattr(products, kernel), getattr(products, tile)
+    fixed = {"ROWS": rows, "COLUMNS": tiled.columns, "INPUTS": tiled.inputs, "PRECISION": "tf32", "EARLY": True}
+    kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names} | dict.fromkeys(
+        fixed, "constexpr"
+    )
+    source = triton.compiler.ASTSource(
+        function,
+        kinds,
+        {(index,): fixed[name] for index, name in enumerate(kinds) if name in fixed},
+        {(index,): [["tt.divisibility", 16]] for index, name in enumerate(kinds) if name not in fixed},
+    )
+    options = {"num_warps": tiled.warps, "num_stages": tiled.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.metadata.shared <= 227 * 1024
+    assert "griddepcontrol.wait" in compiled.asm["ptx"]
+
+
+@needs_triton
 @pytest.mark.parametrize(
     ("problems", "length", "whole", "splits"),
     [

@@ -119,9 +119,10 @@ def start(
     sampler: str = "random",
     pause_s: float = 0.005,
     dead: str | None = None,
+    heartbeat_s: float = HEARTBEAT_S,
 ) -> ForkServerProcess:
-    """Starts a worker in a process of its own."""
-    membership = Membership(name, dead, HEARTBEAT_S)
+    """Starts a worker in a process of its own; a busy machine can hold one up for longer than short heartbeats allow."""
+    membership = Membership(name, dead, heartbeat_s)
     process = PROCESSES.Process(target=work, args=(storage, budget, membership, folder, name, sampler, pause_s))
     process.start()
     return process
@@ -140,7 +141,7 @@ def running(storage: Storage) -> list[FrozenTrial]:
 
 
 def test_four_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp_path: Path) -> None:
-    processes = [start(postgresql, 200, tmp_path, name) for name in "abcd"]
+    processes = [start(postgresql, 200, tmp_path, name, heartbeat_s=10.0) for name in "abcd"]
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * 4
@@ -170,7 +171,8 @@ def test_the_others_finish_what_a_killed_worker_left(postgresql: Storage, tmp_pa
 
 def test_two_workers_share_a_file_and_a_slow_one_is_not_taken_for_gone(tmp_path: Path) -> None:
     storage = Storage.file(tmp_path / "study.db")
-    processes = [start(storage, 40, tmp_path, name, pause_s=pause_s) for name, pause_s in (("a", 2), ("b", 0.005))]
+    pauses = {"a": 5, "b": 0.005}  # the first is longer than six heartbeats
+    processes = [start(storage, 40, tmp_path, name, pause_s=pauses[name], heartbeat_s=0.5) for name in pauses]
     for process in processes:
         process.join()
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
