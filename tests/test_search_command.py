@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nas.latency.memory import MemoryModel
-from nas.latency.model import Workload
+from nas.latency.model import STEP_REVISION, Workload
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
 from nas.model import Supernet
@@ -230,7 +230,9 @@ def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, work
     assert table["tokens_per_s"].to_numpy() == pytest.approx((1e3 * table["batch"] / table["decode_ms"]).to_numpy())
 
 
-def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one(nas: Nas, workspace: Workspace) -> None:
+def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one_but_not_if_its_step_is_an_earlier_one(
+    nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (measured,) = workspace.runs.glob("measure/*")
     space = workspace.arguments[0]
     newer = ("workload.batch=3", "measure.batches=[1]", "measure.rounds=2", "name=newer")
@@ -239,6 +241,11 @@ def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one(nas: Nas,
     assert f"(runs/measure/{measured.name})" in result.out
     between = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     assert "(runs/measure/newer)" in nas("search", "--budget", 3, "name=other", *between, "workload.batch=3").out
+    monkeypatch.setitem(STEP_REVISION, "eager", 2)
+    assert nas("measure", space, "measure.batches=[1,4]", *newer[:1], "measure.rounds=2", "name=present").code == 0
+    present = nas("search", "--budget", 3, "name=present", *workspace.arguments)
+    assert "(runs/measure/present)" in present.out
+    assert "an earlier version" not in present.out
 
 
 def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training_or_extrapolated(

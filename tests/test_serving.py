@@ -5,8 +5,9 @@ import importlib.util
 import itertools
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from nas.latency.points import Point
 from nas.latency.pool import LayerPool
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
-from nas.serving.model import InputMajorLinear, empty, product_in_halves, with_terms
+from nas.serving.model import InputMajorLinear, empty, product_in_halves, randomise, with_terms
 from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES
 from nas.shape import FEATURES, ModelShape
@@ -410,6 +411,36 @@ def test_the_kernels_compute_what_pytorchs_operations_do(trial: str) -> None:
 
 
 @needs_triton
+@pytest.mark.parametrize(("problems", "depth"), [(1, 3), (264, 3), (265, 2), (528, 2), (529, 3)])
+def test_pipelines_are_shorter_where_more_programs_fit(problems: int, depth: int) -> None:
+    from nas.serving.attention import stages
+
+    assert stages(problems, 132) == depth
+
+
+@needs_triton
+def test_few_rows_of_whole_tiles_are_for_triton_on_a_hopper_card_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from nas.serving import launch, products
+
+    def is_for_triton(rows: int = 128, inputs: int = 64, outputs: int = 64, **changes: Any) -> bool:
+        dtype, tile = changes.get("dtype", torch.bfloat16), changes.get("tile", products._HALVES)
+        x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(inputs, outputs, dtype=dtype)
+        weight = weight.t().contiguous() if changes.get("row_major") else weight.t()
+        return products._is_for_triton(x, weight, inputs, outputs, tile)
+
+    assert not is_for_triton()
+    assert launch.starting_early(torch.empty(1, 1)) == {"EARLY": False}
+    for module in (launch, products):
+        monkeypatch.setattr(module, "is_hopper", lambda _: True)
+    assert is_for_triton()
+    assert is_for_triton(64, outputs=128, tile=products._WIDE)
+    assert not is_for_triton(65, outputs=128, tile=products._WIDE)
+    for other in ({"rows": 129}, {"inputs": 96}, {"outputs": 96}, {"dtype": torch.float32}, {"row_major": True}):
+        assert not is_for_triton(**other)
+    assert [launch.starting_early(torch.empty(rows, 1))["EARLY"] for rows in (1, 128, 129)] == [True, True, False]
+
+
+@needs_triton
 @pytest.mark.parametrize("rows", [16, 64, 128])
 @pytest.mark.parametrize(("kernel", "tile"), [("_gated", "_GATED"), ("_half", "_HALVES"), ("_half", "_WIDE")])
 def test_the_products_compile_for_a_hopper_card_and_fit_into_its_multiprocessors(
@@ -588,6 +619,43 @@ def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(
     error = (torch.stack(logits, dim=1) - expected).norm() / expected.norm()
     plain = whole_logits(decoder.to("cuda", DTYPES[dtype]), tokens.cuda())[:, 7:].float().cpu()
     assert error < (1e-5 if dtype == "fp32" else 1.2 * (plain - expected).norm() / expected.norm())
+
+
+@needs_gpu
+@pytest.mark.parametrize("rows", [8, 100])
+def test_kernels_that_start_early_read_nothing_that_is_not_there_yet(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = dataclasses.replace(WHOLE_TILES, hidden_size=4096, num_attention_heads=32, head_dim=128)
+    shape = dataclasses.replace(shape, intermediate_size=11008, max_position_embeddings=600)
+    vector = [1, 4, 2]
+    model = empty(shape, vector, "cuda", torch.bfloat16)
+    randomise(model, torch.Generator("cuda").manual_seed(0))
+    tokens = tokens_of(shape, rows, 1)[:, 0].cuda()
+
+    def logits() -> Iterator[torch.Tensor]:
+        cache = KVCache(shape, vector, rows, 600, "cuda", torch.bfloat16)
+        for layer in cache.layers:
+            for part in (layer.keys, layer.values):
+                part.normal_(generator=torch.Generator("cuda").manual_seed(1))
+        runner = Runner(model, cache, "graph")
+        for _ in range(200):
+            yield runner.decode(tokens, 599).clone()
+
+    early = list(logits())
+    monkeypatch.setattr("nas.serving.launch.MOST_ROWS", 0)
+    late = next(logits())
+    assert all(torch.equal(one, late) for one in early)
+
+
+@needs_gpu
+def test_finding_the_fastest_rows_leaves_no_memory_behind() -> None:
+    model = empty(dataclasses.replace(WHOLE_TILES, hidden_size=2048), [1, 2, 4], "cuda", torch.bfloat16)
+    randomise(model, torch.Generator("cuda").manual_seed(0))
+    assert fastest_rows(model.serving_layers(), 130, "graph") in filled_up(130, "graph")  # opens the libraries
+    before = torch.cuda.memory_reserved()
+    assert fastest_rows(model.serving_layers(), 130, "graph") in filled_up(130, "graph")
+    assert torch.cuda.memory_reserved() == before
 
 
 def export_to(folder: Path, decoder: Decoder) -> Path:

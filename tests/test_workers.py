@@ -121,7 +121,7 @@ def start(
     dead: str | None = None,
     heartbeat_s: float = HEARTBEAT_S,
 ) -> ForkServerProcess:
-    """Starts a worker in a process of its own; a busy machine can hold one up for longer than short heartbeats allow."""
+    """Starts a worker in a process of its own; a busy machine can hold it up for longer than short heartbeats allow."""
     membership = Membership(name, dead, heartbeat_s)
     process = PROCESSES.Process(target=work, args=(storage, budget, membership, folder, name, sampler, pause_s))
     process.start()

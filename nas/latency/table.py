@@ -126,9 +126,14 @@ class TableLatency:
         slower = max((load["ratio"] for load in self.meta.get("lasting_load", [])), default=1.0) - 1
         if slower >= _TOLD_SLOWER and self.meta["runtime"] != "eager":  # whose steps depend on the host
             words += f"; steps that follow one another for seconds took up to {slower:.1%} longer"
-        if self.meta.get("step_revision", 1) < STEP_REVISION.get(self.meta["runtime"], 1):
-            words += "; decode steps are of an earlier version of this software, and may be some per cent off"
+        if not self.is_current:
+            words += "; decode steps were of an earlier version of this software, so may be off by a tenth at few rows"
         return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")
+
+    @property
+    def is_current(self) -> bool:
+        """Whether its decode steps were what they are now."""
+        return bool(self.meta.get("step_revision", 1) >= STEP_REVISION.get(self.meta["runtime"], 1))
 
     def digest(self) -> str:
         """Hash of the times."""

@@ -143,8 +143,8 @@ def leftovers(problems: int, length: int, multiprocessors: int) -> tuple[int, in
 def stages(problems: int, multiprocessors: int) -> int:
     """Of the pipeline: blocks of so many less one are read ahead.
 
-    With two, three programs find room on a multiprocessor, with three, two programs do. On an H100 the former are the
-    faster where there are more than two and at most four sequences a multiprocessor.
+    With two, more programs find room on a multiprocessor. On an H100, with 32 heads of 128, that is the faster where
+    there are more than two and at most four sequences a multiprocessor.
     """
     return 2 if 2 * multiprocessors < problems <= 4 * multiprocessors else 3
 

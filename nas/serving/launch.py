@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-MOST_ROWS = 128  # of a step whose products are Triton's: only these let the next kernel start early
+MOST_ROWS = 128  # of a step whose kernels start early, as its products are Triton's
 
 
 @triton.jit
@@ -34,11 +34,11 @@ def let_next_start(EARLY: tl.constexpr):
 @functools.cache
 def is_hopper(device: torch.device) -> bool:
     """Whether a GPU is of the kind that this, and Triton's products, were found to be the faster on."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    return is_nvidia and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def starting_early(x: Tensor) -> dict[str, Any]:
     """Arguments of a kernel that calls the above, from the rows of a step and their device."""
-    if not is_hopper(x.device):
-        return {"EARLY": False}
-    return {"EARLY": True, "launch_pdl": len(x) <= MOST_ROWS}
+    early = len(x) <= MOST_ROWS and is_hopper(x.device)
+    return {"EARLY": True, "launch_pdl": True} if early else {"EARLY": False}

@@ -98,7 +98,7 @@ def gated(x_BD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         weight: Its weight (2F, D), laid out input by input.
         bias: Its bias (2F), if it has one.
     """
-    if bias is None and _is_for_triton(x_BD, x_BD.shape[1], len(weight) // 2, _GATED):
+    if bias is None and _is_for_triton(x_BD, weight, x_BD.shape[1], len(weight) // 2, _GATED):
         return gated_in_triton(x_BD, weight)
     return swiglu(F_.linear(x_BD, weight, bias))
 
@@ -117,7 +117,7 @@ def halves(x_BF: Tensor, weight: Tensor) -> Tensor:
         weight: DF, laid out input by input.
     """
     parts = 2 - x_BF.shape[1] % 2
-    if parts == 2 and _is_for_triton(x_BF, x_BF.shape[1] // 2, len(weight), _tile_of_halves(weight)):
+    if parts == 2 and _is_for_triton(x_BF, weight, x_BF.shape[1] // 2, len(weight), _tile_of_halves(weight)):
         return halves_in_triton(x_BF, weight)
     return torch.bmm(x_BF.unflatten(1, (parts, -1)).transpose(0, 1), weight.unflatten(1, (parts, -1)).permute(1, 2, 0))
 
@@ -143,9 +143,9 @@ def halves_in_triton(x_BF: Tensor, weight: Tensor) -> Tensor:
     return out_2BD
 
 
-def _is_for_triton(x: Tensor, inputs: int, outputs: int, tile: Tile) -> bool:
+def _is_for_triton(x: Tensor, weight: Tensor, inputs: int, outputs: int, tile: Tile) -> bool:
     """Whether a product has few rows, whole tiles, and a GPU on which Triton's kernel is the faster."""
-    whole = inputs % tile.inputs == 0 and outputs % tile.columns == 0
+    whole = inputs % tile.inputs == 0 and outputs % tile.columns == 0 and weight.t().is_contiguous()
     return whole and len(x) <= tile.most_rows and x.dtype == torch.bfloat16 and is_hopper(x.device)
 
 

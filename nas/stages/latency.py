@@ -14,7 +14,7 @@ from nas.latency import Device, LatencyModel, Workload
 from nas.latency.device import device_folders
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import batches_of
-from nas.latency.model import MAX
+from nas.latency.model import MAX, STEP_REVISION
 from nas.latency.table import META, TableLatency
 from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, recorded_config
 from nas.space import SearchSpace
@@ -76,7 +76,8 @@ def _covering(
 def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
     say("No measured table covers this space, device and workload: measuring first")
     facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
-    name = f"{space.name}-{device.slug}-{value_hash([*facts, config.check])}"
+    facts += [config.check, STEP_REVISION[workload.runtime]]
+    name = f"{space.name}-{device.slug}-{value_hash(facts)}"
     path = Path(config.runs_dir) / "measure" / name
     try:
         return measure_space(config, space, device, workload, path)
@@ -89,8 +90,9 @@ def fitting_tables(
 ) -> Iterator[TableLatency]:
     """Measured tables that cover a workload: those measured for it first, as others may have to interpolate.
 
-    Of either kind this user's runs come first, newest first, then those that ship. With ``extrapolate`` those of the
-    same shape and runtime follow that do not cover it. Unusable ones are passed over with a warning.
+    Tables of an earlier decode step come after those of the present one. Of either kind this user's runs come first,
+    newest first, then those that ship. With ``extrapolate`` those of the same shape and runtime follow that do not
+    cover it. Unusable ones are passed over with a warning.
     """
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
     published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
@@ -106,7 +108,7 @@ def fitting_tables(
         tables.append(table)
     asked = dataclasses.asdict(workload)
     covering = [table for table in tables if _covering(table, False, device, space, workload)]
-    yield from sorted(covering, key=lambda table: bool(table.meta["workload"] != asked))
+    yield from sorted(covering, key=lambda table: (not table.is_current, table.meta["workload"] != asked))
     if extrapolate:
         others = (table for table in tables if table not in covering)
         yield from filter(None, (_covering(table, True, device, space, workload) for table in others))

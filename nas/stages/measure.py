@@ -115,12 +115,13 @@ def measure_space(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    asked = {
+    asked: dict[str, Any] = {
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
         "measure": dataclasses.asdict(config.measure),
         "check": config.check,
+        "step_revision": STEP_REVISION[workload.runtime],
     }
     with start_run(path, "measure", asked, {"measure": config.measure.seed}) as run:
         say(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
@@ -132,7 +133,7 @@ def measure_space(
             "shape": layer_shape(space.shape),
             "dtype": workload.dtype,
             "runtime": workload.runtime,
-            "step_revision": STEP_REVISION[workload.runtime],
+            "step_revision": asked["step_revision"],
             "workload": dataclasses.asdict(workload),
             "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,

@@ -21,7 +21,7 @@ from nas.console import say
 from nas.data import TokenData
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import value_hash, without_passwords
-from nas.latency import find_device, resolve_workload
+from nas.latency import LatencyModel, find_device, resolve_workload
 from nas.latency.memory import check_memory
 from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
@@ -130,7 +130,7 @@ def prepare(config: Search, path: Path) -> Prepared:
     say(f"Latency on {device.name} ({workload}): {latency.describe()}" + (f" ({table.folder})" if table else ""))
     costs = predictions(space, device, latency, workload, config.cost)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
-    facts["latency"] = f"{device.name}, {latency.describe()}, {table.digest()[:12] if table else 'no table'}"
+    facts["latency"] = f"{device.name}, {table.digest()[:12] if table else latency.describe()}"
     if config.storage:
         check_facts(storage, facts)
     supernet = supernet or found_or_made(
@@ -161,13 +161,20 @@ def prepare(config: Search, path: Path) -> Prepared:
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
         "windows": windows,
-        "latency": latency.describe(),
+        "latency": _words(path, latency, table),
         "latency_table": table.digest() if table else None,
         "storage": without_passwords(config.storage) if config.storage else None,
     }
     asked = {key: value for key, value in asked.items() if key not in _NOT_ASKED}
     problem = Problem(space, objectives, loss, costs, constraints)
     return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
+
+
+def _words(path: Path, latency: LatencyModel, table: TableLatency | None) -> str:
+    """What is said of a latency model: of the same table what was said when the search was begun."""
+    begun = recorded_config(path)
+    same = begun and table and begun.get("latency_table") == table.digest()
+    return str(begun["latency"]) if begun and same else latency.describe()
 
 
 def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun | None:
