@@ -20,9 +20,9 @@ _PROMPTS = "measure.prompts=[512,1024,4096]"
 _WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
 # After 64 and 128 rows other kernels follow, and after 132 sequences attention of one group splits some: a batch on
 # either side, so that nothing is interpolated across.
-_EDGES = [64, 65, 96, 128, 129, 132, 133]
-_DENSE = (f"measure.batches={[1, 8, 16, 32, *_EDGES, *range(144, 257, 16), 288, 320]}".replace(" ", ""),)
-_COARSE = (f"measure.batches={[1, 8, 16, 32, *_EDGES, *range(160, 257, 32), 288, 320]}".replace(" ", ""),)
+_FEW = [1, 8, 16, 32, 64, 65, 96, 128, 129, 132, 133]
+_DENSE = (f"measure.batches={[*_FEW, *range(144, 257, 16), 288, 320]}".replace(" ", ""),)
+_COARSE = (f"measure.batches={[*_FEW, *range(160, 257, 32), 288, 320]}".replace(" ", ""),)
 _SPARSE = ("measure.batches=[1,8,32,64,128,192,320]",)
 _DECILM = ("space=decilm-6b", "workload.batch=192", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[32,192]")
 _LLAMA = ("space=llama-2-7b", "workload.batch=8", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[1,8]")

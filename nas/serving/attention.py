@@ -49,7 +49,7 @@ def _attend(
     q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, arrivals_ptr, last_ptr, out_ptr, part_ptr, norm_ptr,
     scale, q_term, q_stride, k_term, k_stride, v_term, v_stride, row_stride, group_stride, whole, G, N: tl.constexpr,
     R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
-    SPLITS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    SPLITS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row's group: its R heads over all of the row's tokens, or over one part of ``SPLITS``."""
     part = tl.program_id(0) - whole
@@ -82,14 +82,14 @@ def _attend(
     for token in range(begin, end, BLOCK):
         there = (token + n[:, None] < end) & (d < D)
         k = tl.load(keys_ptr + at + token * D + offsets, mask=there, other=0.0)
-        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         scores = tl.where(token + n[None, :] < end, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - higher[:, None])
         fade = tl.exp2(top - higher)
         total = total * fade + tl.sum(weights, 1)
         v = tl.load(values_ptr + at + token * D + offsets, mask=there, other=0.0)
-        mixed = mixed * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
+        mixed = mixed * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         top = higher
     spread = r[:, None] * D + d
     complete = part < 0
@@ -194,8 +194,8 @@ def decode_attention(
         q_NBHd, k_NBGd, v_NBGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, arrivals, last, out_BHd, mixed, norms,
         d**-0.5 * _LOG2_E, *q_NBHd.stride()[:2], *k_NBGd.stride()[:2], *v_NBGd.stride()[:2], *keys_BGCd.stride()[:2],
         whole, G, N=N, R=R, R_PAD=max(16, triton.next_power_of_2(R)), D=d, D_PAD=max(16, triton.next_power_of_2(d)),
-        BLOCK=_BLOCK, SPLITS=splits, PRECISION="ieee" if q_NBHd.dtype == torch.float32 else "tf32",
-        num_warps=4, num_stages=stages(B * G, multiprocessors), **starting_early(q_NBHd[0]),
+        BLOCK=_BLOCK, SPLITS=splits, num_warps=4, num_stages=stages(B * G, multiprocessors),
+        **starting_early(q_NBHd[0]),
     )  # fmt: skip
     return out_BHd
 

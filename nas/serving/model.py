@@ -113,7 +113,7 @@ class ServingLayer(nn.Module):
         return x_BTD, self.down_proj(F.silu(gate) * up).unsqueeze(0)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of their product (…, B, T, W), each (…, B, T, H or G, d)."""
+        """Queries, keys and values of their product (…, W), each (…, H or G, d)."""
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.groups, self.groups], dim=-2)
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 

@@ -47,7 +47,7 @@ _WIDE = Tile(columns=128, inputs=64, warps=4, stages=5, most_rows=64)  # halves 
 @triton.jit
 def _gated(
     x_ptr, weight_ptr, out_ptr, rows, D, F, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A block of columns, all rows."""
     b, d, f = tl.arange(0, ROWS), tl.arange(0, INPUTS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -59,8 +59,8 @@ def _gated(
     let_next_start(EARLY)
     for _ in range(0, D, INPUTS):
         x = tl.load(x_ptr, mask=b[:, None] < rows, other=0.0)
-        gate = tl.dot(x, tl.load(weight_ptr), gate, input_precision=PRECISION)
-        up = tl.dot(x, tl.load(weight_ptr + F), up, input_precision=PRECISION)
+        gate = tl.dot(x, tl.load(weight_ptr), gate, input_precision="ieee")
+        up = tl.dot(x, tl.load(weight_ptr + F), up, input_precision="ieee")
         x_ptr += INPUTS
         weight_ptr += INPUTS * 2 * F
     out = (gate * tl.sigmoid(gate) * up).to(out_ptr.dtype.element_ty)
@@ -70,7 +70,7 @@ def _gated(
 @triton.jit
 def _half(
     x_ptr, weight_ptr, out_ptr, rows, F, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INPUTS: tl.constexpr,
-    PRECISION: tl.constexpr, EARLY: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of one term, all rows."""
     b, d = tl.arange(0, ROWS), tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -82,7 +82,7 @@ def _half(
     let_next_start(EARLY)
     for _ in range(0, F // 2, INPUTS):
         x = tl.load(x_ptr, mask=b[:, None] < rows, other=0.0)
-        total = tl.dot(x, tl.load(weight_ptr), total, input_precision=PRECISION)
+        total = tl.dot(x, tl.load(weight_ptr), total, input_precision="ieee")
         x_ptr += INPUTS
         weight_ptr += INPUTS * D
     out_ptr += tl.program_id(1).to(tl.int64) * rows * D + b[:, None] * D + d
@@ -158,7 +158,6 @@ def _options(x: Tensor, tile: Tile) -> dict[str, object]:
         "ROWS": max(16, triton.next_power_of_2(len(x))),
         "COLUMNS": tile.columns,
         "INPUTS": tile.inputs,
-        "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32",
         "num_warps": tile.warps,
         "num_stages": tile.stages,
     } | starting_early(x)

@@ -24,10 +24,8 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
     if len(candidates) == 1:
         return batch
     run, pool = _products(min(layers, key=lambda layer: layer.groups), candidates[-1]), torch.cuda.graph_pool_handle()
-    steps = {
-        rows: captured(partial(run, rows), pool) for rows in candidates
-    }  # launched one by one, the host would count
-    # All in turn, as clocks move.
+    # Captured, as launching one by one may take the host longer; and all in turn, as clocks move.
+    steps = {rows: captured(partial(run, rows), pool) for rows in candidates}
     rounds = [{rows: milliseconds(step) for rows, step in steps.items()} for _ in range(_ROUNDS)]
     times = {rows: median(taken[rows] for taken in rounds[1:]) for rows in candidates}
     del run, steps  # and what they multiplied, whose blocks suit nothing else
