@@ -11,10 +11,12 @@ copied.
 
 import argparse
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 
+MEASURED = "runs/shipped"
 _CONTEXTS = "measure.contexts=[256,1024,2048,4096]"
 _PROMPTS = "measure.prompts=[512,1024,4096]"
 _WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
@@ -22,7 +24,7 @@ _WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
 # either side, so that nothing is interpolated across.
 _FEW = [1, 8, 16, 32, 64, 65, 96, 128, 129, 132, 133]
 _DENSE = (f"measure.batches={[*_FEW, *range(144, 257, 16), 288, 320]}".replace(" ", ""),)
-_COARSE = (f"measure.batches={[*_FEW, *range(160, 257, 32), 288, 320]}".replace(" ", ""),)
+_COARSE = (f"measure.batches={[1, 2, 4, *_FEW[1:], *range(160, 257, 32), 288, 320]}".replace(" ", ""),)
 _SPARSE = ("measure.batches=[1,8,32,64,128,192,320]",)
 _DECILM = ("space=decilm-6b", "workload.batch=192", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[32,192]")
 _LLAMA = ("space=llama-2-7b", "workload.batch=8", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[1,8]")
@@ -37,7 +39,7 @@ TABLES = {
 
 def command(name: str, overrides: Sequence[str] = ()) -> list[str]:
     """The command line that measures a table."""
-    words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}", "publish=latency_models")
+    words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}", f"publish={MEASURED}")
     return [sys.executable, "-m", "nas", *words, *overrides]
 
 
@@ -55,6 +57,8 @@ def main() -> None:
         print(shlex.join(words[1:]), flush=True)
         if not options.list:
             subprocess.run(words, check=True)
+    if not options.list:  # not before: the next table would tell of a checkout with changes
+        shutil.copytree(MEASURED, "latency_models", dirs_exist_ok=True)
 
 
 if __name__ == "__main__":

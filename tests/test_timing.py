@@ -137,6 +137,30 @@ def test_a_segment_on_a_gpu_is_of_one_load_and_does_not_last() -> None:
 
 
 @pytest.mark.usefixtures("like_a_gpu")
+def test_what_a_part_or_a_length_leaves_behind_reaches_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [Point("decode", "layer", (groups,), 1, length) for groups in (1, 2, 4) for length in (16, 256)]
+    wholes = [Point("decode", "whole", (groups,) * 3, 1, 16) for groups in (1, 2, 4)]
+    heads = [Point("decode", "head", (), batch, 1) for batch in (1, 2)]
+    for point in [*layers, *wholes, *heads]:
+        monkeypatch.setitem(STEADY, point, 20.0)
+    before: tuple[str, int] | None = None
+    left = 0
+
+    def factor(point: Point, _: float) -> float:  # the first two calls after others are slower
+        nonlocal before, left
+        if (point.part, point.length) != before:
+            before, left = (point.part, point.length), 3
+        left -= 1
+        return 1.05 if left > 0 else 1.0
+
+    samples = Machine(factor).time(Samples(), CONFIG, [*layers, *wholes, *heads])
+    assert medians(samples) == {point: pytest.approx(STEADY[point]) for point in [*layers, *wholes, *heads]}
+    together = {frozenset((p.part, p.length) for p in segment.samples) for segment in samples.segments}
+    assert {len(kinds) for kinds in together} == {1}
+    assert any(len(segment.samples) == 2 and heads[0] in segment.samples for segment in samples.segments)
+
+
+@pytest.mark.usefixtures("like_a_gpu")
 def test_a_load_is_warmed_up_before_it_is_timed() -> None:
     begun, loaded = 0.0, 0
 

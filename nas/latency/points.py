@@ -13,7 +13,8 @@ from nas.config import MeasureConfig
 from nas.latency.model import MAX, PHASES, Phase, Workload, passes
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
-PARTS = ("embedding", "head", "layer", "whole")
+ENDS = ("embedding", "head")
+PARTS = (*ENDS, "layer", "whole")
 
 
 @dataclass(frozen=True, order=True)
@@ -41,7 +42,7 @@ class Point:
 
 def point_of(phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Point:
     """Reads back what `Point.row` wrote."""
-    return Point(phase, part, () if part in PARTS[:2] else parse_vector(str(groups)), int(batch), int(length))
+    return Point(phase, part, () if part in ENDS else parse_vector(str(groups)), int(batch), int(length))
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Grid:
             choices = sorted(set().union(*space.choices))
             points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
             ends = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
-            points += [Point(phase, part, (), *shape) for shape in ends for part in ("embedding", "head")]
+            points += [Point(phase, part, (), *shape) for shape in ends for part in ENDS]
         return points
 
 

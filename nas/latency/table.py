@@ -24,6 +24,7 @@ from nas.files import file_hash, read_json
 from nas.latency.check import CHECK, CHECK_COLUMNS, phase_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.model import PHASES, STEP_REVISION, Phase, Workload, passes
+from nas.latency.points import ENDS
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 from nas.tables import positive_numbers, read_csv, require, whole_numbers
@@ -42,7 +43,6 @@ _META_TYPES = {
 }
 _CHECK_KEYS = {"phase", "batch", "length", "n", "mape", "worst"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
-_ENDS = ("embedding", "head")
 _TOLD_SLOWER = 0.005
 
 
@@ -91,7 +91,7 @@ class TableLatency:
         if wrong := _wrong_key(self.meta):
             raise UserError(f"{folder / META} is corrupt ({wrong} is missing or wrong); restore it or measure again")
         table = read_csv(folder / TABLE, COLUMNS)
-        known = table["phase"].isin(PHASES) & table["part"].isin(["layer", *_ENDS])
+        known = table["phase"].isin(PHASES) & table["part"].isin(["layer", *ENDS])
         known &= whole_numbers(table, ["groups", "batch", "length"]) & table["status"].isin([OK, OUT_OF_MEMORY])
         fitted = table["status"] == OK
         good = known & positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | ~fitted)
@@ -108,7 +108,7 @@ class TableLatency:
         return self._at(phase, "layer", groups, batch, length)
 
     def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
-        return sum(self._at(phase, part, 0, batch, length if phase == "prefill" else 1) for part in _ENDS)
+        return sum(self._at(phase, part, 0, batch, length if phase == "prefill" else 1) for part in ENDS)
 
     def describe(self) -> str:
         words = f"measured on {self.meta['device']['name']} on {self.meta['date'][:10]}"
