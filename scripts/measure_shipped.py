@@ -11,12 +11,12 @@ copied.
 
 import argparse
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
-MEASURED = "runs/shipped"
+PUBLISH = "publish=latency_models"
 _CONTEXTS = "measure.contexts=[256,1024,2048,4096]"
 _PROMPTS = "measure.prompts=[512,1024,4096]"
 _WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
@@ -39,7 +39,7 @@ TABLES = {
 
 def command(name: str, overrides: Sequence[str] = ()) -> list[str]:
     """The command line that measures a table."""
-    words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}", f"publish={MEASURED}")
+    words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}")
     return [sys.executable, "-m", "nas", *words, *overrides]
 
 
@@ -52,13 +52,16 @@ def main() -> None:
     names = [word for word in options.tables if "=" not in word]
     if unknown := set(names) - TABLES.keys():
         parser.error(f"there is no table {', '.join(sorted(unknown))}; use {', '.join(TABLES)}")
-    for name in names or TABLES:
-        words = command(name, overrides)
+    commands = {name: command(name, overrides) for name in names or TABLES}
+    if options.list:
+        print(*(shlex.join([*words[1:], PUBLISH]) for words in commands.values()), sep="\n")
+        return
+    for name, words in commands.items():
         print(shlex.join(words[1:]), flush=True)
-        if not options.list:
+        if not Path(f"runs/measure/shipped-{name}/complete.json").is_file():
             subprocess.run(words, check=True)
-    if not options.list:  # not before: the next table would tell of a checkout with changes
-        shutil.copytree(MEASURED, "latency_models", dirs_exist_ok=True)
+    for words in commands.values():  # not before all are measured: each tells whether the checkout had changes
+        subprocess.run([*words, PUBLISH], check=True)
 
 
 if __name__ == "__main__":

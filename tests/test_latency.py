@@ -275,6 +275,11 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     loads = [{"groups": groups, "batch": 4, "length": 16, "ratio": ratio} for groups, ratio in ((1, 1.046), (4, 0.99))]
     eager = TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads))
     assert eager.describe() == unchecked.describe()
+    drift = {"segments": 20, "segments_beyond": 11, "worst": 0.234}
+    shaken = TableLatency(write_table(tmp_path, micro, check=[], drift=drift))
+    assert shaken.describe() == f"{unchecked.describe()}; the machine drifted in 11 of 20 segments, by up to 23%"
+    redone = TableLatency(write_table(tmp_path, micro, check=[], drift=drift | {"segments_beyond": 10}))
+    assert redone.describe() == unchecked.describe()
     now = STEP_REVISION["graph"]
     changes: dict[str, Any] = {"check": [], "lasting_load": loads, "runtime": "graph", "step_revision": now}
     assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == (
@@ -352,6 +357,7 @@ def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace,
         "date": 20260102,
         "check": [{"phase": "decode"}],
         "step_revision": "new",
+        "drift": {"segments": 20},
         "lasting_load": [{"groups": 2, "ratio": None}],
     }.items():
         file.write_text(json.dumps(meta | {key: wrong}))

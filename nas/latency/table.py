@@ -43,6 +43,7 @@ _META_TYPES = {
 }
 _CHECK_KEYS = {"phase", "batch", "length", "n", "mape", "worst"}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
+_NO_DRIFT = {"segments": 0, "segments_beyond": 0, "worst": 0.0}
 _TOLD_SLOWER = 0.005
 
 
@@ -61,6 +62,9 @@ def _wrong_key(meta: dict[str, Any]) -> str | None:
         return "device"
     if not isinstance(meta.get("step_revision", 1), int):
         return "step_revision"
+    drift = meta.get("drift", _NO_DRIFT)
+    if not (isinstance(drift, dict) and all(isinstance(drift.get(key), int | float) for key in _NO_DRIFT)):
+        return "drift"
     loads = meta.get("lasting_load", [])  # only where energy was measured
     if not (
         isinstance(loads, list) and all(isinstance(load, dict) and _is_positive(load.get("ratio")) for load in loads)
@@ -126,6 +130,9 @@ class TableLatency:
         slower = max((load["ratio"] for load in self.meta.get("lasting_load", [])), default=1.0) - 1
         if slower >= _TOLD_SLOWER and self.meta["runtime"] != "eager":  # whose steps depend on the host
             words += f"; steps that follow one another for seconds took up to {slower:.1%} longer"
+        drift = self.meta.get("drift", _NO_DRIFT)
+        if (beyond := drift["segments_beyond"]) > drift["segments"] / 2:  # too many to be redone
+            words += f"; the machine drifted in {beyond} of {drift['segments']} segments, by up to {drift['worst']:.0%}"
         if not self.is_current:
             words += "; decode steps were of an earlier version of this software, so may be off by a tenth at few rows"
         return words + ("; extrapolated beyond the measured range" if self._extrapolate else "")

@@ -4,12 +4,13 @@ A round's points come in segments, and between any two segments a *sentinel*, al
 is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
 again. Samples are written down a segment at a time, so a killed measurement loses no more than one.
 
-On a GPU a segment's points ask the same of it but for their groups, and segments are shuffled, too (randomised blocks):
-at its power limit it remembers for a tenth of a second or two what ran before. On an H100 a step right after a prompt
-took 2.5 % longer than after another step, on an H200 one after a step of 300 rows 2 % longer than after one of 30, and
-a layer after an output head 4 %. So each look at the sentinel, and each segment, begins with a warm-up under its own
-load. Nor does a segment last: under a heavy load an H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s,
-and so on, every 1.2 s. What is timed is the even speed; how far a lasting load is below it is measured with the energy.
+On a GPU a segment's points differ in their groups alone (but for a model's ends, a small share of a step, which go
+together for all batches), and segments are shuffled, too (randomised blocks): at its power limit it remembers for a
+tenth of a second or two what ran before. On an H100 a step right after a prompt took 2.5 % longer than after another
+step, on an H200 one after a step of 300 rows 2 % longer than after one of 30, and a layer after an output head 4 %. So
+each look at the sentinel, and each segment, begins with a warm-up under its own load. Nor does a segment last: under a
+heavy load an H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on, every 1.2 s. What is timed
+is the even speed; how far a lasting load is below it is measured with the energy.
 """
 
 import math
@@ -39,7 +40,7 @@ _SENTINEL_SAMPLES = 3
 
 
 def _gpu_load(point: Point) -> tuple[Any, ...]:
-    """What a GPU draws power by. A model's ends are too short for segments of one batch each."""
+    """What a GPU draws power by; but a model's ends go together, which would fill segments with one sample each."""
     shape = () if point.part in ENDS else (point.batch, point.length)
     return point.phase, point.part, *shape
 
