@@ -45,8 +45,9 @@ $(FINETUNED): | $(KNEE)
 $(REPORTED): | $(FINETUNED)
 	$(call nas,report run=runs/search/$(DEMO) name=$(DEMO))
 
+# A core each: models so small gain nothing from more threads.
 test: $(VENV)/installed
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
 
 test-transformers-4:
 	$(PYTHON) -m venv $(VENV)-transformers-4
