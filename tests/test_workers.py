@@ -205,6 +205,17 @@ def test_a_search_killed_twenty_times_equals_one_without_a_break(tmp_path: Path)
     assert not running(storage)
 
 
+def test_a_study_is_made_once_though_a_kill_left_its_table_without_the_index(tmp_path: Path) -> None:
+    file, sampler = tmp_path / "study.db", optuna.samplers.RandomSampler()
+    other = Storage.file(file, "other")
+    other.open(TWO, sampler)
+    with other.engine().begin() as connection:
+        connection.execute(sqlalchemy.text("DROP INDEX ix_studies_study_name"))
+    for _ in range(2):
+        Storage.file(file).open(TWO, sampler)
+    assert sorted(optuna.get_all_study_names(f"sqlite:///{file}")) == ["other", "search"]
+
+
 def test_a_worker_that_was_taken_for_gone_goes_on_and_does_no_harm(storage: Storage) -> None:
     others, counts = list[pd.DataFrame](), list[int]()
 

@@ -16,6 +16,7 @@ import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import BaseModel  # has no public name
 from sqlalchemy import URL, Engine, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
@@ -75,6 +76,9 @@ class Storage:
 
         def create() -> optuna.Study:
             storage = RDBStorage(url.render_as_string(hide_password=False), self._options(url))
+            for table in BaseModel.metadata.sorted_tables:  # a kill can leave a table without the index that follows,
+                for index in table.indexes:  # and then every start would make one more study of the name
+                    index.create(storage.engine, checkfirst=True)
             return optuna.create_study(
                 storage=storage,
                 study_name=self.study,
