@@ -47,7 +47,7 @@ $(REPORTED): | $(FINETUNED)
 
 # A core each: models so small gain nothing from more threads.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n logical --maxprocesses 4 --dist loadfile
 
 test-transformers-4:
 	$(PYTHON) -m venv $(VENV)-transformers-4
