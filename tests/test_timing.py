@@ -155,8 +155,7 @@ def test_what_a_part_or_a_length_leaves_behind_reaches_no_other(monkeypatch: pyt
 
     samples = Machine(factor).time(Samples(), CONFIG, [*layers, *wholes, *heads])
     assert medians(samples) == {point: pytest.approx(STEADY[point]) for point in [*layers, *wholes, *heads]}
-    together = {frozenset((p.part, p.length) for p in segment.samples) for segment in samples.segments}
-    assert {len(kinds) for kinds in together} == {1}
+    assert all(len({(point.part, point.length) for point in segment.samples}) == 1 for segment in samples.segments)
     assert any(len(segment.samples) == 2 and heads[0] in segment.samples for segment in samples.segments)
 
 
