@@ -23,10 +23,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from nas import __version__
+from nas import __version__, console
 from nas.config import STAGES, register, to_stage
-from nas.console import complain
-from nas.distributed import SIZE, agree, leave, process_group
+from nas.distributed import SIZE, broadcast, leave, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes
 from nas.files import without_passwords
 from nas.resources import shipped
@@ -69,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(_USAGE)
         return 0 if arguments else 2
     if arguments[0] not in STAGES:
-        complain(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
+        console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
     code = _guarded(arguments[0], [_quoted(word) for word in _expand_budget(arguments[1:])])
     return code if SIZE == 1 else leave(code)
@@ -83,26 +82,26 @@ def _interrupt(*_: object) -> None:
 
 
 def _guarded(stage: str, overrides: list[str]) -> int:
-    """Runs a stage and turns what the user can mend into one sentence and an exit code."""
+    """Runs a stage and turns what the user can fix into one sentence and an exit code."""
     try:
         return _hydra(stage, overrides)
     except KeyboardInterrupt as interrupt:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        complain(f"nas {stage}: interrupted; {interrupt}")
+        console.warn(f"nas {stage}: interrupted; {interrupt}")
         return 1
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
         lines = str(cause).splitlines()
         if isinstance(error, MissingConfigException):
             options = itertools.takewhile(lambda line: line.startswith("\t"), lines[3:])
-            complain(f"nas {stage}: {lines[0]}; use {', '.join(option.strip() for option in options)}")
+            console.warn(f"nas {stage}: {lines[0]}; use {', '.join(option.strip() for option in options)}")
             return 1
         key = str(getattr(cause, "full_key", None) or "")
         where = f"{key}: " if key and key not in lines[0] else ""
-        complain(f"nas {stage}: {where}{lines[0]}; nas {stage} --help lists the keys")
+        console.warn(f"nas {stage}: {where}{lines[0]}; nas {stage} --help lists the keys")
         return 1 if isinstance(cause, ValidationError) else 2
     except (UserError, OSError) as error:  # of a job on another machine; Hydra could not make the run directory
-        complain(f"nas {stage}: {_sentence(error)}")
+        console.warn(f"nas {stage}: {_sentence(error)}")
         return 1
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
@@ -127,9 +126,9 @@ def _hydra(stage: str, overrides: list[str]) -> int:
             if not isinstance(error, UserError | OSError):
                 raise
             if isinstance(error, AlreadyFinishedError) and HydraConfig.get().mode == RunMode.MULTIRUN:
-                complain(f"nas {stage}: {str(error).partition(';')[0]}: left as it is")
+                console.warn(f"nas {stage}: {str(error).partition(';')[0]}: left as it is")
                 return  # a sweep that is repeated goes on with what is left
-            complain(f"nas {stage}: {_sentence(error, config.runs_dir)}")
+            console.warn(f"nas {stage}: {_sentence(error, config.runs_dir)}")
             if os.getpid() != home:  # a launcher sent this job elsewhere, and tells of its failure at home
                 raise
             failed = True
@@ -151,7 +150,7 @@ def _sentence(error: Exception, runs_dir: str = "runs") -> str:
         if error.errno in _FULL_DISK:
             return f"cannot write {what}; free some space and run the same command again"
         if error.errno in _NO_PLACE:
-            return f"cannot use {what}; mend that path, or choose another runs_dir= or name="
+            return f"cannot use {what}; fix that path, or choose another runs_dir= or name="
         raise error
     return str(error)
 
@@ -164,7 +163,7 @@ def _run_stage(config: DictConfig) -> None:
         raise UserError(f"nas {stage} is one process; use torchrun with nas {' and nas '.join(_MANY_PROCESSES)} only")
     try:
         with process_group():
-            importlib.import_module(f"nas.stages.{stage}").run(to_stage(config), agree(path))
+            importlib.import_module(f"nas.stages.{stage}").run(to_stage(config), broadcast(path))
     finally:
         with suppress(OSError):  # Hydra made the directory; do not leave it behind empty
             path.rmdir()

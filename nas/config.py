@@ -297,4 +297,4 @@ def build(spec: dict[str, Any], **more: Any) -> Any:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
         reason = error.__cause__ or str(error).splitlines()[0]
-        raise UserError(f"{spec.get('_target_')} cannot be made from {spec}: {reason}; mend the values") from None
+        raise UserError(f"{spec.get('_target_')} cannot be made from {spec}: {reason}; fix the values") from None

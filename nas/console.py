@@ -19,17 +19,17 @@ if not _out.is_terminal:
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 
-def say(message: object = "") -> None:
+def print(message: object = "") -> None:
     """Print a line or a rich renderable to stdout."""
     _out.print(message)
 
 
-def hush() -> None:
+def quiet() -> None:
     """Makes this process silent, except for what went wrong."""
     _out.quiet = True
 
 
-def complain(message: str) -> None:
+def warn(message: str) -> None:
     """Print an error or a warning to stderr."""
     _err.print(message)
 

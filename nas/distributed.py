@@ -34,7 +34,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def agree(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """The first process's ``value``, in every process; a point where all wait for each other."""
     if SIZE == 1:
         return value

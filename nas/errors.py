@@ -1,10 +1,10 @@
-"""The exceptions for everything that the user can mend, and what stands behind an exception."""
+"""The exceptions for everything that the user can fix, and what stands behind an exception."""
 
 from collections.abc import Iterator
 
 
 class UserError(Exception):
-    """What is wrong, where, and how to mend it, in one sentence; the command line prints it and exits with 1."""
+    """What is wrong, where, and how to fix it, in one sentence; the command line prints it and exits with 1."""
 
 
 class AlreadyFinishedError(UserError):

@@ -8,16 +8,16 @@ from nas.latency import Device, LatencyModel, Workload, decode_ms, prefill_ms
 from nas.latency.cost import costs as cost_metrics
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import MemoryModel, batch_of
-from nas.latency.model import DTYPE_BYTES
+from nas.latency.predictor import DTYPE_BYTES
 from nas.latency.table import TableLatency
-from nas.search.metrics import Metrics
+from nas.metrics import Metrics
 from nas.space import SearchSpace, Vector
 
 
 def predictions(
     space: SearchSpace, device: Device, latency: LatencyModel, workload: Workload, cost: CostConfig
 ) -> Callable[[Vector], Metrics]:
-    """What gives a vector's metrics on a device, apart from its loss: all that is known of `nas.search.metrics`.
+    """What gives a vector's metrics on a device, apart from its loss: all that is known of `nas.metrics`.
 
     Args:
         space: The vectors are of it.
@@ -58,7 +58,7 @@ def predictions(
         if energy:
             layer_ms = partial(latency.layer_ms, "decode", batch=batch, length=context)
             step_joules = energy.joules_per_step(
-                counts, batch, context, layer_ms, latency.ends_ms("decode", batch, context)
+                counts, batch, context, layer_ms, latency.embedding_and_head_ms("decode", batch, context)
             )
             metrics["joules_per_token"] = joules_per_token = step_joules / batch
         return metrics | cost_metrics(tokens_per_s, joules_per_token, cost, idle_watts)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nas.console import progress_bar
+from nas import console
 from nas.files import end_cut_line
 from nas.model import Supernet
 from nas.space import Vector, format_vector
@@ -121,7 +121,7 @@ class InheritedLoss:
     def of(self, vectors: Sequence[Vector]) -> list[float]:
         """Losses of many vectors, far faster than one by one if they share their first layers."""
         missing = [vector for vector in vectors if format_vector(vector) not in self.memo]
-        with progress_bar("Evaluating vectors", len(set(missing))) as bar:
+        with console.progress_bar("Evaluating vectors", len(set(missing))) as bar:
             done = 0
             for some in _passes(missing, self.windows):
                 self._evaluate(some)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import filelock
 
-from nas.console import complain, say
+from nas import console
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError
 from nas.files import end_cut_line, file_hash, read_json, without_passwords, write_json
@@ -230,7 +230,7 @@ def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
         try:
             yield FinishedRun(mark.parent, stage)
         except UserError as error:
-            complain(f"Passing over {mark.parent}: {error}")
+            console.warn(f"Passing over {mark.parent}: {error}")
 
 
 def found_or_made(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
@@ -246,7 +246,7 @@ def found_or_made(find: Callable[[], Found | None], make: Callable[[], Found]) -
             return make()
         except InUseError as error:
             if not waiting:
-                say(f"Waiting: {error}")
+                console.print(f"Waiting: {error}")
             waiting = True
             time.sleep(_POLL_S)
     return found

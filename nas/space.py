@@ -87,7 +87,7 @@ class SearchSpace:
         common = set(self.choices[0]).intersection(*self.choices[1:])
         return [(groups,) * len(self.choices) for groups in sorted(common)]
 
-    def landmarks(self) -> dict[str, Vector]:
+    def reference_vectors(self) -> dict[str, Vector]:
         """The vectors that every search evaluates first, by name: smallest, uniform, largest, then known ones."""
         named = {"smallest": self.smallest, "largest": self.largest}
         named = {name: vector for name, vector in named.items() if vector not in self.uniform_vectors()}

@@ -21,9 +21,9 @@ import torch
 from nas.cli import main as nas
 from nas.data import prepare_tokens
 from nas.data.corpora import TextCorpus
-from nas.fidelity import agreement
 from nas.hardware import cpu_name
-from nas.report.fidelity import draw_fidelity
+from nas.ranking import agreement
+from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
 from nas.run import FinishedRun
 from nas.space import Vector, load_space, parse_vector

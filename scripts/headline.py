@@ -23,7 +23,7 @@ from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.energy import measure_energy
 from nas.latency.memory import MemoryModel
-from nas.latency.model import Workload
+from nas.latency.predictor import Workload
 from nas.provenance import now
 from nas.report.figure import COLOURS, figure
 from nas.serving.trial import copy_bandwidth, fits, memory_cap, served

@@ -18,7 +18,7 @@ import torch
 from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
-from nas.latency.model import Workload
+from nas.latency.predictor import Workload
 from nas.provenance import now
 from nas.serving.trial import fits, memory_cap
 from nas.shape import ModelShape

@@ -160,7 +160,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("measure measure.batches=[]", ["measure.batches", "positive"]),
         ("measure measure.seed=-1", ["measure.seed is -1", "between 0 and"]),
         ("measure check=-1", ["check is -1", "0 or more"]),
-        ("measure publish=text.txt", ["text.txt", "mend that path"]),
+        ("measure publish=text.txt", ["text.txt", "fix that path"]),
         ("train train.steps=0", ["train.steps is 0", "positive"]),
         ("train train.steps=abc", ["train.steps", "'abc'", "Integer"]),
         ("train train.seed=-1", ["train.seed is -1", "between 0 and"]),
@@ -439,7 +439,12 @@ def test_a_vector_that_was_not_evaluated_is_refused(refused: Refused, workspace:
         ("search/base/trials.csv", flipped, "report run=runs/search/base", ["trials.csv is corrupt", "restore it"]),
         ("search/base/front.csv", flipped, "export run=runs/search/base", ["front.csv is corrupt", "restore it"]),
         ("search/base/front.csv", None, "export run=runs/search/base", ["front.csv is missing", "nas search"]),
-        ("search/base/landmarks.csv", flipped, "report run=runs/search/base", ["landmarks.csv is corrupt"]),
+        (
+            "search/base/reference_vectors.csv",
+            flipped,
+            "report run=runs/search/base",
+            ["reference_vectors.csv is corrupt"],
+        ),
         ("train/*/complete.json", None, "export run=runs/search/base", ["runs/train", "unfinished"]),
         ("train/*/supernet.safetensors", flipped, "export run=runs/search/base", ["supernet.safetensors is corrupt"]),
         ("train/*/supernet.safetensors", flipped, "search", ["supernet.safetensors is corrupt", "restore it"]),
@@ -706,7 +711,7 @@ def test_a_full_disk_stops_what_builds_on_other_runs(
 
 
 @pytest.mark.parametrize(
-    ("number", "mend"),
+    ("number", "fix"),
     [
         (errno.ENOSPC, "free some space"),
         (errno.EDQUOT, "free some space"),
@@ -715,13 +720,13 @@ def test_a_full_disk_stops_what_builds_on_other_runs(
     ],
 )
 def test_what_the_system_refuses_is_named_together_with_its_mend(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch, number: int, mend: str
+    refused: Refused, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
 ) -> None:
     def fail(*_: object) -> None:
         raise OSError(number, os.strerror(number), "some/file")
 
     monkeypatch.setattr("nas.stages.measure.measure_space", fail)
-    refused(["measure", *DEFAULTS["measure"]], ["some/file", os.strerror(number), mend])
+    refused(["measure", *DEFAULTS["measure"]], ["some/file", os.strerror(number), fix])
 
 
 def test_a_fault_of_the_system_that_no_user_can_mend_keeps_its_traceback(

@@ -17,10 +17,10 @@ from nas.errors import UserError
 from nas.hardware import Gpu, nvml_facts, nvml_state
 from nas.latency.cost import costs
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
-from nas.latency.measure import _energy
-from nas.latency.model import Workload
+from nas.latency.measurement import _energy
 from nas.latency.points import Grid
 from nas.latency.pool import LayerPool
+from nas.latency.predictor import Workload
 from nas.space import SearchSpace
 from nas.validation import validate
 
@@ -469,7 +469,7 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
         rows = len(call())
         return Energy(2.0 * rows, 1.0, 5, 300.0, "energy counter")
 
-    monkeypatch.setattr("nas.latency.measure.measure_energy", planted)
+    monkeypatch.setattr("nas.latency.measurement.measure_energy", planted)
     grid, workload = Grid((1, 6), (4, 16), (2, 4)), Workload(6, 16, 4, "fp32", "eager")
     points = grid.points(micro)
     weights = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, 0)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from nas.files import read_json
 from nas.latency import Device, decode_ms, find_device
 from nas.latency.estimate import RooflineLatency, elementwise_values
-from nas.latency.model import PHASES, Phase
+from nas.latency.predictor import PHASES, Phase
 from nas.resources import shipped
 from nas.space import SearchSpace, load_space
 from tests.conftest import Workspace
@@ -80,8 +80,10 @@ def test_the_ends_are_a_row_of_the_embedding_a_token_and_the_head_once_a_sequenc
     model = RooflineLatency(calibrated(elementwise_bandwidth=0.5), micro.shape, "bf16")
     hidden = micro.shape.hidden_size
     head_ms = 1e3 * 2 * micro.shape.vocab_size * hidden / 1e12
-    assert model.ends_ms("decode", 3, 99) == pytest.approx(head_ms + 1e3 * 3 * 2 * 2 * hidden / 0.5e12)
-    assert model.ends_ms("prefill", 3, 99) == pytest.approx(head_ms + 1e3 * 3 * 99 * 2 * 2 * hidden / 0.5e12)
+    assert model.embedding_and_head_ms("decode", 3, 99) == pytest.approx(head_ms + 1e3 * 3 * 2 * 2 * hidden / 0.5e12)
+    assert model.embedding_and_head_ms("prefill", 3, 99) == pytest.approx(
+        head_ms + 1e3 * 3 * 99 * 2 * 2 * hidden / 0.5e12
+    )
 
 
 def test_values_moved_by_elementwise_kernels_are_counted_kernel_by_kernel() -> None:
@@ -106,7 +108,7 @@ def test_nothing_beats_the_data_sheet(phase: Phase, groups: int, batch: int, len
     sheet = RooflineLatency(dataclasses.replace(A10G, calibration=None), SHAPE, "bf16")
     model = RooflineLatency(A10G, SHAPE, "bf16")
     assert model.layer_ms(phase, groups, batch, length) > sheet.layer_ms(phase, groups, batch, length)
-    assert model.ends_ms(phase, batch, length) > sheet.ends_ms(phase, batch, length)
+    assert model.embedding_and_head_ms(phase, batch, length) > sheet.embedding_and_head_ms(phase, batch, length)
 
 
 def test_an_estimate_says_what_it_rests_on_and_how_far_off_it_may_be() -> None:

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.errors import UserError
-from nas.fidelity import (
+from nas.model import Decoder
+from nas.quality import mean_loss
+from nas.ranking import (
     agreement,
     bootstrap_interval,
     choose_some,
@@ -26,9 +28,7 @@ from nas.fidelity import (
     noise_ceiling,
     resampled_taus,
 )
-from nas.model import Decoder
-from nas.quality import mean_loss
-from nas.report.fidelity import draw_fidelity
+from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
 from nas.run import Run
 from nas.space import SearchSpace, load_space, parse_vector

@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from nas.config import MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, resolve_workload, this_device
-from nas.latency.check import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
+from nas.latency.accuracy import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
 from nas.latency.estimate import RooflineLatency
-from nas.latency.model import PREFILL_TOKENS, STEP_REVISION, Phase, pass_ms, passes
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
+from nas.latency.predictor import PREFILL_TOKENS, STEP_REVISION, Phase, pass_ms, passes
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.resources import shipped
 from nas.space import SearchSpace, load_space
@@ -156,7 +156,7 @@ def test_where_it_may_extrapolate_a_table_goes_on_straight_and_calls_it_an_estim
         expected = affine(layer("decode", 2, batch, length))
         assert table.layer_ms("decode", 2, batch, length) == pytest.approx(expected)
         assert table.layer_ms("prefill", 2, batch, length) == pytest.approx(affine(layer("prefill", 2, batch, length)))
-    assert table.ends_ms("decode", 500, 2000) == pytest.approx(2 * (0.5 + 0.1 * 500))
+    assert table.embedding_and_head_ms("decode", 500, 2000) == pytest.approx(2 * (0.5 + 0.1 * 500))
 
 
 def test_what_would_be_extrapolated_to_no_time_at_all_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
@@ -218,7 +218,7 @@ class Recorded:
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         return groups * batch**2 + length + (phase == "prefill")
 
-    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
+    def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         assert phase == "prefill"
         self.asked.append((batch, length))
         return math.sqrt(batch)
@@ -300,7 +300,7 @@ def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_w
     micro: SearchSpace, tmp_path: Path
 ) -> None:
     table, (batch, length) = TableLatency(write_table(tmp_path, micro)), (GRID.batches[-1], GRID.contexts[-1])
-    predicted = 3 * table.layer_ms("decode", 2, batch, length) + table.ends_ms("decode", batch, length)
+    predicted = 3 * table.layer_ms("decode", 2, batch, length) + table.embedding_and_head_ms("decode", batch, length)
     where = {"groups": 2, "batch": batch, "length": length}
     known = where | {"watts": 9.0, "joules_per_step": 1.0, "seconds": 50 * 1.05 * predicted / 1e3, "calls": 50}
     energy = pd.DataFrame([known, known | {"batch": batch - 1}, known | {"groups": 8}])

@@ -12,15 +12,15 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from nas.latency.check import CHECK_COLUMNS
-from nas.report.check import check_size, draw_check
-from nas.report.front import draw_front, front_points
+from nas.latency.accuracy import CHECK_COLUMNS
+from nas.metrics import METRICS
 from nas.report.groups import draw_groups, group_matrix, groups_size
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
-from nas.report.table import gain_sentence
+from nas.report.predicted import check_size, draw_check
+from nas.report.scatter import draw_front, front_points
+from nas.report.terminal import gain_sentence
 from nas.search import Objectives
-from nas.search.front import front_distance, gains_over_uniform
-from nas.search.metrics import METRICS
+from nas.search.pareto import front_distance, gains_over_uniform
 from nas.stages.report import _labels
 from tests.conftest import Nas, Workspace
 
@@ -116,8 +116,8 @@ def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace)
 
 def test_points_carry_the_names_of_landmarks() -> None:
     trials = pd.DataFrame({"vector": ["1-1", "2-2", "1-2"], "loss_nats": [3.0, 2.0, 2.5]})
-    landmarks = pd.DataFrame({"name": ["uniform 1", "Published"], "vector": ["1-1", "1-2"]})
-    points = front_points(trials, landmarks)
+    reference_vectors = pd.DataFrame({"name": ["uniform 1", "Published"], "vector": ["1-1", "1-2"]})
+    points = front_points(trials, reference_vectors)
     assert points["name"].tolist() == ["uniform 1", "", "Published"]
     assert points["uniform"].tolist() == [True, False, False]
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from nas.latency.model import STEP_REVISION
+from nas.latency.predictor import STEP_REVISION
 from nas.run import FinishedRun
 from tests.conftest import Nas, Workspace, read_metrics
 

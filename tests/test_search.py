@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from nas.budget import Budget, parse_budget
 from nas.errors import UserError
+from nas.metrics import Metrics
 from nas.search import METRICS, Constraints, Objectives, Problem, Storage, on_front, reference_point, search
 from nas.search.claims import Claims
 from nas.search.exhaustive import ExhaustiveSampler
-from nas.search.front import hypervolume_curve, knee
 from nas.search.front_sampler import FrontSampler
-from nas.search.metrics import Metrics
+from nas.search.pareto import hypervolume_curve, knee
 from nas.space import SearchSpace, Vector, format_vector, load_space
 
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
@@ -119,7 +119,7 @@ def test_an_evaluation_that_was_cut_off_is_made_again(micro: SearchSpace, tmp_pa
     for name in ("whole", "cut"):
         (tmp_path / name).mkdir()
     whole = run(micro, tmp_path / "whole", Budget(20, None), sampler)
-    for survives in (2, 11):  # among the landmarks, and later
+    for survives in (2, 11):  # among the reference_vectors, and later
 
         def cut(vector: Vector, left: list[int] = [survives]) -> Metrics:  # noqa: B006
             left[0] -= 1
@@ -169,7 +169,7 @@ def test_what_a_kill_left_finished_counts_though_no_time_is_left(micro: SearchSp
 def test_within_limits_the_exhaustive_sampler_goes_in_lexicographic_order(micro: SearchSpace, tmp_path: Path) -> None:
     asked = problem(micro, limits={"max_decode_ms": 1.6})
     trials = search(asked, ExhaustiveSampler, Budget(9), 0, Storage.file(tmp_path / "study.db"))
-    after_landmarks = trials["vector"].tolist()[sum(map(asked.constraints.keep, micro.landmarks().values())) :]
+    after_landmarks = trials["vector"].tolist()[sum(map(asked.constraints.keep, micro.reference_vectors().values())) :]
     assert after_landmarks == sorted(after_landmarks)
     assert len(after_landmarks) > 4
 
@@ -206,8 +206,8 @@ def test_the_hypervolume_curve_adds_the_new_rectangles() -> None:
 
 
 def test_the_reference_point_lies_a_tenth_of_the_range_beyond_the_worst() -> None:
-    landmarks = pd.DataFrame({"loss_nats": [3.0, 2.0], "tokens_per_s": [100.0, 200.0]})
-    assert reference_point(landmarks, TWO) == pytest.approx([3.1, 90.0])
+    reference_vectors = pd.DataFrame({"loss_nats": [3.0, 2.0], "tokens_per_s": [100.0, 200.0]})
+    assert reference_point(reference_vectors, TWO) == pytest.approx([3.1, 90.0])
 
 
 def test_the_knee_is_nearest_to_the_ideal_point() -> None:
@@ -292,7 +292,7 @@ def test_the_front_within_limits_is_found_though_they_rule_out_landmarks(
 def test_a_vector_that_another_worker_had_proposed_is_left_to_it(micro: SearchSpace, tmp_path: Path) -> None:
     storage = Storage.file(tmp_path / "study.db")
     first = search(problem(micro), SAMPLERS["random"], Budget(6), 0, storage)
-    drawn = [micro.parse(vector) for vector in first["vector"]][4:]  # after the landmarks
+    drawn = [micro.parse(vector) for vector in first["vector"]][4:]  # after the reference_vectors
     new = [vector for vector in itertools.product(*micro.choices) if format_vector(vector) not in set(first["vector"])]
     more = search(problem(micro), SAMPLERS["random"], Budget(9), 0, storage, proposed=[*new[:2], *drawn])
     assert more["vector"].nunique() == len(more) == 9

@@ -12,9 +12,9 @@ import torch
 
 from nas.files import file_hash, read_json, write_json
 from nas.latency.memory import MemoryModel
-from nas.latency.model import STEP_REVISION, Workload
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
+from nas.latency.predictor import STEP_REVISION, Workload
 from nas.model import Supernet
 from nas.quality import vector_losses
 from nas.shape import ModelShape

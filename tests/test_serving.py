@@ -21,12 +21,12 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter, read_exported
 from nas.latency.memory import MemoryModel, batch_of
-from nas.latency.model import DTYPE_BYTES, Workload, filled_up
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
+from nas.latency.predictor import DTYPE_BYTES, Workload, padded_batches
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
-from nas.serving.model import InputMajorLinear, empty, product_in_halves, randomise, with_terms
+from nas.serving.layers import InputMajorLinear, empty, product_in_halves, randomise, with_terms
 from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES
 from nas.shape import FEATURES, ModelShape
@@ -88,7 +88,7 @@ def test_prompts_in_several_passes_are_prompts_in_one(monkeypatch: pytest.Monkey
     decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 5, 6)
     logits, caches = [], []
     for limit in (1000, 12):  # five rows at once, and two, two, one
-        monkeypatch.setattr("nas.latency.model.PREFILL_TOKENS", limit)
+        monkeypatch.setattr("nas.latency.predictor.PREFILL_TOKENS", limit)
         caches.append(KVCache(SHAPE, [4, 1, 2], 5, 8))
         logits.append(Runner(ServingModel.of(decoder), caches[-1]).prefill(tokens))
     torch.testing.assert_close(*logits)
@@ -322,7 +322,7 @@ for B, H, G, d, C, tokens, whole, splits in [
     (3, 32, 1, 32, 130, 129, 2, 5), (2, 4, 4, 16, 50, 33, 5, 2),
 ]:
     attention.leftovers = lambda problems, *_: (min(whole, problems), splits)
-    arrivals = torch.zeros(B * G, dtype=torch.int32, device=device)
+    semaphores = torch.zeros(B * G, dtype=torch.int32, device=device)
     q, k, v = draw(B, H + 2 * G, d).split([H, G, G], dim=1)
     keys, values, cos, sin = draw(B, G, C, d), draw(B, G, C, d), draw(C, d), draw(C, d)
     rope = cos[tokens - 1 : tokens], sin[tokens - 1 : tokens]
@@ -333,11 +333,11 @@ for B, H, G, d, C, tokens, whole, splits in [
     last = torch.tensor(tokens - 1)
     terms = draw(2, B, H + 2 * G, d)
     terms[1] = torch.cat((q, k, v), 1) - terms[0]
-    cos, sin, keys, values, arrivals, last = (x.to(device) for x in (cos, sin, keys, values, arrivals, last))
+    cos, sin, keys, values, semaphores, last = (x.to(device) for x in (cos, sin, keys, values, semaphores, last))
     parts = terms.to(device).split([H, G, G], dim=2)
     summed = terms.sum(0, keepdim=True).to(device).split([H, G, G], dim=2)
     normed = [part.contiguous() for part in summed[:2]] + [summed[2]]
-    old_keys, old_values, inputs = keys.clone(), values.clone(), (cos, sin, keys, values, arrivals, last)
+    old_keys, old_values, inputs = keys.clone(), values.clone(), (cos, sin, keys, values, semaphores, last)
     for new in (parts, summed, normed):  # as they come, as one term, and as they are after q/k norms
         keys.copy_(old_keys), values.copy_(old_values)
         out = attention.decode_attention(*new, *inputs)
@@ -346,7 +346,7 @@ for B, H, G, d, C, tokens, whole, splits in [
         torch.testing.assert_close(out.cpu(), expected.reshape(B, H, d), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(keys.cpu(), new_keys)
         torch.testing.assert_close(values.cpu(), new_values)
-        assert not arrivals.any()
+        assert not semaphores.any()
 """
 
 
@@ -355,8 +355,8 @@ import dataclasses, itertools, sys, torch
 from nas.model.decoder import RMSNorm
 from nas.serving import KVCache, ServingModel
 from nas.serving.elementwise import swiglu
-from nas.serving.model import residual_norm
-from nas.serving.products import gated, gated_in_triton, halves, halves_in_triton
+from nas.serving.layers import residual_norm
+from nas.serving.gemm import gated, gated_in_triton, halves, halves_in_triton
 from tests.test_serving import SHAPE, random_decoder, tokens_of, whole_logits
 
 device = sys.argv[1]
@@ -384,10 +384,10 @@ for (dtype, rows), (inputs, outputs) in itertools.product(trials, [(256, 512), (
         for term, half in zip(terms, torch.arange(inputs).chunk(2), strict=True):
             torch.testing.assert_close(term, x[:, half].double() @ weight[:, half].double().t(), **tolerance)
 
-rows, filled_up, start, length = 3, 5, 4, 8
+rows, padded_batches, start, length = 3, 5, 4, 8
 for features in ({}, {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}):
     shape = dataclasses.replace(SHAPE, **features)
-    decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, filled_up, length).to(device)
+    decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, padded_batches, length).to(device)
     whole = whole_logits(decoder, tokens[:rows].cpu())
     model, cache = ServingModel.of(decoder, device), KVCache(shape, [4, 1, 2], rows, length, device)
     model(tokens[:rows, :start], cache.layers)
@@ -420,21 +420,21 @@ def test_pipelines_are_shorter_where_more_programs_fit(problems: int, depth: int
 
 @needs_triton
 def test_few_rows_of_whole_tiles_are_for_triton_on_a_hopper_card_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nas.serving import launch, products
+    from nas.serving import gemm, launch
 
     def is_for_triton(rows: int = 128, inputs: int = 64, outputs: int = 64, **changes: Any) -> bool:
-        dtype, tile = changes.get("dtype", torch.bfloat16), changes.get("tile", products._HALVES)
+        dtype, tile = changes.get("dtype", torch.bfloat16), changes.get("tile", gemm._HALVES)
         x, weight = torch.empty(rows, inputs, dtype=dtype), torch.empty(inputs, outputs, dtype=dtype)
         weight = weight.t().contiguous() if changes.get("row_major") else weight.t()
-        return products._is_for_triton(x, weight, inputs, outputs, tile)
+        return gemm._is_for_triton(x, weight, inputs, outputs, tile)
 
     assert not is_for_triton()
     assert launch.starting_early(torch.empty(1, 1)) == {"EARLY": False}
-    for module in (launch, products):
+    for module in (launch, gemm):
         monkeypatch.setattr(module, "is_hopper", lambda _: True)
     assert is_for_triton()
-    assert is_for_triton(64, outputs=128, tile=products._WIDE)
-    assert not is_for_triton(65, outputs=128, tile=products._WIDE)
+    assert is_for_triton(64, outputs=128, tile=gemm._WIDE)
+    assert not is_for_triton(65, outputs=128, tile=gemm._WIDE)
     for other in ({"rows": 129}, {"inputs": 96}, {"outputs": 96}, {"dtype": torch.float32}, {"row_major": True}):
         assert not is_for_triton(**other)
     assert [launch.starting_early(torch.empty(rows, 1))["EARLY"] for rows in (1, 128, 129)] == [True, True, False]
@@ -449,11 +449,11 @@ def test_the_products_compile_for_a_hopper_card_and_fit_into_its_multiprocessors
     import triton
     from triton.backends.compiler import GPUTarget
 
-    from nas.serving import products
+    from nas.serving import gemm
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # or Triton warns
-    function, tiled = getattr(products, kernel), getattr(products, tile)
+    function, tiled = getattr(gemm, kernel), getattr(gemm, tile)
     fixed = {"ROWS": rows, "COLUMNS": tiled.columns, "INPUTS": tiled.inputs, "EARLY": True}
     kinds = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in function.arg_names} | dict.fromkeys(
         fixed, "constexpr"
@@ -504,7 +504,7 @@ def test_sequences_that_are_left_over_are_split(problems: int, length: int, whol
     ],
 )
 def test_only_large_steps_in_a_graph_are_filled_up(batch: int, runtime: str, rows: list[int]) -> None:
-    assert filled_up(batch, runtime) == rows
+    assert padded_batches(batch, runtime) == rows
 
 
 @needs_triton
@@ -525,7 +525,7 @@ def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: 
         run()
         return 1.0 if seen[-1] == fastest else 1.005 if seen[-1] > fastest else 1.02
 
-    monkeypatch.setattr("nas.serving.products.swiglu", lambda gate_up_BF: gate_up_BF.chunk(2, dim=1)[0])  # a GPU's
+    monkeypatch.setattr("nas.serving.gemm.swiglu", lambda gate_up_BF: gate_up_BF.chunk(2, dim=1)[0])  # a GPU's
     monkeypatch.setattr("nas.serving.rows.milliseconds", milliseconds)
     monkeypatch.setattr("nas.serving.rows.captured", lambda call, _: call)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
@@ -567,7 +567,7 @@ def test_the_pool_sends_as_many_rows_through_as_the_runner(monkeypatch: pytest.M
         return batch + 3
 
     monkeypatch.setattr("nas.latency.pool.fastest_rows", rows)
-    monkeypatch.setattr("nas.latency.pool.filled_up", lambda batch, _: [batch, batch + 3])
+    monkeypatch.setattr("nas.latency.pool.padded_batches", lambda batch, _: [batch, batch + 3])
     points = [Point("decode", "layer", (2,), 5, 16), Point("prefill", "layer", (2,), 2, 4)]
     pool = LayerPool(SearchSpace("one", SHAPE, ((2,),) * 3), "fp32", "eager", torch.device("cpu"), points, 2**30)
     assert [len(pool._x_at(point)) for point in points] == [8, 2]
@@ -610,7 +610,9 @@ def test_tokens_of_another_number_of_rows_are_refused() -> None:
 def test_every_runtime_gives_the_logits_of_the_whole_forward_pass_in_fp32(
     runtime: str, dtype: str, shape: ModelShape, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.serving.runtime.fastest_rows", lambda _, batch, runtime: filled_up(batch, runtime)[-1])
+    monkeypatch.setattr(
+        "nas.serving.runtime.fastest_rows", lambda _, batch, runtime: padded_batches(batch, runtime)[-1]
+    )
     decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, rows, 20)
     model = ServingModel.of(decoder, "cuda", DTYPES[dtype])
     runner = Runner(model, KVCache(shape, [4, 1, 2], rows, 24, "cuda", DTYPES[dtype]), runtime)
@@ -653,9 +655,9 @@ def test_kernels_that_start_early_read_nothing_that_is_not_there_yet(
 def test_finding_the_fastest_rows_leaves_no_memory_behind() -> None:
     model = empty(dataclasses.replace(WHOLE_TILES, hidden_size=2048), [1, 2, 4], "cuda", torch.bfloat16)
     randomise(model, torch.Generator("cuda").manual_seed(0))
-    assert fastest_rows(model.serving_layers(), 130, "graph") in filled_up(130, "graph")  # opens the libraries
+    assert fastest_rows(model.serving_layers(), 130, "graph") in padded_batches(130, "graph")  # opens the libraries
     before = torch.cuda.memory_reserved()
-    assert fastest_rows(model.serving_layers(), 130, "graph") in filled_up(130, "graph")
+    assert fastest_rows(model.serving_layers(), 130, "graph") in padded_batches(130, "graph")
     assert torch.cuda.memory_reserved() == before
 
 

@@ -40,7 +40,7 @@ def test_tiny_holds_the_product_of_its_choices() -> None:
 
 
 def test_landmarks_are_the_uniform_and_the_known_vectors(micro: SearchSpace) -> None:
-    assert micro.landmarks() == {
+    assert micro.reference_vectors() == {
         "uniform 1": (1, 1, 1),
         "uniform 2": (2, 2, 2),
         "uniform 4": (4, 4, 4),
@@ -50,7 +50,7 @@ def test_landmarks_are_the_uniform_and_the_known_vectors(micro: SearchSpace) -> 
 
 def test_a_space_without_uniform_vectors_still_has_its_extremes(micro: SearchSpace) -> None:
     space = SearchSpace("mixed", micro.shape, ((1, 2), (4,), (2, 4)))
-    assert space.landmarks() == {"smallest": (1, 4, 2), "largest": (2, 4, 4)}
+    assert space.reference_vectors() == {"smallest": (1, 4, 2), "largest": (2, 4, 4)}
 
 
 @given(st.lists(st.integers(1, 64), min_size=1, max_size=40))

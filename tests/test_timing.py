@@ -25,9 +25,9 @@ from nas.config import MeasureConfig
 from nas.errors import UserError
 from nas.files import read_json
 from nas.latency import Workload, this_device, timing
-from nas.latency.check import CHECK_COLUMNS, predict_wholes, random_vectors, summarise_check
+from nas.latency.accuracy import CHECK_COLUMNS, predict_end_to_end, random_vectors, summarise_check
 from nas.latency.energy import ENERGY_COLUMNS
-from nas.latency.measure import Measured, measure
+from nas.latency.measurement import Measured, measure
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.samples import SAMPLE_COLUMNS, Samples, Segment, drift_report, due_points, spread, usable
@@ -613,11 +613,13 @@ def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: S
     assert found.table["n"].between(2, 4).all()
     assert (found.table["status"] == "ok").all()
     vectors = random_vectors(micro, 2, config.seed)
-    assert set(found.wholes_ms) == {Point(p, "whole", v, batch, length) for p, batch, length in shapes for v in vectors}
+    assert set(found.end_to_end_ms) == {
+        Point(p, "whole", v, batch, length) for p, batch, length in shapes for v in vectors
+    }
     assert set(found.facts) == {"drift"}
     kept = Samples.at(tmp_path / "samples.csv")
     assert found.facts["drift"] == drift_report(kept, config)
-    assert set(kept.by_point()) == {*grid.points(micro), *found.wholes_ms}
+    assert set(kept.by_point()) == {*grid.points(micro), *found.end_to_end_ms}
 
 
 def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(tmp_path: Path) -> None:
@@ -651,7 +653,7 @@ def test_a_measurement_says_what_did_not_fit(
         ("decode", "layer", groups, 2, 16) for groups in (1, 2, 4)
     ]
     assert lost["median_ms"].isna().all()
-    assert {point.length for point in found.wholes_ms} == {12}
+    assert {point.length for point in found.end_to_end_ms} == {12}
     found.table.to_csv(tmp_path / "table.csv", index=False)
     device = {"name": "", "slug": ""}
     meta = {"device": device, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": "", "check": []}
@@ -660,12 +662,12 @@ def test_a_measurement_says_what_did_not_fit(
     assert table.layer_ms("decode", 1, 2, 8) > 0
     with pytest.raises(UserError, match="less where memory ended"):
         table.layer_ms("decode", 1, 2, 16)
-    check = predict_wholes(found.wholes_ms, table)
+    check = predict_end_to_end(found.end_to_end_ms, table)
     assert list(check.columns) == CHECK_COLUMNS
-    for row, (point, ms) in zip(check.itertuples(), sorted(found.wholes_ms.items()), strict=True):
+    for row, (point, ms) in zip(check.itertuples(), sorted(found.end_to_end_ms.items()), strict=True):
         layers = sum(table.layer_ms("decode", groups, 1, 12) for groups in point.groups)
         assert row.measured_ms == ms
-        assert row.predicted_ms == pytest.approx(layers + table.ends_ms("decode", 1, 1))
+        assert row.predicted_ms == pytest.approx(layers + table.embedding_and_head_ms("decode", 1, 1))
 
 
 @pytest.mark.usefixtures("quick")

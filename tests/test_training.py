@@ -20,7 +20,7 @@ from nas.space import SearchSpace, Vector, load_space
 from nas.totals import Totals
 from nas.training import fit
 from nas.training.loop import learning_rate_at
-from nas.training.parts import Part
+from nas.training.microbatch import Microbatch
 from nas.training.recipes import distilled_loss, step_plan
 
 RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows
@@ -112,9 +112,9 @@ def test_distillation_is_the_divergence_that_pytorch_computes() -> None:
 
 def test_the_parts_of_a_step_share_out_its_rows_once_each() -> None:
     rows = list(range(12))
-    assert [row for index in range(4) for row in rows[Part(index, 4).of(12)]] == rows
+    assert [row for index in range(4) for row in rows[Microbatch(index, 4).of(12)]] == rows
     with pytest.raises(UserError, match=r"12 texts .* train.batch"):
-        Part(0, 5).of(12)
+        Microbatch(0, 5).of(12)
 
 
 def test_the_learning_rate_climbs_to_its_peak_and_falls_to_its_final_share() -> None:

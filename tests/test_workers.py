@@ -28,9 +28,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.budget import Budget
 from nas.errors import UserError
+from nas.metrics import Metrics
 from nas.search import Membership, Storage, search
 from nas.search.claims import Claim, ClaimLostError, Claims
-from nas.search.metrics import Metrics
 from nas.space import Vector, format_vector, load_space
 from nas.stages.workers import more_workers
 from tests.conftest import Nas

@@ -117,7 +117,7 @@ class TextCorpus:
             text = None
         if not isinstance(text, str):
             raise UserError(
-                f"{path} line {number} is not a JSON object with a text '{self.text_key}'; mend it or set data.text_key"
+                f"{path} line {number} is not a JSON object with a text '{self.text_key}'; fix it or set data.text_key"
             )
         return text
 

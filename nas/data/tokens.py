@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from nas.console import progress_bar, say
+from nas import console
 from nas.data.corpora import Corpus
 from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
@@ -88,14 +88,14 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
 
 def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: Path) -> None:
     """Reads the corpus as a stream, at most twice: its head for the tokenizer, all of it for the tokens."""
-    say(f"Tokenising {type(corpus).__name__} into {folder}")
+    console.print(f"Tokenising {type(corpus).__name__} into {folder}")
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
     tokenizer_file = folder / "tokenizer.json"
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
     files = [folder / "train.npy", folder / "validation.npy"]
     with ExitStack() as stack:
         rows = [stack.enter_context(_GrowingRow(file)) for file in files]
-        bar = stack.enter_context(progress_bar("Tokenising (MB of text)", None))
+        bar = stack.enter_context(console.progress_bar("Tokenising (MB of text)", None))
         characters = 0
         for batch in _batches(_splits(corpus)):
             for row, texts in zip(rows, zip(*batch, strict=True), strict=True):

@@ -1,7 +1,7 @@
 """How long a vector takes on a device: timing, tables, the predictor that sums layers, and analytic estimates."""
 
 from nas.latency.device import Device, find_device, this_device
-from nas.latency.model import LatencyModel, Workload, decode_ms, prefill_ms, resolve_workload
+from nas.latency.predictor import LatencyModel, Workload, decode_ms, prefill_ms, resolve_workload
 
 __all__ = [
     "Device",

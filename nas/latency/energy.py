@@ -20,9 +20,9 @@ import numpy as np
 import pandas as pd
 from scipy.integrate import trapezoid
 
+from nas.csv_files import positive_numbers, read_csv, require
 from nas.errors import UserError
 from nas.hardware import Gpu
-from nas.tables import positive_numbers, read_csv, require
 
 ENERGY = "energy.csv"
 ENERGY_COLUMNS = ["groups", "batch", "length", "watts", "joules_per_step", "seconds", "calls", "method"]
@@ -216,19 +216,24 @@ class EnergyTable:
         return float(np.interp(batch, grid.index, by_batch))
 
     def joules_per_step(
-        self, vector: Sequence[int], batch: int, length: int, layer_ms: Callable[[int], float], ends_ms: float
+        self,
+        vector: Sequence[int],
+        batch: int,
+        length: int,
+        layer_ms: Callable[[int], float],
+        embedding_and_head_ms: float,
     ) -> float:
         """Energy of one decode step of a whole model: one new token for every sequence of the batch.
 
         Each layer takes its time at the power of the uniform model of its groups, and the ends take theirs at the
-        mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · ends_ms.
+        mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
 
         Args:
             vector: Groups of every layer.
             batch: Sequences decoded together.
             length: Tokens that each has in the cache.
             layer_ms: Milliseconds of one layer with so many groups, at this batch and length.
-            ends_ms: Milliseconds of embedding, final norm and output head.
+            embedding_and_head_ms: Milliseconds of embedding, final norm and output head.
 
         Raises:
             UserError: A number of groups was not measured.
@@ -237,4 +242,4 @@ class EnergyTable:
         watts = {groups: self.watts(groups, batch, length) for groups, _ in counts}
         layers = math.fsum(count * watts[groups] * layer_ms(groups) for groups, count in counts)
         mean = math.fsum(count * watts[groups] for groups, count in counts) / len(vector)
-        return (layers + mean * ends_ms) / 1e3
+        return (layers + mean * embedding_and_head_ms) / 1e3

@@ -17,7 +17,7 @@ import numpy as np
 
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.latency.model import DTYPE_BYTES, Phase
+from nas.latency.predictor import DTYPE_BYTES, Phase
 from nas.shape import ModelShape
 
 
@@ -83,7 +83,7 @@ class RooflineLatency:
         products_ms = self._kernel_ms(weights * self._bytes, 2 * new_tokens * weights, self._constants.weight_bandwidth)
         return products_ms + self._attention_ms(phase, groups, batch, length) + self._elementwise_ms(groups, new_tokens)
 
-    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
+    def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         return self._embedding_ms(batch * (length if phase == "prefill" else 1)) + self._head_ms(batch)
 
     def interval(self, ms: float) -> tuple[float, float]:

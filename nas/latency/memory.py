@@ -14,10 +14,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from nas.console import complain
+from nas import console
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.latency.model import DTYPE_BYTES, MAX, Workload, filled_up, passes
+from nas.latency.predictor import DTYPE_BYTES, MAX, Workload, padded_batches, passes
 from nas.shape import ModelShape
 from nas.space import SearchSpace, format_vector
 
@@ -63,7 +63,7 @@ class MemoryModel:
         weights = shape.parameters(vector) * self._bytes + rope
         kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
         rows = passes(batch, workload.prompt)[0]
-        step = filled_up(batch, workload.runtime)[-1]
+        step = padded_batches(batch, workload.runtime)[-1]
         workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
         workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out, of all passes or a step
         unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices a layer, half a block each
@@ -138,4 +138,6 @@ def check_memory(space: SearchSpace, device: Device, workload: Workload) -> None
         )
         if vector == space.smallest:
             raise UserError(f"{words}; lower workload.batch or .context, or take a smaller space")
-        complain(f"{words}; in a search constraints.max_memory_gib={math.floor(10 * usable_gib) / 10} rules that out")
+        console.warn(
+            f"{words}; in a search constraints.max_memory_gib={math.floor(10 * usable_gib) / 10} rules that out"
+        )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.config import MeasureConfig
-from nas.latency.model import MAX, PHASES, Phase, Workload, passes
+from nas.latency.predictor import MAX, PHASES, Phase, Workload, passes
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 ENDS = ("embedding", "head")

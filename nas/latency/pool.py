@@ -14,12 +14,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nas.latency.model import filled_up
 from nas.latency.points import Point
+from nas.latency.predictor import padded_batches
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.cache import LayerCache, layer_caches
 from nas.serving.cuda import captured
-from nas.serving.model import (
+from nas.serving.layers import (
     InputMajorLinear,
     Position,
     ServingLayer,
@@ -73,7 +73,9 @@ class LayerPool:
         self._rope = tuple(table.to(device) for table in rope_table(shape))
         if runtime == "compiled":
             compile_layers(layer for position in self._layers for layer in position.values())
-        tokens = max(p.batch * p.length if p.phase == "prefill" else filled_up(p.batch, runtime)[-1] for p in points)
+        tokens = max(
+            p.batch * p.length if p.phase == "prefill" else padded_batches(p.batch, runtime)[-1] for p in points
+        )
         self._tokens = torch.randint(shape.vocab_size, (tokens,), device=device, generator=self._generator)
         self._x = torch.empty(tokens * shape.hidden_size, device=device, dtype=self._dtype)
         self._x.normal_(generator=self._generator)

@@ -17,9 +17,9 @@ import numpy as np
 import pandas as pd
 
 from nas.config import MeasureConfig
+from nas.csv_files import positive_numbers, read_csv, require, whole_numbers
 from nas.errors import UserError
 from nas.latency.points import PARTS, Point, point_of
-from nas.tables import positive_numbers, read_csv, require, whole_numbers
 
 SAMPLES = "samples.csv"
 SAMPLE_COLUMNS = [

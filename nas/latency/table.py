@@ -19,15 +19,15 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
+from nas.csv_files import positive_numbers, read_csv, require, whole_numbers
 from nas.errors import UserError
 from nas.files import file_hash, read_json
-from nas.latency.check import CHECK, CHECK_COLUMNS, phase_errors
+from nas.latency.accuracy import CHECK, CHECK_COLUMNS, phase_errors
 from nas.latency.energy import ENERGY, EnergyTable
-from nas.latency.model import PHASES, STEP_REVISION, Phase, Workload, passes
 from nas.latency.points import ENDS
+from nas.latency.predictor import PHASES, STEP_REVISION, Phase, Workload, passes
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
-from nas.tables import positive_numbers, read_csv, require, whole_numbers
 
 TABLE, META = "table.csv", "latency.json"
 COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n", "status"]
@@ -111,7 +111,7 @@ class TableLatency:
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         return self._at(phase, "layer", groups, batch, length)
 
-    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
+    def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         return sum(self._at(phase, part, 0, batch, length if phase == "prefill" else 1) for part in ENDS)
 
     def describe(self) -> str:
@@ -176,7 +176,7 @@ class TableLatency:
             return False
         try:
             for batch in batches:
-                self.ends_ms("decode", batch, 1)
+                self.embedding_and_head_ms("decode", batch, 1)
                 for groups in set().union(*space.choices):
                     self.layer_ms("decode", groups, batch, workload.context)
                     for rows in set(passes(batch, workload.prompt)):

@@ -24,8 +24,8 @@ from typing import Any
 
 import torch
 
+from nas import console
 from nas.config import MeasureConfig
-from nas.console import progress_bar
 from nas.errors import UserError
 from nas.latency.points import ENDS, Point
 from nas.latency.samples import Samples, Segment, due_points
@@ -73,7 +73,7 @@ def time_points(
         return sum(config.rounds if math.inf in times else len(times) for times in samples.by_point().values())
 
     total = config.rounds * len(points)
-    with progress_bar("Timing", total) as bar:
+    with console.progress_bar("Timing", total) as bar:
         while due := due_points(points, samples, config):
             total = max(total, done() + len(due))  # what drifted or scattered is timed again
             before = stopwatch.look_at(sentinel)

@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nas.console import say
+from nas import console
 from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json, value_hash
 from nas.model.supernet import Supernet
@@ -146,12 +146,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         obstacle = next(_obstacles(stated, config), None)
         shape = None if obstacle else _shape(config)
     except Exception as error:  # whatever the library's checks raise, and what values of a wrong kind lead to
-        raise UserError(f"{folder / 'config.json'} is not valid ({in_short(error)}); mend or restore it") from None
+        raise UserError(f"{folder / 'config.json'} is not valid ({in_short(error)}); fix or restore it") from None
     if not shape:
         raise UserError(f"checkpoint {folder} {obstacle}; give another checkpoint")
     _weight_files(folder)
     if shape.max_position_embeddings < config.max_position_embeddings:
-        say(
+        console.print(
             f"Checkpoint {folder} attends over a sliding window of {config.sliding_window} tokens: its context of "
             f"{config.max_position_embeddings} is cut to that, within which it computes the same"
         )

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from nas.report.figure import COLOURS
-from nas.search.front import Objectives, hypervolume_curve
+from nas.search.pareto import Objectives, hypervolume_curve
 
 
 @dataclass(frozen=True)

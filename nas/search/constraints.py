@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.errors import UserError
-from nas.search.metrics import Metrics
+from nas.metrics import Metrics
 from nas.space import SearchSpace, Vector
 
 _TOLERANCE = 1e-8

@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial, TrialState
 from threadpoolctl import ThreadpoolController
 
 from nas.search.exact import best_vectors
-from nas.search.gain import expected_gain
+from nas.search.improvement import expected_hypervolume_improvement
 from nas.search.informed import Costs, Floats, InformedSampler, Ints
 from nas.search.layers import Layers
 from nas.search.loss_model import LossModel
@@ -117,7 +117,7 @@ class FrontSampler(InformedSampler):
         front = points[moocore.is_nondominated(points)]
 
         def gains(deviations_N: Floats) -> Floats:
-            return expected_gain(expected[:, 0], deviations_N, expected[:, 1:], front, reference)
+            return expected_hypervolume_improvement(expected[:, 0], deviations_N, expected[:, 1:], front, reference)
 
         if len(candidates) > _CONSIDERED:
             typical = forecast.deviations(candidates[:: len(candidates) // 20]).mean()

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.errors import UserError
+from nas.metrics import Metrics
 from nas.search.constraints import Constraints, by_counts
-from nas.search.front import Objectives
-from nas.search.metrics import Metrics
+from nas.search.pareto import Objectives
 from nas.space import SearchSpace, Vector, format_vector
 
 LOSS = "loss_nats"

@@ -22,7 +22,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQL
 
 from nas.errors import UserError, causes
 from nas.files import without_passwords
-from nas.search.front import Objectives
+from nas.search.pareto import Objectives
 
 Result = TypeVar("Result")
 
@@ -104,8 +104,8 @@ class Storage:
             yield
         except (StorageInternalError, SQLAlchemyError) as error:
             cause = without_passwords(str(error.__cause__ or error).splitlines()[0])
-            mend = "free disk space or restore it" if self.url.startswith("sqlite:") else "see that the server runs"
-            raise UserError(f"{self} cannot be read or written ({cause}); {mend}, and run again") from None
+            fix = "free disk space or restore it" if self.url.startswith("sqlite:") else "see that the server runs"
+            raise UserError(f"{self} cannot be read or written ({cause}); {fix}, and run again") from None
 
     def _parsed(self) -> URL:
         url = None

@@ -11,12 +11,12 @@ import optuna
 import pandas as pd
 from optuna.samplers import BaseSampler
 
+from nas import console
 from nas.budget import Budget
-from nas.console import progress_bar
 from nas.errors import UserError
+from nas.metrics import COLUMNS, OPTIONAL_COLUMNS
 from nas.search.claims import Claims, Membership
-from nas.search.front import on_front
-from nas.search.metrics import COLUMNS, OPTIONAL_COLUMNS
+from nas.search.pareto import on_front
 from nas.search.problem import Problem
 from nas.search.sampler import DistinctSampler
 from nas.search.storage import Storage
@@ -38,14 +38,14 @@ def search(
 ) -> pd.DataFrame:
     """Evaluates vectors until the budget or the space is used up; goes on with what ``storage`` holds.
 
-    ``known`` vectors come first, then the space's landmarks, then ``proposed`` ones, then what the sampler proposes;
-    no vector is evaluated twice, and none that breaks a limit. Returns when the evaluations of all other workers are
-    finished too.
+    ``known`` vectors come first, then the space's reference vectors, then ``proposed`` ones, then what the sampler
+    proposes; no vector is evaluated twice, and none that breaks a limit. Returns when the evaluations of all
+    other workers are finished too.
 
     Args:
         problem: What is searched.
         make_sampler: Makes the Optuna sampler from a ``seed``.
-        budget: When to stop; the landmarks count. A duration is that in which any worker was at work.
+        budget: When to stop; the reference vectors count. A duration is that in which any worker was at work.
         seed: Seeds the sampler.
         storage: Where the study lives.
         membership: The standing among the study's workers; by default there is no other.
@@ -63,7 +63,7 @@ def search(
     space, limits = problem.space, problem.constraints
     known = list(filter(limits.keep, dict.fromkeys(known)))
     everything = limits.vectors() if budget.is_everything else ()
-    first = filter(limits.keep, [*known, *space.landmarks().values(), *proposed, *everything])
+    first = filter(limits.keep, [*known, *space.reference_vectors().values(), *proposed, *everything])
     slots = len(known) + min(budget.evaluations or limits.size, limits.size - len(known))
     with storage.in_reach():
         claims = Claims(storage, membership)
@@ -84,7 +84,10 @@ def search(
         if membership.dead == "":
             fail_running(study)
         worker = Worker(study, sampler, claims, problem, Allowance(slots, budget.seconds))
-        with claims.beating(), progress_bar("Evaluating vectors", budget.seconds or slots, worker.spent()) as bar:
+        with (
+            claims.beating(),
+            console.progress_bar("Evaluating vectors", budget.seconds or slots, worker.spent()) as bar,
+        ):
             worker.work(bar)
         return trials_frame(study, claims, problem, storage)
 

@@ -19,8 +19,8 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, TrialState
 
 from nas.console import Bar
+from nas.metrics import Metrics
 from nas.search.claims import Claim, ClaimLostError, Claims
-from nas.search.metrics import Metrics
 from nas.search.problem import Problem
 from nas.search.sampler import DistinctSampler, parameter_names, vector_of
 from nas.space import SearchSpace, Vector, format_vector

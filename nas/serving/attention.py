@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nas.serving.launch import let_next_start, starting_early, wait
+from nas.serving.launch import launch_dependents, starting_early, wait
 
 _BLOCK = 64  # tokens that a program reads at a time
 _FEWEST = 256  # tokens of a part: fewer, and it costs more than it brings
@@ -46,7 +46,7 @@ def _rotated(ptr, stride, cos, sin, d, there, N: tl.constexpr, D: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, arrivals_ptr, last_ptr, out_ptr, part_ptr, norm_ptr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, keys_ptr, values_ptr, semaphores_ptr, last_ptr, out_ptr, part_ptr, norm_ptr,
     scale, q_term, q_stride, k_term, k_stride, v_term, v_stride, row_stride, group_stride, whole, G, N: tl.constexpr,
     R: tl.constexpr, R_PAD: tl.constexpr, D: tl.constexpr, D_PAD: tl.constexpr, BLOCK: tl.constexpr,
     SPLITS: tl.constexpr, EARLY: tl.constexpr,
@@ -101,7 +101,7 @@ def _attend(
             tl.store(part_ptr + part * R * D + spread, mixed, mask=real)
             tl.store(norm_ptr + part * R + r, norm, mask=r < R)
             tl.debug_barrier()  # all of the program's threads have stored theirs
-            complete = tl.atomic_add(arrivals_ptr + problem, 1) == SPLITS - 1
+            complete = tl.atomic_add(semaphores_ptr + problem, 1) == SPLITS - 1
             if complete:
                 top = tl.full((R_PAD,), float("-inf"), tl.float32)
                 total = tl.zeros((R_PAD,), tl.float32)
@@ -115,8 +115,8 @@ def _attend(
                     total = total * fade + weight
                     mixed = mixed * fade[:, None] + piece * weight[:, None]
                     top = higher
-                tl.store(arrivals_ptr + problem, 0)
-    let_next_start(EARLY)
+                tl.store(semaphores_ptr + problem, 0)
+    launch_dependents(EARLY)
     if complete:
         out = (mixed / total[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + problem.to(tl.int64) * R * D + spread, out, mask=real)
@@ -154,7 +154,7 @@ def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-@torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd", "arrivals"))
+@torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd", "semaphores"))
 def decode_attention(
     q_NBHd: Tensor,
     k_NBGd: Tensor,
@@ -163,7 +163,7 @@ def decode_attention(
     sin_Cd: Tensor,
     keys_BGCd: Tensor,
     values_BGCd: Tensor,
-    arrivals: Tensor,
+    semaphores: Tensor,
     last: Tensor,
 ) -> Tensor:
     """Writes the new token's key and value into the cache, and attends to all up to it.
@@ -177,7 +177,7 @@ def decode_attention(
         sin_Cd: Sines of every position.
         keys_BGCd: The cache's keys, rotated.
         values_BGCd: The cache's values.
-        arrivals: At least B * G zeros of int32, with which programs tell each other how far they are; zeros again
+        semaphores: At least B * G zeros of int32, with which programs tell each other how far they are; zeros again
             afterwards.
         last: Position of the new token, one integer on the device.
     """
@@ -191,7 +191,7 @@ def decode_attention(
     mixed = torch.empty((parts, R, d), device=q_NBHd.device, dtype=torch.float32)
     norms = torch.empty((parts, R), device=q_NBHd.device, dtype=torch.float32)
     _attend[(whole + parts,)](
-        q_NBHd, k_NBGd, v_NBGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, arrivals, last, out_BHd, mixed, norms,
+        q_NBHd, k_NBGd, v_NBGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, semaphores, last, out_BHd, mixed, norms,
         d**-0.5 * _LOG2_E, *q_NBHd.stride()[:2], *k_NBGd.stride()[:2], *v_NBGd.stride()[:2], *keys_BGCd.stride()[:2],
         whole, G, N=N, R=R, R_PAD=max(16, triton.next_power_of_2(R)), D=d, D_PAD=max(16, triton.next_power_of_2(d)),
         BLOCK=_BLOCK, SPLITS=splits, num_warps=4, num_stages=stages(B * G, multiprocessors),

@@ -17,16 +17,17 @@ class LayerCache:
     Attributes:
         keys: BGCd.
         values: BGCd.
-        arrivals: What the programs of `decode_attention` need. Layers and rows share it, so decode one after the other.
+        semaphores: What the programs of `decode_attention` need. Layers and rows share them, so decode one after the
+            other.
     """
 
     keys: Tensor
     values: Tensor
-    arrivals: Tensor
+    semaphores: Tensor
 
     def rows(self, begin: int, end: int) -> "LayerCache":
         """The part of some rows of the batch."""
-        return LayerCache(self.keys[begin:end], self.values[begin:end], self.arrivals)
+        return LayerCache(self.keys[begin:end], self.values[begin:end], self.semaphores)
 
 
 def layer_caches(
@@ -36,8 +37,8 @@ def layer_caches(
     sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
     counts = [math.prod(size) for size in sizes]
     parts = (storage[: sum(counts)].split(counts) for storage in (keys, values))
-    arrivals = torch.zeros(batch * max(vector), device=keys.device, dtype=torch.int32)
-    return [LayerCache(k.view(size), v.view(size), arrivals) for k, v, size in zip(*parts, sizes, strict=True)]
+    semaphores = torch.zeros(batch * max(vector), device=keys.device, dtype=torch.int32)
+    return [LayerCache(k.view(size), v.view(size), semaphores) for k, v, size in zip(*parts, sizes, strict=True)]
 
 
 class KVCache:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nas.serving.launch import let_next_start, starting_early, wait
+from nas.serving.launch import launch_dependents, starting_early, wait
 
 _BLOCK = 1024  # values of a SwiGLU program
 
@@ -26,7 +26,7 @@ def _add_norm(
     at = tl.program_id(0).to(tl.int64) * D + d
     weight = tl.load(weight_ptr + d, mask=there, other=0.0).to(tl.float32)
     wait(EARLY)
-    let_next_start(EARLY)
+    launch_dependents(EARLY)
     x = tl.load(x_ptr + at, mask=there, other=0.0)
     total = x.to(tl.float32)
     for n in tl.static_range(N):

@@ -25,7 +25,7 @@ def wait(EARLY: tl.constexpr):
 
 
 @triton.jit
-def let_next_start(EARLY: tl.constexpr):
+def launch_dependents(EARLY: tl.constexpr):
     """Where all of a kernel's programs have come here, the next kernel's start, as far as there is room for them."""
     if EARLY:
         gdc_launch_dependents()

@@ -10,17 +10,17 @@ from statistics import median
 
 import torch
 
-from nas.latency.model import filled_up
+from nas.latency.predictor import padded_batches
 from nas.serving.cuda import captured, milliseconds
-from nas.serving.model import ServingLayer, product_in_halves
+from nas.serving.layers import ServingLayer, product_in_halves
 
 _ROUNDS, _REPEATS = 6, 4  # the first round warms up
 _ALIKE = 1.01  # times that differ by less do not count as different
 
 
 def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> int:
-    """The least of `filled_up` that the products of the layer with the fewest groups are fastest at."""
-    candidates = filled_up(batch, runtime)
+    """The least of `padded_batches` that the products of the layer with the fewest groups are fastest at."""
+    candidates = padded_batches(batch, runtime)
     if len(candidates) == 1:
         return batch
     run, pool = _products(min(layers, key=lambda layer: layer.groups), candidates[-1]), torch.cuda.graph_pool_handle()
@@ -35,7 +35,7 @@ def fastest_rows(layers: Iterable[ServingLayer], batch: int, runtime: str) -> in
 
 def _products(layer: ServingLayer, most: int) -> Callable[[int], None]:
     """The products of a decode step of so many rows, a few times over; more weights than a GPU's cache holds."""
-    from nas.serving.products import gated
+    from nas.serving.gemm import gated
 
     linears = (layer.qkv_proj, layer.o_proj, layer.gate_up_proj, layer.down_proj)
     inputs = [linear.weight.new_empty((most, linear.in_features)).normal_() for linear in linears]

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nas.latency.model import passes
+from nas.latency.predictor import passes
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured
-from nas.serving.model import ServingModel
+from nas.serving.layers import ServingModel
 from nas.serving.rows import fastest_rows
 
 RUNTIMES = ("eager", "graph", "compiled")

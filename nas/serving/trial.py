@@ -8,10 +8,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nas.latency.model import Workload, passes
+from nas.latency.predictor import Workload, passes
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured, milliseconds
-from nas.serving.model import empty, randomise
+from nas.serving.layers import empty, randomise
 from nas.serving.runtime import DTYPES, Runner
 from nas.shape import ModelShape
 

@@ -7,16 +7,16 @@ from typing import Any
 import pandas as pd
 import torch
 
+from nas import console
 from nas.config import Export, build
-from nas.console import say
+from nas.csv_files import read_csv
 from nas.errors import UserError
-from nas.latency.model import Workload
+from nas.latency.predictor import Workload
 from nas.model.checkpoint import load_supernet
 from nas.run import FinishedRun, start_run
 from nas.search import COLUMNS, Objectives
-from nas.search.front import knee
+from nas.search.pareto import knee
 from nas.space import SearchSpace, parse_vector
-from nas.tables import read_csv
 
 
 def run(config: Export, path: Path) -> None:
@@ -35,7 +35,7 @@ def run(config: Export, path: Path) -> None:
             folder = path / row["vector"]
             model = supernet.extract(parse_vector(row["vector"]))
             exporter.export(model, supernet_run.artifact("tokenizer.json"), folder, card_facts(row, search))
-            say(f"Exported {folder}")
+            console.print(f"Exported {folder}")
         run.finish()
 
 

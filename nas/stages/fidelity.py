@@ -16,17 +16,17 @@ from typing import Any
 import pandas as pd
 import torch
 
+from nas import console
 from nas.config import Fidelity, TrainConfig, build
-from nas.console import progress_bar, say
 from nas.data import TokenData, prepare_tokens
 from nas.errors import UserError
-from nas.fidelity import MEASUREMENTS, agreement, choose_some, choose_vectors
 from nas.files import value_hash, write_atomically
 from nas.model import Decoder, Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo
-from nas.report.fidelity import agreement_table, draw_fidelity
+from nas.ranking import MEASUREMENTS, agreement, choose_some, choose_vectors
+from nas.report.agreement import agreement_table, draw_fidelity
 from nas.report.figure import figure
 from nas.run import FinishedRun, start_run
 from nas.space import Vector, format_vector
@@ -64,7 +64,7 @@ def run(config: Fidelity, path: Path) -> None:
     }
     del asked["name"], asked["runs_dir"]
     with start_run(path, "fidelity", asked, {"vectors": config.seed}, {"supernet": source}) as run:
-        say(f"Ranking {config.vectors} vectors of {source.path} by {len(trainings)} trainings in {path}")
+        console.print(f"Ranking {config.vectors} vectors of {source.path} by {len(trainings)} trainings in {path}")
         rows = _inherited_rows(inherited, [*spread, *equal]) + _trained_rows(trainings, path / "trainings")
         measurements = pd.DataFrame(rows, columns=["vector", "kind", "seed", "steps", "loss_nats"])
         measurements["total"] = measurements["vector"].map(sum)
@@ -81,7 +81,7 @@ def write_results(measurements: pd.DataFrame, title: str, path: Path) -> None:
         write_atomically(path / f"{name}.csv", partial(frame.to_csv, index=False))
     with figure(path / "fidelity", width=4.2 * (1 + table["truth"].nunique())) as drawing:
         draw_fidelity(drawing, measurements, table, title)
-    say(agreement_table(table))
+    console.print(agreement_table(table))
 
 
 def _text_of(source: FinishedRun, config: Fidelity) -> TokenData:
@@ -102,7 +102,7 @@ def _inherited_rows(inherited: InheritedLoss, vectors: list[Vector]) -> list[tup
 def _trained_rows(trainings: list[Training], folder: Path) -> list[tuple[Any, ...]]:
     """Makes all trainings, together with any other process that is at the same ones."""
     losses: dict[Training, float] = {}
-    with progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
+    with console.progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
         while missing := [training for training in trainings if training not in losses]:
             before = len(losses)
             for series, vector, seed in missing:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
+from nas import console
 from nas.config import Finetune, build
-from nas.console import say
 from nas.data import prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN
 from nas.export.hf import read_exported
@@ -16,7 +16,7 @@ from nas.quality import mean_loss
 from nas.run import start_run
 from nas.space import format_vector
 from nas.stages.exported import resolve_checkpoint, writer_of
-from nas.training import check_memory, fit, text_loss, training_device, whole_state, window_length
+from nas.training import check_memory, fit, full_state_dict, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
 
@@ -48,7 +48,7 @@ def run(config: Finetune, path: Path) -> None:
 
     with start_run(path, "finetune", asked, {"train": options.seed}, parents) as run:
         start = "fresh weights" if config.from_scratch else "inherited weights"
-        say(f"Training {format_vector(model.kv_heads)} from {start} for {options.steps} steps in {path}")
+        console.print(f"Training {format_vector(model.kv_heads)} from {start} for {options.steps} steps in {path}")
         model.to(device)
         with torch.no_grad():
             before = validate()["validation_loss_nats"]
@@ -59,10 +59,10 @@ def run(config: Finetune, path: Path) -> None:
             "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
             "trained from": f"{source.name} (weights {weights[:12]})",
         }
-        state = whole_state(model)
+        state = full_state_dict(model)
         if IS_MAIN:
             trained = Decoder(model.shape, model.kv_heads)
             trained.load_state_dict(state)
             build(config.export).export(trained, Path(tokenizer), path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
-    say(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")
+    console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer
 
+from nas import console
 from nas.config import Generate
-from nas.console import progress_bar, say
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
 from nas.export.hf import read_exported
 from nas.files import write_atomically
 from nas.latency.device import Device, this_device
 from nas.latency.memory import MemoryModel
-from nas.latency.model import Workload, resolve_runtime
+from nas.latency.predictor import Workload, resolve_runtime
 from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.runtime import DTYPES
@@ -45,7 +45,7 @@ def run(config: Generate, path: Path) -> None:
         cache = KVCache(shape, vector, config.batch, workload.context, torch_device, dtype)
         tokens = torch.tensor([prompt] * config.batch, device=torch_device)
         runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
-        with progress_bar("Generating", config.new_tokens) as bar:
+        with console.progress_bar("Generating", config.new_tokens) as bar:
             new = generate(
                 runner,
                 tokens,
@@ -65,8 +65,8 @@ def run(config: Generate, path: Path) -> None:
         this_run.log(tokens=count, seconds=seconds)
         this_run.finish()
     for text in texts:
-        say(text)
-    say(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
+        console.print(text)
+    console.print(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
 
 
 def _workload(

@@ -6,15 +6,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nas import console
 from nas.config import Search
-from nas.console import complain, say
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import value_hash
 from nas.latency import Device, LatencyModel, Workload
 from nas.latency.device import device_folders
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import batches_of
-from nas.latency.model import MAX, STEP_REVISION
+from nas.latency.predictor import MAX, STEP_REVISION
 from nas.latency.table import META, TableLatency
 from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, recorded_config
 from nas.space import SearchSpace
@@ -74,7 +74,7 @@ def _covering(
 
 
 def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
-    say("No measured table covers this space, device and workload: measuring first")
+    console.print("No measured table covers this space, device and workload: measuring first")
     facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
     facts += [config.check, STEP_REVISION[workload.runtime]]
     name = f"{space.name}-{device.slug}-{value_hash(facts)}"
@@ -103,7 +103,7 @@ def fitting_tables(
             table.check()
             table.energy()
         except UserError as error:
-            complain(f"Passing over a latency table: {error}")
+            console.warn(f"Passing over a latency table: {error}")
             continue
         tables.append(table)
     asked = dataclasses.asdict(workload)

@@ -16,23 +16,23 @@ from typing import Any
 import pandas as pd
 import torch
 
+from nas import console
 from nas.config import LatencyParts, Measure
-from nas.console import say
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import write_atomically, write_json
-from nas.latency.check import CHECK, lasting_load, predict_wholes, summarise_check
+from nas.latency.accuracy import CHECK, lasting_load, predict_end_to_end, summarise_check
 from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.energy import ENERGY
-from nas.latency.measure import Measured, measure
+from nas.latency.measurement import Measured, measure
 from nas.latency.memory import batches_of, check_memory
-from nas.latency.model import STEP_REVISION, Workload, resolve_workload
 from nas.latency.points import Grid, check_shapes, grid_for
+from nas.latency.predictor import STEP_REVISION, Workload, resolve_workload
 from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.model.pretrained import resolve_space
 from nas.provenance import git_state, now
-from nas.report.check import check_size, draw_check
 from nas.report.figure import figure
+from nas.report.predicted import check_size, draw_check
 from nas.run import FinishedRun, start_run
 from nas.space import SearchSpace
 
@@ -68,7 +68,7 @@ def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path
             write_atomically(folder / name, partial(shutil.copy, table.folder / name))
     if not any((known / DEVICE).is_file() for known in device_folders(device.slug)):
         write_json(root / device.slug / DEVICE, device.description())
-    say(f"Copied the table to {folder}")
+    console.print(f"Copied the table to {folder}")
 
 
 def table_of(run: FinishedRun) -> TableLatency:
@@ -124,7 +124,7 @@ def measure_space(
         "step_revision": STEP_REVISION[workload.runtime],
     }
     with start_run(path, "measure", asked, {"measure": config.measure.seed}) as run:
-        say(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
+        console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
         _say_facts(found)
         meta = {
@@ -158,7 +158,7 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
         write_atomically(path / ENERGY, partial(found.energy.to_csv, index=False))
     write_json(path / META, meta)
     predictor = TableLatency(path, extrapolate=True)
-    check = predict_wholes(found.wholes_ms, predictor)
+    check = predict_end_to_end(found.end_to_end_ms, predictor)
     write_atomically(path / CHECK, partial(check.to_csv, index=False))
     found_out: dict[str, Any] = {"check": summarise_check(check)}
     if found.energy is not None:
@@ -173,19 +173,19 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
 def _say_facts(found: Measured) -> None:
     drift = found.facts["drift"]
     if drift["segments_beyond"]:
-        say(
+        console.print(
             f"  the machine drifted by {drift['worst']:.1%} (more than {drift['tolerance']:.0%} in "
             f"{drift['segments_beyond']} of {drift['segments']} segments); {drift['points_affected']} points were "
             f"timed again, of which {drift['points_left_unsteady']} never met it steady"
         )
     if lost := int((found.table["n"] == 0).sum()):
-        say(f"  {lost} of {len(found.table)} points did not fit into memory and are marked so")
+        console.print(f"  {lost} of {len(found.table)} points did not fit into memory and are marked so")
 
 
 def _say_check(check: pd.DataFrame) -> None:
     for error in summarise_check(check):
         tau = f", Kendall τ {error['kendall_tau']:.3f}" if "kendall_tau" in error else ""
-        say(
+        console.print(
             f"  predicted against {error['n']} whole models, {error['phase']} at batch {error['batch']} and "
             f"{error['length']} tokens: mean error {error['mape']:.2%}, worst {error['worst']:.2%}{tau}"
         )

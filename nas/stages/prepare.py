@@ -15,9 +15,9 @@ from typing import Any
 import pandas as pd
 from optuna.samplers import BaseSampler
 
+from nas import console
 from nas.budget import Budget, parse_budget
 from nas.config import Search, build
-from nas.console import say
 from nas.data import TokenData
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import value_hash, without_passwords
@@ -36,7 +36,7 @@ from nas.stages.train import (
     check_trainable,
     find_supernet,
     inherited_loss,
-    settle,
+    resolve,
     space_identity,
     supernet_config,
     supernet_data,
@@ -99,7 +99,7 @@ class Prepared:
 def prepare(config: Search, path: Path) -> Prepared:
     """Finds or makes what the search ``path`` needs."""
     runs_dir = Path(config.runs_dir)
-    config, space, init = settle(config)
+    config, space, init = resolve(config)
     objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
     if budget.is_everything and space.size > _MOST:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
@@ -127,7 +127,9 @@ def prepare(config: Search, path: Path) -> Prepared:
     supernet = _supernet(config, path, wanted)
     latency = find_latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     table = latency if isinstance(latency, TableLatency) else None
-    say(f"Latency on {device.name} ({workload}): {latency.describe()}" + (f" ({table.folder})" if table else ""))
+    console.print(
+        f"Latency on {device.name} ({workload}): {latency.describe()}" + (f" ({table.folder})" if table else "")
+    )
     costs = predictions(space, device, latency, workload, config.cost)
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
     facts["latency"] = f"{device.name}, {table.digest()[:12] if table else latency.describe()}"
@@ -137,13 +139,13 @@ def prepare(config: Search, path: Path) -> Prepared:
         partial(find_supernet, runs_dir, wanted),
         partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
     )
-    say(f"Supernet: {supernet.path}")
+    console.print(f"Supernet: {supernet.path}")
     loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
     windows = list(loss.windows.shape)
     warm = warm_start(earlier, space, supernet, windows)
     warm.enter(loss)
     if earlier:
-        say(warm.describe())
+        console.print(warm.describe())
 
     facts |= {
         "supernet": supernet.digest()[:12],
@@ -195,7 +197,7 @@ def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun
 
 
 def _train(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData, name: str) -> FinishedRun:
-    say("No trained supernet fits this space, data and training: training one first")
+    console.print("No trained supernet fits this space, data and training: training one first")
     path = Path(config.runs_dir) / "train" / name
     try:
         return train_supernet(config, space, init, data, path)

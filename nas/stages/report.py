@@ -11,22 +11,22 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from nas import console
 from nas.config import Report
-from nas.console import say
+from nas.csv_files import read_csv
 from nas.errors import UserError
 from nas.files import write_atomically
-from nas.latency.check import CHECK_COLUMNS
-from nas.latency.model import Workload
-from nas.report.check import check_size, draw_check
+from nas.latency.accuracy import CHECK_COLUMNS
+from nas.latency.predictor import Workload
 from nas.report.figure import figure
-from nas.report.front import draw_front, front_points
 from nas.report.groups import draw_groups, group_matrix, groups_size
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
-from nas.report.table import front_table, gain_sentence
+from nas.report.predicted import check_size, draw_check
+from nas.report.scatter import draw_front, front_points
+from nas.report.terminal import front_table, gain_sentence
 from nas.run import FinishedRun, is_run, runs_in, start_run
 from nas.search import COLUMNS, Objectives, on_front, reference_point
-from nas.search.front import front_distance, gains_over_uniform
-from nas.tables import read_csv
+from nas.search.pareto import front_distance, gains_over_uniform
 
 _TITLE_WIDTH = 58
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
@@ -50,7 +50,7 @@ def run(config: Report, path: Path) -> None:
     with start_run(path, "report", {"run": config.run, "reference": config.reference}, parents=parents) as run:
         _draw(searches, others, path)
         run.finish()
-    say("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
+    console.print("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
 
 
 def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) -> None:
@@ -59,10 +59,10 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     objectives = Objectives(tuple(first.config["objectives"]))
     title = _title(first.config)
     trials = [read_csv(search.artifact("trials.csv"), COLUMNS) for search in searches]
-    landmarks = read_csv(first.artifact("landmarks.csv"), ["name", "vector"])
+    reference_vectors = read_csv(first.artifact("reference_vectors.csv"), ["name", "vector"])
     everything = pd.concat(trials).drop_duplicates("vector")
     everything["on_front"] = on_front(everything, objectives)
-    points = front_points(everything, landmarks)
+    points = front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
 
     panels = len(objectives.names) * (len(objectives.names) - 1) // 2
@@ -72,8 +72,8 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     with figure(path / "groups", **groups_size(groups)) as drawing:
         draw_groups(drawing, groups, title)
 
-    known = everything[everything["vector"].isin(landmarks["vector"])]
-    complete = len(known) == landmarks["vector"].nunique()  # limits and small budgets leave some out
+    known = everything[everything["vector"].isin(reference_vectors["vector"])]
+    complete = len(known) == reference_vectors["vector"].nunique()  # limits and small budgets leave some out
     reference = reference_point(known if complete else everything, objectives)
     labels = _labels([search.config for search in searches])
     table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
@@ -86,9 +86,9 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
             with figure(path / "latency_check", **check_size(check)) as drawing:
                 draw_check(drawing, check, title)
 
-    say(front_table(front, dict(zip(landmarks["vector"], landmarks["name"], strict=True))))
-    uniform = landmarks.loc[landmarks["name"].str.startswith("uniform "), "vector"].tolist()
-    say(gain_sentence(gains_over_uniform(everything, uniform)))
+    console.print(front_table(front, dict(zip(reference_vectors["vector"], reference_vectors["name"], strict=True))))
+    uniform = reference_vectors.loc[reference_vectors["name"].str.startswith("uniform "), "vector"].tolist()
+    console.print(gain_sentence(gains_over_uniform(everything, uniform)))
     known_trials = [everything, *(read_csv(search.artifact("trials.csv"), COLUMNS) for search in others)]
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
@@ -101,7 +101,7 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
             if len(searches) + len(others) > 1  # alone it would be compared with itself
             else ""
         )
-        say(
+        console.print(
             f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
             f"(median of {len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"

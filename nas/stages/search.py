@@ -2,7 +2,7 @@
 
 trials.csv          every evaluated vector, in order
 front.csv           the same columns, the front alone, sorted by loss
-landmarks.csv       names of the uniform and known vectors
+reference_vectors.csv       names of the uniform and known vectors
 latency_check.csv   predicted against measured whole models, where the table was measured
 study.db            the Optuna study
 """
@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
+from nas import console
 from nas.config import Search
-from nas.console import say
 from nas.errors import InUseError
 from nas.files import write_atomically
-from nas.report.table import front_table
+from nas.report.terminal import front_table
 from nas.run import identity, start_run
 from nas.search import Membership
 from nas.space import SearchSpace, format_vector
@@ -32,7 +32,7 @@ def run(config: Search, path: Path) -> None:
         with start_run(path, "search", prepared.asked, {"search": config.seed}, prepared.parents) as run:
             kept = f"{problem.constraints.size:,} of " if problem.constraints.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
-            say(f"Searching {vectors}, budget {config.budget}, in {path}")
+            console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
             if prepared.budget.is_everything and not config.storage:
                 prepared.loss.of(list(problem.constraints.vectors()))  # together, far faster than one by one
             home = identity(path)
@@ -44,11 +44,11 @@ def run(config: Search, path: Path) -> None:
     except InUseError:
         if not config.storage:
             raise
-        say(f"Another process writes {path}: this one only evaluates for it")
+        console.print(f"Another process writes {path}: this one only evaluates for it")
         prepared.search(Membership("guest", None, config.heartbeat_s))
         return
-    say(front_table(front))
-    say(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
+    console.print(front_table(front))
+    console.print(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
 
 
 def _assist(config: Search, path: Path) -> None:
@@ -59,8 +59,8 @@ def _assist(config: Search, path: Path) -> None:
 def _write_tables(path: Path, trials: pd.DataFrame, space: SearchSpace, check: pd.DataFrame | None) -> pd.DataFrame:
     """Writes the CSVs that reports are drawn from; returns the front."""
     front = trials[trials["on_front"]].sort_values("loss_nats")
-    named = [(name, format_vector(vector)) for name, vector in space.landmarks().items()]
-    tables = {"trials": trials, "front": front, "landmarks": pd.DataFrame(named, columns=["name", "vector"])}
+    named = [(name, format_vector(vector)) for name, vector in space.reference_vectors().items()]
+    tables = {"trials": trials, "front": front, "reference_vectors": pd.DataFrame(named, columns=["name", "vector"])}
     if check is not None:
         tables["latency_check"] = check
     for name, table in tables.items():

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import torch
 
+from nas import console
 from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, SupernetParts, Train, build
-from nas.console import say
 from nas.data import TokenData, prepare_tokens, validation_windows
-from nas.distributed import IS_MAIN, agree
+from nas.distributed import IS_MAIN, broadcast
 from nas.files import value_hash
 from nas.model import Supernet
 from nas.model.checkpoint import load_supernet, save_supernet
@@ -19,7 +19,7 @@ from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace
-from nas.training import check_memory, fit, supernet_loss, training_device, whole_state, window_length
+from nas.training import check_memory, fit, full_state_dict, supernet_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import check_recipe
 
@@ -30,12 +30,12 @@ _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoi
 
 def run(config: Train, path: Path) -> None:
     """Trains a supernet into ``path``."""
-    config, space, init = settle(config)
+    config, space, init = resolve(config)
     check_trainable(config.train, space)
     train_supernet(config, space, init, supernet_data(config, space), path)
 
 
-def settle(config: Parts) -> tuple[Parts, SearchSpace, Checkpoint | None]:
+def resolve(config: Parts) -> tuple[Parts, SearchSpace, Checkpoint | None]:
     """Finds the space and the checkpoint of a command, and fills in what follows from them.
 
     Returns:
@@ -135,7 +135,9 @@ def train_supernet(
     seeds = {"train": options.seed}
     with start_run(path, "train", supernet_config(config, space, init, data), seeds) as run:
         start = f"the weights of {init.folder}" if init else "random weights"
-        say(f"Training {space.name} ({space.size:,} vectors) from {start} for {options.steps} steps in {path}")
+        console.print(
+            f"Training {space.name} ({space.size:,} vectors) from {start} for {options.steps} steps in {path}"
+        )
         supernet = Supernet(space, options.sharing)
         if init:
             init.load_into(supernet)
@@ -146,16 +148,16 @@ def train_supernet(
             named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}
             with autocast(options.precision, device):
                 losses = dict(zip(named, vector_losses(supernet, list(named.values()), windows), strict=True))
-            say("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+            console.print("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
             return {f"{name}_loss_nats": loss for name, loss in losses.items()}
 
         fit(supernet, supernet_loss(space, data.train, options, length), options, run, validate)
-        state = whole_state(supernet.decoder)
+        state = full_state_dict(supernet.decoder)
         if IS_MAIN:
             save_supernet(space, options.sharing, state, path)
             shutil.copy(data.tokenizer, path / "tokenizer.json")
         run.finish(scaffold=path / CHECKPOINT)
-    agree(None)  # that it is finished
+    broadcast(None)  # that it is finished
     return FinishedRun(path, "train")
 
 

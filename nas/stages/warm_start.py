@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nas.config import Search
+from nas.csv_files import read_csv
 from nas.errors import UserError
 from nas.quality import InheritedLoss
 from nas.run import FinishedRun
 from nas.search import COLUMNS
 from nas.space import SearchSpace, Vector, format_vector
-from nas.tables import read_csv
 
 
 @dataclass(frozen=True)

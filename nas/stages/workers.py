@@ -16,7 +16,7 @@ from multiprocessing.context import SpawnProcess
 
 import torch
 
-from nas.console import complain, hush
+from nas import console
 from nas.errors import UserError
 
 _LAST_WORDS_S = 5.0  # for workers to see by themselves that all is done
@@ -55,7 +55,7 @@ def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
 def _end(process: SpawnProcess, index: int) -> None:
     if process.exitcode is not None and process.exitcode < 0:
         name = signal.Signals(-process.exitcode).name
-        complain(f"worker {index} was killed ({name}); the others did its share")
+        console.warn(f"worker {index} was killed ({name}); the others did its share")
     process.terminate()
     process.join()
 
@@ -63,12 +63,12 @@ def _end(process: SpawnProcess, index: int) -> None:
 def _run(work: Callable[[], None], index: int, count: int) -> None:
     """A process's whole life."""
     _end_with_parent()
-    hush()
+    console.quiet()
     _take_share(index, count)
     try:
         work()
     except (UserError, OSError) as error:
-        complain(f"worker {index} ended early: {error}")
+        console.warn(f"worker {index} ended early: {error}")
         sys.exit(1)
 
 

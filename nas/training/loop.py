@@ -16,26 +16,26 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from nas import console
 from nas.config import TrainConfig
-from nas.console import progress_bar
 from nas.distributed import IS_MAIN
 from nas.errors import UserError
 from nas.files import write_atomically
 from nas.run import Run
+from nas.training.microbatch import Microbatch, own_microbatches
 from nas.training.parallel import (
+    full_optimizer_state_dict,
+    full_state_dict,
     gradients_kept_local,
-    load_whole_state,
+    load_full_state_dict,
     make_ready,
     mean_over_processes,
     training_device,
-    whole_optimizer_state,
-    whole_state,
 )
-from nas.training.parts import Part, own_parts
 
 CHECKPOINT = "checkpoint.pt"
 
-Loss = Callable[[nn.Module, int, Part], Tensor]
+Loss = Callable[[nn.Module, int, Microbatch], Tensor]
 """Mean training loss (nats a token, scalar) of one part of the rows of a step: model, number of the step, part."""
 
 
@@ -62,8 +62,8 @@ class _State:
     step: int = 0
 
     def save(self, path: Path) -> None:
-        optimizer = whole_optimizer_state(self.model, self.optimizer)
-        content = {"model": whole_state(self.model), "optimizer": optimizer, "step": self.step}
+        optimizer = full_optimizer_state_dict(self.model, self.optimizer)
+        content = {"model": full_state_dict(self.model), "optimizer": optimizer, "step": self.step}
         if IS_MAIN:
             write_atomically(path, lambda temporary: _torch_save(content, temporary))
 
@@ -73,7 +73,7 @@ class _State:
                 if damaged := archive.testzip():
                     raise ValueError(f"the checksum of {damaged} is wrong")
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            load_whole_state(self.model, self.optimizer, content["model"], content["optimizer"])
+            load_full_state_dict(self.model, self.optimizer, content["model"], content["optimizer"])
             self.step = int(content["step"])
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             problem = (str(error) or type(error).__name__).splitlines()[0]
@@ -122,7 +122,7 @@ def fit(
 
     validated: dict[str, float] = {}
     pending: list[Tensor] = []  # losses and gradient norms not yet looked at: looking waits for the GPU
-    with progress_bar("Training", config.steps, state.step) as bar:
+    with console.progress_bar("Training", config.steps, state.step) as bar:
         while state.step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(state.step, config)
@@ -167,7 +167,7 @@ def training_step(
         This process's loss and the gradient norm, shape (2,).
     """
     losses = []
-    for number, part in enumerate(own_parts(config.accumulate), start=1):
+    for number, part in enumerate(own_microbatches(config.accumulate), start=1):
         with gradients_kept_local(model, number < config.accumulate):
             loss = loss_at(model, step, part) / config.accumulate
             loss.backward()

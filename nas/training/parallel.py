@@ -83,20 +83,20 @@ def mean_over_processes(values: Tensor) -> Tensor:
     return values / SIZE
 
 
-def whole_state(model: nn.Module) -> dict[str, Tensor]:
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the whole model on the CPU in the first process, nothing in the others; all must call it."""
     return get_model_state_dict(model, options=_WHOLE)  # type: ignore[return-value]
 
 
-def whole_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """As `whole_state`, for the optimizer."""
+def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """As `full_state_dict`, for the optimizer."""
     return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
 
 
-def load_whole_state(
+def load_full_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], optimizer_state: dict[str, Any]
 ) -> None:
-    """Restores what `whole_state` and `whole_optimizer_state` gave; every process passes the same."""
+    """Restores what `full_state_dict` and `full_optimizer_state_dict` gave; every process passes the same."""
     set_state_dict(
         model,
         optimizer,

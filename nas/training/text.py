@@ -15,8 +15,8 @@ from nas.quality import row_losses
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Vector
 from nas.training.loop import Loss, autocast
+from nas.training.microbatch import Microbatch
 from nas.training.parallel import training_device
-from nas.training.parts import Part
 from nas.training.recipes import distilled_loss, step_plan
 
 
@@ -70,7 +70,7 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
     """
     losses = torch.compile(row_losses) if options.compile else row_losses
 
-    def loss_at(model: nn.Module, step: int, part: Part) -> Tensor:
+    def loss_at(model: nn.Module, step: int, part: Microbatch) -> Tensor:
         device = next(model.parameters()).device
         windows = training_batch(tokens, options.seed, step, options.batch, length, part.of(options.batch)).to(device)
         with autocast(options.precision, device):
@@ -83,7 +83,7 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
     """The loss of a step of a supernet by its recipe; arguments as `text_loss`."""
     losses = torch.compile(distilled_loss) if options.compile else distilled_loss
 
-    def loss_at(model: nn.Module, step: int, part: Part) -> Tensor:
+    def loss_at(model: nn.Module, step: int, part: Microbatch) -> Tensor:
         plan = step_plan(space, options, step)
         own, vectors_per_text = part.of(len(plan)), len(plan[0])
         device = next(model.parameters()).device

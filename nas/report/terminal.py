@@ -34,7 +34,7 @@ def gain_sentence(gains: pd.DataFrame) -> str:
     """What the variable vectors gain over the uniform one over which they gain most bytes, or loss where none is saved.
 
     Args:
-        gains: What `nas.search.front.gains_over_uniform` returns.
+        gains: What `nas.search.pareto.gains_over_uniform` returns.
     """
     ordered = gains.sort_values(["bytes_saved", "loss_gain_nats"]).to_dict("records")
     if not ordered or not (ordered[-1]["bytes_saved"] > 0 or ordered[-1]["loss_gain_nats"] > 0):

@@ -7,7 +7,7 @@ from nas.errors import UserError
 
 
 @dataclass(frozen=True)
-class Part:
+class Microbatch:
     """The ``index``-th of ``count`` equal parts of a step's rows."""
 
     index: int = 0
@@ -28,6 +28,6 @@ class Part:
         return slice(self.index * size, (self.index + 1) * size)
 
 
-def own_parts(passes: int) -> list[Part]:
+def own_microbatches(passes: int) -> list[Microbatch]:
     """The parts that this process computes, one pass each."""
-    return [Part(RANK * passes + number, SIZE * passes) for number in range(passes)]
+    return [Microbatch(RANK * passes + number, SIZE * passes) for number in range(passes)]

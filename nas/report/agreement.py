@@ -7,7 +7,7 @@ from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rich.table import Table
 
-from nas.fidelity import PREDICTORS
+from nas.ranking import PREDICTORS
 from nas.report.figure import COLOURS, GREY
 
 TRUTHS = {"further": "trained further", "alone": "trained alone"}

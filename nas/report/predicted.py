@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from nas.latency.check import WORKLOAD, summarise_check
+from nas.latency.accuracy import WORKLOAD, summarise_check
 from nas.report.figure import COLOURS
 
 _A_ROW = 3

@@ -6,14 +6,14 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from nas.metrics import METRICS
 from nas.report.figure import COLOURS, GREY
-from nas.search.front import Objectives
-from nas.search.metrics import METRICS
+from nas.search.pareto import Objectives
 
 
-def front_points(trials: pd.DataFrame, landmarks: pd.DataFrame) -> pd.DataFrame:
-    """The trials with the landmarks' names: column ``name`` (empty for most) and ``uniform``."""
-    names = landmarks.groupby("vector")["name"].agg(" = ".join).reset_index()
+def front_points(trials: pd.DataFrame, reference_vectors: pd.DataFrame) -> pd.DataFrame:
+    """The trials with the reference_vectors' names: column ``name`` (empty for most) and ``uniform``."""
+    names = reference_vectors.groupby("vector")["name"].agg(" = ".join).reset_index()
     points = trials.merge(names, on="vector", how="left")
     points["name"] = points["name"].fillna("")
     points["uniform"] = points["name"].str.startswith("uniform ")

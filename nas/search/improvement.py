@@ -8,7 +8,9 @@ from scipy.special import ndtr
 Floats = npt.NDArray[np.float64]
 
 
-def expected_gain(means_N: Floats, deviations_N: Floats, costs_NC: Floats, front: Floats, reference: Floats) -> Floats:
+def expected_hypervolume_improvement(
+    means_N: Floats, deviations_N: Floats, costs_NC: Floats, front: Floats, reference: Floats
+) -> Floats:
     """How much each candidate is expected to add to the hypervolume of the front.
 
     At loss u a candidate with costs c adds, of the hypervolume of costs, what the front's points with losses up to u

@@ -122,11 +122,11 @@ class ServingLayer(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """A token whose position is in device memory, by kernels that take sums as terms."""
         from nas.serving.attention import decode_attention  # Triton comes with PyTorch's builds for GPUs only
-        from nas.serving.products import gated
+        from nas.serving.gemm import gated
 
         qkv_NBW = product_in_halves(normed_BTD[:, 0], self.qkv_proj)
         q, k, v = self._heads(qkv_NBW.sum(0, keepdim=True) if self.qk_norm else qkv_NBW)
-        out_BHd = decode_attention(q, k, v, *rope, cache.keys, cache.values, cache.arrivals, last)
+        out_BHd = decode_attention(q, k, v, *rope, cache.keys, cache.values, cache.semaphores, last)
         terms_NBTD = product_in_halves(out_BHd.flatten(1), self.o_proj).unsqueeze(2)
         x_BTD, normed_BTD = residual_norm(x_BTD, terms_NBTD, self.mlp_norm, last)
         hidden_BF = gated(normed_BTD[:, 0], self.gate_up_proj.weight, self.gate_up_proj.bias)
@@ -173,7 +173,7 @@ def with_terms(x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
 
 def product_in_halves(x_BF: Tensor, linear: nn.Linear) -> Tensor:
     """A linear layer's output as terms (NBD), see `halves`."""
-    from nas.serving.products import halves
+    from nas.serving.gemm import halves
 
     terms_NBD: Tensor = halves(x_BF, linear.weight)
     return terms_NBD if linear.bias is None else terms_NBD + linear.bias / len(terms_NBD)

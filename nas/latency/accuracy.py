@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from nas.latency.model import LatencyModel, Phase, pass_ms
 from nas.latency.points import Point
+from nas.latency.predictor import LatencyModel, Phase, pass_ms
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 CHECK = "check.csv"
@@ -27,7 +27,7 @@ def random_vectors(space: SearchSpace, count: int, seed: int) -> list[Vector]:
     return sorted(found)
 
 
-def predict_wholes(measured_ms: dict[Point, float], predictor: LatencyModel) -> pd.DataFrame:
+def predict_end_to_end(measured_ms: dict[Point, float], predictor: LatencyModel) -> pd.DataFrame:
     """Sets the prediction beside each measured whole model: `CHECK_COLUMNS`."""
     rows = [
         (

@@ -96,7 +96,7 @@ def passes(batch: int, prompt: int) -> list[int]:
     return [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
 
 
-def filled_up(batch: int, runtime: str) -> list[int]:
+def padded_batches(batch: int, runtime: str) -> list[int]:
     """How many rows a decode step may compute, ascending: the batch, or in a CUDA graph also multiples above it.
 
     The products of some numbers of rows take a fifth longer than those of more: `nas.serving.rows` finds the fastest.
@@ -119,7 +119,7 @@ class LatencyModel(Protocol):
             UserError: The model does not cover these.
         """
 
-    def ends_ms(self, phase: Phase, batch: int, length: int) -> float:
+    def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         """Embedding, final norm and output head (last position only)."""
 
     def describe(self) -> str:
@@ -141,4 +141,4 @@ def pass_ms(model: LatencyModel, phase: Phase, vector: Sequence[int], batch: int
     """Milliseconds of one decode step, or of one pass of prompts, of a whole model."""
     counts = sorted(Counter(vector).items())  # in one order: vectors with equal counts cost the same to the last bit
     layers = math.fsum(count * model.layer_ms(phase, groups, batch, length) for groups, count in counts)
-    return layers + model.ends_ms(phase, batch, length)
+    return layers + model.embedding_and_head_ms(phase, batch, length)

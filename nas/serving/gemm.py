@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nas.serving.elementwise import swiglu
-from nas.serving.launch import MOST_ROWS, is_hopper, let_next_start, starting_early, wait
+from nas.serving.launch import MOST_ROWS, is_hopper, launch_dependents, starting_early, wait
 
 
 class Tile(NamedTuple):
@@ -56,7 +56,7 @@ def _gated(
     gate = tl.zeros((ROWS, COLUMNS), tl.float32)
     up = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait(EARLY)
-    let_next_start(EARLY)
+    launch_dependents(EARLY)
     for _ in range(0, D, INPUTS):
         x = tl.load(x_ptr, mask=b[:, None] < rows, other=0.0)
         gate = tl.dot(x, tl.load(weight_ptr), gate, input_precision="ieee")
@@ -79,7 +79,7 @@ def _half(
     weight_ptr += f[:, None].to(tl.int64) * D + d
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     wait(EARLY)
-    let_next_start(EARLY)
+    launch_dependents(EARLY)
     for _ in range(0, F // 2, INPUTS):
         x = tl.load(x_ptr, mask=b[:, None] < rows, other=0.0)
         total = tl.dot(x, tl.load(weight_ptr), total, input_precision="ieee")

@@ -15,12 +15,12 @@ import torch
 from nas.config import MeasureConfig
 from nas.errors import UserError
 from nas.hardware import nvml_state
-from nas.latency.check import random_vectors
+from nas.latency.accuracy import random_vectors
 from nas.latency.device import Device
 from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
-from nas.latency.model import Phase, Workload
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
+from nas.latency.predictor import Phase, Workload
 from nas.latency.samples import Samples, drift_report, usable
 from nas.latency.table import COLUMNS, summarise
 from nas.latency.timing import memory_watched, time_points
@@ -37,13 +37,13 @@ class Measured:
 
     Attributes:
         table: `nas.latency.table.COLUMNS`.
-        wholes_ms: Of the whole models.
+        end_to_end_ms: Of the whole models.
         energy: `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured.
         facts: For latency.json: drift, the GPU's state before and after, idle power.
     """
 
     table: pd.DataFrame
-    wholes_ms: dict[Point, float]
+    end_to_end_ms: dict[Point, float]
     energy: pd.DataFrame | None
     facts: dict[str, Any]
 
@@ -84,21 +84,21 @@ def measure(
     state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
     time_points(points, sentinel, pool.prepare, config, pool.device, samples)
 
-    table, wholes_ms = _summaries(usable(samples, config))
+    table, end_to_end_ms = _summaries(usable(samples, config))
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     facts: dict[str, Any] = {"drift": drift_report(samples, config)}
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
         facts["points_of_fewer_layers"] = short
     if filled := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
-        facts["filled_up"] = filled
+        facts["padded_batches"] = filled
     if uuid:
         facts |= {
             "state_before": state,
             "state_after": _state_at_work(pool, [heaviest, sentinel], uuid),
             "idle_watts": watts,
         }
-    return Measured(table, wholes_ms, energy, facts)
+    return Measured(table, end_to_end_ms, energy, facts)
 
 
 def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, points: list[Point]) -> LayerPool:
@@ -115,15 +115,15 @@ def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, po
 
 def _summaries(taken: Iterable[tuple[Point, list[float]]]) -> tuple[pd.DataFrame, dict[Point, float]]:
     """The table, and the times of the whole models that fitted into memory."""
-    rows, wholes_ms = [], {}
+    rows, end_to_end_ms = [], {}
     for point, times in taken:
         summary = summarise(times)
         if point.part != "whole":
             rows.append(dict(zip(COLUMNS, [*point.row(), *summary.values()], strict=True)))
         elif math.isfinite(summary["median_ms"]):
-            wholes_ms[point] = float(summary["median_ms"])
+            end_to_end_ms[point] = float(summary["median_ms"])
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int})
-    return table.sort_values(COLUMNS[:5], ignore_index=True), wholes_ms
+    return table.sort_values(COLUMNS[:5], ignore_index=True), end_to_end_ms
 
 
 def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str, Any]:

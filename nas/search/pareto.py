@@ -10,9 +10,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from nas.errors import UserError
-from nas.search.metrics import METRICS
+from nas.metrics import METRICS
 
-_REFERENCE_MARGIN = 0.1  # of the landmarks' range
+_REFERENCE_MARGIN = 0.1  # of the reference_vectors' range
 _BYTES = "kv_bytes_per_token"
 
 
@@ -54,14 +54,14 @@ def on_front(frame: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.bool
     return np.asarray(moocore.is_nondominated(objectives.points(frame), maximise=objectives.maximise), dtype=bool)
 
 
-def reference_point(landmarks: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.float64]:
-    """The hypervolume's reference point: a tenth of the landmarks' range beyond the worst of them.
+def reference_point(reference_vectors: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.float64]:
+    """The hypervolume's reference point: a tenth of the reference vectors' range beyond the worst of them.
 
-    Every search evaluates the same landmarks first, so searches of one space and workload share this point, unless
-    their limits or a small budget leave some out: then give all that was evaluated. A margin in proportion to the value
-    instead of the range would drown the front: losses differ in the third digit.
+    Every search evaluates the same reference vectors first, so searches of one space and workload share this point,
+    unless their limits or a small budget leave some out: then give all that was evaluated. A margin in proportion to
+    the value instead of the range would drown the front: losses differ in the third digit.
     """
-    points = objectives.points(landmarks)
+    points = objectives.points(reference_vectors)
     worst = np.where(objectives.maximise, points.min(0), points.max(0))
     spread = np.ptp(points, axis=0)
     margin = _REFERENCE_MARGIN * np.where(spread > 0, spread, np.abs(worst))
