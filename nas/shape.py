@@ -22,6 +22,66 @@ ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by rope_
 
 
 @dataclass(frozen=True)
+class LinearSpec:
+    """A linear layer: ``inputs`` to ``outputs`` features."""
+
+    inputs: int
+    outputs: int
+    bias: bool
+
+    @property
+    def parameters(self) -> int:
+        """Weights and biases."""
+        return self.outputs * (self.inputs + self.bias)
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer. Modules, parameter counts, memory, operations and exports all follow from this description."""
+
+    hidden_size: int
+    num_attention_heads: int
+    head_dim: int
+    kv_groups: int
+    intermediate_size: int
+    rms_norm_eps: float
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+
+    @property
+    def linears(self) -> dict[str, LinearSpec]:
+        """The linear layers by their Hugging Face names, in the order in which they run."""
+        queries, keys = self.num_attention_heads * self.head_dim, self.kv_groups * self.head_dim
+        return {
+            "q_proj": LinearSpec(self.hidden_size, queries, self.qkv_bias),
+            "k_proj": LinearSpec(self.hidden_size, keys, self.qkv_bias),
+            "v_proj": LinearSpec(self.hidden_size, keys, self.qkv_bias),
+            "o_proj": LinearSpec(queries, self.hidden_size, self.o_bias),
+            "gate_proj": LinearSpec(self.hidden_size, self.intermediate_size, self.mlp_bias),
+            "up_proj": LinearSpec(self.hidden_size, self.intermediate_size, self.mlp_bias),
+            "down_proj": LinearSpec(self.intermediate_size, self.hidden_size, self.mlp_bias),
+        }
+
+    @property
+    def norms(self) -> dict[str, int]:
+        """Widths of the RMS norms by their Hugging Face names."""
+        heads = {"q_norm": self.head_dim, "k_norm": self.head_dim} if self.qk_norm else {}
+        return {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size, **heads}
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of all linear layers and norms."""
+        return sum(linear.parameters for linear in self.linears.values()) + sum(self.norms.values())
+
+    @property
+    def kv_values_per_token(self) -> int:
+        """Values that one token of one sequence adds to the KV cache."""
+        return 2 * self.kv_groups * self.head_dim
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Everything that fixes a Llama-style decoder apart from its KV groups.
 
@@ -59,23 +119,27 @@ class ModelShape:
         if self.rope_scaling is not None:
             _check_rope_scaling(self.rope_scaling)
 
-    def layer_parameters(self, groups: int) -> int:
-        """Parameters of one decoder layer with ``groups`` KV groups."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_attention_heads + groups)
-        attention += self.qkv_bias * self.head_dim * (self.num_attention_heads + 2 * groups)
-        attention += self.o_bias * self.hidden_size + self.qk_norm * 2 * self.head_dim
-        mlp = 3 * self.hidden_size * self.intermediate_size
-        mlp += self.mlp_bias * (2 * self.intermediate_size + self.hidden_size)
-        return attention + mlp + 2 * self.hidden_size
+    def layer(self, groups: int) -> LayerSpec:
+        """The description of a decoder layer with ``groups`` KV groups."""
+        own = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(LayerSpec)
+            if field.name != "kv_groups"
+        }
+        return LayerSpec(kv_groups=groups, **own)
+
+    def layers(self, vector: Sequence[int]) -> list[LayerSpec]:
+        """The descriptions of all layers, first layer first."""
+        return [self.layer(groups) for groups in vector]
 
     def parameters(self, vector: Sequence[int]) -> int:
         """Parameters of the whole model at ``vector``; a tied embedding counts once."""
-        ends = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2) + self.hidden_size
-        return ends + sum(self.layer_parameters(groups) for groups in vector)
+        embedding_and_head = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        return embedding_and_head + self.hidden_size + sum(layer.parameters for layer in self.layers(vector))
 
     def kv_bytes_per_token(self, vector: Sequence[int], dtype_bytes: int) -> int:
         """Bytes that one token of one sequence takes in the KV cache, over all layers."""
-        return 2 * self.head_dim * dtype_bytes * sum(vector)
+        return dtype_bytes * sum(layer.kv_values_per_token for layer in self.layers(vector))
 
     def to_dict(self) -> dict[str, Any]:
         """The shape as plain values, without the features that it does not have."""

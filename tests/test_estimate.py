@@ -36,11 +36,11 @@ def calibrated(**constants: float) -> Device:
 
 def test_the_roofline_is_bytes_or_operations_whichever_takes_longer(micro: SearchSpace) -> None:
     model = RooflineLatency(GPU, micro.shape, "fp32")
-    weights = 4 * micro.shape.layer_parameters(2)
+    weights = 4 * micro.shape.layer(2).parameters
     cache = 4 * 16 * 2 * 2 * 8 * 4  # batch, context, K and V, groups, head width, bytes
     assert model.layer_ms("decode", 2, 4, 16) == pytest.approx(1e3 * (weights + cache) / 1e12)
     slow = RooflineLatency(Device("s", "S", True, 1, 1e12, {"fp32": 1e9}), micro.shape, "fp32")
-    operations = 2 * 4 * micro.shape.layer_parameters(2) + 4 * 4 * 16 * 4 * 8  # products with weights, attention
+    operations = 2 * 4 * micro.shape.layer(2).parameters + 4 * 4 * 16 * 4 * 8  # products with weights, attention
     assert slow.layer_ms("decode", 2, 4, 16) == pytest.approx(1e3 * operations / 1e9)
 
 
@@ -63,7 +63,7 @@ def test_a_calibrated_layer_is_the_sum_of_its_kernels(micro: SearchSpace) -> Non
         attention_ms=0.01,
         elementwise_ms=1e-6,
     )
-    weights = micro.shape.layer_parameters(2)
+    weights = micro.shape.layer(2).parameters
     products = 2 * weights / 0.5e12 + 2 * 4 * weights / 0.5e14
     attention = 4 * (16 + 64) * 2 * 2 * 8 * 2 / 0.8e12 + 4 * 4 * 16 * 4 * 8 / 0.5e14
     elementwise = 2 * 4 * elementwise_values(micro.shape, 2) / 0.4e12

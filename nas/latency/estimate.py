@@ -77,7 +77,7 @@ class RooflineLatency:
         self._rate = device.flops[dtype] * self._constants.compute
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        weights = self._shape.layer_parameters(groups)
+        weights = self._shape.layer(groups).parameters
         new_tokens = batch * (length if phase == "prefill" else 1)
         # Kernels run one after the other, so their times add up; only within one do bytes and operations overlap.
         products_ms = self._kernel_ms(weights * self._bytes, 2 * new_tokens * weights, self._constants.weight_bandwidth)
