@@ -22,9 +22,10 @@ from nas.latency import Device, Workload, decode_ms, find_device, prefill_ms, re
 from nas.latency.accuracy import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
 from nas.latency.estimate import RooflineLatency
 from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
-from nas.latency.predictor import PREFILL_TOKENS, STEP_REVISION, Phase, pass_ms, passes
+from nas.latency.predictor import STEP_REVISION, Phase, pass_ms
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.resources import shipped
+from nas.serving.batching import PREFILL_TOKENS, prefill_chunks
 from nas.space import SearchSpace, load_space
 
 WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
@@ -199,7 +200,7 @@ def test_a_vector_costs_the_sum_of_its_layers_and_the_ends(micro: SearchSpace, t
 
 @given(st.integers(1, 3000), st.integers(1, 2 * PREFILL_TOKENS))
 def test_passes_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int, prompt: int) -> None:
-    parts = passes(batch, prompt)
+    parts = prefill_chunks(batch, prompt)
     assert sum(parts) == batch
     assert min(parts) >= 1
     assert parts == sorted(parts, reverse=True)
@@ -230,7 +231,7 @@ class Recorded:
 def test_prompts_go_through_in_passes_whose_times_add_up() -> None:
     model = Recorded()
     third = PREFILL_TOKENS // 3
-    assert passes(8, third) == [3, 3, 2]
+    assert prefill_chunks(8, third) == [3, 3, 2]
     one, two = (3 * (2 * rows**2) + 3 * (third + 1) + math.sqrt(rows) for rows in (3, 2))
     assert prefill_ms(model, (1, 2, 3), 8, third) == pytest.approx(2 * one + two)
     assert set(model.asked) == {(3, third), (2, third)}
@@ -527,7 +528,7 @@ def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int,
     grid = grid_for(MeasureConfig(), workload, [batch], 8192)
     shapes = check_shapes(MeasureConfig(), grid, workload, [batch])
     assert len(shapes) == len(set(shapes))
-    assert shapes[:2] == [("decode", batch, context), ("prefill", passes(batch, prompt)[0], prompt)]
+    assert shapes[:2] == [("decode", batch, context), ("prefill", prefill_chunks(batch, prompt)[0], prompt)]
     off = [shape for shape in shapes if shape[1:] not in set(grid.shapes(shape[0]))]
     assert any(phase == "decode" for phase, _, _ in off)
     if prompt >= 3:

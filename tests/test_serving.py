@@ -23,9 +23,10 @@ from nas.export.hf import HfExporter, read_exported
 from nas.latency.memory import MemoryModel, batch_of
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
-from nas.latency.predictor import DTYPE_BYTES, Workload, padded_batches
+from nas.latency.predictor import DTYPE_BYTES, Workload
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
+from nas.serving.batching import padded_batches
 from nas.serving.layers import InputMajorLinear, empty, product_in_halves, randomise, with_terms
 from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from nas import console
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.latency.predictor import DTYPE_BYTES, MAX, Workload, padded_batches, passes
+from nas.latency.predictor import DTYPE_BYTES, MAX, Workload
+from nas.serving.batching import padded_batches, prefill_chunks
 from nas.shape import ModelShape
 from nas.space import SearchSpace, format_vector
 
@@ -62,7 +63,7 @@ class MemoryModel:
         rope = 2 * shape.max_position_embeddings * shape.head_dim * _FP32
         weights = shape.parameters(vector) * self._bytes + rope
         kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
-        rows = passes(batch, workload.prompt)[0]
+        rows = prefill_chunks(batch, workload.prompt)[0]
         step = padded_batches(batch, workload.runtime)[-1]
         workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
         workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out, of all passes or a step

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from nas.config import MeasureConfig
-from nas.latency.predictor import MAX, PHASES, Phase, Workload, passes
+from nas.latency.predictor import MAX, PHASES, Phase, Workload
+from nas.serving.batching import prefill_chunks
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 ENDS = ("embedding", "head")
@@ -59,7 +60,7 @@ class Grid:
             yield from itertools.product(self.batches, self.contexts)
             return
         for prompt in self.prompts:
-            rows = passes(max(self.batches), prompt)[0]
+            rows = prefill_chunks(max(self.batches), prompt)[0]
             yield from ((batch, prompt) for batch in sorted({1, rows}))
 
     def points(self, space: SearchSpace) -> list[Point]:
@@ -106,7 +107,7 @@ def check_shapes(
     """
     batch = min(batches)  # with batch=max, only the smallest vectors have more
     here: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
-    here.append(("prefill", passes(batch, workload.prompt)[0], workload.prompt))
+    here.append(("prefill", prefill_chunks(batch, workload.prompt)[0], workload.prompt))
     if config.check_at is not None:
         more: list[tuple[Phase, int, int]] = [("decode", batch, context) for batch, context in config.check_at]
         return list(dict.fromkeys(here + more))
@@ -116,7 +117,7 @@ def check_shapes(
     others: list[tuple[Phase, int, int]] = [
         ("decode", between_batches, between_contexts),
         ("decode", batch, between_contexts),
-        ("prefill", passes(batch, prompt)[0], prompt),
+        ("prefill", prefill_chunks(batch, prompt)[0], prompt),
     ]
     return list(dict.fromkeys(here + others))
 

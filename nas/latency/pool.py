@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from nas.latency.points import Point
-from nas.latency.predictor import padded_batches
 from nas.model.decoder import RMSNorm, rope_table
+from nas.serving.batching import padded_batches
 from nas.serving.cache import LayerCache, layer_caches
 from nas.serving.cuda import captured
 from nas.serving.layers import (

@@ -13,6 +13,7 @@ from typing import Literal, Protocol
 from nas.config import WorkloadConfig
 from nas.errors import UserError
 from nas.latency.device import Device
+from nas.serving.batching import prefill_chunks
 from nas.shape import ModelShape
 
 Phase = Literal["decode", "prefill"]
@@ -21,8 +22,6 @@ DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 # Of the decode step that a runtime runs: raised where its kernels change so much that tables of before are off.
 STEP_REVISION = {"eager": 1, "graph": 2, "compiled": 2}
 MAX = "max"  # the batch that is as large as fits into the memory
-_FEW_ROWS = 64  # of a decode step; more are filled up, at most to a multiple of this
-PREFILL_TOKENS = 4096  # of one pass: more prompts go through in parts, or their activations would fill the memory
 
 
 @dataclass(frozen=True)
@@ -90,23 +89,6 @@ def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") 
     return dtype, runtime if runtime != "auto" else "compiled" if device.is_gpu else "eager"
 
 
-def passes(batch: int, prompt: int) -> list[int]:
-    """Rows of each pass in which a batch of prompts goes through: as many as `PREFILL_TOKENS` allow, at least one."""
-    rows = min(batch, max(1, PREFILL_TOKENS // prompt))
-    return [rows] * (batch // rows) + ([batch % rows] if batch % rows else [])
-
-
-def padded_batches(batch: int, runtime: str) -> list[int]:
-    """How many rows a decode step may compute, ascending: the batch, or in a CUDA graph also multiples above it.
-
-    The products of some numbers of rows take a fifth longer than those of more: `nas.serving.rows` finds the fastest.
-    """
-    if runtime == "eager" or batch <= _FEW_ROWS:
-        return [batch]
-    most = math.ceil(batch / _FEW_ROWS) * _FEW_ROWS
-    return sorted({batch, math.ceil(batch / 8) * 8, *range(math.ceil(batch / 16) * 16, most + 1, 16)})
-
-
 class LatencyModel(Protocol):
     """Milliseconds of the parts of a model, for one device, shape, dtype and runtime."""
 
@@ -133,7 +115,7 @@ def decode_ms(model: LatencyModel, vector: Sequence[int], batch: int, context: i
 
 def prefill_ms(model: LatencyModel, vector: Sequence[int], batch: int, prompt: int) -> float:
     """Milliseconds in which the prompts of a batch go through a whole model, in passes."""
-    parts = sorted(Counter(passes(batch, prompt)).items())
+    parts = sorted(Counter(prefill_chunks(batch, prompt)).items())
     return math.fsum(times * pass_ms(model, "prefill", vector, rows, prompt) for rows, times in parts)
 
 

@@ -25,7 +25,8 @@ from nas.files import file_hash, read_json
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, phase_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.points import ENDS
-from nas.latency.predictor import PHASES, STEP_REVISION, Phase, Workload, passes
+from nas.latency.predictor import PHASES, STEP_REVISION, Phase, Workload
+from nas.serving.batching import prefill_chunks
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 
@@ -179,7 +180,7 @@ class TableLatency:
                 self.embedding_and_head_ms("decode", batch, 1)
                 for groups in set().union(*space.choices):
                     self.layer_ms("decode", groups, batch, workload.context)
-                    for rows in set(passes(batch, workload.prompt)):
+                    for rows in set(prefill_chunks(batch, workload.prompt)):
                         self.layer_ms("prefill", groups, rows, workload.prompt)
         except UserError:
             return False

@@ -10,7 +10,7 @@ from statistics import median
 
 import torch
 
-from nas.latency.predictor import padded_batches
+from nas.serving.batching import padded_batches
 from nas.serving.cuda import captured, milliseconds
 from nas.serving.layers import ServingLayer, product_in_halves
 

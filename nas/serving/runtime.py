@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nas.latency.predictor import passes
+from nas.serving.batching import prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured
 from nas.serving.layers import ServingModel
@@ -49,10 +49,10 @@ class Runner:
 
     @torch.inference_mode()
     def prefill(self, tokens_BT: Tensor) -> Tensor:
-        """Puts prompts into the cache, in `passes`; logits BV of their last tokens."""
+        """Puts prompts into the cache, in `prefill_chunks`; logits BV of their last tokens."""
         logits_BV = self.model.lm_head.weight.new_empty((len(tokens_BT), self.model.shape.vocab_size))
         begin = 0
-        for part_BT in tokens_BT.split(passes(*tokens_BT.shape)):
+        for part_BT in tokens_BT.split(prefill_chunks(*tokens_BT.shape)):
             end = begin + len(part_BT)
             logits_BV[begin:end] = self.model(part_BT, self.cache.rows(begin, end))
             begin = end

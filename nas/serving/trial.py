@@ -8,7 +8,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nas.latency.predictor import Workload, passes
+from nas.latency.predictor import Workload
+from nas.serving.batching import prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured, milliseconds
 from nas.serving.layers import empty, randomise
@@ -74,7 +75,7 @@ class Trial:
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         self.bytes_per_step = read_once + kept
         self._position, self.runner = workload.context - 1, Runner(model, cache, workload.runtime)
-        rows = passes(batch, workload.prompt)[0]
+        rows = prefill_chunks(batch, workload.prompt)[0]
         tokens = torch.randint(shape.vocab_size, (batch, workload.prompt), device=device, generator=generator)
         logits_BV = torch.empty((batch, shape.vocab_size), device=device, dtype=dtype)  # that of all passes
         self.runner.prefill(tokens[:rows])  # the others would take no more
