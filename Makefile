@@ -9,7 +9,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # An interrupted demo keeps its name here, and goes on with the first step that is not complete.
 UNFINISHED := runs/.demo
-nas = @echo "nas $(1)"; $(BIN)/nas $(1) || { echo "make demo goes on here; remove $(UNFINISHED) to start a new one"; exit 1; }
+# A thread is enough for models so small: more of them spin while they wait for each other, and for cores that are busy.
+nas = @echo "nas $(1)"; OMP_NUM_THREADS=1 $(BIN)/nas $(1) || { echo "make demo goes on here; remove $(UNFINISHED) to start a new one"; exit 1; }
 DEMO := $(shell cat $(UNFINISHED) 2>/dev/null || echo demo-$$(date +%Y%m%d-%H%M%S))
 SEARCHED := runs/search/$(DEMO)/complete.json
 EXPORTED := runs/export/$(DEMO)/complete.json
@@ -31,7 +32,7 @@ demo: $(REPORTED)
 
 $(SEARCHED): | $(VENV)/installed
 	@mkdir -p runs && echo $(DEMO) > $(UNFINISHED)
-	$(call nas,search --budget 80 space=tiny name=$(DEMO))
+	$(call nas,search --budget 80 space=tiny train.steps=350 name=$(DEMO))
 
 $(EXPORTED): | $(SEARCHED)
 	$(call nas,export run=runs/search/$(DEMO) select=all name=$(DEMO))
@@ -40,7 +41,7 @@ $(KNEE): | $(EXPORTED)
 	$(call nas,export run=runs/search/$(DEMO) select=knee name=$(DEMO)-knee)
 
 $(FINETUNED): | $(KNEE)
-	$(call nas,finetune checkpoint=runs/export/$(DEMO)-knee name=$(DEMO))
+	$(call nas,finetune checkpoint=runs/export/$(DEMO)-knee train.steps=60 name=$(DEMO))
 
 $(REPORTED): | $(FINETUNED)
 	$(call nas,report run=runs/search/$(DEMO) name=$(DEMO))
