@@ -185,6 +185,11 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in per_layer), known)
 
 
+def space_from_config(values: Mapping[str, Any]) -> SearchSpace:
+    """The space of a run, as its config records it: `SearchSpace.to_dict` and the name."""
+    return space_from_dict(values["name"], {key: value for key, value in values.items() if key != "name"})
+
+
 class _YamlLoader(yaml.SafeLoader):
     """YAML in which 1e-5 is a number, as it is in JSON, and not only 1.0e-5."""
 

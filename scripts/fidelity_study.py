@@ -118,7 +118,8 @@ def draw() -> None:
     with figure(DOCS / "fidelity", width=12.6, height=3.7 * len(everything)) as drawing:
         parts = np.ravel([drawing.subfigures(len(everything), 1)])
         for part, (title, rows) in zip(parts, everything.items(), strict=True):
-            draw_fidelity(part, rows, tables[title], title)
+            draw_fidelity(part, rows, tables[title])
+            part.suptitle(title, fontsize=9)
     table = pd.concat(tables, names=["setting"]).reset_index("setting")
     table.to_csv(DOCS / "agreement.csv", index=False)
     print(table.round(3).to_string(index=False))

@@ -439,12 +439,6 @@ def test_a_vector_that_was_not_evaluated_is_refused(refused: Refused, workspace:
         ("search/base/trials.csv", flipped, "report run=runs/search/base", ["trials.csv is corrupt", "restore it"]),
         ("search/base/front.csv", flipped, "export run=runs/search/base", ["front.csv is corrupt", "restore it"]),
         ("search/base/front.csv", None, "export run=runs/search/base", ["front.csv is missing", "nas search"]),
-        (
-            "search/base/reference_vectors.csv",
-            flipped,
-            "report run=runs/search/base",
-            ["reference_vectors.csv is corrupt"],
-        ),
         ("train/*/complete.json", None, "export run=runs/search/base", ["runs/train", "unfinished"]),
         ("train/*/supernet.safetensors", flipped, "export run=runs/search/base", ["supernet.safetensors is corrupt"]),
         ("train/*/supernet.safetensors", flipped, "search", ["supernet.safetensors is corrupt", "restore it"]),

@@ -162,7 +162,7 @@ def test_without_vectors_of_equal_total_only_the_whole_is_ranked(tmp_path: Path)
     assert table["among"].tolist() == ["all", "all"]
     assert table["tau"].tolist() == pytest.approx([1, 1])
     with figure(tmp_path / "fidelity") as drawing:
-        draw_fidelity(drawing, pd.DataFrame(rows), table, "no equal totals")
+        draw_fidelity(drawing, pd.DataFrame(rows), table)
     assert (tmp_path / "fidelity.png").is_file()
 
 

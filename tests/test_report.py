@@ -9,11 +9,13 @@ import moocore
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
 
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.metrics import METRICS
+from nas.report.figure import FigureSize, figure
 from nas.report.groups import draw_groups, group_matrix, groups_size
 from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
 from nas.report.predicted import check_size, draw_check
@@ -114,11 +116,10 @@ def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace)
     assert three > 1.5 * two
 
 
-def test_points_carry_the_names_of_landmarks() -> None:
+def test_points_carry_the_names_of_reference_vectors() -> None:
     trials = pd.DataFrame({"vector": ["1-1", "2-2", "1-2"], "loss_nats": [3.0, 2.0, 2.5]})
-    reference_vectors = pd.DataFrame({"name": ["uniform 1", "Published"], "vector": ["1-1", "1-2"]})
-    points = front_points(trials, reference_vectors)
-    assert points["name"].tolist() == ["uniform 1", "", "Published"]
+    points = front_points(trials, {"uniform 1": (1, 1), "Published": (1, 2), "again": (1, 2)})
+    assert points["name"].tolist() == ["uniform 1", "", "Published = again"]
     assert points["uniform"].tolist() == [True, False, False]
 
 
@@ -142,7 +143,7 @@ def test_hypervolume_curves_have_median_and_range_of_their_group() -> None:
     ]
 
 
-def test_the_front_is_drawn_from_its_points_with_every_landmark_named() -> None:
+def test_the_front_is_drawn_from_its_points_with_every_reference_vector_named() -> None:
     points = pd.DataFrame(
         {
             "vector": ["1-1", "2-2", "1-2", "2-1"],
@@ -155,7 +156,7 @@ def test_the_front_is_drawn_from_its_points_with_every_landmark_named() -> None:
         }
     )
     drawing = Figure()
-    draw_front(drawing, points, TWO, "a title")
+    draw_front(drawing, points, TWO)
     (axes,) = drawing.axes
     assert axes.get_xlabel() == "decode throughput (tokens/s) — estimated"
     assert axes.get_ylabel() == "inherited validation loss (nats/token)"
@@ -174,7 +175,7 @@ def test_the_line_through_the_front_never_promises_more_than_was_found(x: str, y
     points = pd.DataFrame({x: values, y: better * np.array([1.0, 2.0, 3.0]) + 5, "on_front": True})
     points = points.assign(vector=["1", "2", "4"], name="", uniform=False, latency_source="measured")
     drawing = Figure()
-    draw_front(drawing, points, objectives, "")
+    draw_front(drawing, points, objectives)
     (line,) = drawing.axes[0].lines
     corners = np.asarray(line.get_path().vertices)
     style = line.get_drawstyle()
@@ -183,10 +184,25 @@ def test_the_line_through_the_front_never_promises_more_than_was_found(x: str, y
         assert at_middle == max(y0, y1), (x0, x1)
 
 
+@pytest.mark.parametrize("words", [5, 400])
+def test_a_figure_has_a_title_and_one_caption_line_that_fits(tmp_path: Path, words: int) -> None:
+    caption = " ".join(["batch 64"] * words)
+    with figure(tmp_path / "one", "tiny: Pareto front", caption) as drawing:
+        drawing.subplots().plot([1, 2])
+    assert drawing.get_suptitle() == "tiny: Pareto front"
+    shown = drawing.get_supxlabel()
+    assert "\n" not in shown
+    assert shown == caption if words == 5 else caption.startswith(shown.removesuffix("…")) and shown.endswith("…")
+    with plt.rc_context({"figure.dpi": 150}):
+        written = plt.figure(figsize=(6.4, 4.2)).text(0, 0, shown, fontsize=6.5)
+        assert written.get_window_extent().width <= 6.4 * 150
+    assert Image.open(tmp_path / "one.png").info["Description"] == caption
+
+
 def test_the_heat_map_shows_every_number_once() -> None:
     drawing = Figure()
     matrix = group_matrix(pd.DataFrame({"vector": ["1-2-4", "4-4-4"], "loss_nats": [3.0, 2.0]}))
-    draw_groups(drawing, matrix, "")
+    draw_groups(drawing, matrix)
     axes = drawing.axes[0]
     texts = {text.get_position(): text.get_text() for text in axes.texts}
     assert texts == {(0, 0): "4", (0, 1): "4", (0, 2): "4", (1, 0): "1", (1, 1): "2", (1, 2): "4"}
@@ -202,7 +218,7 @@ def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:
     rows = [("a", 1, 2.0, 1.0, 3.0, 2), ("a", 2, 4.0, 3.0, 5.0, 2), ("b", 1, 0.5, 0.5, 0.5, 1)]
     table = pd.DataFrame(rows, columns=["label", "evaluations", "median", "low", "high", "runs"])
     drawing = Figure()
-    draw_hypervolume(drawing, table, TWO, np.array([4.0, 10.0]), "")
+    draw_hypervolume(drawing, table, TWO, np.array([4.0, 10.0]))
     (axes,) = drawing.axes
     drawn = {str(line.get_label()): np.asarray(line.get_xydata()).tolist() for line in axes.lines}
     assert drawn == {"a (2 runs)": [[1, 2.0], [2, 4.0]], "b (1 run)": [[1, 0.5]]}
@@ -216,8 +232,7 @@ def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_wor
     rows += [("decode", "1", 2, 16, 3.0, 3.0), ("decode", "1", 4, 12, 7.0, 7.0)]
     check = pd.DataFrame(rows, columns=CHECK_COLUMNS)
     drawing = Figure()
-    draw_check(drawing, check, "a title")
-    assert drawing.get_suptitle() == "a title"
+    draw_check(drawing, check)
     shown = [axes for axes in drawing.axes if axes.get_visible()]
     drawn = [np.asarray(axes.collections[0].get_offsets()).tolist() for axes in shown]
     assert drawn == [[[3.0, 3.0]], [[7.0, 7.0]], [[10.0, 11.0], [20.0, 20.0]], [[5.0, 4.0]]]
@@ -231,7 +246,7 @@ def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_wor
 
 
 def test_the_check_grows_with_its_panels_three_a_row() -> None:
-    def size(panels: int) -> dict[str, float]:
+    def size(panels: int) -> FigureSize:
         rows = [("decode", "1", batch, 16, 10.0, 11.0) for batch in range(1, panels + 1)]
         return check_size(pd.DataFrame(rows, columns=CHECK_COLUMNS))
 

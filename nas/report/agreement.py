@@ -32,14 +32,13 @@ def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
     )
 
 
-def draw_fidelity(drawing: FigureBase, measurements: pd.DataFrame, table: pd.DataFrame, title: str) -> None:
+def draw_fidelity(drawing: FigureBase, measurements: pd.DataFrame, table: pd.DataFrame) -> None:
     """A panel of losses for each kind of trained loss, and one of the agreements."""
     truths = list(table["truth"].unique())
     panels = drawing.subplots(1, len(truths) + 1, squeeze=False)[0]
     for axes, truth in zip(panels, truths, strict=False):
         _draw_losses(axes, loss_pairs(measurements, truth), truth, table)
     _draw_agreement(panels[-1], table)
-    drawing.suptitle(title, fontsize=9)
 
 
 def _draw_losses(axes: Axes, pairs: pd.DataFrame, truth: str, table: pd.DataFrame) -> None:

@@ -5,6 +5,7 @@ import pandas as pd
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
+from nas.report.figure import FigureSize
 from nas.space import parse_vector
 
 
@@ -15,13 +16,13 @@ def group_matrix(front: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(vectors, columns=[f"{loss:.4f}" for loss in ordered["loss_nats"]])
 
 
-def groups_size(matrix: pd.DataFrame) -> dict[str, float]:
+def groups_size(matrix: pd.DataFrame) -> FigureSize:
     """Width and height of the heat map's figure in inches, which leave room for every cell."""
     layers, points = matrix.shape
     return {"width": max(5.0, 2.0 + 0.32 * points), "height": max(4.2, 1.8 + 0.16 * layers)}
 
 
-def draw_groups(drawing: Figure, matrix: pd.DataFrame, title: str) -> None:
+def draw_groups(drawing: Figure, matrix: pd.DataFrame) -> None:
     """Draws the heat map; small ones carry their numbers."""
     axes = drawing.subplots()
     choices = np.unique(matrix.to_numpy())
@@ -45,7 +46,6 @@ def draw_groups(drawing: Figure, matrix: pd.DataFrame, title: str) -> None:
     bar = drawing.colorbar(image, ax=axes, ticks=choices, shrink=0.6)
     bar.ax.set_yticklabels([str(g) for g in choices])
     bar.set_label("KV groups")
-    drawing.suptitle(title, fontsize=9)
 
 
 def _blues(shade: float) -> tuple[float, float, float, float]:

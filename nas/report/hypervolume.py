@@ -36,7 +36,7 @@ def curves(runs: Sequence[SearchCurve], objectives: Objectives, reference: npt.N
 
 
 def draw_hypervolume(
-    drawing: Figure, table: pd.DataFrame, objectives: Objectives, reference: npt.NDArray[np.float64], title: str
+    drawing: Figure, table: pd.DataFrame, objectives: Objectives, reference: npt.NDArray[np.float64]
 ) -> None:
     """Median line of each group with the band of its runs."""
     axes = drawing.subplots()
@@ -57,4 +57,3 @@ def draw_hypervolume(
     axes.set_title(f"reference point: {at}", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right", fontsize=8)
-    drawing.suptitle(title, fontsize=9)

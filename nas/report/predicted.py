@@ -4,13 +4,13 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from nas.latency.accuracy import WORKLOAD, summarise_check
-from nas.report.figure import COLOURS
+from nas.report.figure import COLOURS, FigureSize
 
 _A_ROW = 3
 _BEYOND = 1.01  # so far the line goes on: with few models, or much the same times, small errors look small
 
 
-def draw_check(drawing: Figure, check: pd.DataFrame, title: str) -> None:
+def draw_check(drawing: Figure, check: pd.DataFrame) -> None:
     """One panel a workload, with the line of perfect prediction."""
     summaries = summarise_check(check)
     rows = -(-len(summaries) // _A_ROW)
@@ -38,10 +38,9 @@ def draw_check(drawing: Figure, check: pd.DataFrame, title: str) -> None:
         axes.legend(fontsize=7)
     for axes in panels[len(summaries) :]:
         axes.set_visible(False)
-    drawing.suptitle(title, fontsize=9)
 
 
-def check_size(check: pd.DataFrame) -> dict[str, float]:
+def check_size(check: pd.DataFrame) -> FigureSize:
     """Width and height of the figure in inches."""
     panels = len(summarise_check(check))
     return {"width": max(4.2, 3.4 * min(panels, _A_ROW)), "height": 0.6 + 3.1 * -(-panels // _A_ROW)}

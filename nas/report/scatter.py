@@ -1,6 +1,7 @@
 """The front: every evaluated vector, and which of them are on the front, uniform, or known."""
 
 import itertools
+from collections.abc import Mapping
 
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,18 +10,19 @@ from matplotlib.figure import Figure
 from nas.metrics import METRICS
 from nas.report.figure import COLOURS, GREY
 from nas.search.pareto import Objectives
+from nas.space import Vector, format_vector
 
 
-def front_points(trials: pd.DataFrame, reference_vectors: pd.DataFrame) -> pd.DataFrame:
-    """The trials with the reference_vectors' names: column ``name`` (empty for most) and ``uniform``."""
-    names = reference_vectors.groupby("vector")["name"].agg(" = ".join).reset_index()
-    points = trials.merge(names, on="vector", how="left")
-    points["name"] = points["name"].fillna("")
-    points["uniform"] = points["name"].str.startswith("uniform ")
-    return points
+def front_points(trials: pd.DataFrame, reference_vectors: Mapping[str, Vector]) -> pd.DataFrame:
+    """The trials with the names of the reference vectors: column ``name`` (empty for most) and ``uniform``."""
+    names: dict[str, list[str]] = {}
+    for name, vector in reference_vectors.items():
+        names.setdefault(format_vector(vector), []).append(name)
+    named = trials["vector"].map({vector: " = ".join(own) for vector, own in names.items()}).fillna("")
+    return trials.assign(name=named, uniform=named.str.startswith("uniform "))
 
 
-def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives, title: str) -> None:
+def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives) -> None:
     """One panel for each pair of objectives."""
     pairs = list(itertools.combinations(objectives.names, 2))
     axes = drawing.subplots(1, len(pairs), squeeze=False)[0]
@@ -28,7 +30,6 @@ def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives, ti
         _draw_pair(panel, points, x, y, staircase=len(pairs) == 1)
         if index == 0:
             panel.legend(loc="best", fontsize=8)
-    drawing.suptitle(title, fontsize=9)
 
 
 def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool) -> None:

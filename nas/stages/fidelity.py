@@ -79,8 +79,8 @@ def write_results(measurements: pd.DataFrame, title: str, path: Path) -> None:
     table = agreement(measurements)
     for name, frame in (("measurements", measurements), ("agreement", table)):
         write_atomically(path / f"{name}.csv", partial(frame.to_csv, index=False))
-    with figure(path / "fidelity", width=4.2 * (1 + table["truth"].nunique())) as drawing:
-        draw_fidelity(drawing, measurements, table, title)
+    with figure(path / "fidelity", title, width=4.2 * (1 + table["truth"].nunique())) as drawing:
+        draw_fidelity(drawing, measurements, table)
     console.print(agreement_table(table))
 
 

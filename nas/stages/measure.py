@@ -165,8 +165,8 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
         found_out["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
     write_json(path / META, meta | found_out)
     if not check.empty:
-        with figure(path / _FIGURE, **check_size(check)) as drawing:
-            draw_check(drawing, check, title)
+        with figure(path / _FIGURE, "Predicted and measured models", title, **check_size(check)) as drawing:
+            draw_check(drawing, check)
     _say_check(check)
 
 

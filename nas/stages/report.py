@@ -1,6 +1,5 @@
 """nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
 
-import textwrap
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
@@ -25,10 +24,10 @@ from nas.report.predicted import check_size, draw_check
 from nas.report.scatter import draw_front, front_points
 from nas.report.terminal import front_table, gain_sentence
 from nas.run import FinishedRun, is_run, runs_in, start_run
-from nas.search import COLUMNS, Objectives, on_front, reference_point
+from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance, gains_over_uniform
+from nas.space import format_vector, space_from_config
 
-_TITLE_WIDTH = 58
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
 
@@ -57,39 +56,41 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     """Draws the searches; the others only count for the best front known."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
-    title = _title(first.config)
-    trials = [read_csv(search.artifact("trials.csv"), COLUMNS) for search in searches]
-    reference_vectors = read_csv(first.artifact("reference_vectors.csv"), ["name", "vector"])
+    trials = [_trials(search, objectives) for search in searches]
+    space = space_from_config(first.config["space"])
+    reference_vectors, name = space.reference_vectors(), space.name
     everything = pd.concat(trials).drop_duplicates("vector")
     everything["on_front"] = on_front(everything, objectives)
     points = front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
+    draw = partial(figure, caption=_caption(first.config))
 
     panels = len(objectives.names) * (len(objectives.names) - 1) // 2
-    with figure(path / "front", width=6.4 if panels == 1 else 4.6 * panels) as drawing:
-        draw_front(drawing, points, objectives, title)
+    with draw(path / "front", f"{name}: Pareto front", width=6.4 if panels == 1 else 4.6 * panels) as drawing:
+        draw_front(drawing, points, objectives)
     groups = group_matrix(front)
-    with figure(path / "groups", **groups_size(groups)) as drawing:
-        draw_groups(drawing, groups, title)
+    with draw(path / "groups", f"{name}: KV groups along the front", **groups_size(groups)) as drawing:
+        draw_groups(drawing, groups)
 
-    known = everything[everything["vector"].isin(reference_vectors["vector"])]
-    complete = len(known) == reference_vectors["vector"].nunique()  # limits and small budgets leave some out
-    reference = reference_point(known if complete else everything, objectives)
+    # Limits and small budgets leave some out.
+    complete = set(map(format_vector, reference_vectors.values())) <= set(everything["vector"])
+    reference = reference_point(points[points["name"] != ""] if complete else points, objectives)
     labels = _labels([search.config for search in searches])
     table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
-    with figure(path / "hypervolume") as drawing:
-        draw_hypervolume(drawing, table, objectives, reference, title)
+    with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
+        draw_hypervolume(drawing, table, objectives, reference)
 
     if (first.path / "latency_check.csv").is_file():
         check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS)
         if not check.empty:
-            with figure(path / "latency_check", **check_size(check)) as drawing:
-                draw_check(drawing, check, title)
+            with draw(path / "latency_check", f"{name}: predicted and measured models", **check_size(check)) as drawing:
+                draw_check(drawing, check)
 
-    console.print(front_table(front, dict(zip(reference_vectors["vector"], reference_vectors["name"], strict=True))))
-    uniform = reference_vectors.loc[reference_vectors["name"].str.startswith("uniform "), "vector"].tolist()
+    names = {format_vector(vector): own for own, vector in reference_vectors.items()}
+    console.print(front_table(front, names))
+    uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(gains_over_uniform(everything, uniform)))
-    known_trials = [everything, *(read_csv(search.artifact("trials.csv"), COLUMNS) for search in others)]
+    known_trials = [everything, *(_trials(search, objectives) for search in others)]
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
@@ -106,6 +107,10 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
             f"(median of {len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
+
+
+def _trials(search: FinishedRun, objectives: Objectives) -> pd.DataFrame:
+    return read_csv(search.artifact("trials.csv"), ["vector", "loss_nats", "on_front", *objectives.names])
 
 
 def front_metrics(
@@ -128,11 +133,11 @@ def front_metrics(
     }
 
 
-def _title(config: dict[str, Any]) -> str:
+def _caption(config: dict[str, Any]) -> str:
+    """Workload, source of the latency (its first clause; run.json has the rest) and limits, in one line."""
     limits = [f"{key} {limit:g}" for key, limit in config.get("constraints", {}).items() if limit is not None]
-    lines = [f"{config['space']['name']}: {Workload(**config['workload'])}", f"latency {config['latency']}"]
-    lines += [f"within {', '.join(limits)}"] if limits else []
-    return "\n".join(part for line in lines for part in textwrap.wrap(line, _TITLE_WIDTH))
+    parts = [str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"]
+    return "; ".join([*([f"within {', '.join(limits)}"] if limits else []), *parts])
 
 
 def _check_comparable(searches: list[FinishedRun]) -> None:

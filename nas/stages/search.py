@@ -2,7 +2,6 @@
 
 trials.csv          every evaluated vector, in order
 front.csv           the same columns, the front alone, sorted by loss
-reference_vectors.csv       names of the uniform and known vectors
 latency_check.csv   predicted against measured whole models, where the table was measured
 study.db            the Optuna study
 """
@@ -19,7 +18,6 @@ from nas.files import write_atomically
 from nas.report.terminal import front_table
 from nas.run import identity, start_run
 from nas.search import Membership
-from nas.space import SearchSpace, format_vector
 from nas.stages.prepare import prepare
 from nas.stages.workers import more_workers
 
@@ -39,7 +37,7 @@ def run(config: Search, path: Path) -> None:
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
                 trials = prepared.search(Membership(home, home if config.storage else "", config.heartbeat_s))
-            front = _write_tables(path, trials, problem.space, prepared.table.check() if prepared.table else None)
+            front = _write_tables(path, trials, prepared.table.check() if prepared.table else None)
             run.finish()
     except InUseError:
         if not config.storage:
@@ -56,11 +54,10 @@ def _assist(config: Search, path: Path) -> None:
     prepare(config, path).search(Membership(f"{identity(path)}/", None, config.heartbeat_s))
 
 
-def _write_tables(path: Path, trials: pd.DataFrame, space: SearchSpace, check: pd.DataFrame | None) -> pd.DataFrame:
+def _write_tables(path: Path, trials: pd.DataFrame, check: pd.DataFrame | None) -> pd.DataFrame:
     """Writes the CSVs that reports are drawn from; returns the front."""
     front = trials[trials["on_front"]].sort_values("loss_nats")
-    named = [(name, format_vector(vector)) for name, vector in space.reference_vectors().items()]
-    tables = {"trials": trials, "front": front, "reference_vectors": pd.DataFrame(named, columns=["name", "vector"])}
+    tables = {"trials": trials, "front": front}
     if check is not None:
         tables["latency_check"] = check
     for name, table in tables.items():
