@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from served_trial import fits, memory_cap
 
 from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.provenance import now
-from nas.serving.trial import fits, memory_cap
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nas.data.tokenizer import train_tokenizer
-from nas.export.hf import HfExporter, engine_ffn_width, hf_config, read_exported
+from nas.export.hf import HfExporter, engine_ffn_width, hf_config
 from nas.model import Supernet
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
@@ -47,7 +47,7 @@ def exported(
 ) -> tuple[Vector, Path]:
     """A vector that mixes 1, 2 and 4, and its exported directory."""
     folder = tmp_path_factory.mktemp("exported")
-    HfExporter().export(supernet.extract(request.param), tokenizer, folder, {"loss": "1.5 nats/token (measured)"})
+    HfExporter().write(supernet.extract(request.param), tokenizer, folder, {"loss": "1.5 nats/token (measured)"})
     return request.param, folder
 
 
@@ -79,7 +79,7 @@ def test_our_own_cached_decoding_gives_the_same_tokens(exported: tuple[Vector, P
     reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = torch.randint(300, (1, 4), generator=torch.Generator().manual_seed(2))
     expected = reference.generate(prompt, max_new_tokens=12, do_sample=False)[0, 4:].tolist()
-    model = read_exported(folder)
+    model = HfExporter().read(folder)
     runner = Runner(ServingModel.of(model), KVCache(model.shape, model.kv_heads, 1, 32))
     produced = generate(runner, prompt, 12, stop_token=reference.generation_config.eos_token_id)[0].tolist()
     assert produced == expected
@@ -101,7 +101,7 @@ def test_a_tokenizers_own_beginning_of_text_is_declared(
     if puts_it_first:
         like_llama.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
     like_llama.save(str(tmp_path / "tokenizer.json"))
-    HfExporter().export(supernet.extract((4, 1, 2)), tmp_path / "tokenizer.json", tmp_path / "model", {})
+    HfExporter().write(supernet.extract((4, 1, 2)), tmp_path / "tokenizer.json", tmp_path / "model", {})
     for file in ("config.json", "generation_config.json"):
         declared = json.loads((tmp_path / "model" / file).read_text())
         assert declared["bos_token_id"] == begin
@@ -114,7 +114,7 @@ def test_saving_with_transformers_keeps_the_layers(exported: tuple[Vector, Path]
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
     blocks = json.loads((tmp_path / "config.json").read_text())["block_configs"]
     assert [4 // block["attention"]["n_heads_in_group"] for block in blocks] == list(vector)
-    ours, theirs = (read_exported(where).state_dict() for where in (folder, tmp_path))
+    ours, theirs = (HfExporter().read(where).state_dict() for where in (folder, tmp_path))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     tokens = torch.arange(20)[None]
@@ -149,7 +149,7 @@ def test_tensors_have_plain_llama_names(exported: tuple[Vector, Path]) -> None:
 
 def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supernet: Supernet) -> None:
     vector, folder = exported
-    model = read_exported(folder)
+    model = HfExporter().read(folder)
     assert model.kv_heads == vector
     for name, tensor in supernet.extract(vector).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
@@ -158,7 +158,7 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
 @pytest.mark.parametrize("name", list(shipped_spaces()))
 def test_engines_compute_the_ffn_width_of_every_shipped_shape(name: str) -> None:
     shape = load_space(name).shape
-    config = hf_config(shape, (1,) * shape.num_hidden_layers, shape.intermediate_size)
+    config = hf_config(shape, shape.layers((1,) * shape.num_hidden_layers))
     assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], shape.hidden_size) == shape.intermediate_size
 
 
@@ -172,17 +172,17 @@ def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_
     shape = ModelShape(2, 32, 4, 8, 300, 280, 32)
     supernet = random_supernet(SearchSpace("odd", shape, ((1, 2),) * 2))
     model = supernet.extract((1, 2))
-    HfExporter().export(model, tokenizer, tmp_path, {})
+    HfExporter().write(model, tokenizer, tmp_path, {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert loaded.config.intermediate_size == 512
     tokens = torch.randint(280, (2, 10))
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
     assert "212 zero neurons" in (tmp_path / "README.md").read_text()
-    again = read_exported(tmp_path)  # the zeros are not trained any further
+    again = HfExporter().read(tmp_path)  # the zeros are not trained any further
     assert again.shape == shape
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert read_exported(tmp_path, with_weights=False).shape == shape
+    assert HfExporter().read(tmp_path, with_weights=False).shape == shape
 
 
 ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 10}
@@ -202,7 +202,7 @@ def test_what_llamas_relatives_have_travels_to_transformers_and_back(
 ) -> None:
     shape = dataclasses.replace(ModelShape(3, 32, 8, 8, 300, 280, 40), **FEATURED[kind])
     model = random_supernet(SearchSpace(kind, shape, ((1, 2, 4),) * 3)).extract((4, 1, 2))
-    HfExporter().export(model, tokenizer, tmp_path / "exported", {})
+    HfExporter().write(model, tokenizer, tmp_path / "exported", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     loaded.save_pretrained(tmp_path / "saved")
     tokens = torch.randint(280, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -210,7 +210,7 @@ def test_what_llamas_relatives_have_travels_to_transformers_and_back(
         reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad():
             torch.testing.assert_close(reference(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
-        again = read_exported(folder)
+        again = HfExporter().read(folder)
         assert (again.shape, again.kv_heads) == (shape, (4, 1, 2))
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -231,7 +231,7 @@ def test_an_export_from_before_these_features_is_still_read(exported: tuple[Vect
     for key in ("qkv_bias", "qk_norm"):
         del config[key]
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    assert read_exported(tmp_path / "old").shape == read_exported(folder).shape
+    assert HfExporter().read(tmp_path / "old").shape == HfExporter().read(folder).shape
     tokens = torch.arange(20)[None]
     old, new = (AutoModelForCausalLM.from_pretrained(at, trust_remote_code=True) for at in (tmp_path / "old", folder))
     assert torch.equal(old(tokens).logits, new(tokens).logits)
@@ -287,7 +287,7 @@ def test_finetuning_an_export_starts_from_its_loss_and_exports_again(nas: Nas, w
     assert spoiled.code == 1
     assert "changed after the run finished" in spoiled.err
     model = workspace.runs / "finetune" / "more" / "model"
-    assert read_exported(model).kv_heads == parse_vector(vector)
+    assert HfExporter().read(model).kv_heads == parse_vector(vector)
     assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).config.model_type == "nemotron-nas"
 
 

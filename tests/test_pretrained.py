@@ -20,7 +20,7 @@ from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
-from nas.export.hf import read_exported
+from nas.export.hf import HfExporter
 from nas.files import read_json
 from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
@@ -307,7 +307,7 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     before = float(finetuned.out.split(" before")[0].split()[-1])
     inherited = pd.read_csv("runs/search/mine/front.csv").set_index("vector").loc[folder.name, "loss_nats"]
     assert before == pytest.approx(inherited, abs=1e-4)
-    assert read_exported(Path("runs/finetune/mine/model")).shape.qkv_bias
+    assert HfExporter().read(Path("runs/finetune/mine/model")).shape.qkv_bias
 
     other = save_checkpoint(Path("other") / "model", "qwen2", seed=2)
     (other / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
