@@ -8,6 +8,7 @@ Runs on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter; test_serving.
 import dataclasses
 import itertools
 import sys
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -92,8 +93,9 @@ def check_gemms(device: str) -> None:
 
 
 def check_step(device: str, rows: int = 3, padded: int = 5, start: int = 6, length: int = 8) -> None:
-    for features in ({}, {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}):
-        shape = dataclasses.replace(SHAPE, **features)
+    flags: dict[str, Any]
+    for flags in ({}, {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}):
+        shape = dataclasses.replace(SHAPE, **flags)
         decoder = Decoder(shape, VECTOR).requires_grad_(False)
         for parameter in decoder.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
@@ -110,7 +112,7 @@ def check_step(device: str, rows: int = 3, padded: int = 5, start: int = 6, leng
 def main(device: str) -> None:
     torch.manual_seed(0)
     for *sizes, unsplit, splits in ATTENTION:
-        attention.split_tail_wave = lambda problems, *_, at=(unsplit, splits): (min(at[0], problems), at[1])  # type: ignore[misc]
+        attention.split_tail_wave = lambda problems, *_, at=(unsplit, splits): (min(at[0], problems), at[1])
         check_attention(device, *sizes)
     check_elementwise(device)
     check_gemms(device)

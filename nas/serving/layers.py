@@ -50,6 +50,8 @@ class ServingLayer(nn.Module):
     down_proj: InputMajorLinear
     input_layernorm: RMSNorm
     post_attention_layernorm: RMSNorm
+    q_norm: RMSNorm  # these two where the spec has them
+    k_norm: RMSNorm
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()

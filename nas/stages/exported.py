@@ -20,16 +20,14 @@ def open_checkpoint(reference: str, exporter: Exporter) -> tuple[Path, dict[str,
     folder = Path(reference)
     found = [folder / exporter.config] if (folder / exporter.config).is_file() else []
     found = found or sorted(folder.glob(f"*/{exporter.config}"))
-    if len(found) != 1:
-        some = (
-            f"holds {len(found)} models; give one of them, such as {found[0].parent}"
-            if found
-            else (
-                f"does not exist or has no {exporter.config}; give a directory that 'nas export' or 'nas finetune' wrote"
-            )
+    if not found:
+        raise UserError(
+            f"checkpoint {folder} does not exist or has no {exporter.config}; give a directory that 'nas export' or "
+            "'nas finetune' wrote"
         )
-        raise UserError(f"checkpoint {folder} {some}")
     source = found[0].parent
+    if len(found) > 1:
+        raise UserError(f"checkpoint {folder} holds {len(found)} models; give one of them, such as {source}")
     files = (exporter.config, exporter.weights, "tokenizer.json")
     if is_run(source.parent):
         writer = FinishedRun(source.parent)
