@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What not every Llama-style decoder has; a shape, a table or a run that says nothing of them has none.
+# What not every Llama-style decoder has; a shape, a table or a run that does not mention them has none.
 FEATURES = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_scaling")
 
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}

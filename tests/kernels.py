@@ -8,7 +8,6 @@ Runs on a GPU, or with TRITON_INTERPRET=1 in Triton's interpreter; test_serving.
 import dataclasses
 import itertools
 import sys
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -93,9 +92,8 @@ def check_gemms(device: str) -> None:
 
 
 def check_step(device: str, rows: int = 3, padded: int = 5, start: int = 6, length: int = 8) -> None:
-    flags: dict[str, Any]
-    for flags in ({}, {"qk_norm": True, "qkv_bias": True, "mlp_bias": True}):
-        shape = dataclasses.replace(SHAPE, **flags)
+    for features in (False, True):
+        shape = dataclasses.replace(SHAPE, qk_norm=features, qkv_bias=features, mlp_bias=features)
         decoder = Decoder(shape, VECTOR).requires_grad_(False)
         for parameter in decoder.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)

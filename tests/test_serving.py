@@ -421,12 +421,12 @@ def test_only_large_steps_in_a_graph_are_padded(batch: int, runtime: str, rows: 
 def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layers = list(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
     seen: list[int] = []
-    product = split_k_linear
+    linear_layer = split_k_linear
 
     def seeing(x_BF: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
         if linear is layers[1].qkv_proj:
             seen.append(len(x_BF))
-        return product(x_BF, linear)
+        return linear_layer(x_BF, linear)
 
     monkeypatch.setattr("nas.serving.rows.split_k_linear", seeing)
 

@@ -111,7 +111,7 @@ class Attention(nn.Module):
 def select_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
     """Each row's own G mixtures of the S stored heads, BGTd."""
     selection_BGS = selection_BGS.to(x_BSTd.dtype)
-    if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, a matrix product not
+    if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, but no GEMM
         return (selection_BGS[..., None, None] * x_BSTd.unsqueeze(1)).sum(2)
     return torch.einsum("bgs,bstd->bgtd", selection_BGS, x_BSTd)
 
@@ -193,7 +193,7 @@ class Decoder(nn.Module):
 
         Args:
             tokens_BT: Token ids.
-            selections: One selection (B, G, S) a layer, for a supernet.
+            selections: For a supernet, a selection (B, G, S) per layer.
 
         Returns:
             Logits, BTV.

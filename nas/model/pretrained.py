@@ -24,8 +24,7 @@ from nas.space import SearchSpace, load_space, shipped_spaces
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_GROUPS = 4  # that a derived space allows
-_PLAIN = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size")
-_PLAIN += ("rms_norm_eps", "tie_word_embeddings")
+_SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -202,10 +201,11 @@ def _shape(config: Any) -> ModelShape:
         window = None
     attention_bias = bool(getattr(config, "attention_bias", False)) and kind in ("llama", "qwen3")
     return ModelShape(
-        **{key: getattr(config, key) for key in _PLAIN},
+        **{key: getattr(config, key) for key in _SAME},
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         max_position_embeddings=min(config.max_position_embeddings, window or config.max_position_embeddings),
         rope_theta=rope["rope_theta"] if rope.get("rope_theta") else config.rope_theta,
+        tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=attention_bias or kind == "qwen2",
         o_bias=attention_bias,
         mlp_bias=bool(getattr(config, "mlp_bias", False)) and kind == "llama",

@@ -110,7 +110,7 @@ class Supernet(nn.Module):
 
 
 def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
-    """A state dict whose K/V heads are mixed, one mixture a layer."""
+    """A state dict whose K/V heads are mixed, with a mixture per layer."""
     mixed = dict(state)
     for layer, mixture in enumerate(mixtures):
         for tensor in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):

@@ -126,12 +126,8 @@ def split_tail_wave(problems: int, length: int, multiprocessors: int) -> tuple[i
     """How many sequences a program each takes alone, and among how many programs each of the others is split.
 
     The others are the tail wave. They have so many splits that each multiprocessor gets one beside the full waves, or,
-    where there are none, up to one and a half: a program that is alone there does not keep the memory busy.
-
-    Args:
-        problems: Rows times groups.
-        length: Tokens of the cache.
-        multiprocessors: Of the device.
+    where there are none, up to one and a half: a program that is alone there does not keep the memory busy. Problems
+    are rows times groups, and the length is the cache's.
     """
     tail = problems % multiprocessors
     places = multiprocessors if problems > tail else 3 * multiprocessors // 2
@@ -148,11 +144,6 @@ def pipeline_stages(problems: int, multiprocessors: int) -> int:
     return 2 if 2 * multiprocessors < problems <= 4 * multiprocessors else 3
 
 
-def _multiprocessors(device: torch.device) -> int:
-    """Of a device; Triton's interpreter, in tests, counts as one."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
 @torch.library.custom_op("nas::decode_attention", mutates_args=("keys_BGCd", "values_BGCd", "semaphores"))
 def decode_attention(
     q_NBHd: Tensor,
@@ -162,32 +153,24 @@ def decode_attention(
     sin_Cd: Tensor,
     keys_BGCd: Tensor,
     values_BGCd: Tensor,
-    semaphores: Tensor,
-    last: Tensor,
+    semaphores: Tensor,  # at least B * G zeros of int32, which count the finished splits; zeros again afterwards
+    last: Tensor,  # position of the new token, one integer on the device
 ) -> Tensor:
     """Writes the new token's key and value into the cache, and attends to all up to it.
 
-    Args:
-        q_NBHd: Queries before rotation, as split-K partials; of these and the next two, partials and rows may have any
-            stride. Rows beyond the cache's pad the batch: their output is undefined.
-        k_NBGd: The new keys, before rotation.
-        v_NBGd: The new values.
-        cos_Cd: Cosines of every position, fp32.
-        sin_Cd: Sines of every position.
-        keys_BGCd: The cache's keys, rotated.
-        values_BGCd: The cache's values.
-        semaphores: At least B * G zeros of int32, which count the finished splits; zeros again afterwards.
-        last: Position of the new token, one integer on the device.
+    Queries, keys and values come before rotation and as split-K partials; partials and rows may have any stride. Rows
+    beyond the cache's pad the batch: their output is undefined. The cache's keys are rotated.
     """
     N, rows, H, d = q_NBHd.shape
     B, G, C = min(rows, len(keys_BGCd)), *keys_BGCd.shape[1:3]
     R = H // G
-    multiprocessors = _multiprocessors(q_NBHd.device)
+    device = q_NBHd.device  # a CPU is that of Triton's interpreter, in tests
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     unsplit, splits = split_tail_wave(B * G, C, multiprocessors)
     programs = (B * G - unsplit) * splits
-    out_BHd = torch.empty((rows, H, d), device=q_NBHd.device, dtype=q_NBHd.dtype)
-    split_outs = torch.empty((programs, R, d), device=q_NBHd.device, dtype=torch.float32)
-    log_sums = torch.empty((programs, R), device=q_NBHd.device, dtype=torch.float32)
+    out_BHd = torch.empty((rows, H, d), device=device, dtype=q_NBHd.dtype)
+    split_outs = torch.empty((programs, R, d), device=device, dtype=torch.float32)
+    log_sums = torch.empty((programs, R), device=device, dtype=torch.float32)
     _attend[(unsplit + programs,)](
         q_NBHd, k_NBGd, v_NBGd, cos_Cd, sin_Cd, keys_BGCd, values_BGCd, semaphores, last, out_BHd, split_outs, log_sums,
         d**-0.5 * _LOG2_E, *q_NBHd.stride()[:2], *k_NBGd.stride()[:2], *v_NBGd.stride()[:2], *keys_BGCd.stride()[:2],

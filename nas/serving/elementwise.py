@@ -50,14 +50,7 @@ def _swiglu(gate_up_ptr, out_ptr, F, BLOCK: tl.constexpr):
 
 @torch.library.custom_op("nas::add_norm", mutates_args=())
 def add_norm(x_BD: Tensor, partials_NBD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The residual stream with its split-K partials added in fp32 and rounded once, and that under RMSNorm; both BD.
-
-    Args:
-        x_BD: The residual stream.
-        partials_NBD: What is added to it.
-        weight_D: The norm's weight.
-        eps: Added to the mean square.
-    """
+    """The residual stream with its split-K partials added in fp32 and rounded once, and that under RMSNorm; both BD."""
     B, D = x_BD.shape
     x_BD, partials_NBD = x_BD.contiguous(), partials_NBD.contiguous()
     total_BD, normed_BD = torch.empty_like(x_BD), torch.empty_like(x_BD)

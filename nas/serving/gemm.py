@@ -85,10 +85,7 @@ def _split_k_kernel(
 def gate_up_swiglu(x_BD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """SiLU of the first half of a linear layer's outputs times the second; contiguous, BF.
 
-    Args:
-        x_BD: The layer's inputs.
-        weight: Its weight (2F, D), laid out input by input.
-        bias: Its bias (2F), if it has one.
+    The weight (2F, D) is laid out input by input.
     """
     if bias is None and _is_for_triton(x_BD, weight, x_BD.shape[1], len(weight) // 2, _GATE_UP):
         return gate_up_in_triton(x_BD, weight)
@@ -104,9 +101,7 @@ def _(x_BD: Tensor, weight: Tensor, _: Tensor | None) -> Tensor:
 def split_k(x_BF: Tensor, weight: Tensor) -> Tensor:
     """A GEMM as two partials (2BD), each the sum over half of F; an odd F gives one.
 
-    Args:
-        x_BF: The inputs.
-        weight: DF, laid out input by input.
+    The weight DF is laid out input by input.
     """
     N = 2 - x_BF.shape[1] % 2
     if N == 2 and _is_for_triton(x_BF, weight, x_BF.shape[1] // 2, len(weight), _split_k_tile(weight)):
@@ -147,10 +142,5 @@ def _split_k_tile(weight: Tensor) -> Tile:
 
 
 def _options(x: Tensor, tile: Tile) -> dict[str, object]:
-    return {
-        "ROWS": max(16, triton.next_power_of_2(len(x))),
-        "COLUMNS": tile.columns,
-        "INPUTS": tile.inputs,
-        "num_warps": tile.warps,
-        "num_stages": tile.stages,
-    } | pdl_options(x)
+    sizes = {"ROWS": max(16, triton.next_power_of_2(len(x))), "COLUMNS": tile.columns, "INPUTS": tile.inputs}
+    return sizes | {"num_warps": tile.warps, "num_stages": tile.stages} | pdl_options(x)

@@ -25,10 +25,10 @@ def generate(
         runner: Its cache must have as many rows, and hold prompt and new tokens.
         tokens_BT: The prompts.
         new_tokens: How many tokens to add to each, at most.
-        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, more freely the higher it is.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn by the seed.
         seed: Of the drawing.
         stop_token: Generation ends when every row has produced it.
-        progress: Called with the number of new tokens after each one.
+        progress: Called with the number of new tokens so far, after each one.
 
     Returns:
         The new tokens, BN; a row that has produced ``stop_token`` goes on with whatever follows.

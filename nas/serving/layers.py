@@ -82,17 +82,10 @@ class ServingLayer(nn.Module):
     def forward(
         self, x_BTD: Tensor, partials_NBTD: Tensor, rope: Rope, cache: LayerCache, last: Position = None
     ) -> tuple[Tensor, Tensor]:
-        """A prompt from position 0 on, or one more token for every row.
+        """A prompt from position 0 on or, at position ``last``, one more token for every row.
 
-        Args:
-            x_BTD: The residual stream, but for ``partials_NBTD``.
-            partials_NBTD: What the layer before adds to it.
-            rope: The rotary table of all positions.
-            cache: Where keys and values go.
-            last: Position of the token.
-
-        Returns:
-            The residual stream in the same two parts.
+        The residual stream comes and goes as x and the partials that are still to be added to it; ``rope`` holds all
+        positions.
         """
         x_BTD, normed_BTD = residual_norm(x_BTD, partials_NBTD, self.input_layernorm, last)
         if isinstance(last, Tensor):
