@@ -21,12 +21,25 @@ from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
-from nas.shape import FEATURES, LayerSpec, ModelShape
+from nas.shape import LayerSpec, ModelShape
 from nas.space import format_vector
 
 _REMOTE_CODE = "modeling_decilm"
 _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
+_CARD_HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]
+---
+"""
+_CARD_CODE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
+```
+"""
 
 
 def padded_ffn_width(width: int) -> int:
@@ -86,10 +99,11 @@ class HfExporter:
 
 def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
     """The contents of config.json, but for the tokenizer's; FFN widths are as engines will compute them."""
-    heads, vector = shape.num_attention_heads, [spec.kv_groups for spec in specs]
+    own = dataclasses.asdict(shape)
+    o_bias, scaling = own.pop("o_bias"), own.pop("rope_scaling") or {}
     width = padded_ffn_width(shape.intermediate_size)
     padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
-    scaling, kept = dict(shape.rope_scaling or {}), {"no_op": False, "replace_with_linear": False}
+    heads, kept = shape.num_attention_heads, {"no_op": False, "replace_with_linear": False}
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -105,43 +119,26 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
             }
             for spec in specs
         ],
-        "num_key_value_heads_per_layer": vector,
-        "num_key_value_heads": max(vector),
-        "num_hidden_layers": shape.num_hidden_layers,
-        "hidden_size": shape.hidden_size,
+        "num_key_value_heads_per_layer": [spec.kv_groups for spec in specs],
+        "num_key_value_heads": max(spec.kv_groups for spec in specs),
+        **own,
         "intermediate_size": width,
-        "num_attention_heads": heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
+        **padding,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **scaling},
         **({"rope_scaling": scaling} if scaling else {}),  # where transformers 4 looks for it
-        "tie_word_embeddings": shape.tie_word_embeddings,
         "hidden_act": "silu",
-        "attention_bias": shape.o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
-        "qk_norm": shape.qk_norm,
+        "attention_bias": o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
         "dtype": "float32",
         "torch_dtype": "float32",
-        **padding,
     }
 
 
 def _shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape that `hf_config` wrote, without padding."""
-    plain = {field.name for field in dataclasses.fields(ModelShape)} - {"intermediate_size", *FEATURES}
-    return ModelShape(
-        **{key: config[key] for key in plain},
-        intermediate_size=config.get(_UNPADDED, config["intermediate_size"]),
-        qkv_bias=config.get("qkv_bias", False),
-        o_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
-        qk_norm=config.get("qk_norm", False),
-        rope_scaling=config.get("rope_scaling"),
-    )
+    names = {field.name for field in dataclasses.fields(ModelShape)} & config.keys()
+    width = config.get(_UNPADDED, config["intermediate_size"])
+    own = {name: config[name] for name in names} | {"intermediate_size": width}
+    return ModelShape(**own, o_bias=config.get("attention_bias", False))
 
 
 def _ffn_tensors(specs: Sequence[LayerSpec]) -> Iterator[tuple[str, int]]:
@@ -178,63 +175,31 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, in
     return {f"{key}_token_id": index for key, index in ids.items()}
 
 
-def _engine_warnings(shape: ModelShape) -> list[str]:
-    """What inference engines' code for nemotron-nas models does not know of this one, a paragraph each."""
-    lines = []
-    if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
-        lines += [
-            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
-            "head_dim from the configuration, llama.cpp and mlx-lm do not.",
-            "",
-        ]
-    if shape.qk_norm:
-        lines += [
-            "It normalises queries and keys head by head (q_norm, k_norm): transformers computes that with the code in "
-            "this folder, but the nemotron-nas code of vLLM, llama.cpp and mlx-lm does not know it.",
-            "",
-        ]
-    if shape.qkv_bias != shape.o_bias:
-        lines += [
-            "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
-            "attention_bias which of them do, mlx-lm expects all or none.",
-            "",
-        ]
-    return lines
-
-
 def _card(model: Decoder, card: Mapping[str, str]) -> str:
     shape, width = model.shape, padded_ffn_width(model.shape.intermediate_size)
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]",
-        "---",
-        f"# A model with KV groups {format_vector(model.kv_heads)}",
-        "",
+    notes = {
+        f"The FFN is stored {width} wide: inference engines round its width up to a multiple of {_FFN_MULTIPLE}, so "
+        f"{width - shape.intermediate_size} zero neurons were added, which change no output.": (
+            width != shape.intermediate_size
+        ),
+        f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
+        "head_dim from the configuration, llama.cpp and mlx-lm do not.": (
+            shape.head_dim * shape.num_attention_heads != shape.hidden_size
+        ),
+        "It normalises queries and keys head by head (q_norm, k_norm): transformers computes that with the code in "
+        "this folder, but the nemotron-nas code of vLLM, llama.cpp and mlx-lm does not know it.": shape.qk_norm,
+        "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
+        "attention_bias which of them do, mlx-lm expects all or none.": shape.qkv_bias != shape.o_bias,
+    }
+    rows = "\n".join(f"| {title} | {value} |" for title, value in card.items())
+    paragraphs = [
+        f"{_CARD_HEAD}# A model with KV groups {format_vector(model.kv_heads)}",
         f"A Llama-style decoder whose layers differ in their number of KV groups: {shape.num_hidden_layers} layers, "
         f"width {shape.hidden_size}, {shape.num_attention_heads} heads of {shape.head_dim}, "
         f"FFN {shape.intermediate_size}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
         f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
-        "",
+        *(note for note, holds in notes.items() if holds),
+        f"| what | value |\n| --- | --- |\n{rows}",
+        _CARD_CODE,
     ]
-    if width != shape.intermediate_size:
-        lines += [
-            f"The FFN is stored {width} wide: inference engines round its width up to a multiple of {_FFN_MULTIPLE}, "
-            f"so {width - shape.intermediate_size} zero neurons were added, which change no output.",
-            "",
-        ]
-    lines += _engine_warnings(shape)
-    lines += ["| what | value |", "| --- | --- |"]
-    lines += [f"| {title} | {value} |" for title, value in card.items()]
-    lines += [
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)
