@@ -7,7 +7,7 @@ KV cache of its own size. transformers does not, so a small file of model code t
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
     """The contents of config.json, but for the tokenizer's; FFN widths are as engines will compute them."""
     own = dataclasses.asdict(shape)
     o_bias, scaling = own.pop("o_bias"), own.pop("rope_scaling") or {}
-    width = padded_ffn_width(shape.intermediate_size)
+    width = max(padded_ffn_width(spec.intermediate_size) for spec in specs)
     padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
     heads, kept = shape.num_attention_heads, {"no_op": False, "replace_with_linear": False}
     return {
@@ -176,12 +176,12 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, in
 
 
 def _card(model: Decoder, card: Mapping[str, str]) -> str:
-    shape, width = model.shape, padded_ffn_width(model.shape.intermediate_size)
+    shape, widths = model.shape, sorted({spec.intermediate_size for spec in model.specs})
+    padded = [padded_ffn_width(width) for width in widths]
     notes = {
-        f"The FFN is stored {width} wide: inference engines round its width up to a multiple of {_FFN_MULTIPLE}, so "
-        f"{width - shape.intermediate_size} zero neurons were added, which change no output.": (
-            width != shape.intermediate_size
-        ),
+        f"The FFN is stored {_listed(padded)} wide: inference engines round its width up to a multiple of "
+        f"{_FFN_MULTIPLE}, so {_listed(new - old for new, old in zip(padded, widths, strict=True))} zero neurons were "
+        "added, which change no output.": padded != widths,
         f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
         "head_dim from the configuration, llama.cpp and mlx-lm do not.": (
             shape.head_dim * shape.num_attention_heads != shape.hidden_size
@@ -196,10 +196,14 @@ def _card(model: Decoder, card: Mapping[str, str]) -> str:
         f"{_CARD_HEAD}# A model with KV groups {format_vector(model.kv_heads)}",
         f"A Llama-style decoder whose layers differ in their number of KV groups: {shape.num_hidden_layers} layers, "
         f"width {shape.hidden_size}, {shape.num_attention_heads} heads of {shape.head_dim}, "
-        f"FFN {shape.intermediate_size}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
+        f"FFN {_listed(widths)}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
         f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
         *(note for note, holds in notes.items() if holds),
         f"| what | value |\n| --- | --- |\n{rows}",
         _CARD_CODE,
     ]
     return "\n\n".join(paragraphs)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -155,12 +155,7 @@ class _Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model with ``kv_heads[l]`` K/V heads in layer ``l``.
-
-    Args:
-        shape: The model shape.
-        kv_heads: K/V heads of every layer; for a plain model, its group vector.
-    """
+    """A causal language model with ``kv_heads[l]`` K/V heads in layer ``l``; a plain model's are its group vector."""
 
     rope_cos: Tensor
     rope_sin: Tensor
@@ -189,15 +184,7 @@ class Decoder(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits of every position.
-
-        Args:
-            tokens_BT: Token ids.
-            selections: For a supernet, a selection (B, G, S) per layer.
-
-        Returns:
-            Logits, BTV.
-        """
+        """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""
         x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(0, tokens_BT.shape[1])
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rope, selections[index] if selections is not None else None)

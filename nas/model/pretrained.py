@@ -62,11 +62,7 @@ class Checkpoint:
         return SearchSpace(self.name, self.shape, (groups,) * self.shape.num_hidden_layers)
 
     def check_space(self, space: SearchSpace) -> None:
-        """Refuses a space whose supernet cannot take over these weights; its context may be shorter.
-
-        Raises:
-            UserError: Its shape is another, or a layer may have more groups than there are K/V heads.
-        """
+        """Refuses a space whose supernet cannot take over these weights (`UserError`); its context may be shorter."""
         for key in (field.name for field in dataclasses.fields(ModelShape)):
             wanted, here = getattr(space.shape, key), getattr(self.shape, key)
             if wanted != here and not (key == "max_position_embeddings" and wanted < here):
@@ -103,9 +99,8 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
         weights: Mapping[str, Tensor] = model.state_dict()
         if problem := next(_problems(report, weights), None):
-            raise UserError(
-                f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
-            )
+            words = f"the weights of checkpoint {self.folder} do not fit its config.json"
+            raise UserError(f"{words}: {problem}; restore it")
         return weights
 
 
