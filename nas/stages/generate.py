@@ -34,9 +34,8 @@ def run(config: Generate, path: Path) -> None:
     stop, prompt = end_of_text_id(tokenizer), tokenizer.encode(config.prompt).ids
     shape, vector, device = model.shape, model.kv_heads, this_device()
     workload = workload_of(config, prompt, shape, vector, device)
-    resolved = {"checkpoint": config.checkpoint, "prompt": config.prompt, "new_tokens": config.new_tokens}
-    resolved |= {"batch": config.batch, "seed": config.seed, "temperature": config.temperature}
-    resolved |= {"workload": str(workload)}
+    kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")
+    resolved = {name: getattr(config, name) for name in kept} | {"workload": str(workload)}
     with start_run(path, "generate", resolved, {"generate": config.seed}, parents) as this_run:
         torch_device, dtype = torch.device("cuda" if device.is_gpu else "cpu"), DTYPES[workload.dtype]
         served = ServingModel.of(model, torch_device, dtype)
@@ -45,9 +44,7 @@ def run(config: Generate, path: Path) -> None:
         tokens = torch.tensor([prompt] * config.batch, device=torch_device)
         runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
         with console.progress_bar("Generating", config.new_tokens) as bar:
-            new_BN = generate(
-                runner, tokens, config.new_tokens, config.temperature, config.seed, stop, progress=bar.update
-            )
+            new_BN = generate(runner, tokens, config.new_tokens, config.temperature, config.seed, stop, bar.update)
         rows = [row[: row.index(stop)] if stop in row else row for row in new_BN.tolist()]
         seconds, count = time.perf_counter() - begun, sum(map(len, rows))
         texts = [config.prompt + _continued(tokenizer, prompt, row) for row in rows]
