@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# What not every Llama-style decoder has; a shape, a table or a run that says nothing of them has none.
+# What not every Llama-style decoder has; a shape, a table or a run that does not mention them has none.
 FEATURES = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_scaling")
 
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
@@ -23,7 +23,7 @@ ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by rope_
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer: ``inputs`` to ``outputs`` features."""
+    """A linear layer of ``inputs`` to ``outputs`` features."""
 
     inputs: int
     outputs: int
@@ -31,7 +31,6 @@ class LinearSpec:
 
     @property
     def parameters(self) -> int:
-        """Weights and biases."""
         return self.outputs * (self.inputs + self.bias)
 
 
@@ -83,16 +82,7 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that fixes a Llama-style decoder apart from its KV groups.
-
-    Attributes:
-        qkv_bias: The projections to queries, keys and values have biases.
-        o_bias: The attention's output projection has one.
-        mlp_bias: The feed-forward network's projections have them.
-        qk_norm: Queries and keys are RMS-normalised head by head before they are rotated, as in Qwen3.
-        rope_scaling: How rotary embeddings are stretched, in Hugging Face's words (``rope_type``, ``factor``, …;
-            see `ROPE_KEYS`), or None.
-    """
+    """Everything that fixes a Llama-style decoder apart from its KV groups."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -107,8 +97,8 @@ class ModelShape:
     qkv_bias: bool = False
     o_bias: bool = False
     mlp_bias: bool = False
-    qk_norm: bool = False
-    rope_scaling: Mapping[str, Any] | None = None
+    qk_norm: bool = False  # queries and keys are RMS-normalised per head before they are rotated, as in Qwen3
+    rope_scaling: Mapping[str, Any] | None = None  # of rotary embeddings, in Hugging Face's words; see `ROPE_KEYS`
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -121,12 +111,8 @@ class ModelShape:
 
     def layer(self, groups: int) -> LayerSpec:
         """The description of a decoder layer with ``groups`` KV groups."""
-        own = {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(LayerSpec)
-            if field.name != "kv_groups"
-        }
-        return LayerSpec(kv_groups=groups, **own)
+        names = {field.name for field in dataclasses.fields(LayerSpec)} - {"kv_groups"}
+        return LayerSpec(kv_groups=groups, **{name: getattr(self, name) for name in names})
 
     def layers(self, vector: Sequence[int]) -> list[LayerSpec]:
         """The descriptions of all layers, first layer first."""

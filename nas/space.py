@@ -1,7 +1,7 @@
 """Search spaces and group vectors: what can be searched, without a tensor in sight.
 
-A *vector* holds one number of KV groups ``g`` a layer and is written ``4-2-2-1``. A *search space* is a model shape
-and the groups that each layer may have.
+A *vector* holds the number of KV groups ``g`` of every layer and is written ``4-2-2-1``. A *search space* is a model
+shape and the groups that each layer may have.
 """
 
 import dataclasses
@@ -28,19 +28,12 @@ def format_vector(vector: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A model shape and, for every layer, the KV groups that it may keep.
+    """A model shape and, for every layer, the KV groups that it may keep."""
 
-    Attributes:
-        name: The stem of its YAML file, or the name of the checkpoint's folder that it was derived from.
-        shape: The model shape.
-        choices: One ascending tuple of allowed groups a layer.
-        known_vectors: Published vectors of this shape by name; reports mark them.
-    """
-
-    name: str
+    name: str  # the stem of its YAML file, or the name of the checkpoint's folder that it was derived from
     shape: ModelShape
-    choices: tuple[Vector, ...]
-    known_vectors: Mapping[str, Vector] = dataclasses.field(default_factory=dict)
+    choices: tuple[Vector, ...]  # per layer the allowed groups, ascending
+    known_vectors: Mapping[str, Vector] = dataclasses.field(default_factory=dict)  # published ones by name
 
     def __post_init__(self) -> None:
         layers, heads = self.shape.num_hidden_layers, self.shape.num_attention_heads
@@ -103,7 +96,7 @@ class SearchSpace:
         if len(vector) != len(self.choices):
             raise UserError(
                 f"vector {format_vector(vector)} has {len(vector)} layers but space {self.name} has "
-                f"{len(self.choices)}; give one number of groups a layer"
+                f"{len(self.choices)}; give one number of groups per layer"
             )
         for layer, (groups, allowed) in enumerate(zip(vector, self.choices, strict=True)):
             if groups not in allowed:
@@ -125,11 +118,7 @@ class SearchSpace:
         ]
 
     def parse(self, text: str) -> Vector:
-        """Parses ``4-2-2-1`` and checks it against the space.
-
-        Raises:
-            UserError: The text is not a vector of this space.
-        """
+        """Parses ``4-2-2-1`` and checks it against the space; see `check`."""
         return self.check(parse_vector(text))
 
     def to_dict(self) -> dict[str, Any]:
@@ -150,14 +139,14 @@ def parse_vector(text: str) -> Vector:
     try:
         return tuple(int(part) for part in text.split("-"))
     except ValueError:
-        raise UserError(f"'{text}' is not a vector; write one number of groups a layer, such as 4-2-2-1") from None
+        raise UserError(f"'{text}' is not a vector; write one number of groups per layer, such as 4-2-2-1") from None
 
 
 def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     """Builds a space from the contents of a YAML file.
 
     Raises:
-        ValueError: A value is missing, unknown or out of range; the message names it.
+        ValueError, UserError: A value is missing, unknown or out of range; the message names it.
     """
     fields = {field.name: field for field in dataclasses.fields(ModelShape)}
     if unknown := values.keys() - fields.keys() - {"kv_groups", "known_vectors"}:
@@ -167,27 +156,25 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     if missing := required - values.keys():
         raise ValueError(f"{', '.join(sorted(missing))} is missing; add it")
     shape = ModelShape(**{key: values[key] for key in values if key in fields})
-    groups = values["kv_groups"]
-    if not isinstance(groups, list) or not groups:
-        raise ValueError(f"kv_groups is {groups!r}; give a list of groups, or one list a layer")
-    per_layer = groups if isinstance(groups[0], list) else [groups] * shape.num_hidden_layers
-    if not all(isinstance(allowed, list) for allowed in per_layer):
-        raise ValueError("kv_groups mixes numbers and lists; give one list of groups, or one list a layer")
-    if wrong := [number for allowed in per_layer for number in allowed if not isinstance(number, int)]:
-        raise ValueError(f"kv_groups has {wrong[0]!r}; give whole numbers")
+    stated = values["kv_groups"]
+    nested = isinstance(stated, list) and any(isinstance(allowed, list) for allowed in stated)
+    per_layer = stated if nested else [stated] * shape.num_hidden_layers
+    if not stated or not all(isinstance(allowed, list) and _are_whole(allowed) for allowed in per_layer):
+        raise ValueError(f"kv_groups is {stated!r}; give a list of whole numbers, or one such list per layer")
     named = values.get("known_vectors") or {}
     if not isinstance(named, dict):
         raise ValueError(f"known_vectors is {named!r}; give a vector such as 4-2-2-1 by name")
-    try:
-        known = {str(name): parse_vector(str(text)) for name, text in named.items()}
-    except UserError as error:
-        raise ValueError(str(error)) from None
+    known = {str(name): parse_vector(str(text)) for name, text in named.items()}
     return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in per_layer), known)
 
 
 def space_from_config(values: Mapping[str, Any]) -> SearchSpace:
     """The space of a run, as its config records it: `SearchSpace.to_dict` and the name."""
     return space_from_dict(values["name"], {key: value for key, value in values.items() if key != "name"})
+
+
+def _are_whole(numbers: list[Any]) -> bool:
+    return all(isinstance(number, int) for number in numbers)
 
 
 class _YamlLoader(yaml.SafeLoader):
@@ -223,5 +210,5 @@ def load_space(reference: str) -> SearchSpace:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         problem = " ".join(str(error).split())
         raise UserError(f"search space {path} is not valid YAML: {problem}") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, UserError) as error:
         raise UserError(f"search space {path}: {error}") from None

@@ -13,14 +13,7 @@ from nas.space import Vector
 
 
 class Totals:
-    """The vectors of a space, sorted by their total.
-
-    Args:
-        choices: The allowed groups of every layer.
-
-    Attributes:
-        reachable: Ascending totals that some vector has.
-    """
+    """The vectors of a space, whose layers allow ``choices``, by their total."""
 
     def __init__(self, choices: Sequence[Vector]) -> None:
         self._choices = choices
@@ -31,25 +24,20 @@ class Totals:
         for layer in reversed(range(len(choices))):
             for groups in choices[layer]:
                 self._ways[layer][groups:] += self._ways[layer + 1][: top + 1 - groups]
-        self.reachable = np.flatnonzero(self._ways[0])
+        self.reachable = np.flatnonzero(self._ways[0])  # ascending totals that some vector has
 
     def count(self, total: int) -> float:
         """How many vectors have this total."""
         return float(self._ways[0][total])
 
     def draw(self, totals: npt.ArrayLike, rng: np.random.Generator) -> list[Vector]:
-        """One vector for each entry of ``totals``, uniform among the vectors of that total.
-
-        Args:
-            totals: Reachable totals, shape (n,).
-            rng: The source of randomness.
-        """
+        """One vector for each of n reachable ``totals``, uniform among the vectors of that total."""
         left = np.array(totals)
         columns = []
         for layer, allowed in enumerate(self._choices):
             groups = np.array(allowed)
-            rest = left[:, None] - groups  # (n, choices)
-            ways = np.where(rest >= 0, self._ways[layer + 1][np.maximum(rest, 0)], 0.0)
+            remaining = left[:, None] - groups  # (n, choices)
+            ways = np.where(remaining >= 0, self._ways[layer + 1][np.maximum(remaining, 0)], 0.0)
             odds = np.cumsum(ways, axis=1) / ways.sum(axis=1, keepdims=True)
             picked = groups[(rng.random((len(left), 1)) >= odds).sum(axis=1).clip(max=len(groups) - 1)]
             left = left - picked

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from served_trial import copy_bandwidth, fits, memory_cap, served
 
 from nas.files import write_atomically
 from nas.hardware import nvml_facts
@@ -26,7 +27,6 @@ from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.provenance import now
 from nas.report.figure import COLOURS, figure
-from nas.serving.trial import copy_bandwidth, fits, memory_cap, served
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 

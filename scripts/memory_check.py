@@ -1,6 +1,6 @@
 """Is the largest batch that we predict the largest that fits? Tried out on a GPU, for vectors, contexts and caps.
 
-Each trial reads a pass of prompts and decodes a step under a cap on PyTorch's memory. The predicted batch must do so,
+Each trial reads a chunk of prompts and decodes a step under a cap on PyTorch's memory. The predicted batch must do so,
 and then larger ones are tried until one does not. Writes docs/memory/batch_max.csv.
 
     python scripts/memory_check.py
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from served_trial import fits, memory_cap
 
 from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.provenance import now
-from nas.serving.trial import fits, memory_cap
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 
@@ -54,10 +54,10 @@ def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> 
 
 
 def main() -> None:
-    facts = nvml_facts(str(torch.cuda.get_device_properties(0).uuid))
+    nvml = nvml_facts(str(torch.cuda.get_device_properties(0).uuid))
     machine = {
-        "device": facts.get("nvml_name"),
-        "driver": facts.get("driver"),
+        "device": nvml.get("nvml_name"),
+        "driver": nvml.get("driver"),
         "torch": torch.__version__,
         "date": now(),
     }

@@ -17,14 +17,18 @@ from tokenizers import Tokenizer, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nas.data.tokenizer import train_tokenizer
-from nas.export.hf import HfExporter, engine_ffn_width, hf_config, read_exported
+from nas.errors import UserError
+from nas.export.hf import HfExporter, engine_ffn_width, hf_config
 from nas.model import Supernet
+from nas.search import Objectives
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
-from nas.space import SearchSpace, Vector, load_space, parse_vector, shipped_spaces
-from tests.conftest import Nas, Workspace, random_supernet
+from nas.space import SearchSpace, Vector, load_space, shipped_spaces
+from nas.stages.export import select
+from nas.stages.exported import open_checkpoint
+from tests.conftest import FAST, Nas, random_supernet
 
-MIXED: list[Vector] = [(4, 1, 2), (1, 2, 4), (2, 4, 1), (1, 1, 4)]
+MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,17 @@ def exported(
 ) -> tuple[Vector, Path]:
     """A vector that mixes 1, 2 and 4, and its exported directory."""
     folder = tmp_path_factory.mktemp("exported")
-    HfExporter().export(supernet.extract(request.param), tokenizer, folder, {"loss": "1.5 nats/token (measured)"})
+    HfExporter().write(supernet.extract(request.param), tokenizer, folder, {"loss": "1.5 nats/token (measured)"})
     return request.param, folder
+
+
+@pytest.fixture(scope="module")
+def exported_once(supernet: Supernet, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One exported model, with a tokenizer as large as its vocabulary."""
+    folder = tmp_path_factory.mktemp("model")
+    train_tokenizer([text_file.read_text()], 320).save(str(folder / "tokenizer.json"))
+    HfExporter().write(supernet.extract((4, 1, 2)), folder / "tokenizer.json", folder / "4-1-2", {})
+    return folder / "4-1-2"
 
 
 def test_transformers_computes_the_sub_networks_logits(exported: tuple[Vector, Path], supernet: Supernet) -> None:
@@ -79,7 +92,7 @@ def test_our_own_cached_decoding_gives_the_same_tokens(exported: tuple[Vector, P
     reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     prompt = torch.randint(300, (1, 4), generator=torch.Generator().manual_seed(2))
     expected = reference.generate(prompt, max_new_tokens=12, do_sample=False)[0, 4:].tolist()
-    model = read_exported(folder)
+    model = HfExporter().read(folder)
     runner = Runner(ServingModel.of(model), KVCache(model.shape, model.kv_heads, 1, 32))
     produced = generate(runner, prompt, 12, stop_token=reference.generation_config.eos_token_id)[0].tolist()
     assert produced == expected
@@ -101,7 +114,7 @@ def test_a_tokenizers_own_beginning_of_text_is_declared(
     if puts_it_first:
         like_llama.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", begin)])
     like_llama.save(str(tmp_path / "tokenizer.json"))
-    HfExporter().export(supernet.extract((4, 1, 2)), tmp_path / "tokenizer.json", tmp_path / "model", {})
+    HfExporter().write(supernet.extract((4, 1, 2)), tmp_path / "tokenizer.json", tmp_path / "model", {})
     for file in ("config.json", "generation_config.json"):
         declared = json.loads((tmp_path / "model" / file).read_text())
         assert declared["bos_token_id"] == begin
@@ -114,7 +127,7 @@ def test_saving_with_transformers_keeps_the_layers(exported: tuple[Vector, Path]
     AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).save_pretrained(tmp_path)
     blocks = json.loads((tmp_path / "config.json").read_text())["block_configs"]
     assert [4 // block["attention"]["n_heads_in_group"] for block in blocks] == list(vector)
-    ours, theirs = (read_exported(where).state_dict() for where in (folder, tmp_path))
+    ours, theirs = (HfExporter().read(where).state_dict() for where in (folder, tmp_path))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     again = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     tokens = torch.arange(20)[None]
@@ -149,7 +162,7 @@ def test_tensors_have_plain_llama_names(exported: tuple[Vector, Path]) -> None:
 
 def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supernet: Supernet) -> None:
     vector, folder = exported
-    model = read_exported(folder)
+    model = HfExporter().read(folder)
     assert model.kv_heads == vector
     for name, tensor in supernet.extract(vector).state_dict().items():
         assert torch.equal(model.state_dict()[name], tensor)
@@ -158,7 +171,7 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
 @pytest.mark.parametrize("name", list(shipped_spaces()))
 def test_engines_compute_the_ffn_width_of_every_shipped_shape(name: str) -> None:
     shape = load_space(name).shape
-    config = hf_config(shape, (1,) * shape.num_hidden_layers, shape.intermediate_size)
+    config = hf_config(shape, shape.layers((1,) * shape.num_hidden_layers))
     assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], shape.hidden_size) == shape.intermediate_size
 
 
@@ -172,17 +185,17 @@ def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_
     shape = ModelShape(2, 32, 4, 8, 300, 280, 32)
     supernet = random_supernet(SearchSpace("odd", shape, ((1, 2),) * 2))
     model = supernet.extract((1, 2))
-    HfExporter().export(model, tokenizer, tmp_path, {})
+    HfExporter().write(model, tokenizer, tmp_path, {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     assert loaded.config.intermediate_size == 512
     tokens = torch.randint(280, (2, 10))
     with torch.no_grad():
         torch.testing.assert_close(loaded(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
     assert "212 zero neurons" in (tmp_path / "README.md").read_text()
-    again = read_exported(tmp_path)  # the zeros are not trained any further
+    again = HfExporter().read(tmp_path)  # the zeros are not trained any further
     assert again.shape == shape
     assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
-    assert read_exported(tmp_path, with_weights=False).shape == shape
+    assert HfExporter().read(tmp_path, with_weights=False).shape == shape
 
 
 ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 10}
@@ -202,7 +215,7 @@ def test_what_llamas_relatives_have_travels_to_transformers_and_back(
 ) -> None:
     shape = dataclasses.replace(ModelShape(3, 32, 8, 8, 300, 280, 40), **FEATURED[kind])
     model = random_supernet(SearchSpace(kind, shape, ((1, 2, 4),) * 3)).extract((4, 1, 2))
-    HfExporter().export(model, tokenizer, tmp_path / "exported", {})
+    HfExporter().write(model, tokenizer, tmp_path / "exported", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     loaded.save_pretrained(tmp_path / "saved")
     tokens = torch.randint(280, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -210,7 +223,7 @@ def test_what_llamas_relatives_have_travels_to_transformers_and_back(
         reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
         with torch.no_grad():
             torch.testing.assert_close(reference(tokens).logits, model(tokens), atol=1e-4, rtol=1e-4)
-        again = read_exported(folder)
+        again = HfExporter().read(folder)
         assert (again.shape, again.kv_heads) == (shape, (4, 1, 2))
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
     how = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False}
@@ -231,76 +244,73 @@ def test_an_export_from_before_these_features_is_still_read(exported: tuple[Vect
     for key in ("qkv_bias", "qk_norm"):
         del config[key]
     (tmp_path / "old" / "config.json").write_text(json.dumps(config))
-    assert read_exported(tmp_path / "old").shape == read_exported(folder).shape
+    assert HfExporter().read(tmp_path / "old").shape == HfExporter().read(folder).shape
     tokens = torch.arange(20)[None]
     old, new = (AutoModelForCausalLM.from_pretrained(at, trust_remote_code=True) for at in (tmp_path / "old", folder))
     assert torch.equal(old(tokens).logits, new(tokens).logits)
 
 
-def test_the_command_exports_the_front_with_a_card_that_names_its_sources(nas: Nas, workspace: Workspace) -> None:
-    result = nas("export", f"run={workspace.runs}/search/base", "select=all", "name=all")
-    assert result.code == 0, result.err
-    front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv")
-    folder = workspace.runs / "export" / "all"
-    assert {path.parent.name for path in folder.glob("*/config.json")} == set(front["vector"])
-    row = front.iloc[0]
-    card = (folder / row["vector"] / "README.md").read_text()
-    for words in (row["vector"], f"{row['loss_nats']:.5f}", f"{row['decode_ms']:.4f}", "(measured)", "measured on"):
-        assert words in card
+@pytest.mark.parametrize(
+    ("choice", "selected"),
+    [("all", [0, 1, 2]), ("best_loss", [0]), ("fastest", [2]), ("knee", [1]), ("2-2-2", [3]), ("4-1-2", [0])],
+)
+def test_one_vector_or_the_whole_front_can_be_selected(micro: SearchSpace, choice: str, selected: list[int]) -> None:
+    rows = [("4-1-2", 2.0, 10.0), ("1-2-1", 2.1, 90.0), ("1-1-1", 3.0, 100.0), ("2-2-2", 2.5, 20.0)]
+    trials = pd.DataFrame(rows, columns=["vector", "loss_nats", "tokens_per_s"])
+    found = select(choice, trials[:3], trials, Objectives(("loss_nats", "tokens_per_s")), micro)
+    assert found.index.tolist() == selected
 
 
 @pytest.mark.parametrize(
-    ("select", "column", "best"), [("best_loss", "loss_nats", "min"), ("fastest", "tokens_per_s", "max")]
+    ("choice", "words"),
+    [
+        ("slowest", "select is 'slowest'; use all, knee, best_loss, fastest, or an evaluated vector"),
+        ("1-1", "has 2 layers but space micro has 3"),
+        ("4-4-4", "select is 4-4-4, which this search did not evaluate"),
+    ],
 )
-def test_one_end_of_the_front_can_be_selected(
-    nas: Nas, workspace: Workspace, select: str, column: str, best: str
+def test_what_cannot_be_selected_is_refused(micro: SearchSpace, choice: str, words: str) -> None:
+    trials = pd.DataFrame({"vector": ["1-1-1"]})
+    with pytest.raises(UserError, match=words):
+        select(choice, trials, trials, Objectives(("loss_nats", "tokens_per_s")), micro)
+
+
+TRAINING = (*(argument for argument in FAST if argument.startswith("train.")), "data=text")
+
+
+def test_finetuning_an_export_lowers_its_loss_and_exports_again(
+    nas: Nas, exported_once: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    arguments = (
-        f"run={workspace.runs}/search/base",
-        f"select={select}",
-        f"name={select}",
-    )
-    assert nas("export", *arguments).code == 0
-    front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv").set_index("vector")
-    exported = [path.parent.name for path in (workspace.runs / "export" / select).glob("*/config.json")]
-    assert [front.loc[name, column] for name in exported] == [front[column].agg(best)]
-
-
-def test_finetuning_an_export_starts_from_its_loss_and_exports_again(nas: Nas, workspace: Workspace) -> None:
-    run = workspace.runs / "search" / "base"
-    assert nas("export", f"run={run}", "select=knee", "name=one").code == 0
-    data = [argument for argument in workspace.arguments if argument.startswith(("data", "train."))]
-    checkpoint = f"checkpoint={workspace.runs}/export/one"
-    result = nas("finetune", checkpoint, "name=more", "train.learning_rate=1e-3", *data)
+    data = (*TRAINING, f"data.path={text_file}")
+    result = nas("finetune", f"checkpoint={exported_once}", "name=more", "train.learning_rate=1e-3", *data)
     assert result.code == 0, result.err
     before, after = (float(result.out.split(word)[0].split()[-1]) for word in (" before", " after;"))
-    vector = next((workspace.runs / "export" / "one").glob("*/config.json")).parent.name
-    inherited = pd.read_csv(run / "trials.csv").set_index("vector").loc[vector, "loss_nats"]
-    assert before == pytest.approx(inherited, abs=1e-4)
     assert after < before
-    assert nas("generate", "checkpoint=runs/finetune/more", "prompt=import", "new_tokens=2", "name=text").code == 0
-    written = json.loads((workspace.runs / "generate" / "text" / "run.json").read_text())
-    assert written["parents"]["checkpoint"]["path"] == "../../finetune/more"
-    weights = workspace.runs / "export" / "one" / vector / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
-    spoiled = nas("generate", checkpoint, "prompt=import", "new_tokens=2", "name=spoiled")
-    assert spoiled.code == 1
-    assert "changed after the run finished" in spoiled.err
-    model = workspace.runs / "finetune" / "more" / "model"
-    assert read_exported(model).kv_heads == parse_vector(vector)
+    model = tmp_path / "runs" / "finetune" / "more" / "model"
+    assert HfExporter().read(model).kv_heads == (4, 1, 2)
     assert AutoModelForCausalLM.from_pretrained(model, trust_remote_code=True).config.model_type == "nemotron-nas"
 
+    assert nas("generate", "checkpoint=runs/finetune/more", "prompt=import", "new_tokens=2", "name=text").code == 0
+    written = json.loads((tmp_path / "runs" / "generate" / "text" / "run.json").read_text())
+    assert written["parents"]["checkpoint"]["path"] == "../../finetune/more"
 
-def test_finetuning_from_scratch_ignores_the_weights(nas: Nas, workspace: Workspace) -> None:
-    run = workspace.runs / "search" / "base"
-    assert nas("export", f"run={run}", "select=fastest", "name=scratch").code == 0
-    data = [argument for argument in workspace.arguments if argument.startswith(("data", "train."))]
-    arguments = (
-        f"checkpoint={workspace.runs}/export/scratch",
-        "from_scratch=true",
-        *data,
-    )
-    result = nas("finetune", *arguments, "name=scratch")
-    assert result.code == 0, result.err
-    before = float(result.out.split(" before")[0].split()[-1])
+    scratch = nas("finetune", f"checkpoint={exported_once}", "from_scratch=true", *data, "name=scratch")
+    assert scratch.code == 0, scratch.err
+    before = float(scratch.out.split(" before")[0].split()[-1])
     assert before == pytest.approx(math.log(320), abs=0.1)  # fresh weights know nothing
+
+
+def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_once: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(exported_once, tmp_path / "models" / name)
+        found = open_checkpoint(str(tmp_path / "models" / name), HfExporter())
+        assert found == (tmp_path / "models" / name, {})
+        if name == "one":
+            assert open_checkpoint(str(tmp_path / "models"), HfExporter()) == found
+    with pytest.raises(UserError, match=r"holds 2 models; give one of them, such as .*models/one"):
+        open_checkpoint(str(tmp_path / "models"), HfExporter())
+    (tmp_path / "models" / "one" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"models/one has no model.safetensors; export it again"):
+        open_checkpoint(str(tmp_path / "models" / "one"), HfExporter())
+    with pytest.raises(UserError, match=r"checkpoint nowhere does not exist or has no config.json; .*'nas export'"):
+        open_checkpoint("nowhere", HfExporter())

@@ -5,7 +5,7 @@ import json
 import runpy
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
-from nas.export.hf import read_exported
+from nas.export.hf import HfExporter
 from nas.files import read_json
 from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
@@ -30,12 +30,13 @@ from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
 from nas.training import fit, text_loss
-from tests.conftest import FAST, Nas
-from tests.test_bad_input import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
+from tests.conftest import FAST, Nas, Outcome
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 
+TEXT = ("data=text", "data.path=text.txt")
+TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -267,7 +268,18 @@ def tokenizer(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return path
 
 
-# The command line.
+def check_refusal(outcome: Outcome, words: Sequence[str]) -> None:
+    """Asserts that a command failed with one sentence that has all the words."""
+    assert (outcome.code, len(outcome.err.splitlines())) == (1, 1), outcome
+    assert all(word in outcome.err for word in words), outcome.err
+
+
+def check_not_loaded(folder: Path, words: Sequence[str]) -> None:
+    """Asserts that a checkpoint is refused with all the words, at the latest when its weights are read."""
+    with pytest.raises(UserError) as refused:
+        source = read_checkpoint(folder)
+        source.load_into(Supernet(source.space()))
+    assert all(word in str(refused.value) for word in words), refused.value
 
 
 @pytest.fixture
@@ -280,7 +292,8 @@ def model(tmp_path: Path, text_file: Path, tokenizer: Path) -> Path:
 
 
 def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: Path) -> None:
-    arguments = ("init=model", *TEXT, *FAST)
+    few = ("check=0", "measure.batches=[2]", "measure.contexts=[40]", "measure.prompts=[20]")
+    arguments = ("init=model", *TEXT, *FAST, *few)
     trained = nas("train", "init=model", *TEXT, *TRAINING, "name=mine")
     assert trained.code == 0, trained.err
     run = FinishedRun(Path("runs/train/mine"), "train")
@@ -299,15 +312,23 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     measured = FinishedRun(Path("runs/search/mine")).parent("latency")
     assert read_json(measured.artifact("latency.json"))["shape"]["qkv_bias"] is True
 
-    exported = nas("export", "run=runs/search/mine", "select=best_loss", "name=mine")
+    exported = nas("export", "run=runs/search/mine", "select=all", "name=mine")
     assert exported.code == 0, exported.err
-    (folder,) = (path.parent for path in Path("runs/export/mine").glob("*/config.json"))
+    front = pd.read_csv("runs/search/mine/front.csv").set_index("vector")
+    assert {path.parent.name for path in Path("runs/export/mine").glob("*/config.json")} == set(front.index)
+    folder = Path("runs/export/mine") / front.index[0]
+    row, card = front.iloc[0], (folder / "README.md").read_text()
+    for words in (folder.name, f"{row['loss_nats']:.5f}", f"{row['decode_ms']:.4f}", "(measured)", "measured on"):
+        assert words in card
     finetuned = nas("finetune", f"checkpoint={folder}", *TEXT, *TRAINING, "name=mine")
     assert finetuned.code == 0, finetuned.err
     before = float(finetuned.out.split(" before")[0].split()[-1])
-    inherited = pd.read_csv("runs/search/mine/front.csv").set_index("vector").loc[folder.name, "loss_nats"]
-    assert before == pytest.approx(inherited, abs=1e-4)
-    assert read_exported(Path("runs/finetune/mine/model")).shape.qkv_bias
+    assert before == pytest.approx(row["loss_nats"], abs=1e-4)
+    assert HfExporter().read(Path("runs/finetune/mine/model")).shape.qkv_bias
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
+    spoiled = nas("finetune", f"checkpoint={folder}", *TEXT, *TRAINING, "name=spoiled")
+    check_refusal(spoiled, ["model.safetensors", "changed after the run finished"])
 
     other = save_checkpoint(Path("other") / "model", "qwen2", seed=2)
     (other / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
@@ -403,39 +424,49 @@ def test_without_init_a_checkpoint_is_only_a_space_and_the_studied_rule_and_rate
         ({"num_key_value_heads": 0}, ["config.json is not valid", "restore it"]),
         ({"hidden_size": 24}, ["config.json is not valid", "head_dim is 3", "even"]),
         ({"vocab_size": 310}, ["embed_tokens.weight has another shape than (310, 32)"]),
-        ({"vocab_size": 290}, ["tokenizer.json", "300 tokens", "vocab_size is 290"]),
         ({"num_hidden_layers": 4}, ["model.layers.3", "is missing"]),
         ({"num_hidden_layers": 2}, ["model.layers.2", "has no place in the model"]),
     ],
 )
 def test_a_config_that_is_not_supported_or_does_not_fit_its_weights_is_refused(
-    nas: Nas, model: Path, change: Mapping[str, Any], words: list[str]
+    model: Path, change: Mapping[str, Any], words: list[str]
 ) -> None:
     config = json.loads((model / "config.json").read_text()) | {"layer_types": None} | change
     (model / "config.json").write_text(json.dumps(config))
-    check_refusal(nas("train", "init=model", *TEXT, *TRAINING), ["model", *words])
-    assert not list(Path().rglob("complete.json"))
+    check_not_loaded(model, ["model", *words])
 
 
 @pytest.mark.parametrize(
-    ("name", "damage", "words"),
+    ("name", "content", "words"),
     [
         ("config.json", None, ["model has no config.json", "Hugging Face"]),
-        ("config.json", to("{"), ["config.json", "restore it"]),
-        ("config.json", to("[]"), ["config.json", "restore it"]),
-        ("model.safetensors", None, ["neither model.safetensors nor", "safetensors"]),
-        ("model.safetensors", to(""), ["model.safetensors cannot be read", "download it again"]),
-        ("model.safetensors", to("version https://git-lfs.github.com/spec/v1"), ["cannot be read", "download"]),
-        ("model.safetensors", halved, ["model.safetensors cannot be read", "download it again"]),
-        ("tokenizer.json", None, ["model/tokenizer.json", "give a tokenizer.json"]),
-        ("tokenizer.json", to("{}"), ["model/tokenizer.json", "cannot be read"]),
+        ("config.json", b"{", ["config.json", "restore it"]),
+        ("config.json", b"[]", ["config.json", "restore it"]),
+        ("model.safetensors", None, ["model.safetensors cannot be read", "safetensors", "download"]),
+        ("model.safetensors", b"", ["model.safetensors cannot be read", "download them again"]),
+        ("model.safetensors", b"version https://git-lfs.github.com/spec/v1", ["cannot be read", "download"]),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_before_any_text_is_read(
-    nas: Nas, model: Path, name: str, damage: Damage, words: list[str]
-) -> None:
-    harm(model / name, damage)
-    check_refusal(nas("train", "init=model", *TEXT, *TRAINING), words)
+def test_a_damaged_checkpoint_is_refused(model: Path, name: str, content: bytes | None, words: list[str]) -> None:
+    (model / name).unlink()
+    if content is not None:
+        (model / name).write_bytes(content)
+    check_not_loaded(model, words)
+
+
+def test_a_checkpoint_that_cannot_be_trained_is_refused_before_any_text_is_read(nas: Nas, model: Path) -> None:
+    command, config = ("train", "init=model", *TEXT, *TRAINING), json.loads((model / "config.json").read_text())
+    weights, tokenizer = (model / "model.safetensors").read_bytes(), (model / "tokenizer.json").read_bytes()
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 290}))
+    check_refusal(nas(*command), ["tokenizer.json", "300 tokens", "vocab_size is 290"])
+    (model / "config.json").write_text(json.dumps(config))
+    (model / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    check_refusal(nas(*command), ["model.safetensors cannot be read", "download them again"])
+    (model / "model.safetensors").write_bytes(weights)
+    (model / "tokenizer.json").write_bytes(tokenizer[:1])
+    check_refusal(nas(*command), ["model/tokenizer.json", "cannot be read"])
+    (model / "tokenizer.json").unlink()
+    check_refusal(nas(*command), ["model/tokenizer.json", "give a tokenizer.json"])
     assert not Path("runs/cache").exists()
 
 
@@ -452,41 +483,43 @@ def test_a_missing_shard_or_a_wrong_index_is_refused(tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "sharded", shards="40KB")
     shard = sorted(folder.glob("model-*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(UserError, match=rf"{shard.name} cannot be read .* download it again"):
+    with pytest.raises(UserError, match=rf"{shard.name} cannot be read .* download them again"):
         read_checkpoint(folder)
     (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(UserError, match="no weight_map"):
+    with pytest.raises(UserError, match="weight_map"):
         read_checkpoint(folder)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("change", "words"),
     [
-        (["init=nowhere"], ["checkpoint nowhere is not a directory", "Hugging Face"]),
-        (["init=text.txt"], ["checkpoint text.txt is not a directory", "Hugging Face"]),
-        (["init=empty"], ["checkpoint empty has no config.json", "Hugging Face"]),
-        (["space=empty"], ["checkpoint empty has no config.json", "Hugging Face"]),
-        (["init=model", "space=tiny"], ["space tiny has num_hidden_layers 8", "model has 3", "space="]),
-        (["init=model", "space=wide.yaml"], ["space wide has intermediate_size 64", "model has 48"]),
-        (["init=model", "space=long.yaml"], ["space long has max_position_embeddings 80", "model has 40"]),
-        (["init=model", "space=plain.yaml"], ["space plain has qkv_bias False", "model has True"]),
-        (["init=model", "space=many.yaml"], ["space many allows 8 groups in layer 0", "4 K/V heads", "kv_groups"]),
+        (
+            {"num_hidden_layers": 2, "kv_groups": [[1], [2]]},
+            "num_hidden_layers 2 but checkpoint .* has 3; .*space=",
+        ),
+        ({"intermediate_size": 64}, "space mine has intermediate_size 64 but checkpoint .* has 48"),
+        ({"max_position_embeddings": 80}, "space mine has max_position_embeddings 80 but checkpoint .* has 40"),
+        ({"qkv_bias": False}, "space mine has qkv_bias False but checkpoint .* has True"),
+        (
+            {"kv_groups": [[4], [4, 8], [1]]},
+            "8 groups in layer 1 but checkpoint .* has 4 K/V heads; .*kv_groups",
+        ),
     ],
 )
-def test_what_does_not_fit_a_checkpoint_is_refused(
-    nas: Nas, model: Path, arguments: list[str], words: list[str]
-) -> None:
-    values = resolve_space(str(model)).to_dict()
-    Path("empty").mkdir()
-    changes: dict[str, dict[str, Any]] = {
-        "wide": {"intermediate_size": 64},
-        "long": {"max_position_embeddings": 80},
-        "plain": {"qkv_bias": False},
-        "many": {"kv_groups": [[4, 8], [1], [1]]},
-    }
-    for name, change in changes.items():
-        Path(f"{name}.yaml").write_text(json.dumps(values | change))
-    check_refusal(nas("train", *arguments, *TEXT, *TRAINING), words)
+def test_a_space_that_does_not_fit_a_checkpoint_is_refused(model: Path, change: dict[str, Any], words: str) -> None:
+    source = read_checkpoint(model)
+    space = space_from_dict("mine", source.space().to_dict() | change)
+    with pytest.raises(UserError, match=words):
+        source.check_space(space)
+
+
+def test_the_command_checks_init_and_space(nas: Nas, model: Path) -> None:
+    (model.parent / "empty").mkdir()
+    for given in ("init=nowhere", "init=text.txt", "space=empty"):
+        refused = nas("train", given, *TEXT, *TRAINING)
+        check_refusal(refused, [f"checkpoint {given.partition('=')[2]} has no config.json", "Hugging Face"])
+    unfit = nas("train", "init=model", "space=tiny", *TEXT, *TRAINING)
+    check_refusal(unfit, ["space tiny has num_hidden_layers 8", "model has 3", "space="])
     assert not Path("runs/cache").exists()
 
 

@@ -477,7 +477,8 @@ def plain(layer: ServingLayer, index: int) -> dict[str, Tensor]:
     parts = dict(zip(names, layer.qkv_proj.weight.split([heads, kv, kv]), strict=True))
     parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), layer.gate_up_proj.weight.chunk(2), strict=True))
     parts |= {"self_attn.o_proj": layer.o_proj.weight, "mlp.down_proj": layer.down_proj.weight}
-    parts |= {"input_layernorm": layer.attention_norm.weight, "post_attention_layernorm": layer.mlp_norm.weight}
+    parts |= {"input_layernorm": layer.input_layernorm.weight}
+    parts |= {"post_attention_layernorm": layer.post_attention_layernorm.weight}
     return {f"model.layers.{index}.{name}.weight": value for name, value in parts.items()}
 
 

@@ -1,1 +1,31 @@
-"""Exported models: one module a format."""
+"""Exported models. A format is one module here and one YAML in conf/export that names its class."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from nas.model import Decoder
+
+
+class Exporter(Protocol):
+    """A format of models on disk: a folder for each, with these two files and the model's tokenizer.json."""
+
+    config: str  # by which a folder is recognised
+    weights: str
+
+    def write(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
+        """Writes ``model`` into ``folder``.
+
+        Args:
+            model: A plain decoder.
+            tokenizer: Its tokenizer.json.
+            folder: Made if needed.
+            card: What the model card states, by title: losses, latency and where each comes from.
+        """
+
+    def read(self, folder: Path, with_weights: bool = True) -> Decoder:
+        """Reads a model back, running none of its code; without its weights they are left undefined.
+
+        Raises:
+            UserError: It is not a model of this format, or it is corrupt.
+        """

@@ -7,7 +7,7 @@ KV cache of its own size. transformers does not, so a small file of model code t
 import dataclasses
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,47 +21,89 @@ from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
-from nas.shape import FEATURES, ModelShape
+from nas.shape import LayerSpec, ModelShape
 from nas.space import format_vector
 
 _REMOTE_CODE = "modeling_decilm"
 _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
+_CARD_HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]
+---
+"""
+_CARD_CODE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
+```
+"""
+
+
+def padded_ffn_width(width: int) -> int:
+    """The FFN width as it is stored: engines know multiples alone."""
+    return math.ceil(width / _FFN_MULTIPLE) * _FFN_MULTIPLE
 
 
 def engine_ffn_width(ffn_mult: float, hidden_size: int) -> int:
     """The FFN width that inference engines compute for a nemotron-nas block."""
-    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / _FFN_MULTIPLE) * _FFN_MULTIPLE
+    return padded_ffn_width(int(2 * ffn_mult * hidden_size / 3))
+
+
+def _ffn_mult(spec: LayerSpec) -> float:
+    width = padded_ffn_width(spec.intermediate_size)
+    ffn_mult = 3 * width / (2 * spec.hidden_size)
+    assert engine_ffn_width(ffn_mult, spec.hidden_size) == width
+    return ffn_mult
 
 
 class HfExporter:
-    """Writes models as Hugging Face directories."""
+    """See `nas.export.Exporter`."""
 
-    def export(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
-        """Writes ``model`` into ``folder``.
+    config, weights = "config.json", "model.safetensors"
 
-        Args:
-            model: A plain decoder.
-            tokenizer: Its tokenizer.json.
-            folder: Made if needed.
-            card: What the model card states, by title: losses, latency and where each comes from.
-        """
+    def write(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state, width = _padded_state(model)
-        write_atomically(folder / "model.safetensors", lambda path: save_file(state, path, metadata={"format": "pt"}))
+        state = _padded_state(model)
+        write_atomically(folder / self.weights, lambda path: save_file(state, path, metadata={"format": "pt"}))
         special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
-        write_json(folder / "config.json", hf_config(model.shape, model.kv_heads, width) | special)
+        write_json(folder / self.config, hf_config(model.shape, model.specs) | special)
         write_json(folder / "generation_config.json", special | {"do_sample": False})
         shutil.copy(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), folder)
-        (folder / "README.md").write_text(_card(model, width, card), encoding="utf-8")
+        (folder / "README.md").write_text(_card(model, card), encoding="utf-8")
+
+    def read(self, folder: Path, with_weights: bool = True) -> Decoder:
+        config = read_json(folder / self.config)
+        if config.get("model_type") != "nemotron-nas":
+            raise UserError(f"{folder} holds a '{config.get('model_type')}' model, not an exported nemotron-nas one")
+        try:
+            shape = _shape(config)
+            heads = shape.num_attention_heads
+            vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
+            if len(vector) != shape.num_hidden_layers:
+                raise ValueError(f"block_configs lists {len(vector)} layers, not num_hidden_layers of them")
+            model = Decoder(shape, vector)
+            if with_weights:
+                state = load_file(folder / self.weights)
+                if shape.tie_word_embeddings:
+                    state["lm_head.weight"] = state["model.embed_tokens.weight"]
+                for name, width in _ffn_tensors(model.specs):
+                    state[name] = state[name].narrow(_ffn_axis(name), 0, width)
+                model.load_state_dict(state)
+        except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
+            raise UserError(f"{folder} is corrupt ({in_short(error)}); export it again") from None
+        return model
 
 
-def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int) -> dict[str, Any]:
-    """The contents of config.json, but for the tokenizer's, of a model whose FFN is ``width`` wide."""
-    heads, ffn_mult = shape.num_attention_heads, 3 * width / (2 * shape.hidden_size)
+def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
+    """The contents of config.json, but for the tokenizer's; FFN widths are as engines will compute them."""
+    own = dataclasses.asdict(shape)
+    o_bias, scaling = own.pop("o_bias"), own.pop("rope_scaling") or {}
+    width = max(padded_ffn_width(spec.intermediate_size) for spec in specs)
     padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
-    scaling = dict(shape.rope_scaling or {})
-    assert engine_ffn_width(ffn_mult, shape.hidden_size) == width
+    heads, kept = shape.num_attention_heads, {"no_op": False, "replace_with_linear": False}
     return {
         "architectures": ["DeciLMForCausalLM"],
         "model_type": "nemotron-nas",
@@ -72,110 +114,54 @@ def hf_config(shape: ModelShape, vector: tuple[int, ...], width: int) -> dict[st
         },
         "block_configs": [
             {
-                "attention": {"n_heads_in_group": heads // groups, "no_op": False, "replace_with_linear": False},
-                "ffn": {"ffn_mult": ffn_mult, "no_op": False, "replace_with_linear": False},
+                "attention": {"n_heads_in_group": heads // spec.kv_groups, **kept},
+                "ffn": {"ffn_mult": _ffn_mult(spec), **kept},
             }
-            for groups in vector
+            for spec in specs
         ],
-        "num_key_value_heads_per_layer": list(vector),
-        "num_key_value_heads": max(vector),
-        "num_hidden_layers": shape.num_hidden_layers,
-        "hidden_size": shape.hidden_size,
+        "num_key_value_heads_per_layer": [spec.kv_groups for spec in specs],
+        "num_key_value_heads": max(spec.kv_groups for spec in specs),
+        **own,
         "intermediate_size": width,
-        "num_attention_heads": heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab_size,
-        "max_position_embeddings": shape.max_position_embeddings,
-        "rms_norm_eps": shape.rms_norm_eps,
-        "rope_theta": shape.rope_theta,
+        **padding,
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **scaling},
         **({"rope_scaling": scaling} if scaling else {}),  # where transformers 4 looks for it
-        "tie_word_embeddings": shape.tie_word_embeddings,
         "hidden_act": "silu",
-        "attention_bias": shape.o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
-        "qkv_bias": shape.qkv_bias,
-        "mlp_bias": shape.mlp_bias,
-        "qk_norm": shape.qk_norm,
+        "attention_bias": o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
         "dtype": "float32",
         "torch_dtype": "float32",
-        **padding,
     }
-
-
-def read_exported(folder: Path, with_weights: bool = True) -> Decoder:
-    """Reads an exported directory back, running none of its code.
-
-    Args:
-        folder: The directory.
-        with_weights: Load the weights; otherwise they are left undefined.
-
-    Raises:
-        UserError: It is not an exported model, or it is corrupt.
-    """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} has no config.json; give a directory that 'nas export' or 'nas finetune' wrote")
-    config = read_json(folder / "config.json")
-    if config.get("model_type") != "nemotron-nas":
-        raise UserError(f"{folder} holds a '{config.get('model_type')}' model, not an exported nemotron-nas one")
-    if not (folder / "model.safetensors").is_file():
-        raise UserError(f"{folder} has no model.safetensors; export it again")
-    try:
-        shape = _shape(config)
-        heads = shape.num_attention_heads
-        vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
-        if len(vector) != shape.num_hidden_layers:
-            raise ValueError(f"block_configs lists {len(vector)} layers, not num_hidden_layers of them")
-        model = Decoder(shape, vector)
-        if with_weights:
-            state = load_file(folder / "model.safetensors")
-            if shape.tie_word_embeddings:
-                state["lm_head.weight"] = state["model.embed_tokens.weight"]
-            state = {name: _without_padding(name, tensor, shape.intermediate_size) for name, tensor in state.items()}
-            model.load_state_dict(state)
-    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} is corrupt ({in_short(error)}); export it again") from None
-    return model
 
 
 def _shape(config: Mapping[str, Any]) -> ModelShape:
     """The shape that `hf_config` wrote, without padding."""
-    plain = {field.name for field in dataclasses.fields(ModelShape)} - {"intermediate_size", *FEATURES}
-    return ModelShape(
-        **{key: config[key] for key in plain},
-        intermediate_size=config.get(_UNPADDED, config["intermediate_size"]),
-        qkv_bias=config.get("qkv_bias", False),
-        o_bias=config.get("attention_bias", False),
-        mlp_bias=config.get("mlp_bias", False),
-        qk_norm=config.get("qk_norm", False),
-        rope_scaling=config.get("rope_scaling"),
-    )
+    names = {field.name for field in dataclasses.fields(ModelShape)} & config.keys()
+    width = config.get(_UNPADDED, config["intermediate_size"])
+    own = {name: config[name] for name in names} | {"intermediate_size": width}
+    return ModelShape(**own, o_bias=config.get("attention_bias", False))
 
 
-def _ffn_axis(name: str) -> int | None:
-    """The axis of a tensor that is as long as the FFN is wide, if it has one."""
-    if ".mlp." not in name or name.endswith("down_proj.bias"):
-        return None
+def _ffn_tensors(specs: Sequence[LayerSpec]) -> Iterator[tuple[str, int]]:
+    """Names of the tensors with an axis as long as their layer's FFN is wide, and that width."""
+    for index, spec in enumerate(specs):
+        names = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
+        names += ["gate_proj.bias", "up_proj.bias"] if spec.mlp_bias else []
+        yield from ((f"model.layers.{index}.mlp.{name}", spec.intermediate_size) for name in names)
+
+
+def _ffn_axis(name: str) -> int:
     return 1 if "down_proj" in name else 0
 
 
-def _without_padding(name: str, tensor: Tensor, width: int) -> Tensor:
-    axis = _ffn_axis(name)
-    return tensor if axis is None else tensor.narrow(axis, 0, width)
-
-
-def _padded_state(model: Decoder) -> tuple[dict[str, Tensor], int]:
-    """The state dict with its FFN zero-padded to the width that engines will compute, and that width."""
-    width = math.ceil(model.shape.intermediate_size / _FFN_MULTIPLE) * _FFN_MULTIPLE
-    missing = width - model.shape.intermediate_size
-    state = {}
-    for name, tensor in model.state_dict().items():
-        if name == "lm_head.weight" and model.shape.tie_word_embeddings:
-            continue
-        axis = _ffn_axis(name)
-        if missing and axis is not None:  # silu(0) · 0 = 0: the added neurons say nothing
-            tensor = F.pad(tensor, (0, 0) * (tensor.dim() - 1 - axis) + (0, missing))
-        state[name] = tensor.detach().to("cpu", torch.float32).contiguous()
-    return state, width
+def _padded_state(model: Decoder) -> dict[str, Tensor]:
+    """The state dict with its FFN zero-padded to the widths that engines will compute."""
+    state = model.state_dict()
+    if model.shape.tie_word_embeddings:
+        del state["lm_head.weight"]
+    for name, width in _ffn_tensors(model.specs):  # silu(0) · 0 = 0: the added neurons change nothing
+        padding = (0, padded_ffn_width(width) - width)
+        state[name] = F.pad(state[name], padding if _ffn_axis(name) == state[name].dim() - 1 else (0, 0, *padding))
+    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
 
 
 def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, int | None]:
@@ -184,68 +170,40 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, in
     ids = {"bos": beginning_id(loaded), "eos": end_of_text_id(loaded)}
     names = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in ids.items()}
     shutil.copy(tokenizer, folder / "tokenizer.json")
-    facts = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
-    write_json(folder / "tokenizer_config.json", facts | {"pad_token": names["eos_token"]})
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
+    write_json(folder / "tokenizer_config.json", config | {"pad_token": names["eos_token"]})
     return {f"{key}_token_id": index for key, index in ids.items()}
 
 
-def _engine_warnings(shape: ModelShape) -> list[str]:
-    """What inference engines' code for nemotron-nas models does not know of this one, a paragraph each."""
-    lines = []
-    if shape.head_dim * shape.num_attention_heads != shape.hidden_size:
-        lines += [
-            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
-            "head_dim from the configuration, llama.cpp and mlx-lm do not.",
-            "",
-        ]
-    if shape.qk_norm:
-        lines += [
-            "It normalises queries and keys head by head (q_norm, k_norm): transformers computes that with the code in "
-            "this folder, but the nemotron-nas code of vLLM, llama.cpp and mlx-lm does not know it.",
-            "",
-        ]
-    if shape.qkv_bias != shape.o_bias:
-        lines += [
-            "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
-            "attention_bias which of them do, mlx-lm expects all or none.",
-            "",
-        ]
-    return lines
-
-
-def _card(model: Decoder, width: int, card: Mapping[str, str]) -> str:
-    shape = model.shape
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]",
-        "---",
-        f"# A model with KV groups {format_vector(model.kv_heads)}",
-        "",
+def _card(model: Decoder, card: Mapping[str, str]) -> str:
+    shape, widths = model.shape, sorted({spec.intermediate_size for spec in model.specs})
+    padded = [padded_ffn_width(width) for width in widths]
+    notes = {
+        f"The FFN is stored {_listed(padded)} wide: inference engines round its width up to a multiple of "
+        f"{_FFN_MULTIPLE}, so {_listed(new - old for new, old in zip(padded, widths, strict=True))} zero neurons were "
+        "added, which change no output.": padded != widths,
+        f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
+        "head_dim from the configuration, llama.cpp and mlx-lm do not.": (
+            shape.head_dim * shape.num_attention_heads != shape.hidden_size
+        ),
+        "It normalises queries and keys head by head (q_norm, k_norm): transformers computes that with the code in "
+        "this folder, but the nemotron-nas code of vLLM, llama.cpp and mlx-lm does not know it.": shape.qk_norm,
+        "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
+        "attention_bias which of them do, mlx-lm expects all or none.": shape.qkv_bias != shape.o_bias,
+    }
+    rows = "\n".join(f"| {title} | {value} |" for title, value in card.items())
+    paragraphs = [
+        f"{_CARD_HEAD}# A model with KV groups {format_vector(model.kv_heads)}",
         f"A Llama-style decoder whose layers differ in their number of KV groups: {shape.num_hidden_layers} layers, "
         f"width {shape.hidden_size}, {shape.num_attention_heads} heads of {shape.head_dim}, "
-        f"FFN {shape.intermediate_size}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
+        f"FFN {_listed(widths)}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
         f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
-        "",
+        *(note for note, holds in notes.items() if holds),
+        f"| what | value |\n| --- | --- |\n{rows}",
+        _CARD_CODE,
     ]
-    if width != shape.intermediate_size:
-        lines += [
-            f"The FFN is stored {width} wide: inference engines round its width up to a multiple of {_FFN_MULTIPLE}, "
-            f"so {width - shape.intermediate_size} zero neurons were added, which change no output.",
-            "",
-        ]
-    lines += _engine_warnings(shape)
-    lines += ["| what | value |", "| --- | --- |"]
-    lines += [f"| {title} | {value} |" for title, value in card.items()]
-    lines += [
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)',
-        'tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+    return "\n\n".join(paragraphs)
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))

@@ -24,7 +24,7 @@ from nas.serving.layers import (
     Position,
     ServingLayer,
     last_logits,
-    no_terms,
+    no_partials,
     randomise,
     run_layers,
 )
@@ -112,8 +112,8 @@ class LayerPool:
             return lambda: [embedding(tokens_BT) for embedding, _, _ in self._ends], len(self._ends)
         if point.part == "head":
             x_BTD, last = self._x_at(point), self._position(point)
-            terms_NBTD = no_terms(x_BTD)
-            return lambda: [last_logits(x_BTD, terms_NBTD, *ends[1:], last) for ends in self._ends], len(self._ends)
+            none = no_partials(x_BTD)
+            return lambda: [last_logits(x_BTD, none, *ends[1:], last) for ends in self._ends], len(self._ends)
         if point.part == "layer":
             if not (depth := self.depth_of(point)):
                 raise _no_room(point)
@@ -171,7 +171,7 @@ class LayerPool:
     def _make_layer(self, groups: int, twin: ServingLayer | None) -> ServingLayer:
         """A layer with random weights, but for those that it shares with its twin."""
         with torch.device("meta"):
-            layer = ServingLayer(self._shape, groups)
+            layer = ServingLayer(self._shape.layer(groups))
         if twin:
             layer.share(twin)
         own = [layer.qkv_proj, *([layer.q_norm, layer.k_norm] if layer.qk_norm else [])] if twin else [layer]

@@ -1,4 +1,4 @@
-"""A plain Llama-style decoder with one number of KV groups a layer, and the supernet that makes them elastic."""
+"""A plain Llama-style decoder with a number of KV groups per layer, and the supernet that makes them elastic."""
 
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nas.shape import ModelShape
+from nas.shape import LayerSpec, LinearSpec, ModelShape
 
 Rope = tuple[Tensor, Tensor]
 
@@ -70,31 +70,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+def _linear(spec: LinearSpec) -> nn.Linear:
+    return nn.Linear(spec.inputs, spec.outputs, spec.bias)
+
+
 class Attention(nn.Module):
-    """Causal grouped-query attention with ``kv_heads`` K/V heads in its weights.
+    """Causal grouped-query attention.
 
     With a ``selection`` (B, G, S) each row of the batch attends over its own G mixtures of the S stored heads: that
     is all the supernet needs. Without one, G = S.
     """
 
-    def __init__(self, shape: ModelShape, kv_heads: int) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.head_dim, self.qk_norm = shape.head_dim, shape.qk_norm
-        heads_width, kv_width = shape.num_attention_heads * shape.head_dim, kv_heads * shape.head_dim
-        self.q_proj = nn.Linear(shape.hidden_size, heads_width, bias=shape.qkv_bias)
-        self.k_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
-        self.v_proj = nn.Linear(shape.hidden_size, kv_width, bias=shape.qkv_bias)
-        self.o_proj = nn.Linear(heads_width, shape.hidden_size, bias=shape.o_bias)
-        if shape.qk_norm:
-            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
-            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
+        self.head_dim, self.qk_norm = spec.head_dim, spec.qk_norm
+        self.q_proj = _linear(spec.linears["q_proj"])
+        self.k_proj = _linear(spec.linears["k_proj"])
+        self.v_proj = _linear(spec.linears["v_proj"])
+        self.o_proj = _linear(spec.linears["o_proj"])
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
 
-    def forward(
-        self,
-        x_BTD: Tensor,
-        rope: Rope,
-        selection_BGS: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
         q_BHTd = self._heads(self.q_proj(x_BTD))
         k_BGTd = self._heads(self.k_proj(x_BTD))
         v_BGTd = self._heads(self.v_proj(x_BTD))
@@ -113,7 +111,7 @@ class Attention(nn.Module):
 def select_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
     """Each row's own G mixtures of the S stored heads, BGTd."""
     selection_BGS = selection_BGS.to(x_BSTd.dtype)
-    if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, a matrix product not
+    if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, but no GEMM
         return (selection_BGS[..., None, None] * x_BSTd.unsqueeze(1)).sum(2)
     return torch.einsum("bgs,bstd->bgtd", selection_BGS, x_BSTd)
 
@@ -121,11 +119,11 @@ def select_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
 class MLP(nn.Module):
     """SwiGLU feed-forward network."""
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.up_proj = nn.Linear(shape.hidden_size, shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = nn.Linear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
+        self.gate_proj = _linear(spec.linears["gate_proj"])
+        self.up_proj = _linear(spec.linears["up_proj"])
+        self.down_proj = _linear(spec.linears["down_proj"])
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))  # type: ignore[no-any-return]
@@ -134,12 +132,12 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One pre-norm decoder layer."""
 
-    def __init__(self, shape: ModelShape, kv_heads: int) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.self_attn = Attention(shape, kv_heads)
-        self.post_attention_layernorm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.mlp = MLP(shape)
+        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.self_attn = Attention(spec)
+        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.mlp = MLP(spec)
 
     def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, selection_BGS)
@@ -149,28 +147,23 @@ class Layer(nn.Module):
 class _Trunk(nn.Module):
     """What Hugging Face calls ``model``: everything but the output head."""
 
-    def __init__(self, shape: ModelShape, kv_heads: Sequence[int]) -> None:
+    def __init__(self, shape: ModelShape, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(shape, heads) for heads in kv_heads)
+        self.layers = nn.ModuleList(Layer(spec) for spec in specs)
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
 
 class Decoder(nn.Module):
-    """A causal language model with ``kv_heads[l]`` K/V heads in layer ``l``.
-
-    Args:
-        shape: The model shape.
-        kv_heads: K/V heads of every layer; for a plain model, its group vector.
-    """
+    """A causal language model with ``kv_heads[l]`` K/V heads in layer ``l``; a plain model's are its group vector."""
 
     rope_cos: Tensor
     rope_sin: Tensor
 
     def __init__(self, shape: ModelShape, kv_heads: Sequence[int]) -> None:
         super().__init__()
-        self.shape, self.kv_heads = shape, tuple(kv_heads)
-        self.model = _Trunk(shape, kv_heads)
+        self.shape, self.kv_heads, self.specs = shape, tuple(kv_heads), shape.layers(kv_heads)
+        self.model = _Trunk(shape, self.specs)
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -191,15 +184,7 @@ class Decoder(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
-        """Logits of every position.
-
-        Args:
-            tokens_BT: Token ids.
-            selections: One selection (B, G, S) a layer, for a supernet.
-
-        Returns:
-            Logits, BTV.
-        """
+        """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""
         x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(0, tokens_BT.shape[1])
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rope, selections[index] if selections is not None else None)

@@ -24,22 +24,17 @@ from nas.space import SearchSpace, load_space, shipped_spaces
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_GROUPS = 4  # that a derived space allows
+_SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose config has been read, and found to be one that our decoder can compute.
-
-    Attributes:
-        folder: Its directory.
-        shape: Its shape.
-        kv_heads: K/V heads in each of its layers.
-    """
+    """A checkpoint whose config has been read, and found to be one that our decoder can compute."""
 
     folder: Path
     shape: ModelShape
-    kv_heads: int
+    kv_heads: int  # in each of its layers
 
     @property
     def name(self) -> str:
@@ -67,24 +62,19 @@ class Checkpoint:
         return SearchSpace(self.name, self.shape, (groups,) * self.shape.num_hidden_layers)
 
     def check_space(self, space: SearchSpace) -> None:
-        """Refuses a space whose supernet cannot take over these weights; its context may be shorter.
-
-        Raises:
-            UserError: Its shape is another, or a layer may have more groups than there are K/V heads.
-        """
+        """Refuses a space whose supernet cannot take over these weights (`UserError`); its context may be shorter."""
         for key in (field.name for field in dataclasses.fields(ModelShape)):
-            asked, here = getattr(space.shape, key), getattr(self.shape, key)
-            if asked != here and not (key == "max_position_embeddings" and asked < here):
+            wanted, here = getattr(space.shape, key), getattr(self.shape, key)
+            if wanted != here and not (key == "max_position_embeddings" and wanted < here):
                 raise UserError(
-                    f"space {space.name} has {key} {asked} but checkpoint {self.folder} has {here}; change that in the "
-                    "space, or leave space= out"
+                    f"space {space.name} has {key} {wanted} but checkpoint {self.folder} has {here}; change that in "
+                    "the space, or leave space= out"
                 )
-        for layer, groups in enumerate(space.largest):
-            if groups > self.kv_heads:
-                raise UserError(
-                    f"space {space.name} allows {groups} groups in layer {layer} but checkpoint {self.folder} has "
-                    f"{self.kv_heads} K/V heads; allow at most that many in kv_groups"
-                )
+        if (groups := max(space.largest)) > self.kv_heads:
+            raise UserError(
+                f"space {space.name} allows {groups} groups in layer {space.largest.index(groups)} but checkpoint "
+                f"{self.folder} has {self.kv_heads} K/V heads; allow at most that many in kv_groups"
+            )
 
     def load_into(self, supernet: Supernet) -> None:
         """Makes the checkpoint's weights the supernet's; see `Supernet.load_plain`.
@@ -109,9 +99,8 @@ class Checkpoint:
             raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
         weights: Mapping[str, Tensor] = model.state_dict()
         if problem := next(_problems(report, weights), None):
-            raise UserError(
-                f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
-            )
+            words = f"the weights of checkpoint {self.folder} do not fit its config.json"
+            raise UserError(f"{words}: {problem}; restore it")
         return weights
 
 
@@ -132,8 +121,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     Raises:
         UserError: It is no checkpoint, or one that our decoder does not compute.
     """
-    if not folder.is_dir():
-        raise UserError(f"checkpoint {folder} is not a directory; give the directory of a Hugging Face model")
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint {folder} has no config.json; give the directory of a Hugging Face model")
     stated = read_json(folder / "config.json")
@@ -209,14 +196,9 @@ def _shape(config: Any) -> ModelShape:
         window = None
     attention_bias = bool(getattr(config, "attention_bias", False)) and kind in ("llama", "qwen3")
     return ModelShape(
-        num_hidden_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        num_attention_heads=config.num_attention_heads,
+        **{key: getattr(config, key) for key in _SAME},
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
         max_position_embeddings=min(config.max_position_embeddings, window or config.max_position_embeddings),
-        rms_norm_eps=config.rms_norm_eps,
         rope_theta=rope["rope_theta"] if rope.get("rope_theta") else config.rope_theta,
         tie_word_embeddings=config.tie_word_embeddings,
         qkv_bias=attention_bias or kind == "qwen2",
@@ -233,36 +215,29 @@ def _weight_files(folder: Path) -> list[Path]:
     Raises:
         UserError: There are none, or one is missing or cut short.
     """
-    files = [folder / _WEIGHTS]
-    if not files[0].is_file():
-        if not (folder / _INDEX).is_file():
-            raise UserError(
-                f"checkpoint {folder} has neither {_WEIGHTS} nor {_INDEX}; give a checkpoint with its weights as "
-                "safetensors"
-            )
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{folder / _INDEX} is corrupt (it has no weight_map); restore it")
-        files = [folder / str(name) for name in sorted(set(weight_map.values()))]
-    for file in files:
-        try:
+    file = folder / _INDEX
+    sharded = file.is_file() and not (folder / _WEIGHTS).is_file()
+    try:
+        names = sorted(set(read_json(file)["weight_map"].values())) if sharded else [_WEIGHTS]
+        for name in names:
+            file = folder / name
             with safe_open(file, "pt"):
                 pass
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({in_short(error)}); restore it or download it again") from None
-    return files
+    except (KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
+        raise UserError(
+            f"{file} cannot be read ({in_short(error)}); a checkpoint has its weights as safetensors: restore them or "
+            "download them again"
+        ) from None
+    return [folder / name for name in names]
 
 
 def _problems(report: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:
     """What is wrong with loaded weights, by transformers' report of loading them and by their values."""
-    for name in sorted(report["missing_keys"]):
-        yield f"{name} is missing"
+    yield from (f"{name} is missing" for name in sorted(report["missing_keys"]))
     for key in sorted(report["mismatched_keys"]):
         name = key if isinstance(key, str) else key[0]  # transformers 4 gives the name alone, 5 the shapes with it
         yield f"{name} has another shape than {tuple(weights[name].shape)}"
     for name in sorted(report["unexpected_keys"]):
         if not name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints store what follows from their config
             yield f"{name} has no place in the model"
-    for name, tensor in weights.items():
-        if not tensor.isfinite().all():
-            yield f"{name} has values that are not finite"
+    yield from (f"{name} has values that are not finite" for name, x in weights.items() if not x.isfinite().all())

@@ -21,11 +21,7 @@ from nas.space import SearchSpace, Vector, format_vector
 
 
 class Supernet(nn.Module):
-    """Elastic decoder over a search space.
-
-    Args:
-        space: The search space.
-        sharing: Name of the sharing rule.
+    """Elastic decoder over a search space, by the sharing rule of this name.
 
     Raises:
         UserError: There is no such rule.
@@ -92,10 +88,7 @@ class Supernet(nn.Module):
 
         Its K/V heads become means of neighbours where they are more than a layer's largest choice, and then enter the
         store as the sharing rule says. So the largest vector computes what the model computes, if it has as many.
-
-        Args:
-            state: The model's state dict.
-            kv_heads: K/V heads of its layers, at least as many as each layer's largest choice.
+        ``kv_heads`` are those of the model's layers, at least as many as each layer's largest choice.
         """
         assert all(heads >= groups for heads, groups in zip(kv_heads, self.space.largest, strict=True))
         layers = zip(self.space.choices, kv_heads, strict=True)
@@ -110,7 +103,7 @@ class Supernet(nn.Module):
 
 
 def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
-    """A state dict whose K/V heads are mixed, one mixture a layer."""
+    """A state dict whose K/V heads are mixed, with a mixture per layer."""
     mixed = dict(state)
     for layer, mixture in enumerate(mixtures):
         for tensor in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):

@@ -12,21 +12,14 @@ from nas.shape import ModelShape
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer.
+    """Keys and values of one layer."""
 
-    Attributes:
-        keys: BGCd.
-        values: BGCd.
-        semaphores: What the programs of `decode_attention` need. Layers and rows share them, so decode one after the
-            other.
-    """
-
-    keys: Tensor
-    values: Tensor
-    semaphores: Tensor
+    keys: Tensor  # BGCd
+    values: Tensor  # BGCd
+    semaphores: Tensor  # of `decode_attention`; layers and rows share them, so decode one after the other
 
     def rows(self, begin: int, end: int) -> "LayerCache":
-        """The part of some rows of the batch."""
+        """That of some rows of the batch."""
         return LayerCache(self.keys[begin:end], self.values[begin:end], self.semaphores)
 
 
@@ -34,24 +27,15 @@ def layer_caches(
     keys: Tensor, values: Tensor, shape: ModelShape, vector: Sequence[int], batch: int, length: int
 ) -> list[LayerCache]:
     """Shares flat keys and values out to the layers of a vector; what is left of them stays unused."""
-    sizes = [(batch, groups, length, shape.head_dim) for groups in vector]
+    sizes = [(batch, spec.kv_groups, length, spec.head_dim) for spec in shape.layers(vector)]
     counts = [math.prod(size) for size in sizes]
-    parts = (storage[: sum(counts)].split(counts) for storage in (keys, values))
+    slices = (storage[: sum(counts)].split(counts) for storage in (keys, values))
     semaphores = torch.zeros(batch * max(vector), device=keys.device, dtype=torch.int32)
-    return [LayerCache(k.view(size), v.view(size), semaphores) for k, v, size in zip(*parts, sizes, strict=True)]
+    return [LayerCache(k.view(size), v.view(size), semaphores) for k, v, size in zip(*slices, sizes, strict=True)]
 
 
 class KVCache:
-    """The caches of all layers.
-
-    Args:
-        shape: The model shape.
-        vector: KV groups of every layer.
-        batch: Sequences.
-        length: Tokens of each.
-        device: Where it lives.
-        dtype: Of keys and values.
-    """
+    """The caches of all layers, for ``batch`` sequences of ``length`` tokens."""
 
     def __init__(
         self,
@@ -63,11 +47,11 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.batch, self.length = batch, length
-        count = batch * sum(vector) * length * shape.head_dim
+        count = batch * length * sum(spec.kv_values_per_token for spec in shape.layers(vector)) // 2
         # Two allocations, as many would waste memory. Not one: the compiler must see that keys never are values.
         keys, values = (torch.zeros(count, device=device, dtype=dtype) for _ in range(2))
         self.layers = layer_caches(keys, values, shape, vector, batch, length)
 
     def rows(self, begin: int, end: int) -> list[LayerCache]:
-        """The part of some rows of the batch, of every layer."""
+        """Those of some rows of the batch."""
         return [layer.rows(begin, end) for layer in self.layers]

@@ -25,25 +25,16 @@ def generate(
         runner: Its cache must have as many rows, and hold prompt and new tokens.
         tokens_BT: The prompts.
         new_tokens: How many tokens to add to each, at most.
-        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn, the more freely the higher.
+        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn by the seed.
         seed: Of the drawing.
-        stop_token: End when every row has produced it.
-        progress: Called with the number of new tokens after each one.
+        stop_token: Generation ends when every row has produced it.
+        progress: Called with the number of new tokens so far, after each one.
 
     Returns:
         The new tokens, BN; a row that has produced ``stop_token`` goes on with whatever follows.
-
-    Raises:
-        ValueError: The cache does not fit, or nothing is asked for.
     """
     prompt = tokens_BT.shape[1]
-    cache = runner.cache
-    if len(tokens_BT) != cache.batch or prompt + new_tokens > cache.length:
-        needed = f"{len(tokens_BT)} prompts of {prompt} and {new_tokens} tokens more"
-        raise ValueError(f"a cache of {cache.batch} x {cache.length} tokens does not fit {needed}")
     generator = torch.Generator(tokens_BT.device).manual_seed(seed)
-    if new_tokens < 1:
-        raise ValueError(f"new_tokens is {new_tokens} but must be positive")
     stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     logits_BV, produced = runner.prefill(tokens_BT), []
     for step in range(new_tokens):

@@ -1,13 +1,13 @@
 """The decoder in the form that serves it: fewer, larger matrices, and a step that works on a static KV cache.
 
-Queries, keys and values come from one product, gate and up from another. A layer takes and returns the residual stream
-as x and the terms that are still to be added to it: so additions and the norm that follows are neighbours, which one
-kernel does. Weights are those of a `Decoder`, rearranged.
+Queries, keys and values come from one GEMM, gate and up from another. A layer takes and returns the residual stream as
+x and the split-K partials that are still to be added to it: so additions and the norm that follows are neighbours,
+which one kernel does. Weights are those of a `Decoder`, rearranged.
 
 A decode step's position is an integer or in device memory. The first is served by PyTorch's own operations; the second,
-which a CUDA graph can replay for any position, by Triton's kernels between the products.
+which a CUDA graph can replay for any position, by Triton's kernels between the GEMMs.
 
-Shape suffixes as in `nas.model.decoder`; N is the number of terms.
+Shape suffixes as in `nas.model.decoder`; N is the number of split-K partials.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,16 +18,22 @@ from torch import Tensor, nn
 
 from nas.model.decoder import Decoder, Layer, RMSNorm, Rope, rope_table, rotate
 from nas.serving.cache import LayerCache
-from nas.shape import ModelShape
+from nas.shape import LayerSpec, ModelShape
 
 Position = int | Tensor | None  # of a decode step's token; None for a prompt from position 0 on
+_FUSED = {  # each serving matrix, and the plain layer's that it is put together from
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "o_proj": ("o_proj",),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "down_proj": ("down_proj",),
+}
 
 
 class InputMajorLinear(nn.Linear):
     """A linear layer whose weight is laid out input by input.
 
-    A product with few rows takes as long as its weight takes to be read. All of its programs go through the inputs side
-    by side; in this layout what they read at a time lies side by side, too, and memory is read in long sweeps.
+    A GEMM with few rows takes as long as its weight takes to be read. All of its programs go through the inputs side by
+    side; in this layout what they read at a time lies side by side, too, and memory is read in long sweeps.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool) -> None:
@@ -36,71 +42,52 @@ class InputMajorLinear(nn.Linear):
 
 
 class ServingLayer(nn.Module):
-    """One decoder layer.
+    """One decoder layer."""
 
-    Args:
-        shape: The model shape.
-        groups: Its KV groups.
-    """
+    qkv_proj: InputMajorLinear
+    o_proj: InputMajorLinear
+    gate_up_proj: InputMajorLinear
+    down_proj: InputMajorLinear
+    input_layernorm: RMSNorm
+    post_attention_layernorm: RMSNorm
+    q_norm: RMSNorm  # these two where the spec has them
+    k_norm: RMSNorm
 
-    def __init__(self, shape: ModelShape, groups: int) -> None:
+    def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_dim = shape.num_attention_heads, groups, shape.head_dim
-        width = shape.num_attention_heads * shape.head_dim
-        self.qkv_proj = InputMajorLinear(shape.hidden_size, width + 2 * groups * shape.head_dim, bias=shape.qkv_bias)
-        self.qk_norm = shape.qk_norm
-        if self.qk_norm:
-            self.q_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
-            self.k_norm = RMSNorm(shape.head_dim, shape.rms_norm_eps)
-        self.o_proj = InputMajorLinear(width, shape.hidden_size, bias=shape.o_bias)
-        self.gate_up_proj = InputMajorLinear(shape.hidden_size, 2 * shape.intermediate_size, bias=shape.mlp_bias)
-        self.down_proj = InputMajorLinear(shape.intermediate_size, shape.hidden_size, bias=shape.mlp_bias)
-        self.attention_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.mlp_norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.heads, self.groups, self.head_dim = spec.num_attention_heads, spec.kv_groups, spec.head_dim
+        self.qk_norm = spec.qk_norm
+        for name, plain in _FUSED.items():
+            linears = [spec.linears[part] for part in plain]
+            outputs = sum(linear.outputs for linear in linears)
+            self.add_module(name, InputMajorLinear(linears[0].inputs, outputs, linears[0].bias))
+        for name, width in spec.norms.items():
+            self.add_module(name, RMSNorm(width, spec.rms_norm_eps))
 
     def share(self, twin: "ServingLayer") -> "ServingLayer":
         """Uses the weights of a layer with other groups, all but those of queries, keys and values."""
         self.o_proj, self.gate_up_proj, self.down_proj = twin.o_proj, twin.gate_up_proj, twin.down_proj
-        self.attention_norm, self.mlp_norm = twin.attention_norm, twin.mlp_norm
+        self.input_layernorm, self.post_attention_layernorm = twin.input_layernorm, twin.post_attention_layernorm
         return self
 
     @torch.no_grad()
     def load(self, layer: Layer) -> None:
         """Takes over the weights of a plain layer."""
-        attention, mlp = layer.self_attn, layer.mlp
-        joined = {
-            self.qkv_proj: (attention.q_proj, attention.k_proj, attention.v_proj),
-            self.o_proj: (attention.o_proj,),
-            self.gate_up_proj: (mlp.gate_proj, mlp.up_proj),
-            self.down_proj: (mlp.down_proj,),
-        }
-        for own, theirs in joined.items():
-            for name, parameter in own.named_parameters():
-                parameter.copy_(torch.cat([getattr(linear, name) for linear in theirs]))
-        norms: dict[RMSNorm, RMSNorm] = {
-            self.attention_norm: layer.input_layernorm,
-            self.mlp_norm: layer.post_attention_layernorm,
-        }
-        norms |= {self.q_norm: attention.q_norm, self.k_norm: attention.k_norm} if self.qk_norm else {}
-        for own_norm, norm in norms.items():
-            own_norm.weight.copy_(norm.weight)
+        plain = {name.rpartition(".")[2]: module for name, module in layer.named_modules()}
+        for name, module in self.named_children():
+            for kind, parameter in module.named_parameters():
+                parts = [plain[part].get_parameter(kind) for part in _FUSED.get(name, (name,))]
+                parameter.copy_(torch.cat(parts))
 
     def forward(
-        self, x_BTD: Tensor, terms_NBTD: Tensor, rope: Rope, cache: LayerCache, last: Position = None
+        self, x_BTD: Tensor, partials_NBTD: Tensor, rope: Rope, cache: LayerCache, last: Position = None
     ) -> tuple[Tensor, Tensor]:
-        """A prompt from position 0 on, or one token more for every row.
+        """A prompt from position 0 on or, at position ``last``, one more token for every row.
 
-        Args:
-            x_BTD: The residual stream, but for ``terms_NBTD``.
-            terms_NBTD: What the layer before adds to it.
-            rope: The rotary table of all positions.
-            cache: Where keys and values go.
-            last: Position of the token.
-
-        Returns:
-            The residual stream in the same two parts.
+        The residual stream comes and goes as x and the partials that are still to be added to it; ``rope`` holds all
+        positions.
         """
-        x_BTD, normed_BTD = residual_norm(x_BTD, terms_NBTD, self.attention_norm, last)
+        x_BTD, normed_BTD = residual_norm(x_BTD, partials_NBTD, self.input_layernorm, last)
         if isinstance(last, Tensor):
             return self._decode(x_BTD, normed_BTD, rope, cache, last)
         q, k, v = self._heads(self.qkv_proj(normed_BTD))
@@ -108,32 +95,33 @@ class ServingLayer(nn.Module):
             out_BTHd = self._attend_prompt(q, k, v, rope, cache)
         else:
             out_BTHd = self._attend_token(q, k, v, rope, cache, last)
-        x_BTD, normed_BTD = residual_norm(x_BTD, self.o_proj(out_BTHd.flatten(2)).unsqueeze(0), self.mlp_norm, last)
+        partials_NBTD = self.o_proj(out_BTHd.flatten(2)).unsqueeze(0)
+        x_BTD, normed_BTD = residual_norm(x_BTD, partials_NBTD, self.post_attention_layernorm, last)
         gate, up = self.gate_up_proj(normed_BTD).chunk(2, dim=-1)
         return x_BTD, self.down_proj(F.silu(gate) * up).unsqueeze(0)
 
     def _heads(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of their product (…, W), each (…, H or G, d)."""
+        """Queries, keys and values out of their joint projection (…, W), each (…, H or G, d)."""
         q, k, v = qkv.unflatten(-1, (-1, self.head_dim)).split([self.heads, self.groups, self.groups], dim=-2)
         return (self.q_norm(q), self.k_norm(k), v) if self.qk_norm else (q, k, v)
 
     def _decode(
         self, x_BTD: Tensor, normed_BTD: Tensor, rope: Rope, cache: LayerCache, last: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """A token whose position is in device memory, by kernels that take sums as terms."""
+        """A token whose position is in device memory, by kernels that take sums as split-K partials."""
         from nas.serving.attention import decode_attention  # Triton comes with PyTorch's builds for GPUs only
-        from nas.serving.gemm import gated
+        from nas.serving.gemm import gate_up_swiglu
 
-        qkv_NBW = product_in_halves(normed_BTD[:, 0], self.qkv_proj)
+        qkv_NBW = split_k_linear(normed_BTD[:, 0], self.qkv_proj)
         q, k, v = self._heads(qkv_NBW.sum(0, keepdim=True) if self.qk_norm else qkv_NBW)
         out_BHd = decode_attention(q, k, v, *rope, cache.keys, cache.values, cache.semaphores, last)
-        terms_NBTD = product_in_halves(out_BHd.flatten(1), self.o_proj).unsqueeze(2)
-        x_BTD, normed_BTD = residual_norm(x_BTD, terms_NBTD, self.mlp_norm, last)
-        hidden_BF = gated(normed_BTD[:, 0], self.gate_up_proj.weight, self.gate_up_proj.bias)
-        return x_BTD, product_in_halves(hidden_BF, self.down_proj).unsqueeze(2)
+        partials_NBTD = split_k_linear(out_BHd.flatten(1), self.o_proj).unsqueeze(2)
+        x_BTD, normed_BTD = residual_norm(x_BTD, partials_NBTD, self.post_attention_layernorm, last)
+        hidden_BF = gate_up_swiglu(normed_BTD[:, 0], self.gate_up_proj.weight, self.gate_up_proj.bias)
+        return x_BTD, split_k_linear(hidden_BF, self.down_proj).unsqueeze(2)
 
     def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
-        q, k, v = _turned(q, rope, 0), _turned(k, rope, 0), v.transpose(1, 2)
+        q, k, v = _rotated(q, rope, 0), _rotated(k, rope, 0), v.transpose(1, 2)
         cache.keys[:, :, : k.shape[2]] = k
         cache.values[:, :, : k.shape[2]] = v
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
@@ -143,78 +131,84 @@ class ServingLayer(nn.Module):
 
         There is no mask: the new token may see everything in the cache.
         """
-        cache.keys[:, :, last] = _turned(k, rope, last)[:, :, 0]
+        cache.keys[:, :, last] = _rotated(k, rope, last)[:, :, 0]
         cache.values[:, :, last] = v[:, 0]
-        packed_BGRd = _turned(q, rope, last).view(len(q), self.groups, -1, self.head_dim)
+        packed_BGRd = _rotated(q, rope, last).view(len(q), self.groups, -1, self.head_dim)
         keys, values = cache.keys[:, :, : last + 1], cache.values[:, :, : last + 1]
         return F.scaled_dot_product_attention(packed_BGRd, keys, values).flatten(1, 2).unsqueeze(1)
 
 
-def residual_norm(x_BTD: Tensor, terms_NBTD: Tensor, norm: RMSNorm, last: Position) -> tuple[Tensor, Tensor]:
-    """The residual stream with its terms, and that under a norm."""
+def residual_norm(x_BTD: Tensor, partials_NBTD: Tensor, norm: RMSNorm, last: Position) -> tuple[Tensor, Tensor]:
+    """The residual stream with its partials added, and that under a norm."""
     if isinstance(last, Tensor):
         from nas.serving.elementwise import add_norm
 
-        x_BD, normed_BD = add_norm(x_BTD[:, 0], terms_NBTD[:, :, 0], norm.weight, norm.eps)
+        x_BD, normed_BD = add_norm(x_BTD[:, 0], partials_NBTD[:, :, 0], norm.weight, norm.eps)
         return x_BD.unsqueeze(1), normed_BD.unsqueeze(1)
-    x_BTD = with_terms(x_BTD, terms_NBTD)
+    x_BTD = add_partials(x_BTD, partials_NBTD)
     return x_BTD, norm(x_BTD)
 
 
-def with_terms(x_BTD: Tensor, terms_NBTD: Tensor) -> Tensor:
-    """The residual stream: x and its terms, added in fp32 and rounded once."""
-    match len(terms_NBTD):
+def add_partials(x_BTD: Tensor, partials_NBTD: Tensor) -> Tensor:
+    """The residual stream: x and its partials, added in fp32 and rounded once."""
+    match len(partials_NBTD):
         case 0:
             return x_BTD
         case 1:
-            return x_BTD + terms_NBTD[0]
-    return (x_BTD.float() + terms_NBTD.float().sum(0)).to(x_BTD.dtype)
+            return x_BTD + partials_NBTD[0]
+    return (x_BTD.float() + partials_NBTD.float().sum(0)).to(x_BTD.dtype)
 
 
-def product_in_halves(x_BF: Tensor, linear: nn.Linear) -> Tensor:
-    """A linear layer's output as terms (NBD), see `halves`."""
-    from nas.serving.gemm import halves
+def split_k_linear(x_BF: Tensor, linear: nn.Linear) -> Tensor:
+    """A linear layer's output as partials (NBD), see `split_k`."""
+    from nas.serving.gemm import split_k
 
-    terms_NBD: Tensor = halves(x_BF, linear.weight)
-    return terms_NBD if linear.bias is None else terms_NBD + linear.bias / len(terms_NBD)
+    partials_NBD: Tensor = split_k(x_BF, linear.weight)
+    return partials_NBD if linear.bias is None else partials_NBD + linear.bias / len(partials_NBD)
 
 
-def _turned(x_BTHd: Tensor, rope: Rope, start: int) -> Tensor:
+def _rotated(x_BTHd: Tensor, rope: Rope, start: int) -> Tensor:
     """Heads under their positions' rotary embedding, BHTd."""
     cos, sin = (table[start : start + x_BTHd.shape[1]] for table in rope)
     return rotate(x_BTHd.transpose(1, 2), (cos, sin))
 
 
 class ServingModel(nn.Module):
-    """A plain model in the form that serves it.
+    """A model with the group vector ``vector`` in the form that serves it.
 
-    Args:
-        shape: The model shape.
-        vector: KV groups of every layer.
+    Its weights are of one dtype and undefined at first; the rotary table is fp32.
     """
 
     rope_cos: Tensor
     rope_sin: Tensor
 
-    def __init__(self, shape: ModelShape, vector: Sequence[int]) -> None:
+    def __init__(
+        self,
+        shape: ModelShape,
+        vector: Sequence[int],
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
-        self.shape, self.vector = shape, tuple(vector)
-        self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(ServingLayer(shape, groups) for groups in vector)
-        self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = InputMajorLinear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.shape = shape
+        with torch.device("meta"):
+            self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
+            self.layers = nn.ModuleList(ServingLayer(spec) for spec in shape.layers(vector))
+            self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
+            self.lm_head = InputMajorLinear(shape.hidden_size, shape.vocab_size, bias=False)
+        self.to(dtype).to_empty(device=device)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos, sin = rope_table(shape)
-        self.register_buffer("rope_cos", cos, persistent=False)
-        self.register_buffer("rope_sin", sin, persistent=False)
+        for name, table in zip(("rope_cos", "rope_sin"), rope_table(shape), strict=True):
+            self.register_buffer(name, table.to(device), persistent=False)
+        self.eval().requires_grad_(False)
 
     @classmethod
     def of(
         cls, decoder: Decoder, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
     ) -> "ServingModel":
         """A plain decoder's weights in this form."""
-        model = empty(decoder.shape, decoder.kv_heads, device, dtype)
+        model = cls(decoder.shape, decoder.kv_heads, device, dtype)
         for own, layer in zip(model.serving_layers(), decoder.model.layers, strict=True):
             own.load(layer)  # type: ignore[arg-type]
         with torch.no_grad():
@@ -230,45 +224,32 @@ class ServingModel(nn.Module):
 
     def serving_layers(self) -> Iterator[ServingLayer]:
         """The layers, typed."""
-        for layer in self.layers:
-            assert isinstance(layer, ServingLayer)
-            yield layer
+        yield from self.layers  # type: ignore[misc]
 
     def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: Position = None) -> Tensor:
         """Logits BV of the last position; see `ServingLayer.forward`."""
-        x_BTD, terms_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), self.rope, caches, last)
-        return last_logits(x_BTD, terms_NBTD, self.norm, self.lm_head, last)
+        x_BTD, partials_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), self.rope, caches, last)
+        return last_logits(x_BTD, partials_NBTD, self.norm, self.lm_head, last)
 
 
 def run_layers(
     layers: Iterable[nn.Module], x_BTD: Tensor, rope: Rope, caches: Sequence[LayerCache], last: Position
 ) -> tuple[Tensor, Tensor]:
     """Layers one after the other, a cache each; see `ServingLayer.forward`."""
-    terms_NBTD = no_terms(x_BTD)
+    partials_NBTD = no_partials(x_BTD)
     for layer, cache in zip(layers, caches, strict=True):
-        x_BTD, terms_NBTD = layer(x_BTD, terms_NBTD, rope, cache, last)
-    return x_BTD, terms_NBTD
+        x_BTD, partials_NBTD = layer(x_BTD, partials_NBTD, rope, cache, last)
+    return x_BTD, partials_NBTD
 
 
-def no_terms(x_BTD: Tensor) -> Tensor:
+def no_partials(x_BTD: Tensor) -> Tensor:
     """What is still to be added to the residual stream before the first layer: nothing."""
     return x_BTD.new_empty((0, *x_BTD.shape))
 
 
-def last_logits(x_BTD: Tensor, terms_NBTD: Tensor, norm: RMSNorm, head: nn.Module, last: Position) -> Tensor:
+def last_logits(x_BTD: Tensor, partials_NBTD: Tensor, norm: RMSNorm, head: nn.Module, last: Position) -> Tensor:
     """Logits BV of the last position of the residual stream."""
-    return head(residual_norm(x_BTD[:, -1:], terms_NBTD[:, :, -1:], norm, last)[1][:, 0])  # type: ignore[no-any-return]
-
-
-def empty(shape: ModelShape, vector: Sequence[int], device: torch.device | str, dtype: torch.dtype) -> ServingModel:
-    """A model with undefined weights of one dtype; the rotary table stays fp32."""
-    with torch.device("meta"):
-        model = ServingModel(shape, vector)
-    model.to(dtype).to_empty(device=device)
-    if shape.tie_word_embeddings:
-        model.lm_head.weight = model.embed_tokens.weight
-    model.rope_cos, model.rope_sin = (table.to(device) for table in rope_table(shape))
-    return model.eval().requires_grad_(False)
+    return head(residual_norm(x_BTD[:, -1:], partials_NBTD[:, :, -1:], norm, last)[1][:, 0])  # type: ignore[no-any-return]
 
 
 def randomise(module: nn.Module, generator: torch.Generator) -> None:

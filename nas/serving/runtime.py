@@ -1,7 +1,7 @@
 """The runtimes that a model can be served on, and the runner that keeps a model, its cache and its graph together.
 
 ``eager``     PyTorch as it is: every operation is launched on its own.
-``graph``     the decode step, with Triton's kernels between the products, captured in a CUDA graph: no launch overhead.
+``graph``     the decode step, with Triton's kernels between the GEMMs, captured in a CUDA graph: no launch overhead.
 ``compiled``  the same, with each layer compiled first: in prompts too, neighbouring operations become one kernel.
 """
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
+from nas.compiler import check_compiler
 from nas.serving.batching import prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured
@@ -22,19 +23,14 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
     """Compiles layers one by one: all of one number of groups share their kernels, for every batch and length."""
+    check_compiler("(workload.)runtime=graph")
     torch._dynamo.config.recompile_limit = 64
     for layer in layers:
         layer.compile(fullgraph=True, dynamic=True)
 
 
 class Runner:
-    """A model that serves one batch: prompts first, then token by token.
-
-    Args:
-        model: The model.
-        cache: Its batch and length are the most that can be served.
-        runtime: One of `RUNTIMES`; all but ``eager`` need a GPU.
-    """
+    """A model that serves one batch: prompts first, then token by token, as many as the cache has room for."""
 
     def __init__(self, model: ServingModel, cache: KVCache, runtime: str = "eager") -> None:
         self.model, self.cache, self.runtime = model, cache, runtime
@@ -52,23 +48,17 @@ class Runner:
         """Puts prompts into the cache, in `prefill_chunks`; logits BV of their last tokens."""
         logits_BV = self.model.lm_head.weight.new_empty((len(tokens_BT), self.model.shape.vocab_size))
         begin = 0
-        for part_BT in tokens_BT.split(prefill_chunks(*tokens_BT.shape)):
-            end = begin + len(part_BT)
-            logits_BV[begin:end] = self.model(part_BT, self.cache.rows(begin, end))
+        for chunk_BT in tokens_BT.split(prefill_chunks(*tokens_BT.shape)):
+            end = begin + len(chunk_BT)
+            logits_BV[begin:end] = self.model(chunk_BT, self.cache.rows(begin, end))
             begin = end
         return logits_BV
 
     @torch.inference_mode()
     def decode(self, tokens_B: Tensor, position: int) -> Tensor:
-        """One more token for every row, at ``position``; logits BV, which the next step overwrites.
-
-        Raises:
-            ValueError: The cache ends before that, or has another number of rows.
-        """
-        if len(tokens_B) != self.cache.batch:
-            raise ValueError(f"{len(tokens_B)} tokens for a cache of {self.cache.batch} rows")
-        if not 0 <= position < self.cache.length:
-            raise ValueError(f"position {position} is outside the cache of {self.cache.length} tokens")
+        """One more token for every row, at ``position``; logits BV, which the next step overwrites."""
+        assert len(tokens_B) == self.cache.batch
+        assert 0 <= position < self.cache.length
         if self.runtime == "eager":
             return self.model(tokens_B[:, None], self.cache.layers, position)  # type: ignore[no-any-return]
         self._tokens_B1[: len(tokens_B)] = tokens_B[:, None]

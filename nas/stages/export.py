@@ -11,6 +11,7 @@ from nas import console
 from nas.config import Export, build
 from nas.csv_files import read_csv
 from nas.errors import UserError
+from nas.export import Exporter
 from nas.latency.predictor import Workload
 from nas.model.checkpoint import load_supernet
 from nas.run import FinishedRun, start_run
@@ -28,13 +29,13 @@ def run(config: Export, path: Path) -> None:
     trials = read_csv(search.artifact("trials.csv"), COLUMNS)
     objectives = Objectives(tuple(search.config["objectives"]))
     chosen = select(config.select, front, trials, objectives, supernet.space)
-    exporter = build(config.export)
-    asked = {"run": config.run, "select": config.select, "export": config.export}
-    with start_run(path, "export", asked, parents={"search": search, "supernet": supernet_run}) as run:
+    exporter: Exporter = build(config.export)
+    resolved = {"run": config.run, "select": config.select, "export": config.export}
+    with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
             folder = path / row["vector"]
             model = supernet.extract(parse_vector(row["vector"]))
-            exporter.export(model, supernet_run.artifact("tokenizer.json"), folder, card_facts(row, search))
+            exporter.write(model, supernet_run.artifact("tokenizer.json"), folder, model_card(row, search))
             console.print(f"Exported {folder}")
         run.finish()
 
@@ -64,7 +65,7 @@ def select(
     return rows
 
 
-def card_facts(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, str]:
+def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, str]:
     """What the model card states of a vector."""
     source, at = row["latency_source"], Workload(**search.config["workload"] | {"batch": row["batch"]})
     return {
@@ -73,7 +74,7 @@ def card_facts(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, st
         "decode step": f"{row['decode_ms']:.4f} ms ({source}; {at})",
         "decode throughput": f"{row['tokens_per_s']:,.1f} tokens/s ({source}; {at})",
         "prefill": f"{row['prefill_ms']:.4f} ms ({source}; the same)",
-        "KV cache": f"{row['kv_bytes_per_token']} bytes a token in {at.dtype}",
+        "KV cache": f"{row['kv_bytes_per_token']} bytes per token in {at.dtype}",
         "where the latency comes from": search.config["latency"],
         "searched with": f"gqa-nas {search.info['versions']['gqa-nas']}, {search.info['started'][:10]}",
     }

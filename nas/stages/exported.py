@@ -3,38 +3,37 @@
 from pathlib import Path
 
 from nas.errors import UserError
+from nas.export import Exporter
 from nas.run import FinishedRun, is_run
 
 
-def resolve_checkpoint(folder: Path) -> Path:
-    """An exported directory, or the only one inside ``folder``.
+def open_checkpoint(reference: str, exporter: Exporter) -> tuple[Path, dict[str, FinishedRun]]:
+    """An exported model's directory, and as parent the run that wrote it if it still lies there, its files verified.
+
+    Args:
+        reference: The directory, or one with a single exported model inside.
+        exporter: The format.
 
     Raises:
-        UserError: There is none, or more than one.
+        UserError: There is none or more than one, a file is missing or was changed, or its run is unfinished.
     """
-    if not folder.is_dir():
+    folder = Path(reference)
+    found = [folder / exporter.config] if (folder / exporter.config).is_file() else []
+    found = found or sorted(folder.glob(f"*/{exporter.config}"))
+    if not found:
         raise UserError(
-            f"checkpoint {folder} does not exist; give a directory that 'nas export' or 'nas finetune' wrote"
+            f"checkpoint {folder} does not exist or has no {exporter.config}; give a directory that 'nas export' or "
+            "'nas finetune' wrote"
         )
-    if (folder / "config.json").is_file():
-        return folder
-    inside = sorted(file.parent for file in folder.glob("*/config.json"))
-    if len(inside) == 1:
-        return inside[0]
-    if inside:
-        raise UserError(f"{folder} holds {len(inside)} models; give one of them, such as {inside[0]}")
-    raise UserError(f"{folder} has no config.json; give a directory that 'nas export' or 'nas finetune' wrote")
-
-
-def writer_of(folder: Path) -> dict[str, FinishedRun]:
-    """The run that wrote an exported model, if the model still lies there; its files are verified.
-
-    Raises:
-        UserError: The run is unfinished, or a file was changed since.
-    """
-    if not is_run(folder.parent):
-        return {}
-    writer = FinishedRun(folder.parent)
-    for name in ("config.json", "model.safetensors", "tokenizer.json"):
-        writer.artifact(f"{folder.name}/{name}")
-    return {"checkpoint": writer}
+    source = found[0].parent
+    if len(found) > 1:
+        raise UserError(f"checkpoint {folder} holds {len(found)} models; give one of them, such as {source}")
+    files = (exporter.config, exporter.weights, "tokenizer.json")
+    if is_run(source.parent):
+        writer = FinishedRun(source.parent)
+        for name in files:
+            writer.artifact(f"{source.name}/{name}")
+        return source, {"checkpoint": writer}
+    if missing := [name for name in files if not (source / name).is_file()]:
+        raise UserError(f"{source} has no {missing[0]}; export it again")
+    return source, {}

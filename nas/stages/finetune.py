@@ -9,32 +9,32 @@ from nas import console
 from nas.config import Finetune, build
 from nas.data import prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN
-from nas.export.hf import read_exported
+from nas.export import Exporter
 from nas.files import file_hash
 from nas.model import Decoder
 from nas.quality import mean_loss
 from nas.run import start_run
 from nas.space import format_vector
-from nas.stages.exported import resolve_checkpoint, writer_of
+from nas.stages.exported import open_checkpoint
 from nas.training import check_memory, fit, full_state_dict, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
 
 def run(config: Finetune, path: Path) -> None:
     """Finetunes into ``path``/model."""
-    source = resolve_checkpoint(Path(config.checkpoint))
-    parents = writer_of(source)
+    exporter: Exporter = build(config.export)
+    source, parents = open_checkpoint(config.checkpoint, exporter)
     options, device = config.train, training_device()
-    model = read_exported(source, with_weights=not config.from_scratch)
+    model = exporter.read(source, with_weights=not config.from_scratch)
     check_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
     length = window_length(options, model.shape.max_position_embeddings)
     if config.from_scratch:
         model.initialise(torch.Generator().manual_seed(options.seed))
-    tokenizer = str(source / "tokenizer.json")
-    data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
+    tokenizer = source / "tokenizer.json"
+    data = prepare_tokens(build(config.data), str(tokenizer), model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
-    weights = file_hash(source / "model.safetensors")
-    asked = {
+    weights = file_hash(source / exporter.weights)
+    resolved = {
         "checkpoint": {"name": source.name, "hash": weights},
         "from_scratch": config.from_scratch,
         "data": {**config.data, "digest": data.digest},
@@ -46,23 +46,23 @@ def run(config: Finetune, path: Path) -> None:
         with autocast(options.precision, device):
             return {"validation_loss_nats": mean_loss(model, windows)}
 
-    with start_run(path, "finetune", asked, {"train": options.seed}, parents) as run:
+    with start_run(path, "finetune", resolved, {"train": options.seed}, parents) as run:
         start = "fresh weights" if config.from_scratch else "inherited weights"
         console.print(f"Training {format_vector(model.kv_heads)} from {start} for {options.steps} steps in {path}")
         model.to(device)
         with torch.no_grad():
             before = validate()["validation_loss_nats"]
         after = fit(model, text_loss(data.train, options, length), options, run, validate)["validation_loss_nats"]
-        card = {
-            "KV groups by layer": format_vector(model.kv_heads),
-            "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
-            "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
-            "trained from": f"{source.name} (weights {weights[:12]})",
-        }
         state = full_state_dict(model)
         if IS_MAIN:
             trained = Decoder(model.shape, model.kv_heads)
             trained.load_state_dict(state)
-            build(config.export).export(trained, Path(tokenizer), path / "model", card)
+            card = {
+                "KV groups by layer": format_vector(model.kv_heads),
+                "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
+                "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
+                "trained from": f"{source.name} (weights {weights[:12]})",
+            }
+            exporter.write(trained, tokenizer, path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
     console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")

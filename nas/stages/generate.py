@@ -11,10 +11,10 @@ import torch
 from tokenizers import Tokenizer
 
 from nas import console
-from nas.config import Generate
+from nas.config import Generate, build
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
-from nas.export.hf import read_exported
+from nas.export import Exporter
 from nas.files import write_atomically
 from nas.latency.device import Device, this_device
 from nas.latency.memory import MemoryModel
@@ -23,22 +23,20 @@ from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.runtime import DTYPES
 from nas.shape import ModelShape
-from nas.stages.exported import resolve_checkpoint, writer_of
+from nas.stages.exported import open_checkpoint
 
 
 def run(config: Generate, path: Path) -> None:
     """Generates into ``path``."""
-    source = resolve_checkpoint(Path(config.checkpoint))
-    parents = writer_of(source)
-    model = read_exported(source)
-    tokenizer = load_tokenizer(str(source))
-    stop = end_of_text_id(tokenizer)
-    prompt = tokenizer.encode(config.prompt).ids
+    exporter: Exporter = build(config.export)
+    source, parents = open_checkpoint(config.checkpoint, exporter)
+    model, tokenizer = exporter.read(source), load_tokenizer(str(source))
+    stop, prompt = end_of_text_id(tokenizer), tokenizer.encode(config.prompt).ids
     shape, vector, device = model.shape, model.kv_heads, this_device()
-    workload = _workload(config, prompt, shape, vector, device)
-    asked = {"checkpoint": config.checkpoint, "prompt": config.prompt, "new_tokens": config.new_tokens}
-    asked |= {"batch": config.batch, "seed": config.seed, "temperature": config.temperature, "workload": str(workload)}
-    with start_run(path, "generate", asked, {"generate": config.seed}, parents) as this_run:
+    workload = workload_of(config, prompt, shape, vector, device)
+    kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")
+    resolved = {name: getattr(config, name) for name in kept} | {"workload": str(workload)}
+    with start_run(path, "generate", resolved, {"generate": config.seed}, parents) as this_run:
         torch_device, dtype = torch.device("cuda" if device.is_gpu else "cpu"), DTYPES[workload.dtype]
         served = ServingModel.of(model, torch_device, dtype)
         del model  # its weights were copied
@@ -46,22 +44,12 @@ def run(config: Generate, path: Path) -> None:
         tokens = torch.tensor([prompt] * config.batch, device=torch_device)
         runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
         with console.progress_bar("Generating", config.new_tokens) as bar:
-            new = generate(
-                runner,
-                tokens,
-                config.new_tokens,
-                config.temperature,
-                config.seed,
-                stop,
-                bar.update,
-            ).tolist()
-        seconds = time.perf_counter() - begun
-        new = [_until(row, stop) for row in new]
-        texts = [config.prompt + _continued(tokenizer, prompt, row) for row in new]
-        count = sum(map(len, new))
-        write_atomically(
-            path / "generated.txt", lambda file: file.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
-        )
+            new_BN = generate(runner, tokens, config.new_tokens, config.temperature, config.seed, stop, bar.update)
+        rows = [row[: row.index(stop)] if stop in row else row for row in new_BN.tolist()]
+        seconds, count = time.perf_counter() - begun, sum(map(len, rows))
+        texts = [config.prompt + _continued(tokenizer, prompt, row) for row in rows]
+        text = "\n\n".join(texts) + "\n"
+        write_atomically(path / "generated.txt", lambda file: file.write_text(text, encoding="utf-8"))
         this_run.log(tokens=count, seconds=seconds)
         this_run.finish()
     for text in texts:
@@ -69,10 +57,10 @@ def run(config: Generate, path: Path) -> None:
     console.print(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
 
 
-def _workload(
+def workload_of(
     config: Generate, prompt: list[int], shape: ModelShape, vector: Sequence[int], device: Device
 ) -> Workload:
-    """What is asked of the model.
+    """What the model is to serve.
 
     Raises:
         UserError: The prompt is empty, too long or another tokenizer's, or memory does not suffice.
@@ -102,7 +90,3 @@ def _workload(
 def _continued(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
     """The text of new tokens, with the space before them that some tokenizers drop at the beginning of a text."""
     return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]
-
-
-def _until(tokens: list[int], stop: int | None) -> list[int]:
-    return tokens[: tokens.index(stop)] if stop in tokens else tokens

@@ -23,6 +23,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from nas.compiler import check_compiler
 from nas.config import TrainConfig
 from nas.distributed import SIZE
 from nas.model import Supernet
@@ -42,6 +43,8 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     Layers are compiled one by one: all of one shape share a graph, which compiles in a fraction of the time of a whole
     model.
     """
+    if config.compile:
+        check_compiler("train.compile=false")
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     for layer in layers:

@@ -12,7 +12,7 @@ from nas.latency.predictor import Workload
 from nas.serving.batching import prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured, milliseconds
-from nas.serving.layers import empty, randomise
+from nas.serving.layers import ServingModel, randomise
 from nas.serving.runtime import DTYPES, Runner
 from nas.shape import ModelShape
 
@@ -32,7 +32,7 @@ def memory_cap(gib: float) -> Iterator[None]:
 
 @contextmanager
 def served(shape: ModelShape, vector: Sequence[int], workload: Workload) -> Iterator["Trial"]:
-    """A model with random weights that has read a pass of prompts and decoded a step; freed again afterwards.
+    """A model with random weights that has read a chunk of prompts and decoded a step; freed again afterwards.
 
     Raises:
         torch.OutOfMemoryError: It does not fit.
@@ -62,10 +62,10 @@ class Trial:
     runner: Runner | None = None
 
     def begin(self, shape: ModelShape, vector: Sequence[int], workload: Workload) -> None:
-        """Makes the model, lets it read a pass of prompts, and decodes a step."""
+        """Makes the model, lets it read a chunk of prompts, and decodes a step."""
         device, generator = torch.device("cuda"), torch.Generator("cuda").manual_seed(0)
         batch, dtype = int(workload.batch), DTYPES[workload.dtype]
-        model = empty(shape, vector, device, dtype)
+        model = ServingModel(shape, vector, device, dtype)
         randomise(model, generator)
         cache = KVCache(shape, vector, batch, workload.context, device, dtype)
         for layer in cache.layers:  # never time zeros
@@ -77,7 +77,7 @@ class Trial:
         self._position, self.runner = workload.context - 1, Runner(model, cache, workload.runtime)
         rows = prefill_chunks(batch, workload.prompt)[0]
         tokens = torch.randint(shape.vocab_size, (batch, workload.prompt), device=device, generator=generator)
-        logits_BV = torch.empty((batch, shape.vocab_size), device=device, dtype=dtype)  # that of all passes
+        logits_BV = torch.empty((batch, shape.vocab_size), device=device, dtype=dtype)  # that of all chunks
         self.runner.prefill(tokens[:rows])  # the others would take no more
         self._tokens_B = tokens[:, -1]
         self.step()
