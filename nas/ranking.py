@@ -107,9 +107,10 @@ def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float,
         return float("nan"), float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # constant resamples, which nanpercentile leaves out
-        options = {"n_resamples": _RESAMPLES, "vectorized": False, "paired": True, "method": "percentile"}
-        taus = bootstrap((predicted, true), kendall, rng=seed, **options).bootstrap_distribution
-    low, high = np.nanpercentile(taus, [2.5, 97.5])
+        resampled = bootstrap(
+            (predicted, true), kendall, n_resamples=_RESAMPLES, paired=True, method="percentile", rng=seed
+        )
+    low, high = np.nanpercentile(resampled.bootstrap_distribution, [2.5, 97.5])
     return float(low), float(high)
 
 
