@@ -1,6 +1,6 @@
-"""Several processes that train one model: who is who under torchrun, and the little that they say to each other.
+"""Several processes that train one model: their ranks under torchrun, and a broadcast.
 
-Only the first process (rank 0) writes files and speaks; the others compute. Without torchrun there is one process, and
+Only the first process (rank 0) writes files and prints; the others compute. Without torchrun there is one process, and
 everything here does nothing.
 """
 
@@ -48,8 +48,8 @@ def broadcast(value: Any) -> Any:
 def leave(code: int) -> NoReturn:
     """Ends one of several processes at once, leaving out the interpreter's own clean-up.
 
-    gloo's threads outlive their process group and let go of tensors when they please; one that does so while the
-    interpreter is being taken down aborts the process.
+    gloo's threads outlive their process group; one that frees a tensor while the interpreter shuts down aborts the
+    process.
     """
     sys.stdout.flush()
     sys.stderr.flush()

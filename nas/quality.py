@@ -19,18 +19,18 @@ _TOKENS = 8192  # in one forward pass; their logits are what takes memory
 
 
 def row_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
-    """Mean loss of each row in nats a token, shape (B,)."""
+    """Mean loss of each row in nats per token, shape (B,)."""
     losses = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
     return losses.view(targets_BT.shape).mean(1)
 
 
 @torch.no_grad()
 def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
-    """Mean loss of a model in nats a token.
+    """Mean loss of a model in nats per token.
 
     Args:
         logits_of: Maps token ids (rows, T) to logits (rows, T, V).
-        windows_NT: Token ids, T + 1 a window: inputs and the targets one to the right.
+        windows_NT: Token ids, T + 1 per window: inputs and the targets one to the right.
     """
     rows = _rows_at_once(windows_NT)
     losses = [row_losses(logits_of(windows[:, :-1]), windows[:, 1:]) for windows in windows_NT.split(rows)]
@@ -39,19 +39,19 @@ def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> floa
 
 @torch.no_grad()
 def vector_losses(supernet: Supernet, vectors: Sequence[Vector], windows_NT: Tensor) -> list[float]:
-    """`mean_loss` of a supernet at each of some vectors, in passes of many vectors that share their first layers.
+    """`mean_loss` of a supernet at each vector, in forward passes of many vectors that share their first layers.
 
     Every pass takes as many vectors as fit, and only then several windows, for vectors share work and windows do not.
     """
     losses: dict[Vector, float] = {}
-    for some in _passes(vectors, windows_NT):
-        rows = max(1, _rows_at_once(windows_NT) // len(some))
-        parts = []
+    for batch in _batches(vectors, windows_NT):
+        rows = max(1, _rows_at_once(windows_NT) // len(batch))
+        losses_VN = []
         for windows in windows_NT.split(rows):
-            logits_VNTW = supernet.shared_forward(windows[:, :-1], some)
-            targets = windows[:, 1:].repeat(len(some), 1)
-            parts.append(row_losses(logits_VNTW.flatten(0, 1), targets).view(len(some), -1))
-        losses |= zip(some, torch.cat(parts, dim=1).double().mean(1).tolist(), strict=True)
+            logits_VNTW = supernet.shared_forward(windows[:, :-1], batch)
+            targets = windows[:, 1:].repeat(len(batch), 1)
+            losses_VN.append(row_losses(logits_VNTW.flatten(0, 1), targets).view(len(batch), -1))
+        losses |= zip(batch, torch.cat(losses_VN, dim=1).double().mean(1).tolist(), strict=True)
     return [losses[vector] for vector in vectors]
 
 
@@ -59,18 +59,18 @@ def _rows_at_once(windows_NT: Tensor) -> int:
     return max(1, _TOKENS // windows_NT.shape[1])
 
 
-def _passes(vectors: Sequence[Vector], windows_NT: Tensor) -> Iterator[list[Vector]]:
+def _batches(vectors: Sequence[Vector], windows_NT: Tensor) -> Iterator[list[Vector]]:
     """The distinct vectors in lexicographic order, as many at a time as go through the model together."""
     ordered, most = sorted(set(vectors)), _rows_at_once(windows_NT)
     return (ordered[at : at + most] for at in range(0, len(ordered), most))
 
 
-class LossMemo:
-    """Losses (nats a token) by name, remembered in a file of JSON lines, of which a kill may cut the last one short."""
+class LossMemo(dict[str, float]):
+    """Losses (nats per token) by name, remembered in a file of JSON lines, whose last one a kill may cut short."""
 
     def __init__(self, file: Path) -> None:
+        super().__init__()
         self.file = file
-        self._known: dict[str, float] = {}
         self.reload()
 
     def reload(self) -> Self:
@@ -79,18 +79,12 @@ class LossMemo:
         for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
-                self._known[str(entry["name"])] = float(entry["loss_nats"])
+                self[str(entry["name"])] = float(entry["loss_nats"])
         return self
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._known
-
-    def __getitem__(self, name: str) -> float:
-        return self._known[name]
-
     def add(self, losses: Mapping[str, float]) -> None:
-        """Remembers losses."""
-        self._known |= losses
+        """Remembers losses, in the file too."""
+        self.update(losses)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         end_cut_line(self.file)
         with self.file.open("a", encoding="utf-8") as stream:
@@ -112,21 +106,19 @@ class InheritedLoss:
         self.memo = memo
 
     def __call__(self, vector: Vector) -> float:
-        """Loss in nats a token."""
-        name = format_vector(vector)
-        if name not in self.memo:
+        """Loss in nats per token."""
+        if format_vector(vector) not in self.memo:
             self._evaluate([vector])
-        return self.memo[name]
+        return self.memo[format_vector(vector)]
 
     def of(self, vectors: Sequence[Vector]) -> list[float]:
         """Losses of many vectors, far faster than one by one if they share their first layers."""
         missing = [vector for vector in vectors if format_vector(vector) not in self.memo]
         with console.progress_bar("Evaluating vectors", len(set(missing))) as bar:
             done = 0
-            for some in _passes(missing, self.windows):
-                self._evaluate(some)
-                done += len(some)
-                bar.update(done)
+            for batch in _batches(missing, self.windows):
+                self._evaluate(batch)
+                bar.update(done := done + len(batch))
         return [self.memo[format_vector(vector)] for vector in vectors]
 
     def _evaluate(self, vectors: list[Vector]) -> None:

@@ -1,4 +1,4 @@
-"""Can inherited losses be trusted to rank vectors? Which vectors to ask, and what their trained losses say.
+"""Can inherited losses be trusted to rank vectors? Which vectors to compare, and what their trained losses say.
 
 All functions here are pure: the trainings happen in the stage. A *measurement* is one loss of one vector, a row with
 
@@ -10,12 +10,13 @@ All functions here are pure: the trainings happen in the stage. A *measurement* 
 """
 
 import itertools
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from scipy.stats import kendalltau
+from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
 
 from nas.errors import UserError
 from nas.space import SearchSpace, Vector
@@ -31,16 +32,10 @@ _ATTEMPTS = 1000
 
 
 def choose_vectors(space: SearchSpace, count: int, equal_total: int, seed: int) -> tuple[list[Vector], list[Vector]]:
-    """Two sets of distinct vectors: with totals spread over the whole range, and all with the same middle total.
-
-    Args:
-        space: The search space.
-        count: Vectors in both sets together.
-        equal_total: Vectors in the second.
-        seed: Of the draw.
+    """Two sets of distinct vectors, ``count`` in all, ``equal_total`` of them in the second.
 
     Returns:
-        The spread ones, ascending by total, from the smallest vector to the largest; and those of equal total.
+        Those with totals from the smallest vector's to the largest's, ascending; those with one total between them.
 
     Raises:
         UserError: The space does not have that many.
@@ -77,16 +72,11 @@ def choose_some(spread: list[Vector], equal: list[Vector], count: int) -> list[V
 
 
 def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """How well each predictor ranks vectors by each kind of trained loss.
-
-    Args:
-        measurements: Rows of `MEASUREMENTS`.
-        seed: Of the bootstrap.
+    """How well each predictor ranks vectors by each kind of trained loss; ``seed`` is the bootstrap's.
 
     Returns:
         Rows with ``truth, among`` (all | equal total, if there are such), ``predictor, vectors, tau`` (Kendall's τ-b),
-        ``low, high`` (95 % by resampling vectors) and ``ceiling``: how well the truth agrees with itself, see
-        `noise_ceiling`.
+        ``low, high`` (95 % by resampling vectors) and ``ceiling`` (see `noise_ceiling`).
     """
     rows = []
     by_kind = {kind: rows_of.set_index("vector") for kind, rows_of in measurements.groupby("kind")}
@@ -97,12 +87,11 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             true = losses.loc[chosen]
             if true.empty:
                 continue
-            facts = inherited.loc[true.index]
-            for predictor, values in (("inherited", facts["loss_nats"]), ("total", -facts["total"])):
+            predicted = inherited.loc[true.index]
+            for predictor, values in (("inherited", predicted["loss_nats"]), ("total", -predicted["total"])):
                 pair = values.to_numpy(float), true.mean(axis=1).to_numpy()
-                low, high = bootstrap_interval(*pair, seed)
-                row = (truth, among, predictor, len(true), kendall(*pair), low, high, noise_ceiling(true.to_numpy()))
-                rows.append(row)
+                tau, interval, ceiling = kendall(*pair), bootstrap_interval(*pair, seed), noise_ceiling(true.to_numpy())
+                rows.append((truth, among, predictor, len(true), tau, *interval, ceiling))
     columns = ["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"]
     return pd.DataFrame(rows, columns=columns)
 
@@ -114,35 +103,25 @@ def kendall(predicted: Array, true: Array) -> float:
 
 def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float, float]:
     """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined."""
-    odds = np.full(len(true), 1 / len(true))
-    taus = resampled_taus(predicted, true, np.random.default_rng(seed).multinomial(len(true), odds, _RESAMPLES))
-    if np.isnan(taus).all():
+    if np.isnan(kendall(predicted, true)):
         return float("nan"), float("nan")
-    low, high = np.nanpercentile(taus, [2.5, 97.5])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # constant resamples, which nanpercentile leaves out
+        resampled = bootstrap(
+            (predicted, true), kendall, n_resamples=_RESAMPLES, paired=True, method="percentile", rng=seed
+        )
+    low, high = np.nanpercentile(resampled.bootstrap_distribution, [2.5, 97.5])
     return float(low), float(high)
-
-
-def resampled_taus(predicted: Array, true: Array, counts_RN: npt.NDArray[np.int64]) -> Array:
-    """`kendall` of samples in which pair i occurs ``counts[r, i]`` times: a sum over pairs, so a quadratic form."""
-    signs_x, signs_y = (np.sign(np.subtract.outer(values, values)) for values in (predicted, true))
-    both, x, y = (
-        np.einsum("ri,ij,rj->r", counts_RN, signs, counts_RN) for signs in (signs_x * signs_y, signs_x**2, signs_y**2)
-    )
-    taus: Array = np.divide(both, np.sqrt(x * y), out=np.full(len(both), np.nan), where=x * y > 0)
-    return taus
 
 
 def noise_ceiling(losses_VS: Array) -> float:
     """Kendall's τ between vectors' mean losses in disjoint halves of the seeds, averaged over all halvings.
 
-    What a predictor can be held to: so well does one measurement, by half of the seeds, tell another. One that is held
-    against the mean over all seeds, which is less noisy than a half, can do better.
+    This is how well one measurement predicts another; a predictor that is compared with the mean over all seeds, which
+    is less noisy than a half, can do better. NaN for a single seed.
 
     Args:
         losses_VS: Losses by vector and seed.
-
-    Returns:
-        NaN for a single seed.
     """
     seeds = range(losses_VS.shape[1])
     taus = []

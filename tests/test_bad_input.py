@@ -179,7 +179,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ),
         ("train train.largest_first=1.5", ["train.largest_first is 1.5", "between 0 and 1"]),
         ("train train.distillation_temperature=0", ["train.distillation_temperature is 0", "positive"]),
-        ("train train.accumulate=3", ["4 texts", "3 passes", "train.accumulate"]),
+        ("train train.accumulate=3", ["4 texts", "3 microbatches", "train.accumulate"]),
         ("train train.parallel=pipeline", ["train.parallel", "'pipeline'", "fsdp"]),
         ("fidelity supernet=nowhere", ["nowhere", "finished run"]),
         ("search train.steps=[1", ["train.steps", "'[1'"]),

@@ -1,11 +1,14 @@
 """Text in, seeded batches out: corpora, tokenizer, splits, the cache on disk, and batches."""
 
 import bz2
+import codecs
 import gzip
 import json
+import logging
 import lzma
 import os
 import random
+import re
 import shutil
 import string
 import sysconfig
@@ -14,7 +17,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import datasets
 import numpy as np
 import pandas as pd
 import pytest
@@ -25,10 +30,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
-from nas.data.corpora import Document, HubCorpus, StdlibCorpus, TextCorpus
+from nas.data.corpora import Corpus, Document, HubCorpus, StdlibCorpus, TextCorpus
 from nas.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer
 from nas.data.tokens import Tokens
 from nas.errors import UserError
+from nas.files import value_hash
 
 VOCABULARY = 300
 WORDS = ["the tokenizer", "größer als", "def run(self):", "日本語のテキスト", "🙂 and 🙃", "a\ttab\r\n", "  spaces  "]
@@ -88,19 +94,16 @@ def split(data: TokenData) -> tuple[list[str], list[str]]:
 
 
 def test_the_standard_library_is_read_without_tests_and_installed_packages() -> None:
-    keys = [document.key for document in StdlibCorpus().documents()]
+    documents = list(StdlibCorpus().documents())
+    keys = [document.key for document in documents]
     assert {"argparse.py", "json/decoder.py"} <= set(keys)
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     assert not [key for key in keys if left_out & set(key.split("/"))]
     assert (Path(sysconfig.get_path("stdlib")) / keys[0]).is_file()
+    assert StdlibCorpus().fingerprint() == value_hash(documents)  # it reads the same every time
 
 
-def test_the_standard_library_reads_the_same_every_time() -> None:
-    assert list(StdlibCorpus().documents()) == list(StdlibCorpus().documents())
-    assert StdlibCorpus().fingerprint() == StdlibCorpus().fingerprint()
-
-
-PACKERS: dict[str, Callable[[bytes], bytes]] = {
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
     ".xz": lzma.compress,
@@ -109,46 +112,54 @@ PACKERS: dict[str, Callable[[bytes], bytes]] = {
 }
 
 
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_packed_text_gives_the_same_document(tmp_path: Path, suffix: str) -> None:
-    text = "\n".join(write_documents(3)).replace("\r\n", "\n")
-    file = tmp_path / f"t.txt{suffix}"
-    file.write_bytes(PACKERS[suffix](text.encode()))
-    assert [document.text for document in TextCorpus(str(file)).documents()] == [text]
+def texts_in(corpus: Corpus) -> list[str]:
+    """The texts of a corpus."""
+    return [document.text for document in corpus.documents()]
 
 
-@pytest.mark.parametrize("suffix", PACKERS)
-def test_packed_json_lines_give_the_same_documents_as_text_files(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_compressed_json_lines_give_the_same_documents_as_text_files(tmp_path: Path, suffix: str) -> None:
+    compress = COMPRESSIONS[suffix]
     texts = [text.replace("\r\n", "\n") for text in write_documents(3)]
-    (tmp_path / "plain").mkdir()
+    (tmp_path / "text").mkdir()
     for number, text in enumerate(texts):
-        (tmp_path / "plain" / f"{number}.txt").write_text(text, encoding="utf-8")
+        (tmp_path / "text" / f"{number}.txt{suffix}").write_bytes(compress(text.encode()))
     lines = "\n\n".join(json.dumps({"text": text, "id": 1}) for text in texts)
-    (tmp_path / f"t.jsonl{suffix}").write_bytes(PACKERS[suffix](lines.encode()))
-    plain, packed = TextCorpus(str(tmp_path / "plain")), TextCorpus(str(tmp_path / f"t.jsonl{suffix}"))
-    assert list(packed.documents()) == list(plain.documents())
-    assert [document.text for document in packed.documents()] == texts
+    (tmp_path / f"t.jsonl{suffix}").write_bytes(compress(lines.encode()))
+    files, rows = TextCorpus(str(tmp_path / "text")), TextCorpus(str(tmp_path / f"t.jsonl{suffix}"))
+    assert list(rows.documents()) == list(files.documents())
+    assert texts_in(rows) == texts
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst", ".bz2"])
-def test_a_file_packed_in_several_pieces_is_read_to_its_end(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_a_file_compressed_in_several_pieces_is_read_to_its_end(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"t.txt{suffix}"
-    file.write_bytes(PACKERS[suffix](b"first half, ") + PACKERS[suffix](b"second half"))
-    assert [document.text for document in TextCorpus(str(file)).documents()] == ["first half, second half"]
+    file.write_bytes(COMPRESSIONS[suffix](b"first half, ") + COMPRESSIONS[suffix](b"second half"))
+    assert texts_in(TextCorpus(str(file))) == ["first half, second half"]
 
 
-def test_another_key_of_json_lines_can_hold_the_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["t.txt", "T.TXT", "t.txt.gz", "T.TXT.GZ", "t.jsonl", "t.JSONL.Zst", "t.v2.jsonl"])
+def test_a_byte_order_mark_is_dropped_and_endings_can_be_in_any_case(tmp_path: Path, name: str) -> None:
+    content = '{"text": "größer"}\n{"text": "als"}\n' if "jsonl" in name.lower() else "größer"
+    suffix = Path(name.lower()).suffix
+    data = codecs.BOM_UTF8 + content.encode()
+    (tmp_path / name).write_bytes(COMPRESSIONS[suffix if suffix in COMPRESSIONS else ""](data))
+    assert texts_in(TextCorpus(str(tmp_path)))[0] == "größer"
+
+
+def test_another_key_of_json_lines_can_hold_the_text_and_other_keys_can_differ(tmp_path: Path) -> None:
     file = tmp_path / "t.jsonl"
-    file.write_text('{"text": "no", "body": "yes"}\n')
-    assert [document.text for document in TextCorpus(str(file), text_key="body").documents()] == ["yes"]
+    file.write_text('{"text": 1, "body": "2020-01-01"}\n{"body": "yes", "more": {"a": []}}\n{"body": "3", "more": 4}\n')
+    assert texts_in(TextCorpus(str(file), text_key="body")) == ["2020-01-01", "yes", "3"]
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder with text at two levels, and with a file that is no text."""
+    """A folder with text at two levels, with a file that is no text, and with names that are patterns, too."""
     folder = tmp_path / "folder"
-    (folder / "deep").mkdir(parents=True)
-    for name in ("b.txt", "a.txt", "deep/c.txt", "notes.md", "a.txt.md5"):
+    names = ("b.txt", "a.txt", "deep/c.txt", "notes.md", "a.txt.md5", "[data]/d.txt", "e[1]*?.txt")
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(f"text of {name}")
     return folder
 
@@ -156,17 +167,23 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("path", "names"),
     [
-        ("", ["a.txt", "b.txt", "deep/c.txt"]),
-        ("*.txt", ["a.txt", "b.txt"]),
-        ("**/*.txt", ["a.txt", "b.txt", "deep/c.txt"]),
+        ("", ["[data]/d.txt", "a.txt", "b.txt", "deep/c.txt", "e[1]*?.txt"]),
+        ("*.txt", ["a.txt", "b.txt", "e[1]*?.txt"]),
+        ("**/?.txt", ["[data]/d.txt", "a.txt", "b.txt", "deep/c.txt"]),
         ("[ac].txt", ["a.txt"]),
         ("deep", ["deep/c.txt"]),
         ("b.txt", ["b.txt"]),
+        ("[data]", ["[data]/d.txt"]),
+        ("[data]/d.txt", ["[data]/d.txt"]),
+        ("e[1]*?.txt", ["e[1]*?.txt"]),
     ],
 )
-def test_a_path_can_be_a_file_a_folder_or_a_pattern(folder: Path, path: str, names: list[str]) -> None:
-    corpus = TextCorpus(str(folder / path))
-    assert [document.text for document in corpus.documents()] == [f"text of {name}" for name in names]
+def test_a_path_can_be_a_file_a_folder_or_a_pattern(
+    folder: Path, path: str, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folder.parent))
+    for start in (str(folder), "~/folder"):
+        assert texts_in(TextCorpus(f"{start}/{path}")) == [f"text of {name}" for name in names]
 
 
 def test_the_fingerprint_of_text_follows_its_content(folder: Path) -> None:
@@ -176,6 +193,47 @@ def test_the_fingerprint_of_text_follows_its_content(folder: Path) -> None:
     assert corpus.fingerprint() == before
     (folder / "a.txt").write_text("text of b.txt")
     assert corpus.fingerprint() != before
+
+
+@pytest.mark.parametrize("path", ["nowhere.txt", "nowhere/", "empty", "*.text", "notes.md", "t.txt.zip", "~nobody/x"])
+def test_a_path_without_text_is_refused(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    for name in ("notes.md", "t.txt.zip"):
+        Path(name).write_text("text")
+    with pytest.raises(UserError, match=rf"'{re.escape(path)}' has no \.txt or \.jsonl file .*; check it"):
+        texts_in(TextCorpus(path))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"words": "b"}', "not JSON", '["text"]', '{"text": 3}', '{"text": "\\ud800"}', "3", "[" * 100_000]
+)
+def test_a_line_that_holds_no_text_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n\n' + line + "\n")
+    with pytest.raises(UserError, match=r"t\.jsonl line 3 is not a JSON object with a text 'text'.*data\.text_key"):
+        texts_in(TextCorpus(str(tmp_path)))
+
+
+def test_text_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_bytes(b"caf\xe9 " * 1000)
+    with pytest.raises(UserError, match=r"t\.txt cannot be read .*convert it to UTF-8"):
+        texts_in(TextCorpus(str(tmp_path)))
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in COMPRESSIONS if suffix])
+@pytest.mark.parametrize("kind", [".txt", ".jsonl"])
+@pytest.mark.parametrize("source", [TextCorpus, HubCorpus])
+def test_a_stream_that_breaks_off_or_was_never_compressed_is_refused(
+    tmp_path: Path, suffix: str, kind: str, source: type[TextCorpus | HubCorpus]
+) -> None:
+    rows = [json.dumps({"text": text}) for text in write_documents(100)]
+    whole = COMPRESSIONS[suffix]("\n".join(rows).encode())
+    for content in (whole[: len(whole) // 2], whole[:-4], whole[:40], b"never compressed"):
+        (tmp_path / f"t{kind}{suffix}").write_bytes(content)
+        if source is HubCorpus and not content.startswith(whole[:4]):
+            continue  # to datasets, what does not begin like compressed text is text
+        with pytest.raises(UserError, match=rf"{tmp_path.name}.* cannot be read \(.+\); "):
+            texts_in(source(str(tmp_path)))
 
 
 @pytest.fixture(params=["jsonl", "parquet"])
@@ -191,33 +249,67 @@ def dataset(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_dataset_is_read_in_its_order(dataset: Path) -> None:
-    texts = [document.text for document in HubCorpus(str(dataset)).documents()]
-    assert [text[0] for text in texts] == list("0123456789")
-    assert {len(text) for text in texts} == {100_000}
+def test_a_dataset_is_read_in_its_order_up_to_a_number_of_megabytes(dataset: Path) -> None:
+    documents = list(HubCorpus(str(dataset)).documents())
+    assert [document.text for document in documents] == [str(number) * 100_000 for number in range(10)]
+    assert len({document.key for document in documents}) == 10
+    assert list(HubCorpus(str(dataset), max_mb=0.3).documents()) == documents[:3]  # a key is the same under any limit
 
 
-def test_a_dataset_is_read_up_to_a_number_of_megabytes(dataset: Path) -> None:
-    assert len(list(HubCorpus(str(dataset), max_mb=0.3).documents())) == 3
-
-
-def test_a_document_of_a_dataset_keeps_its_key_under_any_limit(dataset: Path) -> None:
-    few, many = (list(HubCorpus(str(dataset), max_mb=size).documents()) for size in (0.2, 0.5))
-    assert few == many[:2]
-    assert len({document.key for document in many}) == 5
-
-
-def test_a_dataset_without_the_column_is_refused_with_those_it_has(dataset: Path) -> None:
-    with pytest.raises(UserError, match=r"no column 'body' but text, id; set data\.text_key"):
-        list(HubCorpus(str(dataset), text_key="body").documents())
-
-
-def test_the_fingerprint_of_a_local_dataset_follows_its_files(dataset: Path) -> None:
-    corpus = HubCorpus(str(dataset))
+def test_the_fingerprint_of_a_local_dataset_follows_its_files(dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(dataset.parent))
+    corpus = HubCorpus("~/dataset")
     before = corpus.fingerprint()
     assert corpus.fingerprint() == before
     shutil.copy(next(dataset.iterdir()), dataset / "more.txt")
     assert corpus.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options", "words"),
+    [
+        ("a.jsonl", '{"words": "a"}\n', {}, r"no text in column 'text' but None; set data\.text_key .*: words"),
+        ("a.jsonl", '{"text": 3}\n', {}, r"no text in column 'text' but 3; set data\.text_key"),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', {}, r"no text in column 'text' but None"),
+        ("a.jsonl", '{"text": "a"}\n', {"split": "test"}, r"cannot be read \(.*test.*\); check data\.\*"),
+        ("a.jsonl", '{"text": "a"}\n', {"max_mb": 0}, r"data\.max_mb is 0; .*above zero"),
+        ("a.jsonl", '{"text": "a"}\n', {"max_mb": "lots"}, r"data\.max_mb is 'lots'; .*above zero"),
+        ("a.jsonl", "not JSON\n", {}, r"cannot be read .*check data\.\*"),
+        ("a.jsonl", "", {}, r"cannot be read .*check data\.\*"),
+        ("a.parquet", "not parquet", {}, r"cannot be read .*check data\.\*"),
+        ("a.md", "no data", {}, r"cannot be read .*check data\.\*"),
+    ],
+)
+def test_a_dataset_that_is_not_as_asked_for_is_refused(
+    tmp_path: Path, name: str, content: str, options: dict[str, Any], words: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=words):
+        texts_in(HubCorpus(str(tmp_path), **options))
+
+
+def test_a_byte_order_mark_in_a_dataset_is_dropped(tmp_path: Path) -> None:
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(codecs.BOM_UTF8 + name.encode())
+    assert texts_in(HubCorpus(str(tmp_path))) == ["a.txt", "b.txt"]
+
+
+def test_a_hub_that_breaks_off_is_no_silent_wait_and_ends_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def break_off(*_: object, **__: object) -> None:
+        logging.getLogger("huggingface_hub.utils._http").warning("'disconnected' thrown while requesting GET")
+        logging.getLogger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise RuntimeError("disconnected\nand more")
+
+    monkeypatch.setattr(datasets, "load_dataset", break_off)
+    with pytest.raises(UserError, match=r"dataset me/mine cannot be read \(disconnected and more\); check data"):
+        texts_in(HubCorpus("me/mine"))
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).strip().splitlines() == [
+        "the hub does not answer or broke off: Retrying in 1s [Retry 1/5]."
+    ]
+    assert datasets.config.STREAMING_READ_MAX_RETRIES < 20
 
 
 @settings(deadline=None)
@@ -244,11 +336,6 @@ def test_a_tokenizer_loads_from_its_file_and_from_a_model_directory(
     (tmp_path / "config.json").write_text("{}")
     assert load_tokenizer(str(tokenizer_file)).to_str() == tokenizer.to_str()
     assert load_tokenizer(str(tmp_path)).to_str() == tokenizer.to_str()
-
-
-def test_a_given_tokenizer_is_the_one_used(tokenizer: Tokenizer, tokenizer_file: Path, tmp_path: Path) -> None:
-    data = prepare_tokens(numbered(write_documents(60, seed=1)), str(tokenizer_file), VOCABULARY, tmp_path)
-    assert load_tokenizer(str(data.tokenizer)).to_str() == tokenizer.to_str()
 
 
 def test_every_document_goes_to_one_split_whole(tmp_path: Path) -> None:
@@ -280,16 +367,12 @@ def test_a_documents_split_depends_on_its_key_and_not_on_its_text(tokenizer_file
     assert validation_keys(write_documents(100)) == validation_keys(write_documents(100, seed=1))
 
 
-def test_few_documents_each_give_their_tail_to_validation(tokenizer_file: Path, tmp_path: Path) -> None:
-    texts = write_documents(3)
+@pytest.mark.parametrize("count", [1, 3])
+def test_few_documents_each_give_their_tail_to_validation(tokenizer_file: Path, tmp_path: Path, count: int) -> None:
+    texts = write_documents(count)
     train, validation = split(prepare_tokens(numbered(texts), str(tokenizer_file), VOCABULARY, tmp_path))
     assert [head + tail for head, tail in zip(train, validation, strict=True)] == texts
     assert all(len(tail) == len(text) // 20 for tail, text in zip(validation, texts, strict=True))
-
-
-def test_a_corpus_with_a_single_document_is_enough(tokenizer_file: Path, tmp_path: Path) -> None:
-    train, validation = split(prepare_tokens(numbered(write_documents(1)), str(tokenizer_file), VOCABULARY, tmp_path))
-    assert len(train) == len(validation) == 1
 
 
 def test_long_documents_survive_being_tokenised_in_pieces(tokenizer_file: Path, tmp_path: Path) -> None:
@@ -311,12 +394,7 @@ def test_tokens_are_made_once(tmp_path: Path) -> None:
     assert cached_files(tmp_path) == files
     assert second.digest == first.digest
     assert np.array_equal(second.train, first.train)
-
-
-def test_tokens_are_read_where_they_lie_on_disk(tmp_path: Path) -> None:
-    data = prepare_tokens(numbered(write_documents(60)), None, VOCABULARY, tmp_path)
-    assert isinstance(data.train, np.memmap)
-    assert isinstance(data.validation, np.memmap)
+    assert isinstance(second.train, np.memmap) and isinstance(second.validation, np.memmap)
 
 
 def test_a_corpus_is_never_in_memory_as_a_whole(
@@ -354,25 +432,77 @@ def test_processes_that_want_the_same_tokens_make_them_once(tokenizer_file: Path
     assert len(reads) == 1
 
 
-def test_changed_text_gives_other_tokens_and_another_digest(tmp_path: Path) -> None:
-    texts = write_documents(60)
-    first = prepare_tokens(numbered(texts), None, VOCABULARY, tmp_path)
-    changed = prepare_tokens(numbered([*texts[:-1], texts[-1] + " and more"]), None, VOCABULARY, tmp_path)
-    assert changed.digest != first.digest
-    assert changed.tokenizer.parent != first.tokenizer.parent
-
-
-def test_the_digest_does_not_depend_on_where_the_tokens_lie(tmp_path: Path) -> None:
-    corpus = numbered(write_documents(60))
+def test_the_digest_follows_text_and_tokenizer_and_not_where_the_tokens_lie(
+    tokenizer_file: Path, tmp_path: Path
+) -> None:
+    texts = write_documents(60, seed=1)
+    corpus = numbered(texts)
     one, other = (prepare_tokens(corpus, None, VOCABULARY, tmp_path / name) for name in ("one", "other"))
     assert one.digest == other.digest
+    changed = prepare_tokens(numbered([*texts[:-1], texts[-1] + " and more"]), None, VOCABULARY, tmp_path / "one")
+    given_one = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path / "one")
+    assert len({one.digest, changed.digest, given_one.digest}) == 3
+    assert len({one.tokenizer.parent, changed.tokenizer.parent, given_one.tokenizer.parent}) == 3
+    assert given_one.tokenizer.read_bytes() == tokenizer_file.read_bytes()
 
 
-def test_another_tokenizer_gives_another_digest(tokenizer_file: Path, tmp_path: Path) -> None:
-    corpus = numbered(write_documents(60, seed=1))
-    trained = prepare_tokens(corpus, None, VOCABULARY, tmp_path)
-    given_one = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
-    assert trained.digest != given_one.digest
+def test_what_a_kill_left_is_made_again(tokenizer_file: Path, tmp_path: Path) -> None:
+    class Killed(ListCorpus):
+        def documents(self) -> Iterator[Document]:
+            yield from super().documents()
+            if kills:
+                raise KeyboardInterrupt(kills.pop())
+
+    kills, corpus = [1], Killed(numbered(write_documents(60)).keyed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    after = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    whole = prepare_tokens(ListCorpus(corpus.keyed), str(tokenizer_file), VOCABULARY, tmp_path / "other")
+    assert after.digest == whole.digest
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("train.npy", b""), ("train.npy", None), ("validation.npy", b"damaged"), ("meta.json", b"{}")]
+)
+def test_damaged_tokens_are_refused(tokenizer_file: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+    corpus = numbered(write_documents(60))
+    file = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path).tokenizer.with_name(name)
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UserError, match=r"tokens-.* corrupt .*; remove that folder"):
+        prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "words"),
+    [
+        ([], "holds no text; check data"),
+        ([" \n\n"], "holds no text; check data"),
+        (["too little"], "of the 300 tokens .* give more text"),
+    ],
+)
+def test_too_little_text_is_refused(tmp_path: Path, texts: list[str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        prepare_tokens(numbered(texts), None, VOCABULARY, tmp_path)
+
+
+def test_text_too_short_to_be_split_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no text for validation; give more text"):
+        prepare_tokens(numbered(["too little"]), str(tokenizer_file), VOCABULARY, tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "{}", "not JSON", '{"model_type": "llama"}'])
+def test_what_is_not_a_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "t.json").write_text(content)
+    with pytest.raises(UserError, match=r"t\.json.* tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "t.json"))
+
+
+def test_a_tokenizer_that_does_not_fit_the_vocabulary_is_refused(tokenizer_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"300 tokens .* vocab_size is 299; .*smaller tokenizer"):
+        prepare_tokens(numbered(["text"]), str(tokenizer_file), 299, tmp_path)
+    with pytest.raises(UserError, match=r"vocab_size is 200 .* at least 257 .*tokenizer="):
+        train_tokenizer(["text"], 200)
 
 
 ROW: Tokens = np.arange(1000, dtype=np.uint32)

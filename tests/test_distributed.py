@@ -5,75 +5,94 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+from nas import cli
+from nas.run import Run
 from tests.conftest import read_metrics
 
-# One recipe each, and every part that changes how a step is computed but not what.
-TRAININGS = {
-    "ddp": ("train.parallel=ddp", "train.recipe=mixed", "train.sharing=separate"),
-    "fsdp": ("train.parallel=fsdp", "train.recipe=sandwich", "train.recompute=true"),
-}
-STEPS = 20
+STEPS = 40
+OPTIONS = ("steps=40", "batch=16", "log_every=1", "validate_every=40", "validation_windows=2", "checkpoint_every=5")
 
 
-def command(processes: int, micro_file: Path, text_file: Path, name: str, *more: str) -> list[str]:
-    """A command line that trains a supernet of the micro space on so many processes."""
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)] if processes > 1 else []
-    options: tuple[str, ...] = (
-        "steps=20",
-        "batch=16",
-        "log_every=1",
-        "validate_every=20",
-        "validation_windows=2",
-        "checkpoint_every=5",
-    )
-    options = tuple(f"train.{option}" for option in (*options, "learning_rate=1e-3"))
-    stage = ["-m", "nas", "train", f"space={micro_file}", "data=text", f"data.path={text_file}", f"name={name}"]
-    return [sys.executable, *torchrun, *stage, *options, *more]
+class Trainings:
+    """Trains supernets of the micro space, in this process or in two others."""
+
+    def __init__(self, path: Path, micro_file: Path, text_file: Path, options: tuple[str, ...]) -> None:
+        self.path = path / "runs" / "train"
+        given = [f"train.{option}" for option in (*OPTIONS, "learning_rate=1e-3", *options)]
+        self.command = ["train", f"space={micro_file}", "data=text", f"data.path={text_file}", *given]
+
+    def here(self, name: str, *more: str) -> int:
+        """Trains in this process."""
+        return cli.main([*self.command, f"name={name}", *more])
+
+    def in_two(self, name: str, *more: str) -> "subprocess.Popen[bytes]":
+        """Begins to train in two processes."""
+        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas"]
+        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+        return subprocess.Popen([sys.executable, *torchrun, *self.command, f"name={name}", *more], env=one_thread)
+
+    def losses(self, name: str) -> list[float]:
+        """The training loss of every step so far."""
+        by_step = {line["step"]: line["loss_nats"] for line in read_metrics(self.path / name) if "loss_nats" in line}
+        return [by_step[step] for step in sorted(by_step)]
 
 
-def train(*arguments: object, cwd: Path) -> None:
-    """Runs `command` to its end."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(*arguments), cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)  # type: ignore[arg-type]
-    assert done.returncode == 0, done.stderr[-2000:]
+def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a training in this process stop as by Ctrl-C."""
+    log = Run.log
+
+    def interrupted(run: Run, **values: Any) -> None:
+        log(run, **values)
+        if values["step"] == step:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "log", interrupted)
 
 
-def losses(run: Path) -> list[float]:
-    """The training loss of every step."""
-    by_step = {line["step"]: line["loss_nats"] for line in read_metrics(run) if "loss_nats" in line}
-    return [by_step[step] for step in range(1, STEPS + 1)]
-
-
-@pytest.mark.parametrize("kind", TRAININGS)
-def test_two_processes_are_one_and_either_goes_on_where_the_other_was_killed(
-    kind: str, micro_file: Path, text_file: Path, tmp_path: Path
+# One recipe each, and everything that changes how a step is computed but not what.
+@pytest.mark.parametrize(
+    ("options", "killed"),
+    [
+        (("parallel=ddp", "recipe=mixed", "sharing=separate"), False),
+        (("parallel=fsdp", "recipe=sandwich", "recompute=true"), True),
+    ],
+    ids=["ddp", "fsdp"],
+)
+def test_two_processes_train_as_one_and_either_goes_on_where_the_other_stopped(
+    options: tuple[str, ...],
+    killed: bool,
+    micro_file: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    how, runs = TRAININGS[kind], tmp_path / "runs" / "train"
-    train(1, micro_file, text_file, "one", *how, cwd=tmp_path)
-    train(2, micro_file, text_file, "two", *how, "train.accumulate=2", cwd=tmp_path)
-    assert losses(runs / "two") == pytest.approx(losses(runs / "one"), abs=1e-5)
-    one, two = (load_file(runs / name / "supernet.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+    monkeypatch.chdir(tmp_path)
+    trainings = Trainings(tmp_path, micro_file, text_file, options)
+    assert trainings.here("one") == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(7, patch)
+        assert trainings.here("both", "train.accumulate=2") == 1
+    processes = trainings.in_two("both", "train.accumulate=2")
+    if killed:
+        while len(trainings.losses("both")) < 12:
+            assert processes.poll() is None, "it ended before it could be killed"
+            time.sleep(0.01)
+        for process in psutil.Process(processes.pid).children(recursive=True):
+            process.kill()
+        processes.kill()
+        processes.wait()
+        assert not (trainings.path / "both" / "complete.json").is_file()
+        assert trainings.here("both", "train.accumulate=2") == 0
+    assert processes.wait(timeout=300) == 0 or killed
 
-    begun = subprocess.Popen(
-        command(2, micro_file, text_file, "killed", *how),
-        cwd=tmp_path,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (runs / "killed" / "checkpoint.pt").is_file():
-        assert begun.poll() is None, "it ended before it could be killed"
-        time.sleep(0.01)
-    for process in psutil.Process(begun.pid).children(recursive=True):
-        process.kill()
-    begun.kill()
-    begun.wait()
-    assert not (runs / "killed" / "complete.json").is_file()
-    train(1, micro_file, text_file, "killed", *how, cwd=tmp_path)
-    assert losses(runs / "killed") == pytest.approx(losses(runs / "one"), abs=1e-5)
+    assert len(trainings.losses("one")) == STEPS
+    assert trainings.losses("both") == pytest.approx(trainings.losses("one"), abs=1e-5)
+    one, both = (load_file(trainings.path / name / "supernet.safetensors") for name in ("one", "both"))
+    assert one.keys() == both.keys()
+    assert max(float((one[name] - both[name]).abs().max()) for name in one) < 1e-4

@@ -1,9 +1,13 @@
 """Fidelity: which vectors are asked, what their losses say, and the stage that trains them."""
 
+import contextlib
+import io
 import itertools
-import os
+import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -11,30 +15,31 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nas import cli, ranking
 from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.errors import UserError
 from nas.model import Decoder
-from nas.quality import mean_loss
+from nas.quality import LossMemo, mean_loss
 from nas.ranking import (
+    MEASUREMENTS,
     agreement,
     bootstrap_interval,
     choose_some,
     choose_vectors,
     kendall,
     noise_ceiling,
-    resampled_taus,
 )
 from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
 from nas.run import Run
-from nas.space import SearchSpace, load_space, parse_vector
+from nas.space import SearchSpace, format_vector, load_space, parse_vector
 from nas.training import fit, text_loss
-from tests.conftest import FAST, Nas, Workspace
-from tests.test_resume import kill_when
+from tests.conftest import Workspace
 
 TINY = load_space("tiny")
 QUICK = (
@@ -42,10 +47,18 @@ QUICK = (
     "equal_total=3",
     "alone.vectors=3",
     "alone.seeds=[0,1]",
-    "further.steps=3",
+    "further.steps=30",
+    "checkpoint_every=7",
     "validation_windows=4",
 )
-TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples() -> Iterator[None]:
+    """As many as tell the functions' behaviour."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "_RESAMPLES", 100)
+        yield
 
 
 @given(st.integers(2, 40), st.data())
@@ -95,14 +108,6 @@ def test_kendalls_tau_counts_the_pairs_in_the_same_order(values: list[int], rand
     assert kendall(predicted, true) == pytest.approx(signs.prod(1).sum() / norm if norm else np.nan, nan_ok=True)
 
 
-@given(LOSSES, st.randoms(use_true_random=False))
-def test_a_resampled_tau_is_that_of_the_sample(values: list[int], random: Random) -> None:
-    true, predicted = np.array(values, float), np.array(random.sample(values, len(values)), float)
-    counts = np.random.default_rng(len(values)).multinomial(len(values), np.full(len(values), 1 / len(values)), 5)
-    samples = [kendall(np.repeat(predicted, row), np.repeat(true, row)) for row in counts]
-    assert resampled_taus(predicted, true, counts) == pytest.approx(samples, nan_ok=True)
-
-
 def test_an_interval_shrinks_with_more_vectors_and_holds_what_was_planted() -> None:
     rng = np.random.default_rng(0)
     widths = []
@@ -113,6 +118,14 @@ def test_an_interval_shrinks_with_more_vectors_and_holds_what_was_planted() -> N
         assert low < kendall(predicted, true) < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
+    assert bootstrap_interval(predicted, true, seed=1) == (low, high)
+
+
+def test_an_interval_leaves_out_constant_samples_and_is_empty_where_nothing_can_be_ranked() -> None:
+    order = np.arange(3.0)  # one in nine resamples of three is constant
+    assert bootstrap_interval(order, order, seed=0) == pytest.approx((1, 1))
+    for nothing in (bootstrap_interval(order, np.ones(3), seed=0), bootstrap_interval(order[:1], order[:1], seed=0)):
+        assert np.isnan(nothing).all()
 
 
 def test_the_noise_ceiling_is_how_well_halves_of_the_seeds_agree() -> None:
@@ -166,20 +179,37 @@ def test_without_vectors_of_equal_total_only_the_whole_is_ranked(tmp_path: Path)
     assert (tmp_path / "fidelity.png").is_file()
 
 
-@pytest.fixture
-def arguments(workspace: Workspace) -> list[str]:
+@pytest.fixture(scope="module")
+def compared(pristine: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Workspace:
+    """The session's search and one comparison of its supernet, called ``mine``."""
+    path = tmp_path_factory.mktemp("compared")
+    shutil.copytree(pristine.runs, path / "runs")
+    with contextlib.chdir(path):
+        assert cli.main([*command(pristine), "name=mine"]) == 0
+    return Workspace(path, pristine.arguments)
+
+
+def command(workspace: Workspace) -> list[str]:
     """A fidelity command on the workspace's supernet."""
     supernet = next((workspace.runs / "train").iterdir()).relative_to(workspace.path)
     data = [argument for argument in workspace.arguments if argument.startswith("data")]
     return ["fidelity", f"supernet={supernet}", *data, *QUICK]
 
 
-def test_the_stage_leaves_measurements_their_agreement_and_a_figure(
-    nas: Nas, workspace: Workspace, arguments: list[str]
-) -> None:
-    assert nas(*arguments, "name=mine").code == 0
-    run = workspace.runs / "fidelity" / "mine"
+def measurements(workspace: Workspace, name: str) -> bytes:
+    """The file of a comparison."""
+    return (workspace.runs / "fidelity" / name / "measurements.csv").read_bytes()
+
+
+def trainings(workspace: Workspace, name: str) -> list[str]:
+    """The trainings that a comparison made itself, so far."""
+    return [path.name for path in (workspace.runs / "fidelity" / name).glob("trainings/*")]
+
+
+def test_the_stage_leaves_measurements_their_agreement_and_a_figure(compared: Workspace) -> None:
+    run = compared.runs / "fidelity" / "mine"
     rows = pd.read_csv(run / "measurements.csv")
+    assert list(rows) == MEASUREMENTS
     assert rows.groupby("kind").size().to_dict() == {"inherited": 6, "further": 6, "alone": 6}
     assert rows[rows["kind"] == "inherited"]["equal_total"].sum() == 3
     assert set(pd.read_csv(run / "agreement.csv")["truth"]) == {"further", "alone"}
@@ -188,61 +218,58 @@ def test_the_stage_leaves_measurements_their_agreement_and_a_figure(
 
 
 def test_a_model_trained_alone_is_the_plain_model_of_its_seed(
-    nas: Nas, workspace: Workspace, arguments: list[str], micro: SearchSpace, tmp_path: Path
+    compared: Workspace, micro: SearchSpace, tmp_path: Path
 ) -> None:
-    assert nas(*arguments, "name=mine").code == 0
-    rows = pd.read_csv(workspace.runs / "fidelity" / "mine" / "measurements.csv").query(
+    rows = pd.read_csv(compared.runs / "fidelity" / "mine" / "measurements.csv").query(
         "kind == 'alone' and vector == '4-4-4'"
     )
-    tokens = {
-        name: np.load(next(workspace.runs.glob(f"cache/tokens-*/{name}.npy"))) for name in ("train", "validation")
-    }
+    tokens = {name: np.load(next(compared.runs.glob(f"cache/tokens-*/{name}.npy"))) for name in ("train", "validation")}
     windows = validation_windows(tokens["validation"], 4, micro.shape.max_position_embeddings)
     options = TrainConfig(steps=6, batch=4, seed=1)
     plain = Decoder(micro.shape, micro.largest)
     plain.initialise(torch.Generator().manual_seed(1))
-    (tmp_path / "plain").mkdir()
-    fit(plain, text_loss(tokens["train"], options, 32), options, Run(tmp_path / "plain"), dict)
+    fit(plain, text_loss(tokens["train"], options, 32), options, Run(tmp_path), dict)
     with torch.no_grad():
         assert rows.set_index("seed").loc[1, "loss_nats"] == pytest.approx(mean_loss(plain, windows), abs=1e-6)
 
 
 def test_models_trained_alone_serve_every_supernet_trained_alike(
-    nas: Nas, workspace: Workspace, arguments: list[str]
+    compared: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert nas(*arguments, "name=first").code == 0
-    assert nas("train", *workspace.arguments[:-3], "train.sharing=pooled", "name=pooled").code == 0
-    assert nas(*arguments, "supernet=runs/train/pooled", "name=second").code == 0
-    first, second = (
-        pd.read_csv(workspace.runs / "fidelity" / name / "measurements.csv") for name in ("first", "second")
-    )
+    monkeypatch.chdir(compared.path)
+    assert cli.main(["train", *compared.arguments[:-3], "train.sharing=pooled", "name=pooled"]) == 0
+    assert cli.main([*command(compared), "supernet=runs/train/pooled", "name=pooled"]) == 0
+    first, second = (pd.read_csv(io.BytesIO(measurements(compared, name))) for name in ("mine", "pooled"))
     assert first[first["kind"] == "alone"].equals(second[second["kind"] == "alone"])
     assert not first.equals(second)
-    trained = {path.name.split("-")[0] for path in (workspace.runs / "fidelity" / "second" / "trainings").iterdir()}
-    assert trained == {"further"}
+    assert {name.split("-")[0] for name in trainings(compared, "pooled")} == {"further"}
 
 
-def test_a_comparison_goes_on_where_it_was_killed(nas: Nas, workspace: Workspace, arguments: list[str]) -> None:
-    long = [*arguments, "further.steps=40", "checkpoint_every=7"]
-    trainings = workspace.runs / "fidelity" / "killed" / "trainings"
-    kill_when([*long, "name=killed"], workspace.path, lambda: len(list(trainings.glob("further-*"))) > 2)
-    assert nas(*long, "name=killed").code == 0
-    for memo in [*workspace.runs.glob("cache/further-*"), *workspace.runs.glob("cache/alone-*")]:
-        memo.unlink()  # the uninterrupted one trains everything itself
-    assert nas(*long, "name=whole").code == 0
-    killed, whole = (
-        (workspace.runs / "fidelity" / name / "measurements.csv").read_bytes() for name in ("killed", "whole")
-    )
-    assert killed == whole
+def test_a_comparison_goes_on_where_it_was_killed_and_leaves_to_another_process_what_that_trains(
+    compared: Workspace, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workspace.path)
+    arguments = [*command(workspace), "name=killed"]
+    with subprocess.Popen([sys.executable, "-m", "nas", *arguments], stdout=subprocess.DEVNULL) as killed:
+        while len(trainings(workspace, "killed")) < 3:
+            assert killed.poll() is None, "it ended before it could be killed"
+            time.sleep(0.005)
+        killed.kill()
+    memo = LossMemo(next(workspace.runs.glob("cache/further-*.jsonl")))
+    names = [format_vector(vector) + " seed 1000" for vector in itertools.product((1, 2, 4), repeat=3)]
+    others = [FileLock(memo.file.with_name(f".{memo.file.stem}-{name}.lock")) for name in names if name not in memo]
+    for lock in others:
+        lock.acquire()
+    waits = []
 
+    def wait(seconds: float) -> None:
+        waits.append(seconds)
+        assert not [name for name in LossMemo(memo.file) if name not in memo]
+        for lock in others:
+            lock.release()
 
-def test_two_processes_share_the_trainings(workspace: Workspace, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "nas", *arguments, "further.steps=30", "alone.steps=30"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen([*command, f"name={name}"], cwd=workspace.path, env=one_thread) for name in ("one", "two")]
-    assert [process.wait(timeout=120) for process in both] == [0, 0]
-    one, two = (workspace.runs / "fidelity" / name for name in ("one", "two"))
-    assert (one / "measurements.csv").read_bytes() == (two / "measurements.csv").read_bytes()
-    made = [path.name for run in (one, two) for path in (run / "trainings").iterdir()]
-    assert len(made) == len(set(made)) == 12
-    assert all(list((run / "trainings").iterdir()) for run in (one, two))
+    monkeypatch.setattr(time, "sleep", wait)
+    assert cli.main(arguments) == 0
+    assert waits == [1]
+    assert measurements(workspace, "killed") == measurements(compared, "mine")
+    assert sorted(trainings(workspace, "killed")) == sorted(trainings(compared, "mine"))

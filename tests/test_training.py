@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,17 +12,17 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
 from nas.run import Run
 from nas.space import SearchSpace, Vector, load_space
 from nas.totals import Totals
-from nas.training import fit
+from nas.training import check_memory, fit
 from nas.training.loop import learning_rate_at
 from nas.training.microbatch import Microbatch
-from nas.training.recipes import distilled_loss, step_plan
+from nas.training.recipes import check_recipe, distilled_loss, step_plan
 
 RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows
 
@@ -110,11 +111,13 @@ def test_distillation_is_the_divergence_that_pytorch_computes() -> None:
     torch.testing.assert_close(logits.grad[[0, 3]], teacher[[0, 3]])  # nothing flows into the teacher
 
 
-def test_the_parts_of_a_step_share_out_its_rows_once_each() -> None:
+def test_the_microbatches_of_a_step_share_out_its_rows_once_each() -> None:
     rows = list(range(12))
     assert [row for index in range(4) for row in rows[Microbatch(index, 4).of(12)]] == rows
-    with pytest.raises(UserError, match=r"12 texts .* train.batch"):
+    with pytest.raises(UserError, match=r"12 texts .* 1 processes × 5 microbatches; .*train\.batch"):
         Microbatch(0, 5).of(12)
+    with pytest.raises(UserError, match="4 texts"):
+        Microbatch(0, 5).of(4)
 
 
 def test_the_learning_rate_climbs_to_its_peak_and_falls_to_its_final_share() -> None:
@@ -134,12 +137,15 @@ def test_a_run_of_a_few_steps_has_a_learning_rate_too(steps: int) -> None:
     assert all(0 < rate <= 1 for rate in rates)
 
 
-def test_the_loop_finds_a_known_optimum_and_returns_the_last_validation(tmp_path: Path) -> None:
-    class Point(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.at = nn.Parameter(torch.zeros(3))
+class Point(nn.Module):
+    """A model that is a point."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.zeros(3))
+
+
+def test_the_loop_finds_a_known_optimum_and_returns_the_last_validation(tmp_path: Path) -> None:
     target, model = torch.tensor([1.0, -2.0, 0.5]), Point()
 
     def validate() -> dict[str, float]:
@@ -154,3 +160,83 @@ def test_the_loop_finds_a_known_optimum_and_returns_the_last_validation(tmp_path
     losses = [line["loss_nats"] for line in lines if "loss_nats" in line]
     assert losses[0] > 100 * losses[-1]
     assert np.isfinite([line["gradient_norm"] for line in lines if "gradient_norm" in line]).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("allocator: can't allocate memory: 9")],
+)
+def test_a_step_that_does_not_fit_into_memory_ends_in_a_sentence(tmp_path: Path, error: Exception) -> None:
+    def fail(*_: object) -> Tensor:
+        raise error
+
+    with pytest.raises(UserError, match=r"step of 16 rows .* memory of the .*train\.accumulate, or lower train\.batch"):
+        fit(Point(), fail, TrainConfig(batch=16), Run(tmp_path), dict)
+
+
+def test_other_errors_of_a_step_are_not_taken_for_it(tmp_path: Path) -> None:
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("shapes differ")
+
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        fit(Point(), fail, TrainConfig(), Run(tmp_path), dict)
+
+
+def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
+    model = Point()
+
+    def loss_at(_: nn.Module, step: int, __: Microbatch) -> Tensor:
+        return model.at.sum() * (float("inf") if step == broken else 1.0)
+
+    config = TrainConfig(steps=10, log_every=2, checkpoint_every=2)
+    broken = 0
+    with pytest.raises(UserError, match=r"no longer finite within the 2 steps up to 2; lower .*no checkpoint was due"):
+        fit(model, loss_at, config, Run(tmp_path), dict)
+    broken, model = 5, Point()
+    with pytest.raises(UserError, match=r"up to 6; lower train\.learning_rate .* is kept in .*checkpoint\.pt"):
+        fit(model, loss_at, config, Run(tmp_path), dict)
+    assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    config = TrainConfig(steps=3, checkpoint_every=2)
+
+    def stop() -> dict[str, float]:
+        raise KeyboardInterrupt
+
+    model = Point()
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, lambda *_: model.at.sum(), config, Run(tmp_path), stop)
+    file = tmp_path / "checkpoint.pt"
+    weights = torch.load(file, weights_only=True)["model"]["at"].numpy().tobytes()
+    file.write_bytes(file.read_bytes().replace(weights, bytes(12)) if content is None else content)
+    with pytest.raises(UserError, match=r"checkpoint .*checkpoint\.pt is corrupt \(.+\); remove it"):
+        fit(model, lambda *_: model.at.sum(), config, Run(tmp_path), dict)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"recipe": "secret"}, r"train\.recipe is 'secret'; use mixed, sandwich"),
+        ({"largest_share": 0.8, "smallest_share": 0.3}, r"largest_share 0\.8 and .*smallest_share 0\.3 .*; lower one"),
+        ({"recipe": "sandwich", "vectors_per_text": 3, "batch": 4}, r"vectors_per_text is 3 .* train\.batch, 4"),
+        ({"recipe": "sandwich", "vectors_per_text": 1}, r"vectors_per_text is 1 but must be 2 or more"),
+    ],
+)
+def test_a_recipe_whose_numbers_do_not_go_together_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_recipe(SupernetConfig(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": 10**12}, r"training it takes at least .* GiB .* logits of 1000000000000 rows.*lower train\.batch"),
+        ({"length": 33}, r"train\.length is 33 but the model's context is 32; lower it"),
+    ],
+)
+def test_a_training_that_cannot_fit_is_refused(micro: SearchSpace, options: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        check_memory("it", TrainConfig(**options), micro.shape, micro.largest)
+    check_memory("it", TrainConfig(batch=10**12, accumulate=10**12), micro.shape, micro.largest)

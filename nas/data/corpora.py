@@ -1,29 +1,33 @@
-"""Where text comes from. A corpus yields documents and can say what it is without reading everything.
+"""Where text comes from. A corpus yields documents and can tell whether they changed without tokenising them.
 
 A new source is one class here (or anywhere) and one YAML in conf/data/ that names it.
 """
 
-import bz2
 import glob
-import gzip
 import hashlib
-import io
 import json
 import logging
-import lzma
+import os
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import pyarrow
+from fsspec.compression import register_compression
+from fsspec.core import OpenFile
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import infer_compression
 
-from nas.errors import UserError
+from nas import console
+from nas.errors import UserError, in_short
+from nas.files import file_hash, value_hash
 
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_TEXT, _PACKED = {".txt", ".jsonl"}, {".gz", ".xz", ".zst", ".bz2"}
+_TEXT, _COMPRESSED = {".txt", ".jsonl"}, {".gz", ".xz", ".zst", ".bz2"}
+_HUB_RETRIES = 5  # of datasets; each stands for six requests within half a minute
 
 
 class Document(NamedTuple):
@@ -52,10 +56,7 @@ class StdlibCorpus:
     """The source of the running Python's standard library, without its tests."""
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for document in self.documents():
-            digest.update(f"{document.key}\0{document.text}\0".encode())
-        return digest.hexdigest()
+        return value_hash(list(self.documents()))
 
     def documents(self) -> Iterator[Document]:
         root = Path(sysconfig.get_path("stdlib"))
@@ -67,53 +68,48 @@ class StdlibCorpus:
 
 @dataclass(frozen=True)
 class TextCorpus:
-    """The user's own files: .txt is one document a file, .jsonl one a line; .gz, .xz, .zst and .bz2 are unpacked.
+    """The user's own files, plain or compressed: a .txt file is one document, a line of a .jsonl file is one.
 
-    Attributes:
-        path: A file, a folder (searched through) or a glob pattern.
-        text_key: The key of a .jsonl line that holds its text.
+    `datasets` does not read them: its JSON reader turns dates into times and numbers into text, refuses files whose
+    other keys differ, and cannot name the line at fault.
     """
 
-    path: str
-    text_key: str = "text"
+    path: str  # a file, a folder (searched through) or a glob pattern
+    text_key: str = "text"  # of a .jsonl line
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(self.text_key.encode())
-        for path in self._files():
-            with path.open("rb") as stream:
-                digest.update(hashlib.file_digest(stream, "sha256").digest())
-        return digest.hexdigest()
+        return value_hash([self.text_key, *map(file_hash, self._files())])
 
     def documents(self) -> Iterator[Document]:
+        _read_zstd_to_its_end()
         for path in self._files():
-            try:
-                with _open(path) as stream:
-                    if _kind(path) == ".jsonl":
-                        for number, line in enumerate(stream, start=1):
-                            if line.strip():
-                                yield _document(self._json_text(path, number, line))
-                    else:
-                        yield _document(stream.read())
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path} is not UTF-8 text ({error.reason}); convert it or leave it out") from None
-            except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-                raise UserError(f"{path} cannot be read ({error}); restore it or leave it out") from None
+            compression = infer_compression(path.name)
+            stream = OpenFile(LocalFileSystem(), str(path), "rt", compression, encoding="utf-8-sig")
+            with _readable(str(path), "restore it, convert it to UTF-8, or leave it out"), stream as lines:
+                if _kind(path) == ".txt":
+                    yield _document(lines.read())
+                    continue
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield _document(self._json_text(path, number, line))
 
     def _files(self) -> list[Path]:
-        path = Path(self.path)
+        named = _expanded(self.path)
         # Path.glob takes no absolute pattern
-        named = glob.glob(self.path, recursive=True)  # noqa: PTH207
-        candidates = path.rglob("*") if path.is_dir() else map(Path, named)
+        found = [named] if Path(named).exists() else glob.glob(named, recursive=True)  # noqa: PTH207
+        candidates = Path(named).rglob("*") if Path(named).is_dir() else map(Path, found)
         files = sorted(file for file in candidates if file.is_file() and _kind(file) in _TEXT)
         if not files:
-            raise UserError(f"data.path '{self.path}' has no .txt or .jsonl file (plain, .gz, .xz or .zst); check it")
+            raise UserError(
+                f"data.path '{self.path}' has no .txt or .jsonl file (plain, .gz, .xz, .zst or .bz2); check it"
+            )
         return files
 
     def _json_text(self, path: Path, number: int, line: str) -> str:
         try:
             text = json.loads(line)[self.text_key]
             text.encode()  # JSON can spell half a surrogate pair, which is no text
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             text = None
         if not isinstance(text, str):
             raise UserError(
@@ -124,76 +120,83 @@ class TextCorpus:
 
 @dataclass(frozen=True)
 class HubCorpus:
-    """A Hugging Face dataset by streaming, up to a number of megabytes of text.
+    """A Hugging Face dataset by streaming, up to a number of megabytes of text."""
 
-    Attributes:
-        dataset: A hub name, or a local folder of the same form (parquet, JSON lines, text).
-        config: The dataset's configuration, where it has several.
-        split: Which split to read.
-        revision: A commit, to pin the data: prepared tokens are kept although a branch moves on.
-        text_key: The column that holds the text.
-        max_mb: Stop after this many megabytes (10^6 bytes) of UTF-8 text.
-    """
-
-    dataset: str
+    dataset: str  # a hub name, or a local folder of the same form (parquet, JSON lines, text)
     config: str | None = None
     split: str = "train"
-    revision: str | None = None
+    revision: str | None = None  # a commit, to pin the data: prepared tokens are kept although a branch moves on
     text_key: str = "text"
-    max_mb: float = 50
+    max_mb: float = 50  # stop after so many times 10^6 bytes of UTF-8 text
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_mb, int | float) or not self.max_mb > 0:
             raise UserError(f"data.max_mb is {self.max_mb!r}; give a number of megabytes above zero")
 
     def fingerprint(self) -> str:
-        folder = Path(self.dataset)
+        folder = Path(_expanded(self.dataset))
         files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
-        stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-        return hashlib.sha256(repr((self, stamps)).encode()).hexdigest()
+        return value_hash([repr(self), *((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)])
 
     def documents(self) -> Iterator[Document]:
         import datasets  # heavy, and only this source needs it
 
-        for library in ("datasets", "huggingface_hub"):  # what they would log is in the sentence below
-            logging.getLogger(library).setLevel(logging.CRITICAL)
+        for library in ("datasets", "huggingface_hub"):
+            logging.getLogger(library).handlers = [_RetryHandler(logging.WARNING)]
+        datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = _HUB_RETRIES
+        _read_zstd_to_its_end()
         budget = self.max_mb * 1e6
-        try:
-            rows = datasets.load_dataset(
-                self.dataset, self.config, split=self.split, revision=self.revision, streaming=True
-            )
+        with _readable(f"dataset {self.dataset}", "check data.* and the dataset's files"):
+            name = _expanded(self.dataset)
+            rows = datasets.load_dataset(name, self.config, split=self.split, revision=self.revision, streaming=True)
             for row in rows:
-                if self.text_key not in row:
+                if not isinstance(text := row.get(self.text_key), str):
                     raise UserError(
-                        f"dataset {self.dataset} has no column '{self.text_key}' but {', '.join(row)}; "
-                        "set data.text_key"
+                        f"dataset {self.dataset} has no text in column '{self.text_key}' but {text!r:.40}; set "
+                        f"data.text_key to another of its columns: {', '.join(row)}"
                     )
-                if not isinstance(text := row[self.text_key], str):
-                    raise UserError(
-                        f"dataset {self.dataset} has {text!r:.40} in column '{self.text_key}', which is no text; set "
-                        "data.text_key to another column"
-                    )
-                yield _document(text)
+                yield _document(text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))  # a byte order mark
                 budget -= len(text.encode())
                 if budget <= 0:
                     return
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            problem = " ".join(str(error).split())
-            raise UserError(f"dataset {self.dataset} cannot be read ({problem}); check data.*") from None
+
+
+class _RetryHandler(logging.Handler):
+    """Prints, of all that a library logs, that it tries again: everything else is in the error that it raises."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "Retrying" in (message := record.getMessage()):
+            console.print(f"  the hub does not answer or broke off: {message}")
+
+
+@contextmanager
+def _readable(what: str, fix: str) -> Iterator[None]:
+    """Turns an error in reading into a sentence; damaged files and networks fail in as many ways as there are bytes."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{what} cannot be read ({in_short(error)}); {fix}") from None
+
+
+def _read_zstd_to_its_end() -> None:
+    """Lets `fsspec`, and so `datasets`, read .zst by PyArrow, which notices where a stream breaks off."""
+
+    def decompress(file: BinaryIO, mode: str = "rb") -> pyarrow.CompressedInputStream:
+        return pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode[0]), "zstd")
+
+    register_compression("zstd", decompress, "zst", force=True)
+
+
+def _expanded(path: str) -> str:
+    return os.path.expanduser(path)  # noqa: PTH111 (Path's raises an error for an unknown user)
 
 
 def _kind(path: Path) -> str:
-    """The suffix of a file's text, leaving aside that of its packing."""
-    return Path(path.stem).suffix if path.suffix in _PACKED else path.suffix
-
-
-def _open(path: Path) -> IO[str]:
-    """Opens a text file, unpacking it by its suffix."""
-    if path.suffix == ".zst":  # pyarrow reads every frame and notices a file that was cut short
-        return io.TextIOWrapper(pyarrow.input_stream(path, compression="zstd"), encoding="utf-8")
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
-    stream: IO[str] = openers.get(path.suffix, io.open)(path, "rt", encoding="utf-8")
-    return stream
+    """The ending of a file's name, leaving aside that of its compression."""
+    *_, kind, compression = ["", "", *(suffix.lower() for suffix in path.suffixes)]
+    return kind if compression in _COMPRESSED else compression
 
 
 def _document(text: str) -> Document:

@@ -8,11 +8,10 @@ one. Documents go to training or validation by a hash of their key: the split is
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import filelock
 import numpy as np
@@ -36,19 +35,12 @@ Tokens = npt.NDArray[np.uint32]
 
 @dataclass(frozen=True)
 class TokenData:
-    """A tokenised corpus.
-
-    Attributes:
-        train: Token ids of the training text, one long row, memory-mapped.
-        validation: Token ids of the validation text.
-        tokenizer: The tokenizer's tokenizer.json.
-        digest: Hash of both rows and of the tokenizer: equal digests are equal data.
-    """
+    """A tokenised corpus: one long row of token ids each for training and validation, memory-mapped."""
 
     train: Tokens
     validation: Tokens
-    tokenizer: Path
-    digest: str
+    tokenizer: Path  # a tokenizer.json
+    digest: str  # of both rows and of the tokenizer: equal digests are equal data
 
 
 def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache: Path) -> TokenData:
@@ -76,12 +68,8 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
         if not (folder / _MARK).is_file():
             _tokenise(corpus, given, vocab_size, folder)
     try:
-        return TokenData(
-            train=np.load(folder / "train.npy", mmap_mode="r"),
-            validation=np.load(folder / "validation.npy", mmap_mode="r"),
-            tokenizer=folder / "tokenizer.json",
-            digest=read_json(folder / _MARK)["digest"],
-        )
+        train, validation = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
+        return TokenData(train, validation, folder / "tokenizer.json", read_json(folder / _MARK)["digest"])
     except (ValueError, EOFError, KeyError, FileNotFoundError) as error:
         raise UserError(f"the tokens in {folder} are corrupt ({error}); remove that folder") from None
 
@@ -93,17 +81,19 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     tokenizer_file = folder / "tokenizer.json"
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
     files = [folder / "train.npy", folder / "validation.npy"]
-    with ExitStack() as stack:
-        rows = [stack.enter_context(_GrowingRow(file)) for file in files]
-        bar = stack.enter_context(console.progress_bar("Tokenising (MB of text)", None))
-        characters = 0
+    for file in files:
+        file.write_bytes(b"")  # a kill may have left a part
+    totals, characters = [0, 0], 0
+    with console.progress_bar("Tokenising (MB of text)", None) as bar:
         for batch in _batches(_splits(corpus)):
-            for row, texts in zip(rows, zip(*batch, strict=True), strict=True):
-                row.append(_encode(model, texts))
-            characters += sum(len(text) for texts in batch for text in texts)
+            for index, texts in enumerate(zip(*batch, strict=True)):
+                tokens = _encode(model, texts)
+                totals[index] += len(tokens)
+                _append(files[index], tokens, totals[index])
+                characters += sum(map(len, texts))
             bar.update(characters / 1e6)
-    for file, row in zip(files, rows, strict=True):
-        if row.count < 2:
+    for file, total in zip(files, totals, strict=True):
+        if total < 2:
             raise UserError(f"the corpus leaves no text for {file.stem}; give more text")
     digest = hashlib.sha256("".join(map(file_hash, [tokenizer_file, *files])).encode())
     write_json(folder / _MARK, {"digest": digest.hexdigest()})
@@ -157,47 +147,17 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
     return np.concatenate(chunks)
 
 
-class _GrowingRow:
-    """A .npy file of one row of tokens that is written piece by piece, never held in memory.
+def _append(file: Path, tokens: Tokens, total: int) -> None:
+    """Adds tokens to a .npy file that holds ``total`` then; its header leaves room for an axis that grows.
 
-    It lies beside its name until it is whole. Its header is written again at the end, into the room that NumPy leaves
-    for a first axis that grows.
+    Raises:
+        OSError: The disk is full; it names the file.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.count = 0
-        self._path, self._temporary = path, path.with_name(f".{path.name}")
-
-    def __enter__(self) -> Self:
-        self._stream = self._temporary.open("wb")
-        self._write_header()
-        return self
-
-    def append(self, tokens: Tokens) -> None:
-        """Adds tokens at the end.
-
-        Raises:
-            OSError: The disk is full; it names the file.
-        """
-        try:
-            self._stream.write(tokens.tobytes())
-            self._stream.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self._path)) from error
-        self.count += len(tokens)
-
-    def _write_header(self) -> None:
-        facts = {"descr": np.dtype(np.uint32).str, "fortran_order": False, "shape": (self.count,)}
-        np.lib.format.write_array_header_1_0(self._stream, facts)
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        try:
-            if not failed:
-                self._stream.seek(0)
-                self._write_header()
-        finally:
-            self._stream.close()
-        if failed:
-            self._temporary.unlink()
-        else:
-            self._temporary.replace(self._path)
+    header = {"descr": tokens.dtype.str, "fortran_order": False, "shape": (total,)}
+    try:
+        with file.open("r+b") as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            stream.seek(0, os.SEEK_END)
+            stream.write(tokens.tobytes())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error

@@ -1,4 +1,4 @@
-"""nas fidelity: how well a supernet's inherited losses rank vectors, found out by training some of them.
+"""nas fidelity: how well a supernet's inherited losses rank vectors, tested by training some of them.
 
 measurements.csv   every loss: inherited, after further training, and of models trained alone
 agreement.csv      Kendall's τ of the inherited loss, and of the trivial predictor, with both
@@ -9,6 +9,7 @@ trainings/         metrics of every training
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,38 +51,34 @@ def run(config: Fidelity, path: Path) -> None:
     inherited = inherited_loss(source, data, config.validation_windows, Path(config.runs_dir))
     space = inherited.supernet.space
     spread, equal = choose_vectors(space, config.vectors, config.equal_total, config.seed)
+    vectors = [*spread, *equal]
     further, alone = _further(config, source, inherited, data), _alone(config, source, inherited, data)
-    trainings = [(further, vector, config.further.seed) for vector in [*spread, *equal]]
-    trainings += [
-        (alone, vector, seed)
-        for seed in config.alone.seeds
-        for vector in choose_some(spread, equal, config.alone.vectors)
-    ]
-    asked = dataclasses.asdict(config) | {
+    trainings = [(further, vector, config.further.seed) for vector in vectors]
+    some = choose_some(spread, equal, config.alone.vectors)
+    trainings += [(alone, vector, seed) for seed in config.alone.seeds for vector in some]
+    resolved = dataclasses.asdict(config) | {
         "supernet": source.path.name,
         "data": {**config.data, "digest": data.digest},
         "trainings": {series.name: dataclasses.asdict(series.options) for series in (further, alone)},
     }
-    del asked["name"], asked["runs_dir"]
-    with start_run(path, "fidelity", asked, {"vectors": config.seed}, {"supernet": source}) as run:
+    del resolved["name"], resolved["runs_dir"]
+    with start_run(path, "fidelity", resolved, {"vectors": config.seed}, {"supernet": source}) as run:
         console.print(f"Ranking {config.vectors} vectors of {source.path} by {len(trainings)} trainings in {path}")
-        rows = _inherited_rows(inherited, [*spread, *equal]) + _trained_rows(trainings, path / "trainings")
+        losses = zip(vectors, inherited.of(vectors), strict=True)
+        rows: list[tuple[Any, ...]] = [(vector, "inherited", None, None, loss) for vector, loss in losses]
+        rows += _trained_rows(trainings, path / "trainings")
         measurements = pd.DataFrame(rows, columns=["vector", "kind", "seed", "steps", "loss_nats"])
         measurements["total"] = measurements["vector"].map(sum)
         measurements["equal_total"] = measurements["vector"].isin(equal)
         measurements["vector"] = measurements["vector"].map(format_vector)
-        write_results(measurements[MEASUREMENTS], f"{space.name}, {source.config['train']['sharing']}", path)
+        table = agreement(measurements)
+        for name, frame in (("measurements", measurements[MEASUREMENTS]), ("agreement", table)):
+            write_atomically(path / f"{name}.csv", partial(frame.to_csv, index=False))
+        title, width = f"{space.name}, {source.config['train']['sharing']}", 4.2 * (1 + table["truth"].nunique())
+        with figure(path / "fidelity", title, width=width) as drawing:
+            draw_fidelity(drawing, measurements, table)
+        console.print(agreement_table(table))
         run.finish()
-
-
-def write_results(measurements: pd.DataFrame, title: str, path: Path) -> None:
-    """Writes the measurements, what they say, and the figure of both into ``path``."""
-    table = agreement(measurements)
-    for name, frame in (("measurements", measurements), ("agreement", table)):
-        write_atomically(path / f"{name}.csv", partial(frame.to_csv, index=False))
-    with figure(path / "fidelity", title, width=4.2 * (1 + table["truth"].nunique())) as drawing:
-        draw_fidelity(drawing, measurements, table)
-    console.print(agreement_table(table))
 
 
 def _text_of(source: FinishedRun, config: Fidelity) -> TokenData:
@@ -93,24 +90,18 @@ def _text_of(source: FinishedRun, config: Fidelity) -> TokenData:
     return data
 
 
-def _inherited_rows(inherited: InheritedLoss, vectors: list[Vector]) -> list[tuple[Any, ...]]:
-    return [
-        (vector, "inherited", None, None, loss) for vector, loss in zip(vectors, inherited.of(vectors), strict=True)
-    ]
-
-
 def _trained_rows(trainings: list[Training], folder: Path) -> list[tuple[Any, ...]]:
-    """Makes all trainings, together with any other process that is at the same ones."""
+    """Makes all trainings, together with any other process that makes the same ones."""
     losses: dict[Training, float] = {}
     with console.progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
         while missing := [training for training in trainings if training not in losses]:
             before = len(losses)
             for series, vector, seed in missing:
                 bar.update(sum(done.options.steps for done, _, _ in losses), f"{series.name} {format_vector(vector)}")
-                if (loss := series.settle(vector, seed, folder)) is not None:
+                if (loss := series.loss_of(vector, seed, folder)) is not None:
                     losses[series, vector, seed] = loss
             if len(losses) == before:
-                time.sleep(1)  # others are at all that is left
+                time.sleep(1)  # others are making all that is left
     return [
         (vector, series.name, seed, series.options.steps, losses[series, vector, seed])
         for series, vector, seed in trainings
@@ -123,15 +114,11 @@ def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, da
     steps = config.further.steps or math.ceil(options.steps / 4)
     rate = config.further.learning_rate or options.peak_learning_rate / 4
     options = dataclasses.replace(options, steps=steps, validate_every=steps, learning_rate=rate)
-    memo = _memo(config, "further", inherited, data, options, source.digest())
-    return Series(
-        "further",
-        lambda vector, _: inherited.supernet.extract(vector),
-        options,
-        data.train,
-        inherited.windows,
-        memo,
-    )
+
+    def start(vector: Vector, _: int) -> Decoder:
+        return inherited.supernet.extract(vector)
+
+    return _series("further", start, source.digest(), options, config, inherited, data)
 
 
 def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
@@ -142,27 +129,26 @@ def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data
     init = _checkpoint(config, source)
 
     def start(vector: Vector, seed: int) -> Decoder:
-        whole = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
+        supernet = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
         if init:
-            init.load_into(whole)
+            init.load_into(supernet)
         else:
-            whole.initialise(torch.Generator().manual_seed(seed))
-        return whole.extract(vector)
+            supernet.initialise(torch.Generator().manual_seed(seed))
+        return supernet.extract(vector)
 
-    memo = _memo(config, "alone", inherited, data, options, [space.to_dict(), source.config.get("init")])
-    return Series("alone", start, options, data.train, inherited.windows, memo)
+    return _series("alone", start, [space.to_dict(), source.config.get("init")], options, config, inherited, data)
 
 
 def _checkpoint(config: Fidelity, source: FinishedRun) -> Checkpoint | None:
     """The checkpoint that the supernet started from, if it did and models are trained alone."""
-    begun = source.config.get("init")
-    if not begun or not config.alone.vectors:
+    recorded = source.config.get("init")
+    if not recorded or not config.alone.vectors:
         return None
     checkpoint = read_checkpoint(Path(config.init)) if config.init else None
-    if checkpoint is None or checkpoint.identity["hash"] != begun["hash"]:
+    if checkpoint is None or checkpoint.identity["hash"] != recorded["hash"]:
         raise UserError(
-            f"supernet {source.path} started from the checkpoint {begun['name']}, and so do the models trained alone; "
-            "give the same init=, or alone.vectors=0"
+            f"supernet {source.path} started from the checkpoint {recorded['name']}, and so do the models trained "
+            "alone; give the same init=, or alone.vectors=0"
         )
     return checkpoint
 
@@ -174,10 +160,17 @@ def _options(config: Fidelity, source: FinishedRun) -> TrainConfig:
     return TrainConfig(**{name: recorded[name] for name in names} | {"checkpoint_every": config.checkpoint_every})
 
 
-def _memo(
-    config: Fidelity, name: str, inherited: InheritedLoss, data: TokenData, options: TrainConfig, start: object
-) -> LossMemo:
-    """Remembers the losses of a series by all that decides them but vector and seed, so that runs share them."""
+def _series(
+    name: str,
+    start: Callable[[Vector, int], Decoder],
+    weights: object,
+    options: TrainConfig,
+    config: Fidelity,
+    inherited: InheritedLoss,
+    data: TokenData,
+) -> Series:
+    """Trainings, remembered by all that decides their losses but vector and seed, so that runs share them."""
     train = {key: value for key, value in weights_identity(dataclasses.asdict(options)).items() if key != "seed"}
-    identity = value_hash([start, train, data.digest, list(inherited.windows.shape)])
-    return LossMemo(Path(config.runs_dir) / "cache" / f"{name}-{identity}.jsonl")
+    identity = value_hash([weights, train, data.digest, list(inherited.windows.shape)])
+    memo = LossMemo(Path(config.runs_dir) / "cache" / f"{name}-{identity}.jsonl")
+    return Series(name, start, options, data.train, inherited.windows, memo)

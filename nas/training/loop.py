@@ -36,7 +36,7 @@ from nas.training.parallel import (
 CHECKPOINT = "checkpoint.pt"
 
 Loss = Callable[[nn.Module, int, Microbatch], Tensor]
-"""Mean training loss (nats a token, scalar) of one part of the rows of a step: model, number of the step, part."""
+"""Mean training loss (nats per token, scalar) of a microbatch of a step: model, number of the step, microbatch."""
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
@@ -167,9 +167,9 @@ def training_step(
         This process's loss and the gradient norm, shape (2,).
     """
     losses = []
-    for number, part in enumerate(own_microbatches(config.accumulate), start=1):
+    for number, microbatch in enumerate(own_microbatches(config.accumulate), start=1):
         with gradients_kept_local(model, number < config.accumulate):
-            loss = loss_at(model, step, part) / config.accumulate
+            loss = loss_at(model, step, microbatch) / config.accumulate
             loss.backward()
         losses.append(loss.detach())
     norm: Tensor = torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)

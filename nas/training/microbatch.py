@@ -1,4 +1,4 @@
-"""How the rows of one training step are shared out: over the processes, and over the passes of each."""
+"""How the rows of one training step are shared out: over the processes, and over the microbatches of each."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from nas.errors import UserError
 
 @dataclass(frozen=True)
 class Microbatch:
-    """The ``index``-th of ``count`` equal parts of a step's rows."""
+    """The ``index``-th of ``count`` equal shares of a step's rows."""
 
     index: int = 0
     count: int = 1
@@ -23,11 +23,11 @@ class Microbatch:
         if left or not size:
             raise UserError(
                 f"the {rows} texts of a training step cannot be shared out equally over {SIZE} processes × "
-                f"{self.count // SIZE} passes; change train.batch or train.accumulate"
+                f"{self.count // SIZE} microbatches; change train.batch or train.accumulate"
             )
         return slice(self.index * size, (self.index + 1) * size)
 
 
-def own_microbatches(passes: int) -> list[Microbatch]:
-    """The parts that this process computes, one pass each."""
-    return [Microbatch(RANK * passes + number, SIZE * passes) for number in range(passes)]
+def own_microbatches(accumulate: int) -> list[Microbatch]:
+    """The microbatches that this process computes, one after the other."""
+    return [Microbatch(RANK * accumulate + number, SIZE * accumulate) for number in range(accumulate)]

@@ -1,7 +1,7 @@
-"""A model made ready for training: on its device, compiled, shared out over processes; and its whole state again.
+"""A model made ready for training: on its device, compiled, shared out over processes; and its full state dict.
 
-The state that is saved is that of the whole model in plain tensors, whatever the number of processes and however the
-model lay on them, so that any number of processes can go on from it.
+What is saved is the full state dict in plain tensors, whatever the number of processes and however the model lay on
+them, so that any number of processes can go on from it.
 """
 
 import warnings
@@ -29,7 +29,7 @@ from nas.distributed import SIZE
 from nas.model import Supernet
 from nas.model.decoder import Layer
 
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def training_device() -> torch.device:
@@ -69,7 +69,7 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
 
 @contextmanager
 def gradients_kept_local(model: nn.Module, local: bool) -> Iterator[None]:
-    """While the block runs, backward passes add up gradients without telling the other processes, if ``local``."""
+    """While the block runs, gradients are added up without a reduction over the processes, if ``local``."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not local)
     if local and isinstance(model, DistributedDataParallel):
@@ -88,12 +88,12 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the whole model on the CPU in the first process, nothing in the others; all must call it."""
-    return get_model_state_dict(model, options=_WHOLE)  # type: ignore[return-value]
+    return get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]
 
 
 def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """As `full_state_dict`, for the optimizer."""
-    return get_optimizer_state_dict(model, optimizer, options=_WHOLE)
+    return get_optimizer_state_dict(model, optimizer, options=_FULL)
 
 
 def load_full_state_dict(

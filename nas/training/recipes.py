@@ -26,8 +26,8 @@ def mixed(space: SearchSpace, config: SupernetConfig, rng: np.random.Generator) 
     """Every row has a text and a vector of its own: largest and smallest by their shares, the others stratified."""
     largest = int(config.largest_share * config.batch + rng.random())  # rounds up as often as the fraction says
     smallest = int(config.smallest_share * config.batch + rng.random())
-    ends = ([space.largest] * largest + [space.smallest] * smallest)[: config.batch]
-    return [[vector] for vector in ends + _totals(space.choices).draw_stratified(config.batch - len(ends), rng)]
+    fixed = ([space.largest] * largest + [space.smallest] * smallest)[: config.batch]
+    return [[vector] for vector in fixed + _totals(space.choices).draw_stratified(config.batch - len(fixed), rng)]
 
 
 def sandwich(space: SearchSpace, config: SupernetConfig, rng: np.random.Generator) -> Plan:
@@ -80,7 +80,7 @@ def distilled_loss(
         temperature: Both sides' logits are divided by it, the divergence multiplied by its square.
 
     Returns:
-        Nats a token, scalar.
+        Nats per token, scalar.
     """
     entropy_NK = row_losses(logits_BTV, targets_BT).view(-1, vectors_per_text)  # N texts × K vectors
     if vectors_per_text == 1 or weight == 0:

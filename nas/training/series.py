@@ -20,29 +20,19 @@ from nas.training.text import text_loss
 
 @dataclass(frozen=True, eq=False)
 class Series:
-    """The trainings, and the losses that they end with.
+    """The trainings, and the losses that they end with."""
 
-    Attributes:
-        name: What sets this series apart.
-        start: The model to train, by vector and seed.
-        options: How to train it; the seed is replaced by each training's own.
-        tokens: The training text.
-        windows: Validation windows (N, T + 1); training windows are as long.
-        memo: Remembers the losses; it must belong to these very trainings.
-    """
+    name: str  # tells its trainings from those of another series
+    start: Callable[[Vector, int], Decoder]  # the model to train, by vector and seed
+    options: TrainConfig  # its seed is replaced by each training's own
+    tokens: Tokens  # the training text
+    windows: Tensor  # for validation (N, T + 1); training windows are as long
+    memo: LossMemo  # of these very trainings
 
-    name: str
-    start: Callable[[Vector, int], Decoder]
-    options: TrainConfig
-    tokens: Tokens
-    windows: Tensor
-    memo: LossMemo
+    def loss_of(self, vector: Vector, seed: int, folder: Path) -> float | None:
+        """Validation loss (nats per token) at the end of a training, which is made now unless it was made before.
 
-    def settle(self, vector: Vector, seed: int, folder: Path) -> float | None:
-        """Validation loss (nats a token) at the end of a training, which is made now unless it was made before.
-
-        A training goes on where a kill stopped it. Processes that share the memo share the work: what another one is
-        just at is left to it.
+        A training goes on where a kill stopped it. Processes that share the memo share the work.
 
         Args:
             vector: The vector.
@@ -50,7 +40,7 @@ class Series:
             folder: Where each training keeps its metrics, and its checkpoint while it is under way.
 
         Returns:
-            None if another process is at it.
+            None while another process makes it.
 
         Raises:
             UserError: As `fit`.

@@ -34,13 +34,7 @@ def window_length(options: TrainConfig, context: int) -> int:
 def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vector) -> None:
     """Refuses a training that cannot fit into this machine, counting only what is certain.
 
-    That is 16 bytes a parameter (fp32 weight, gradient and AdamW's two moments) and the fp32 logits of one pass.
-
-    Args:
-        what: What is trained, for the sentence.
-        options: How to train it.
-        shape: Its shape.
-        vector: Its K/V heads a layer.
+    That is 16 bytes per parameter (fp32 weight, gradient, AdamW's two moments) and a microbatch's logits in fp32.
 
     Raises:
         UserError: It does not fit, or train.length is beyond the model's context.
@@ -70,9 +64,10 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
     """
     losses = torch.compile(row_losses) if options.compile else row_losses
 
-    def loss_at(model: nn.Module, step: int, part: Microbatch) -> Tensor:
+    def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
         device = next(model.parameters()).device
-        windows = training_batch(tokens, options.seed, step, options.batch, length, part.of(options.batch)).to(device)
+        own = microbatch.of(options.batch)
+        windows = training_batch(tokens, options.seed, step, options.batch, length, own).to(device)
         with autocast(options.precision, device):
             return losses(model(windows[:, :-1]), windows[:, 1:]).mean()
 
@@ -83,9 +78,9 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
     """The loss of a step of a supernet by its recipe; arguments as `text_loss`."""
     losses = torch.compile(distilled_loss) if options.compile else distilled_loss
 
-    def loss_at(model: nn.Module, step: int, part: Microbatch) -> Tensor:
+    def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
         plan = step_plan(space, options, step)
-        own, vectors_per_text = part.of(len(plan)), len(plan[0])
+        own, vectors_per_text = microbatch.of(len(plan)), len(plan[0])
         device = next(model.parameters()).device
         windows = training_batch(tokens, options.seed, step, len(plan), length, own).to(device)
         rows = windows.repeat_interleave(vectors_per_text, dim=0)
