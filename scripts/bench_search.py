@@ -41,7 +41,7 @@ from nas.search import Objectives, reference_point
 from nas.search.exact import best_by_counts
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
-from nas.search.sampler import DistinctSampler, parameter_names
+from nas.search.sampler import DistinctSampler
 from nas.space import SearchSpace, load_space, parse_vector
 
 Floats = npt.NDArray[np.float64]
@@ -126,11 +126,10 @@ def searched(name: str, sampler: str, seed: int) -> list[dict[str, Any]]:
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=distinct)
     points, seconds, rows = [], [], []
     for count in range(1, max(BUDGETS) + 1):
-        distinct.turn_to(count - 1)
         begin = time.perf_counter()
-        trial = study.ask(distinct.distributions)
+        trial = study.ask()
+        vector = tuple(trial.suggest_categorical(layer, groups) for layer, groups in distinct.choices.items())
         seconds.append(time.perf_counter() - begin)
-        vector = tuple(trial.params[layer] for layer in parameter_names(task.space))
         points.append((task.loss(vector), float(costs_of(np.array([vector]))[0])))
         study.tell(trial, points[-1])
         for panel, reference in task.references(name).items() if count in BUDGETS else ():

@@ -17,7 +17,7 @@ from nas.search import exact
 from nas.search.exact import best_by_counts
 from nas.search.front_sampler import FrontSampler, learned_costs
 from nas.search.improvement import expected_hypervolume_improvement
-from nas.search.layers import Layers
+from nas.search.informed import Layers
 from nas.search.loss_model import LayerLosses, LossModel
 
 Vector = tuple[int, ...]

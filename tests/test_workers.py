@@ -8,6 +8,7 @@ import pwd
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -15,9 +16,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 import pandas as pd
@@ -29,16 +31,15 @@ from optuna.trial import FrozenTrial, TrialState
 from nas.budget import Budget
 from nas.errors import UserError
 from nas.metrics import Metrics
-from nas.search import Membership, Storage, search
-from nas.search.claims import Claim, ClaimLostError, Claims
-from nas.space import Vector, format_vector, load_space
-from nas.stages.workers import more_workers
+from nas.search import Storage, search
+from nas.search import storage as storage_module
+from nas.space import Vector, load_space
 from tests.conftest import Nas
-from tests.test_search import SAMPLERS, TWO, additive, problem
+from tests.search_problem import SAMPLERS, TWO, additive, problem, work
 
-HEARTBEAT_S = 0.2  # a worker counts as gone after 1.2 s
+HEARTBEAT_S = 0.3  # a worker counts as dead after 1.8 s
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks a worker in milliseconds
-PROCESSES.set_forkserver_preload([__name__])
+PROCESSES.set_forkserver_preload(["tests.search_problem"])
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +69,14 @@ def server() -> Iterator[str]:
         shutil.rmtree(folder)
 
 
+_NUMBERS = itertools.count()
+
+
 @pytest.fixture
 def postgresql(server: str) -> Storage:
     """A study in an empty PostgreSQL database."""
     engine = sqlalchemy.create_engine(f"postgresql+psycopg2{server.removeprefix('postgresql')}" % "postgres")
-    name = f"test_{next(_COUNTER)}"
+    name = f"test_{next(_NUMBERS)}"
     while True:
         with suppress(sqlalchemy.exc.OperationalError):  # the server is starting
             with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
@@ -80,35 +84,16 @@ def postgresql(server: str) -> Storage:
             break
         time.sleep(0.05)
     engine.dispose()
-    return Storage(server % name)
-
-
-_COUNTER = itertools.count()
+    return Storage(server % name, heartbeat_s=HEARTBEAT_S)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     """A new study in either database."""
     if request.param == "sqlite":
-        return Storage.file(tmp_path / "study.db")
+        return Storage.file(tmp_path / "study.db", HEARTBEAT_S)
     found: Storage = request.getfixturevalue("postgresql")
     return found
-
-
-def work(
-    storage: Storage, budget: int, membership: Membership, folder: Path, name: str, sampler: str, pause_s: float
-) -> None:
-    """Searches the tiny space; writes each evaluation into NAME.log and the result into NAME.csv."""
-
-    def evaluate(vector: Vector) -> Metrics:
-        time.sleep(pause_s)
-        with (folder / f"{name}.log").open("a") as log:
-            log.write(f"{format_vector(vector)}\n")
-        return additive(vector)
-
-    asked = problem(load_space("tiny"), evaluate)
-    table = search(asked, SAMPLERS[sampler], Budget(budget, None), 0, storage, membership=membership)
-    table.to_csv(folder / f"{name}.csv", index=False)
 
 
 def start(
@@ -117,234 +102,196 @@ def start(
     folder: Path,
     name: str,
     sampler: str = "random",
-    pause_s: float = 0.005,
-    dead: str | None = None,
-    heartbeat_s: float = HEARTBEAT_S,
+    running: Literal["fail", "wait", "ignore"] = "ignore",
+    pause_s: float = 0.0,
+    dies_at: int | None = None,
 ) -> ForkServerProcess:
-    """Starts a worker in a process of its own; a busy machine can hold it up for longer than short heartbeats allow."""
-    membership = Membership(name, dead, heartbeat_s)
-    process = PROCESSES.Process(target=work, args=(storage, budget, membership, folder, name, sampler, pause_s))
+    """Starts a worker in a process of its own."""
+    arguments = (storage, budget, folder, name, sampler, running, pause_s, dies_at)
+    process = PROCESSES.Process(target=work, args=arguments)
     process.start()
     return process
 
 
+def end(*processes: ForkServerProcess) -> list[int | None]:
+    """Waits for workers; returns their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
 def evaluated(folder: Path, name: str) -> list[str]:
-    """What a worker evaluated so far."""
+    """The vectors that a worker began to evaluate so far."""
     log = folder / f"{name}.log"
     return log.read_text().splitlines() if log.exists() else []
 
 
+def study_of(storage: Storage) -> optuna.Study:
+    """The study as the workers see it."""
+    return storage.open(TWO, optuna.samplers.RandomSampler(), {})
+
+
 def running(storage: Storage) -> list[FrozenTrial]:
     """The trials of a study that still run."""
-    study = storage.open(TWO, optuna.samplers.RandomSampler())
-    return study.get_trials(states=(TrialState.RUNNING,))
+    return study_of(storage).get_trials(states=(TrialState.RUNNING,))
 
 
-def test_four_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp_path: Path) -> None:
-    processes = [start(postgresql, 200, tmp_path, name, heartbeat_s=10.0) for name in "abcd"]
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 4
-    results = {(tmp_path / f"{name}.csv").read_bytes() for name in "abcd"}
-    assert len(results) == 1
-    vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
-    assert len(vectors) == len(set(vectors)) == 200
-    shares = [evaluated(tmp_path, name) for name in "abcd"]
-    assert all(shares)
-    assert sorted(itertools.chain(*shares)) == sorted(vectors)  # each by one worker, once
-
-
-def test_the_others_finish_what_a_killed_worker_left(postgresql: Storage, tmp_path: Path) -> None:
-    processes = [start(postgresql, 200, tmp_path, name) for name in "abcd"]
-    while len(evaluated(tmp_path, "d")) < 10:
-        time.sleep(0.01)
-    processes[3].kill()
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0, 0, -signal.SIGKILL]
+def test_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp_path: Path) -> None:
+    patient = replace(postgresql, heartbeat_s=10.0)  # a busy machine can hold a worker up for longer than two seconds
+    assert end(*(start(patient, 40, tmp_path, name, pause_s=0.02) for name in "abc")) == [0] * 3
     assert len({(tmp_path / f"{name}.csv").read_bytes() for name in "abc"}) == 1
     vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
-    assert len(vectors) == len(set(vectors)) == 200
-    assert set(evaluated(tmp_path, "d")) <= set(vectors)
-    assert not running(postgresql)
+    assert len(vectors) == len(set(vectors)) == 40
+    shares = [evaluated(tmp_path, name) for name in "abc"]
+    assert all(shares)
+    assert set(itertools.chain(*shares)) == set(vectors)
+    assert sum(map(len, shares)) <= 40 + 2
 
 
-def test_two_workers_share_a_file_and_a_slow_one_is_not_taken_for_gone(tmp_path: Path) -> None:
-    storage = Storage.file(tmp_path / "study.db")
-    pauses = {"a": 5, "b": 0.005}  # the first is longer than six heartbeats
-    processes = [start(storage, 40, tmp_path, name, pause_s=pauses[name], heartbeat_s=0.5) for name in pauses]
-    for process in processes:
-        process.join()
+def test_another_worker_evaluates_what_a_killed_one_was_at(storage: Storage, tmp_path: Path) -> None:
+    doomed = start(storage, 12, tmp_path, "doomed", pause_s=60)
+    while not evaluated(tmp_path, "doomed"):
+        time.sleep(0.01)
+    others = [start(storage, 12, tmp_path, name) for name in "ab"]
+    while not evaluated(tmp_path, "a"):
+        time.sleep(0.01)
+    doomed.kill()
+    assert end(doomed, *others) == [-signal.SIGKILL, 0, 0]
     assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
     vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
-    assert len(vectors) == len(set(vectors)) == 40
-    assert sorted(evaluated(tmp_path, "a") + evaluated(tmp_path, "b")) == sorted(vectors)
-
-
-def test_a_search_killed_twenty_times_equals_one_without_a_break(tmp_path: Path) -> None:
-    whole = start(Storage.file(tmp_path / "whole.db"), 100, tmp_path, "whole", "front", pause_s=0)
-    storage, moments, killed = Storage.file(tmp_path / "killed.db"), random.Random(0), 0
-    for attempt in range(20):
-        before = len(evaluated(tmp_path, "killed"))
-        process = start(storage, 100, tmp_path, "killed", "front", pause_s=0.02, dead="")
-        if attempt % 2:  # while it evaluates; else perhaps while it begins
-            while process.is_alive() and len(evaluated(tmp_path, "killed")) <= before + attempt % 3:
-                time.sleep(0.005)
-        process.join(moments.uniform(0, 0.1 if attempt % 2 else 0.5))
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 15
-    assert 10 <= len(evaluated(tmp_path, "killed")) < 100
-    last = start(storage, 100, tmp_path, "killed", "front", pause_s=0, dead="")
-    last.join()
-    whole.join()
-    assert last.exitcode == whole.exitcode == 0
-    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
-    assert len(evaluated(tmp_path, "killed")) <= 100 + killed  # a kill costs one evaluation at most
+    assert len(vectors) == len(set(vectors)) == 12
+    assert set(evaluated(tmp_path, "doomed")) < {*evaluated(tmp_path, "a"), *evaluated(tmp_path, "b")}
     assert not running(storage)
+
+
+def test_a_worker_that_is_slow_is_not_taken_for_dead(tmp_path: Path) -> None:
+    storage = Storage.file(tmp_path / "study.db", HEARTBEAT_S)
+    slow = start(storage, 9, tmp_path, "slow", pause_s=12 * HEARTBEAT_S)
+    while not evaluated(tmp_path, "slow"):
+        time.sleep(0.01)
+    assert end(start(storage, 9, tmp_path, "fast"), slow) == [0, 0]
+    assert (tmp_path / "slow.csv").read_bytes() == (tmp_path / "fast.csv").read_bytes()
+    vectors = list(pd.read_csv(tmp_path / "slow.csv")["vector"])
+    assert sorted(evaluated(tmp_path, "slow") + evaluated(tmp_path, "fast")) == sorted(vectors)
+
+
+@pytest.mark.parametrize(("sampler", "kills"), [("front", 12), ("nsga2", 8)])
+def test_a_search_killed_many_times_equals_one_without_a_break(tmp_path: Path, sampler: str, kills: int) -> None:
+    whole = start(Storage.file(tmp_path / "whole.db"), 16, tmp_path, "whole", sampler, "fail")
+    storage, moments = Storage.file(tmp_path / "killed.db"), random.Random(sampler)
+    codes = []
+    for _ in range(kills):
+        dies_at = moments.randrange(100)
+        codes += end(start(storage, 16, tmp_path, "killed", sampler, "fail", dies_at=dies_at))
+    assert codes == [-signal.SIGKILL] * kills
+    assert len(evaluated(tmp_path, "killed")) > 2
+    assert end(start(storage, 16, tmp_path, "killed", sampler, "fail"), whole) == [0, 0]
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert len(evaluated(tmp_path, "killed")) <= 16 + kills  # a kill costs one evaluation at most
+    assert not running(storage)
+
+
+def test_a_single_worker_on_a_server_is_resumed_exactly_too(postgresql: Storage, tmp_path: Path) -> None:
+    whole = start(Storage.file(tmp_path / "whole.db"), 9, tmp_path, "whole")
+    for dies_at in (40, 110):
+        end(start(postgresql, 9, tmp_path, "killed", running="wait", dies_at=dies_at))
+    assert end(start(postgresql, 9, tmp_path, "killed", running="wait"), whole) == [0, 0]
+    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert len(evaluated(tmp_path, "killed")) >= 9
 
 
 def test_a_study_is_made_once_though_a_kill_left_its_table_without_the_index(tmp_path: Path) -> None:
     file, sampler = tmp_path / "study.db", optuna.samplers.RandomSampler()
-    other = Storage.file(file, "other")
-    other.open(TWO, sampler)
-    with other.engine().begin() as connection:
-        connection.execute(sqlalchemy.text("DROP INDEX ix_studies_study_name"))
+    replace(Storage.file(file), study="other").open(TWO, sampler, {})
+    with sqlite3.connect(file) as connection:
+        connection.execute("DROP INDEX ix_studies_study_name")
     for _ in range(2):
-        Storage.file(file).open(TWO, sampler)
+        study_of(Storage.file(file))
     assert sorted(optuna.get_all_study_names(f"sqlite:///{file}")) == ["other", "search"]
 
 
-def test_a_worker_that_was_taken_for_gone_goes_on_and_does_no_harm(storage: Storage) -> None:
+def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(storage: Storage) -> None:
     others, counts = list[pd.DataFrame](), list[int]()
 
-    def join(name: str, heartbeat_s: float, evaluate: Callable[[Vector], Metrics]) -> pd.DataFrame:
-        membership = Membership(name, None, heartbeat_s)
-        asked = problem(load_space("tiny"), evaluate)
-        return search(asked, SAMPLERS["random"], Budget(9, None), 0, storage, membership=membership)
+    def join(heartbeat_s: float, evaluate: Callable[[Vector], Metrics]) -> pd.DataFrame:
+        asked, own = problem(load_space("tiny"), evaluate), replace(storage, heartbeat_s=heartbeat_s)
+        return search(asked, SAMPLERS["random"], Budget(6), 0, own, running="ignore")
 
     def suspended(vector: Vector) -> Metrics:
         if not others:
-            others.append(join("other", HEARTBEAT_S, watched))
+            others.append(join(HEARTBEAT_S, watched))
         return additive(vector)
 
     def watched(vector: Vector) -> Metrics:
         counts.append(len(running(storage)))
         return additive(vector)
 
-    result = join("suspended", 1000, suspended)
+    result = join(1000, suspended)
     pd.testing.assert_frame_equal(result, others[0])
-    assert result["vector"].nunique() == 9
+    assert result["vector"].nunique() == 6
     assert counts[-1] == 1  # the trial of which the vector was taken over is set aside
-    trials = storage.open(TWO, optuna.samplers.RandomSampler()).trials
-    assert sorted(trial.state.name for trial in trials) == ["COMPLETE"] * 9 + ["FAIL"]
+    assert sorted(trial.state.name for trial in study_of(storage).trials) == ["COMPLETE"] * 6 + ["FAIL"]
 
 
-def test_what_a_killed_worker_had_not_claimed_is_set_aside(storage: Storage) -> None:
-    storage.open(TWO, optuna.samplers.RandomSampler()).ask()
-    join = Membership("other", None, HEARTBEAT_S)
-    search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage, membership=join)
+def test_a_worker_killed_before_its_first_heartbeat_is_set_aside(storage: Storage) -> None:
+    study_of(storage).ask()
+    trials = search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4), 0, storage, running="ignore")
+    assert trials["vector"].nunique() == 4
     assert not running(storage)
 
 
-def worker(storage: Storage, name: str = "worker") -> Claims:
-    """A worker's claims; it beats only when told to."""
-    return Claims(storage, Membership(name, None, HEARTBEAT_S))
+def test_of_two_workers_with_the_same_vector_the_later_gives_way(postgresql: Storage) -> None:
+    study, seen = study_of(postgresql), list[Vector]()
+    vector = (2,) * 8  # the second reference vector
+    study.enqueue_trial({f"layer_{layer:02d}": groups for layer, groups in enumerate(vector)})
+    earlier = study.ask()
+
+    class Rival(optuna.samplers.RandomSampler):
+        """Has the earlier worker write its vector at the moment at which the later one has proposed the same."""
+
+        def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+            for name in study_of(postgresql).trials[0].system_attrs["fixed_params"]:
+                earlier.suggest_categorical(name, (1, 2, 4))
+            return super().infer_relative_search_space(study, trial)
+
+    def evaluate(vector: Vector) -> Metrics:
+        seen.append(vector)
+        return additive(vector)
+
+    search(problem(load_space("tiny"), evaluate), Rival, Budget(4), 0, postgresql, running="ignore")
+    states = [(trial.state, tuple(trial.params.values()) == vector) for trial in study.trials[:2]]
+    assert states == [(TrialState.FAIL, True)] * 2  # the earlier one too, for it never beats
+    assert vector not in seen[:-1]
+    assert len(seen) == 4
 
 
-def in_threads(count: int, task: Callable[[int], None]) -> None:
-    """Runs a task in threads that begin it at the same moment, and raises what one of them raises."""
-    barrier, errors = threading.Barrier(count), list[Exception]()
+def test_workers_that_start_at_once_all_open_the_study(storage: Storage) -> None:
+    barrier, opened = threading.Barrier(6), list[dict[str, Any]]()
 
-    def run(index: int) -> None:
+    def begin() -> None:
         barrier.wait()
-        try:
-            task(index)
-        except Exception as error:
-            errors.append(error)
+        study = storage.open(TWO, optuna.samplers.RandomSampler(), {"space": "tiny"})
+        opened.append({"id": study._study_id, **study.user_attrs})
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(count)]
+    threads = [threading.Thread(target=begin) for _ in range(6)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for error in errors:
-        raise error
-
-
-def test_workers_that_start_at_once_all_open_the_study(storage: Storage) -> None:
-    def begin(index: int) -> None:
-        worker(storage, str(index)).agree({"space": "tiny"})
-        assert storage.open(TWO, optuna.samplers.RandomSampler()).study_name == storage.study
-
-    in_threads(6, begin)
-    assert len(optuna.get_all_study_names(storage.engine().url.render_as_string(hide_password=False))) == 1
-
-
-def test_no_slot_and_no_vector_is_held_twice(storage: Storage) -> None:
-    held: list[tuple[int, Vector]] = []
-
-    def claim_all(index: int) -> None:
-        own, wishes = worker(storage, str(index)), random.Random(index)
-        while claim := own.take(30):
-            while not own.assign(claim, vector := (wishes.randrange(6), wishes.randrange(6))):
-                pass
-            held.append((claim.slot, vector))
-
-    in_threads(4, claim_all)
-    slots, vectors = zip(*held, strict=True)
-    assert sorted(slots) == list(range(30))
-    assert len(set(vectors)) == 30
-    assert worker(storage).vectors() == set(vectors)
-
-
-def test_a_claim_is_taken_over_only_from_a_silent_worker(storage: Storage) -> None:
-    silent, live, other = worker(storage, "silent"), worker(storage, "live"), worker(storage, "other")
-    left, kept = silent.take(9), live.take(9)
-    assert left
-    assert kept
-    silent.assign(left, (1, 2))
-    assert other.adopt() is None
-    assert other.under_way() == (2, 0)
-    time.sleep(7 * HEARTBEAT_S)
-    live.beat()
-    assert other.under_way() == (1, 1)
-    assert other.adopt() == Claim(left.slot, (1, 2))
-    assert other.adopt() is None
-    for change in (lambda: silent.assign(left, (2, 1)), lambda: silent.finish(left)):
-        with pytest.raises(ClaimLostError):
-            change()
-    other.finish(Claim(left.slot, (1, 2)))
-    live.assign(kept, (4, 4))
-    live.finish(kept)
-    assert other.done() == {left.slot: (1, 2), kept.slot: (4, 4)}
-    assert other.under_way() == (0, 0)
-
-
-def test_of_many_that_see_a_worker_gone_one_takes_over(storage: Storage) -> None:
-    gone = worker(storage, "machine-1")
-    claims = [gone.take(5) for _ in range(5)]
-    worker(storage).release("machine-1/")
-    adopted: list[Claim] = []
-
-    def adopt(index: int) -> None:
-        own = worker(storage, str(index))
-        while claim := own.adopt():
-            adopted.append(claim)
-
-    in_threads(4, adopt)
-    assert sorted(claim.slot for claim in adopted) == [claim.slot for claim in claims if claim]
+    assert opened == [{"id": opened[0]["id"], "metadata": {"space": "tiny"}}] * 6
 
 
 def test_a_search_begun_otherwise_is_not_joined(storage: Storage) -> None:
-    def join(**facts: str) -> None:
-        search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage, facts=facts)
+    def join(**metadata: str) -> None:
+        search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4), 0, storage, metadata=metadata)
 
+    storage.check({"seed": "1"})  # nothing has begun yet
     join(space="tiny", seed="0")
     join(space="tiny", seed="0")
-    with pytest.raises(UserError, match=r"another seed \(0 there, 1 here\)"):
-        join(space="tiny", seed="1")
+    storage.check({"seed": "0"})
+    for differs in (lambda: join(space="tiny", seed="1"), lambda: storage.check({"seed": "1"})):
+        with pytest.raises(UserError, match=r"another seed \(0 there, 1 here\)"):
+            differs()
     with pytest.raises(UserError, match="another seed"):
         join(space="tiny")
 
@@ -353,9 +300,19 @@ def test_the_file_of_a_study_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "50%20? {a} #1" / "study.db"
     path.parent.mkdir()
     storage = Storage.file(path)
-    search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage)
+    study_of(storage)
     assert path.is_file()
     assert str(storage) == f"study {path}"
+
+
+def test_a_locked_file_is_said_to_be_held_by_another_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage.file(tmp_path / "study.db")
+    study_of(storage)
+    monkeypatch.setitem(storage_module._CONNECT, "sqlite", {"timeout": 0.05})
+    with sqlite3.connect(tmp_path / "study.db") as holder:
+        holder.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(UserError, match=r"is held by another process .*; end that one, and run again"):
+            storage.check({})
 
 
 @pytest.mark.parametrize(
@@ -372,16 +329,15 @@ def test_the_file_of_a_study_may_have_any_name(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_had_is_one_sentence_without_the_password(url: str, says: str) -> None:
     storage = Storage(url)
     with pytest.raises(UserError, match=says) as caught:
-        search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage)
+        storage.check({})
     assert "\n" not in str(caught.value)
     assert "secret" not in f"{caught.value} {storage!r}"
 
 
 def test_a_database_that_is_not_there_is_one_sentence_without_the_password(postgresql: Storage) -> None:
     url = sqlalchemy.make_url(postgresql.url).set(database="nowhere", password="secret")
-    storage = Storage(url.render_as_string(hide_password=False))
     with pytest.raises(UserError, match='"nowhere" does not exist') as caught:
-        search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4, None), 0, storage)
+        Storage(url.render_as_string(hide_password=False)).check({})
     assert "secret" not in str(caught.value)
 
 
@@ -395,47 +351,36 @@ def test_a_sweep_gets_no_password_as_it_would_be_written_to_a_file(nas: Nas, tmp
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "psycopg2", None)
     with pytest.raises(UserError, match=r"driver that is not installed .* pip install 'gqa-nas\[postgresql\]'"):
-        Storage("postgresql://me:secret@host/db").engine()
+        Storage("postgresql://me:secret@host/db").check({})
 
 
-def test_lost_trials_are_named(tmp_path: Path) -> None:
-    storage = Storage.file(tmp_path / "study.db")
-    search(problem(load_space("tiny")), SAMPLERS["random"], Budget(5, None), 0, storage)
-    lost = Claims(storage, Membership("other"))
-    claim = lost.take(6)
-    assert claim
-    assert lost.assign(claim, (4, 2, 1, 1, 1, 1, 1, 1))
-    lost.finish(claim)
-    with pytest.raises(UserError, match=r"has lost the trials of 4-2-1-1-1-1-1-1; restore it, or give another name="):
-        search(problem(load_space("tiny")), SAMPLERS["random"], Budget(6, None), 0, storage)
+PARENT = """
+import sys, time
+from nas.stages.workers import more_workers
+for _ in range(2):
+    with more_workers({work}, 2):
+        print("begun", flush=True)
+        sys.stdin.readline()
+"""
 
 
-def wait_for_ever() -> None:
-    """A worker that never ends."""
-    time.sleep(600)
-
-
-def test_a_worker_of_this_machine_that_is_killed_is_reported(capfd: pytest.CaptureFixture[str]) -> None:
-    others = multiprocessing.active_children()
-    with more_workers(wait_for_ever, 3):
-        ours = [process for process in multiprocessing.active_children() if process not in others]
-        first, second = sorted(ours, key=lambda process: process.pid or 0)
-        first.kill()
-    assert not first.is_alive()
-    assert not second.is_alive()
-    assert "worker 1 was killed (SIGKILL); the others did its share" in capfd.readouterr().err
-
-
-def test_workers_end_when_their_parent_is_killed() -> None:
-    code = (
-        "import time; from nas.stages.workers import more_workers; from tests.test_workers import wait_for_ever\n"
-        "with more_workers(wait_for_ever, 2): print('begun', flush=True); time.sleep(600)"
-    )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+def test_workers_of_this_machine_are_reported_when_killed_and_end_with_their_parent() -> None:
+    code = PARENT.format(work="__import__('functools').partial(time.sleep, 600)")
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    parent = subprocess.Popen([sys.executable, "-c", code], text=True, **pipes)
     assert parent.stdout
-    assert parent.stdout.readline() == "begun\n"
-    children = psutil.Process(parent.pid).children(recursive=True)
-    assert children
+    assert parent.stdin
+    assert parent.stderr
+    for last in (False, True):
+        assert parent.stdout.readline() == "begun\n"
+        children = psutil.Process(parent.pid).children(recursive=True)
+        assert children
+        if not last:
+            for child in children:
+                child.kill()
+            parent.stdin.write("\n")
+            parent.stdin.flush()
+            assert parent.stderr.readline() == "worker 1 was killed (SIGKILL); the others did its share\n"
     parent.kill()
     parent.wait()
     assert not psutil.wait_procs(children, timeout=60)[1]

@@ -1,7 +1,6 @@
 """The search for Pareto-optimal vectors: an Optuna study, and what is computed from its trials."""
 
 from nas.metrics import COLUMNS, METRICS
-from nas.search.claims import Membership
 from nas.search.constraints import Constraints
 from nas.search.pareto import Objectives, on_front, reference_point
 from nas.search.problem import Problem
@@ -12,7 +11,6 @@ __all__ = [
     "COLUMNS",
     "METRICS",
     "Constraints",
-    "Membership",
     "Objectives",
     "Problem",
     "Storage",

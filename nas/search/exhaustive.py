@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 from optuna import Study
-from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.search.informed import InformedSampler
+from nas.search.informed import InformedSampler, Layers
 
 
 class ExhaustiveSampler(InformedSampler):
@@ -19,7 +19,7 @@ class ExhaustiveSampler(InformedSampler):
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        super().__init__()
+        pass
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -27,8 +27,9 @@ class ExhaustiveSampler(InformedSampler):
         """The next vector; the last one of all where none is left."""
         others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
         taken = self.taken | {tuple(other.params.get(name) for name in search_space) for other in others}
-        vector: tuple[Any, ...] = ()
-        for vector in itertools.product(*map(_choices, search_space.values())):
+        layers = Layers.of(search_space.values())
+        vector: tuple[int, ...] = ()
+        for vector in itertools.product(*(layers.levels_K[allowed].tolist() for allowed in layers.allowed_LK)):
             if vector not in taken and (self.permitted is None or self.permitted(np.array([vector]))[0]):
                 break
         return dict(zip(search_space, vector, strict=True))
@@ -37,10 +38,4 @@ class ExhaustiveSampler(InformedSampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         """The first choice: only before any trial is finished."""
-        return _choices(param_distribution)[0]
-
-
-def _choices(distribution: BaseDistribution) -> tuple[Any, ...]:
-    if not isinstance(distribution, CategoricalDistribution):
-        raise ValueError(f"{distribution} has no list of choices; this sampler takes nothing else")
-    return distribution.choices
+        return Layers.of([param_distribution]).levels_K[0].item()

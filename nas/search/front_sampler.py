@@ -29,8 +29,7 @@ from threadpoolctl import ThreadpoolController
 
 from nas.search.exact import best_vectors
 from nas.search.improvement import expected_hypervolume_improvement
-from nas.search.informed import Costs, Floats, InformedSampler, Ints
-from nas.search.layers import Layers
+from nas.search.informed import Costs, Floats, InformedSampler, Ints, Layers
 from nas.search.loss_model import LossModel
 
 _ENUMERATED = 10_000  # vectors; a space no larger is looked at as a whole
@@ -56,7 +55,6 @@ class FrontSampler(InformedSampler):
     def __init__(self, seed: int | None = None, draws: int = 1, startup: int = 3) -> None:
         if draws < 0 or startup < 2:
             raise ValueError(f"draws is {draws} and startup {startup}; they must be at least 0 and 2")
-        super().__init__()
         self._rng, self._random = np.random.default_rng(seed), RandomSampler(seed=seed)
         self._draws, self._startup = draws, startup
 

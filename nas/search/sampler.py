@@ -1,13 +1,13 @@
-"""A wrapper that makes any Optuna sampler propose only vectors that nobody has claimed yet, and resume exactly.
+"""A wrapper that makes any Optuna sampler propose only vectors that no worker has yet, and resume exactly.
 
 What a sampler proposes against this, or against the limits, becomes the nearest vector that may be proposed.
 
-Every proposal is seeded by the study's seed and the slot that it is for, never by how often this process asked before:
-a search that was killed and resumed proposes what the uninterrupted one would have, and workers on one study draw
-differently.
+Every proposal is seeded by the study's seed and by how many evaluations precede it, never by how often this process
+asked before: a search that was killed and resumed proposes what the uninterrupted one would have, and workers on one
+study draw differently.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,34 +17,26 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from nas.search.exact import best_vectors
-from nas.search.informed import Costs, InformedSampler, Permitted
-from nas.search.layers import Layers
+from nas.search.informed import Costs, InformedSampler, Layers, Permitted
 from nas.space import SearchSpace, Vector
 
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
-
-
-def parameter_names(space: SearchSpace) -> list[str]:
-    """Optuna's parameter names, one a layer: ``layer_00``, ``layer_01``, …"""
-    return [f"layer_{index:02d}" for index in range(len(space.choices))]
-
-
-def vector_of(trial: FrozenTrial, space: SearchSpace) -> Vector:
-    """The vector of a trial whose parameters are all set."""
-    return tuple(trial.params[name] for name in parameter_names(space))
+LIVE = (TrialState.COMPLETE, TrialState.RUNNING)
 
 
 class DistinctSampler(BaseSampler):
-    """Proposes what an inner sampler proposes, unless the study has it already.
+    """Proposes what an inner sampler proposes, unless the study has it already. Serves one study.
+
+    Some vectors come before all that: those that a dead worker left, and then a given list.
 
     Args:
         make: Makes the inner sampler from a ``seed``.
         space: The search space.
         seed: The study's seed.
-        first: The vectors of the first slots, in order; the inner sampler proposes what comes after them.
-        claimed: Returns the vectors that any worker has claimed.
-        permitted: Which vectors may be proposed; None: all.
+        first: The vectors to begin with, in order.
+        size: How many vectors may be proposed; None: all of the space.
+        permitted: Which vectors these are; None: all.
         costs: The objectives that are known beforehand; None: none.
     """
 
@@ -54,48 +46,62 @@ class DistinctSampler(BaseSampler):
         space: SearchSpace,
         seed: int,
         first: Sequence[Vector] = (),
-        claimed: Callable[[], set[Vector]] = set,
+        size: int | None = None,
         permitted: Permitted | None = None,
         costs: Costs | None = None,
     ) -> None:
-        self._make, self._space, self._seed, self._first, self._claimed = make, space, seed, first, claimed
+        self._make, self._seed, self._first, self._size = make, seed, first, size or space.size
         self._permitted, self._costs = permitted, costs
-        self._slot, self._settled = 0, first[0] if first else None
-        names = parameter_names(space)
-        self.distributions: dict[str, BaseDistribution] = {
-            name: CategoricalDistribution(choices) for name, choices in zip(names, space.choices, strict=True)
-        }
+        self._vectors: dict[int, Vector] = {}  # by trial number
+        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(space.choices)}
         self._inner = make(seed=seed)
 
-    def turn_to(self, slot: int, vector: Vector | None = None) -> None:
-        """Makes the next proposal that of ``slot``; it is ``vector`` if that was settled before."""
-        self._slot = slot
-        self._settled = vector or (self._first[slot] if slot < len(self._first) else None)
+    def vector_of(self, trial: FrozenTrial) -> Vector | None:
+        """The vector of a trial, if it has been proposed and written."""
+        if trial.number not in self._vectors and len(trial.params) == len(self.choices):
+            self._vectors[trial.number] = tuple(trial.params[name] for name in self.choices)
+        return self._vectors.get(trial.number)
 
-    def give_way(self) -> None:
-        """Leaves the slot's settled vector to another worker, who has it already."""
-        self._settled = None
+    def vectors_of(self, trials: Iterable[FrozenTrial]) -> dict[Vector, FrozenTrial]:
+        """Trials by vector, as far as they have one; of the same vector the first counts."""
+        found: dict[Vector, FrozenTrial] = {}
+        for trial in trials:
+            if vector := self.vector_of(trial):
+                found.setdefault(vector, trial)
+        return found
+
+    def before(self, number: int, trials: Iterable[FrozenTrial]) -> tuple[set[Vector], int]:
+        """The vectors of the trials below a number, and how many of these have none yet."""
+        below = [trial for trial in trials if trial.number < number]
+        return set(self.vectors_of(below)), sum(self.vector_of(trial) is None for trial in below)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All layers: a proposal is always a whole vector."""
-        return self.distributions
+        return {name: CategoricalDistribution(choices) for name, choices in self.choices.items()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The settled vector of the slot, or one that is neither claimed nor in a finished trial."""
-        if self._settled is not None:
+        """A vector that no running or finished trial has; any where there is none."""
+        live = [other for other in study.get_trials(deepcopy=False, states=LIVE) if other.number != trial.number]
+        vectors, proposing = self.before(trial.number, live)
+        slot, taken = len(vectors) + proposing, set(self.vectors_of(live))
+        left = self.vectors_of(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
+        queue = [vector for vector in dict.fromkeys([*left, *self._first]) if vector not in taken]
+        if proposing < len(queue):  # the others take those before
             if not isinstance(self._inner, InformedSampler):  # which makes no notes, as NSGA-II does on generations
-                self._ask_inner(study, trial, attempt=0)
-            return dict(zip(search_space, self._settled, strict=True))
-        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        taken = {vector_of(other, self._space) for other in finished} | self._claimed() | set(self._first)
+                self._ask_inner(study, trial, slot, attempt=0)
+            return dict(zip(search_space, queue[proposing], strict=True))
+        taken.update(queue)
+        if len(taken) >= self._size:
+            return dict(zip(search_space, min(taken), strict=True))
         for attempt in range(_ATTEMPTS):
-            vector = self._propose(study, trial, attempt, taken)
+            vector = self._propose(study, trial, search_space, slot, attempt, taken)
             if vector not in taken:
                 break
         if vector in taken or not (self._permitted is None or self._permitted(np.array([vector]))[0]):
-            vector = self._nearest(vector, taken, np.random.default_rng([self._seed, self._slot, _ATTEMPTS]))
+            rng = np.random.default_rng([self._seed, slot, _ATTEMPTS])
+            vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)
         return dict(zip(search_space, vector, strict=True))
 
     def sample_independent(
@@ -111,27 +117,34 @@ class DistinctSampler(BaseSampler):
         self._inner.after_trial(study, trial, state, values)
 
     def _ask_inner(
-        self, study: Study, trial: FrozenTrial, attempt: int, taken: set[Vector] | None = None
+        self, study: Study, trial: FrozenTrial, slot: int, attempt: int, taken: Iterable[Vector] = ()
     ) -> dict[str, Any]:
         """What a fresh inner sampler, told all that is known, draws jointly."""
-        seed = int(np.random.default_rng([self._seed, self._slot, attempt]).integers(2**31))
+        seed = int(np.random.default_rng([self._seed, slot, attempt]).integers(2**31))
         self._inner = self._make(seed=seed)
         if isinstance(self._inner, InformedSampler):
             self._inner.costs, self._inner.permitted = self._costs or self._inner.costs, self._permitted
-            self._inner.taken = taken or set()
+            self._inner.taken = frozenset(taken)
         return self._inner.sample_relative(study, trial, self._inner.infer_relative_search_space(study, trial))
 
-    def _propose(self, study: Study, trial: FrozenTrial, attempt: int, taken: set[Vector]) -> Vector:
+    def _propose(
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        search_space: dict[str, BaseDistribution],
+        slot: int,
+        attempt: int,
+        taken: set[Vector],
+    ) -> Vector:
         """One proposal of the inner sampler, drawn jointly or layer by layer as it prefers."""
-        joint = self._ask_inner(study, trial, attempt, taken)
+        joint = self._ask_inner(study, trial, slot, attempt, taken)
         return tuple(
             joint[name] if name in joint else self._inner.sample_independent(study, trial, name, distribution)
-            for name, distribution in self.distributions.items()
+            for name, distribution in search_space.items()
         )
 
-    def _nearest(self, start: Vector, taken: set[Vector], rng: np.random.Generator) -> Vector:
+    def _nearest(self, start: Vector, taken: set[Vector], layers: Layers, rng: np.random.Generator) -> Vector:
         """Of the vectors that may be proposed one that differs in the fewest layers, at first a random one of these."""
-        layers = Layers.of(list(self.distributions.values()))
         differs_LK = np.arange(len(layers.levels_K)) != layers.choices([start]).T
         noise = 0.5 / len(differs_LK)  # in all smaller than one layer
         while True:

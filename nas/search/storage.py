@@ -3,34 +3,31 @@
 Everything that a database can refuse becomes one sentence here, and no sentence shows a password.
 """
 
+import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 import optuna
-import sqlalchemy
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import BaseModel  # has no public name
-from sqlalchemy import URL, Engine, make_url
-from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from nas.errors import UserError, causes
+from nas.errors import UserError
 from nas.files import without_passwords
 from nas.search.pareto import Objectives
 
-Result = TypeVar("Result")
-
-_LOCK_TIMEOUT_S = 60  # SQLite: how long to wait while another process writes
-_CONNECT_TIMEOUT_S = 10
-_OPTIONS = {"sqlite": {"timeout": _LOCK_TIMEOUT_S}, "postgresql": {"connect_timeout": _CONNECT_TIMEOUT_S}}
+_BEATS_OF_GRACE = 6  # so many heartbeats may fail to arrive before a worker counts as dead
+_CONNECT = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}  # seconds; SQLite's: for a lock
 _DRIVERS = {"postgresql": "postgresql+psycopg2"}  # SQLAlchemy's own choice depends on its version
 _ATTEMPTS = 20
+_METADATA = "metadata"  # the study's user attribute that all workers must have in common
 
 
 @dataclass(frozen=True)
@@ -40,72 +37,115 @@ class Storage:
     Attributes:
         url: ``sqlite:///FILE`` or ``postgresql://USER@HOST/DATABASE``.
         study: Name of the study.
+        heartbeat_s: Seconds between two signs of life of a worker.
     """
 
     url: str = field(repr=False)  # may hold a password
     study: str = "search"
+    heartbeat_s: float = 10.0
 
     @staticmethod
-    def file(path: Path, study: str = "search") -> "Storage":
+    def file(path: Path, heartbeat_s: float = 10.0) -> "Storage":
         """A SQLite file."""
-        return Storage(URL.create("sqlite", database=str(path)).render_as_string(), study)
+        return Storage(URL.create("sqlite", database=str(path)).render_as_string(), heartbeat_s=heartbeat_s)
 
     def __str__(self) -> str:
         if self.url.startswith("sqlite:"):
             return f"study {make_url(self.url).database}"
         return f"study {self.study} in {without_passwords(self.url)}"
 
-    def engine(self) -> Engine:
-        """A connection pool.
+    def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
+        """The study, made if it is not there yet.
 
         Raises:
-            UserError: The URL is none, or names a database or driver that is not there.
+            UserError: It was begun with other metadata.
         """
-        url = self._parsed()
-        try:
-            return sqlalchemy.create_engine(url, **self._options(url))
-        except (ModuleNotFoundError, NoSuchModuleError) as error:
-            raise UserError(
-                f"storage {without_passwords(self.url)} needs a driver that is not installed ({error}); "
-                "pip install 'gqa-nas[postgresql]'"
-            ) from None
-
-    def open(self, objectives: Objectives, sampler: BaseSampler) -> optuna.Study:
-        """The study, made if it is not there yet."""
-        url = self._parsed()
-
-        def create() -> optuna.Study:
-            storage = RDBStorage(url.render_as_string(hide_password=False), self._options(url))
-            for table in BaseModel.metadata.sorted_tables:  # a kill can leave a table without the index that follows,
-                for index in table.indexes:  # and then every start would make one more study of the name
-                    index.create(storage.engine, checkfirst=True)
-            return optuna.create_study(
-                storage=storage,
-                study_name=self.study,
-                directions=objectives.directions,
-                sampler=sampler,
-                load_if_exists=True,
-            )
-
-        study = unless_raced(create)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
-            study.set_metric_names(list(objectives.names))  # what optuna-dashboard shows
+        study = optuna.create_study(
+            storage=self._connect(),
+            study_name=self.study,
+            directions=objectives.directions,
+            sampler=sampler,
+            load_if_exists=True,
+        )
+        study.set_metric_names(list(objectives.names))  # what optuna-dashboard shows
+        if _METADATA not in study.user_attrs:
+            study.set_user_attr(_METADATA, dict(metadata))
+        theirs = study.user_attrs[_METADATA]  # perhaps of another worker that began at this moment
+        self._compare(theirs, {**dict.fromkeys(theirs), **metadata})
         return study
+
+    def check(self, metadata: Mapping[str, str]) -> None:
+        """Compares what is known of a search so far with what the study was begun with, if it was.
+
+        Raises:
+            UserError: The storage cannot be reached, or the search was begun with other metadata.
+        """
+        with self.in_reach():
+            connection = self._connect()
+            try:
+                theirs = optuna.load_study(study_name=self.study, storage=connection).user_attrs.get(_METADATA)
+            except KeyError:  # there is no such study yet
+                theirs = None
+            finally:
+                connection.engine.dispose()
+        self._compare(theirs or metadata, metadata)
+
+    def _compare(self, theirs: Mapping[str, str], ours: Mapping[str, str | None]) -> None:
+        for key, value in ours.items():
+            if theirs.get(key) != value:
+                raise UserError(
+                    f"{self} was begun with another {key} ({theirs.get(key)} there, {value} here); repeat its command "
+                    "to join it, or give another name="
+                )
 
     @contextmanager
     def in_reach(self) -> Iterator[None]:
-        """Turns what goes wrong between us and the database into one sentence.
+        """Turns what goes wrong between us and the database into one sentence, and Optuna's remarks into none.
 
         Raises:
             UserError: It cannot be reached, read or written.
         """
         try:
-            yield
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, names of metrics
+                warnings.filterwarnings("ignore", "Heartbeat of storage is supposed")  # outside Study.optimize
+                yield
         except (StorageInternalError, SQLAlchemyError) as error:
             cause = without_passwords(str(error.__cause__ or error).splitlines()[0])
+            if "is locked" in cause:
+                raise UserError(f"{self} is held by another process ({cause}); end that one, and run again") from None
             fix = "free disk space or restore it" if self.url.startswith("sqlite:") else "see that the server runs"
             raise UserError(f"{self} cannot be read or written ({cause}); {fix}, and run again") from None
+
+    def _connect(self) -> RDBStorage:
+        """Optuna's storage with its tables, which another worker may be making at the same moment."""
+        url, attempt = self._parsed(), 0
+        options = {"connect_args": _CONNECT[url.get_backend_name()], "pool_pre_ping": True}  # reconnects after a break
+        while True:
+            try:
+                storage = RDBStorage(
+                    url.render_as_string(hide_password=False),
+                    options,
+                    heartbeat_interval=self.heartbeat_s,  # type: ignore[arg-type]  # fractions work too
+                    grace_period=_BEATS_OF_GRACE * self.heartbeat_s,  # type: ignore[arg-type]
+                )
+                for (
+                    table
+                ) in BaseModel.metadata.sorted_tables:  # a kill can leave a table without the index that follows,
+                    for index in table.indexes:  # and then every start would make one more study of the name
+                        index.create(storage.engine, checkfirst=True)
+                return storage
+            except ImportError as error:
+                raise UserError(
+                    f"storage {without_passwords(self.url)} needs a driver that is not installed "
+                    f"({error.__cause__ or error}); pip install 'gqa-nas[postgresql]'"
+                ) from None
+            except (SQLAlchemyError, StorageInternalError) as error:
+                attempt += 1
+                raced = re.search("already exists|duplicate|unique", str(error.__cause__ or error), re.IGNORECASE)
+                if not raced or attempt == _ATTEMPTS:
+                    raise
+                time.sleep(0.02 * attempt)
 
     def _parsed(self) -> URL:
         url = None
@@ -118,22 +158,3 @@ class Storage:
                 "@ : / as %40 %3A %2F, or leave it out for a file in the run directory"
             )
         return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
-
-    @staticmethod
-    def _options(url: URL) -> dict[str, object]:
-        """Arguments of the engine. A connection that broke while a vector was evaluated is made anew."""
-        return {"connect_args": _OPTIONS[url.get_backend_name()], "pool_pre_ping": True}
-
-
-def unless_raced(make: Callable[[], Result]) -> Result:
-    """Makes tables or a study that another worker may be making at the same moment; whoever is second finds them."""
-    for attempt in range(_ATTEMPTS):
-        try:
-            return make()
-        except Exception as error:
-            messages = [str(cause).lower() for cause in causes(error)]
-            raced = any("already exists" in message or "duplicate" in message for message in messages)
-            if attempt + 1 == _ATTEMPTS or not (raced or isinstance(error, IntegrityError)):
-                raise
-            time.sleep(0.02 * (attempt + 1))
-    raise AssertionError("unreachable")

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 from optuna.samplers import BaseSampler
@@ -28,8 +28,7 @@ from nas.model.pretrained import Checkpoint
 from nas.predictions import predictions
 from nas.quality import InheritedLoss
 from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, is_run, recorded_config, recorded_parent
-from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
-from nas.search.claims import check_facts
+from nas.search import Constraints, Objectives, Problem, Storage, search
 from nas.space import SearchSpace
 from nas.stages.latency import find_latency
 from nas.stages.train import (
@@ -81,18 +80,18 @@ class Prepared:
     parents: dict[str, FinishedRun]
     facts: dict[str, str]
 
-    def search(self, membership: Membership) -> pd.DataFrame:
-        """Works on the study until it is done; returns all evaluated vectors."""
+    def search(self, running: Literal["fail", "wait", "ignore"]) -> pd.DataFrame:
+        """Works on the study until it is done; returns all evaluated vectors. ``running`` is as for `search`."""
         return search(
             self.problem,
             self.make_sampler,
             self.budget,
             self.seed,
             self.storage,
-            membership=membership,
+            running=running,
             known=list(self.warm.known),
             proposed=self.warm.proposed,
-            facts=self.facts,
+            metadata=self.facts,
         )
 
 
@@ -105,7 +104,8 @@ def prepare(config: Search, path: Path) -> Prepared:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
-    storage = Storage(config.storage, config.name) if config.storage else Storage.file(path / "study.db")
+    file = Storage.file(path / "study.db", config.heartbeat_s)
+    storage = Storage(config.storage, config.name, config.heartbeat_s) if config.storage else file
     if config.storage and _TIMESTAMP.fullmatch(config.name):
         raise UserError("storage is given but no name; give all workers the same name=, which is the study's")
     earlier = earlier_searches(config, space)
@@ -116,7 +116,7 @@ def prepare(config: Search, path: Path) -> Prepared:
     facts = {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
     facts |= {"space": f"{space.name} {value_hash(space.to_dict())}", "workload": str(workload)}
     if config.storage:
-        check_facts(storage, facts)
+        storage.check(facts)
 
     begun_or_named = config.supernet or recorded_config(path)
     ours, trained = space_identity(space.to_dict()), find_runs(runs_dir, "train")
@@ -134,7 +134,7 @@ def prepare(config: Search, path: Path) -> Prepared:
     constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
     facts["latency"] = f"{device.name}, {table.digest()[:12] if table else latency.describe()}"
     if config.storage:
-        check_facts(storage, facts)
+        storage.check(facts)
     supernet = supernet or found_or_made(
         partial(find_supernet, runs_dir, wanted),
         partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
@@ -153,7 +153,7 @@ def prepare(config: Search, path: Path) -> Prepared:
         "warm_start": value_hash([list(warm.known.items()), warm.proposed]),
     }
     if config.storage:
-        check_facts(storage, facts)
+        storage.check(facts)
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if table and is_run(table.folder):
         parents["latency"] = FinishedRun(table.folder, "measure")

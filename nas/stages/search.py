@@ -16,8 +16,7 @@ from nas.config import Search
 from nas.errors import InUseError
 from nas.files import write_atomically
 from nas.report.terminal import front_table
-from nas.run import identity, start_run
-from nas.search import Membership
+from nas.run import start_run
 from nas.stages.prepare import prepare
 from nas.stages.workers import more_workers
 
@@ -33,17 +32,16 @@ def run(config: Search, path: Path) -> None:
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
             if prepared.budget.is_everything and not config.storage:
                 prepared.loss.of(list(problem.constraints.vectors()))  # together, far faster than one by one
-            home = identity(path)
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
-                trials = prepared.search(Membership(home, home if config.storage else "", config.heartbeat_s))
+                trials = prepared.search("wait" if config.storage else "fail")
             front = _write_tables(path, trials, prepared.table.check() if prepared.table else None)
             run.finish()
     except InUseError:
         if not config.storage:
             raise
         console.print(f"Another process writes {path}: this one only evaluates for it")
-        prepared.search(Membership("guest", None, config.heartbeat_s))
+        prepared.search("ignore")
         return
     console.print(front_table(front))
     console.print(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
@@ -51,7 +49,7 @@ def run(config: Search, path: Path) -> None:
 
 def _assist(config: Search, path: Path) -> None:
     """Works on the search that another process of this machine has begun in ``path``."""
-    prepare(config, path).search(Membership(f"{identity(path)}/", None, config.heartbeat_s))
+    prepare(config, path).search("ignore")
 
 
 def _write_tables(path: Path, trials: pd.DataFrame, check: pd.DataFrame | None) -> pd.DataFrame:

@@ -12,14 +12,13 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
-from multiprocessing.context import SpawnProcess
 
 import torch
 
 from nas import console
 from nas.errors import UserError
 
-_LAST_WORDS_S = 5.0  # for workers to see by themselves that all is done
+_GRACE_S = 5.0  # for workers to see by themselves that all is done
 
 
 @contextmanager
@@ -30,10 +29,8 @@ def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
         work: What each process does; it must be picklable.
         count: How many processes work, this one included.
     """
-    if count == 1:
-        yield
-        return
-    context, threads = multiprocessing.get_context("spawn"), torch.get_num_threads()
+    threads = torch.get_num_threads()
+    context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(work, index, count)) for index in range(1, count)]
     terminal = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for this process to handle
     try:
@@ -45,24 +42,20 @@ def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
         _take_share(0, count)
         yield
         for process in processes:
-            process.join(_LAST_WORDS_S)
+            process.join(_GRACE_S)
     finally:
         torch.set_num_threads(threads)
         for index, process in enumerate(processes, start=1):
-            _end(process, index)
-
-
-def _end(process: SpawnProcess, index: int) -> None:
-    if process.exitcode is not None and process.exitcode < 0:
-        name = signal.Signals(-process.exitcode).name
-        console.warn(f"worker {index} was killed ({name}); the others did its share")
-    process.terminate()
-    process.join()
+            if process.exitcode is not None and process.exitcode < 0:
+                killed = signal.Signals(-process.exitcode).name
+                console.warn(f"worker {index} was killed ({killed}); the others did its share")
+            process.terminate()
+            process.join()
 
 
 def _run(work: Callable[[], None], index: int, count: int) -> None:
     """A process's whole life."""
-    _end_with_parent()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     console.quiet()
     _take_share(index, count)
     try:
@@ -75,17 +68,13 @@ def _run(work: Callable[[], None], index: int, count: int) -> None:
 def _take_share(index: int, count: int) -> None:
     """Its part of the processor's cores, and a GPU of its own as far as there are enough."""
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    if torch.cuda.is_available():
+    if count > 1 and torch.cuda.is_available():
         torch.cuda.set_device(index % torch.cuda.device_count())
 
 
 def _end_with_parent() -> None:
-    """Sees to it that this process does not outlive its parent, however that dies."""
+    """Does not let this process outlive its parent, however that dies."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, daemon=True).start()
+    wait([parent.sentinel])
+    os._exit(1)

@@ -1,0 +1,95 @@
+"""A search problem whose losses are computed in no time, and a worker's process on it; needs no PyTorch."""
+
+import functools
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import optuna
+import sqlalchemy
+
+from nas.budget import Budget
+from nas.metrics import Metrics
+from nas.search import Constraints, Objectives, Problem, Storage, search
+from nas.search.exhaustive import ExhaustiveSampler
+from nas.search.front_sampler import FrontSampler
+from nas.space import SearchSpace, Vector, format_vector, load_space
+
+SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
+    "nsga2": functools.partial(optuna.samplers.NSGAIISampler, population_size=5),
+    "tpe": functools.partial(optuna.samplers.TPESampler, n_startup_trials=5),
+    "random": optuna.samplers.RandomSampler,
+    "front": FrontSampler,
+    "exhaustive": ExhaustiveSampler,
+}
+TWO = Objectives(("loss_nats", "tokens_per_s"))
+PENALTIES = {1: 0.05, 2: 0.02, 4: 0.0}
+
+
+def additive(vector: Vector) -> Metrics:
+    """A loss that is a sum over layers, later layers mattering more, and costs that depend on the sum of groups."""
+    loss = 3 + sum(PENALTIES[groups] * (layer + 1) for layer, groups in enumerate(vector))
+    decode_ms = 1 + 0.1 * sum(vector)
+    return {
+        "loss_nats": loss,
+        "decode_ms": decode_ms,
+        "prefill_ms": 5.0,
+        "tokens_per_s": 1e3 / decode_ms,
+        "batch": 1,
+        "kv_bytes_per_token": 64 * sum(vector),
+        "parameters": 1000 + sum(vector),
+        "latency_source": "estimated",
+    }
+
+
+def problem(
+    space: SearchSpace,
+    evaluate: Callable[[Vector], Metrics] = additive,
+    objectives: Objectives = TWO,
+    limits: Mapping[str, float] | None = None,
+) -> Problem:
+    """The problem of a space, with the losses that ``evaluate`` returns."""
+
+    def loss(vector: Vector) -> float:
+        return float(evaluate(vector)["loss_nats"])
+
+    return Problem(space, objectives, loss, additive, Constraints(limits or {}, space, additive))
+
+
+def work(
+    storage: Storage,
+    budget: int,
+    folder: Path,
+    name: str,
+    sampler: str,
+    running: Literal["fail", "wait", "ignore"],
+    pause_s: float,
+    dies_at: int | None,
+) -> None:
+    """Searches the tiny space; appends each vector that it begins with to NAME.log, and writes the result to NAME.csv.
+
+    It kills itself right after so many transactions of its own as ``dies_at`` says.
+    """
+
+    def evaluate(vector: Vector) -> Metrics:
+        with (folder / f"{name}.log").open("a") as log:
+            log.write(f"{format_vector(vector)}\n")
+        time.sleep(pause_s)
+        return additive(vector)
+
+    if dies_at is not None:
+        commits = itertools.count(1)
+
+        @sqlalchemy.event.listens_for(sqlalchemy.Engine, "commit")
+        def die(_: sqlalchemy.Connection) -> None:
+            if next(commits) == dies_at + 1:  # the event comes before the commit
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    table = search(
+        problem(load_space("tiny"), evaluate), SAMPLERS[sampler], Budget(budget), 0, storage, running=running
+    )
+    table.to_csv(folder / f"{name}.csv", index=False)
