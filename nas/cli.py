@@ -16,8 +16,6 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -26,8 +24,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from nas import __version__, console
 from nas.config import STAGES, register, to_stage
 from nas.distributed import SIZE, broadcast, leave, process_group
-from nas.errors import AlreadyFinishedError, UserError, causes
+from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
 from nas.files import without_passwords
+from nas.overrides import is_sweep, to_hydra
 from nas.resources import shipped
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
@@ -47,11 +46,17 @@ torchrun --nproc-per-node 8 -m nas train … trains on many GPUs.
 eval "$(nas -sc install=bash)" switches tab completion on."""
 
 _MANY_PROCESSES = ("train", "finetune")
-_MULTIRUN = {"-m", "--multirun"}
 _INSIST_S = 5.0
-_PROMPT = "prompt"
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
+_LESS_MEMORY = {
+    "train": "lower train.batch, train.length or train.validation_windows, or raise train.accumulate",
+    "measure": "lower workload.batch, workload.context or measure.batches",
+    "search": "lower workers, train.batch, train.length or train.validation_windows",
+    "finetune": "lower train.batch, train.length or train.validation_windows, or raise train.accumulate",
+    "generate": "lower batch or new_tokens",
+    "fidelity": "lower validation_windows, or take a supernet that was trained with a smaller train.batch",
+}  # of the other stages nothing but the model takes any
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in STAGES:
         console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
-    code = _guarded(arguments[0], [_quoted(word) for word in _expand_budget(arguments[1:])])
+    code = _guarded(arguments[0], to_hydra(arguments[0], arguments[1:]))
     return code if SIZE == 1 else leave(code)
 
 
@@ -85,31 +90,16 @@ def _guarded(stage: str, overrides: list[str]) -> int:
     """Runs a stage and turns what the user can fix into one sentence and an exit code."""
     try:
         return _hydra(stage, overrides)
-    except KeyboardInterrupt as interrupt:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        console.warn(f"nas {stage}: interrupted; {interrupt}")
-        return 1
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        lines = str(cause).splitlines()
-        if isinstance(error, MissingConfigException):
-            options = itertools.takewhile(lambda line: line.startswith("\t"), lines[3:])
-            console.warn(f"nas {stage}: {lines[0]}; use {', '.join(option.strip() for option in options)}")
-            return 1
-        key = str(getattr(cause, "full_key", None) or "")
-        where = f"{key}: " if key and key not in lines[0] else ""
-        console.warn(f"nas {stage}: {where}{lines[0]}; nas {stage} --help lists the keys")
-        return 1 if isinstance(cause, ValidationError) else 2
-    except (UserError, OSError) as error:  # of a job on another machine; Hydra could not make the run directory
-        console.warn(f"nas {stage}: {_sentence(error)}")
-        return 1
     except SystemExit as exit_:
         return exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return _explain(stage, error)
 
 
 def _hydra(stage: str, overrides: list[str]) -> int:
     """Hands over to Hydra; returns 1 if a run failed by the user's mistake (the others of a sweep still run)."""
-    if _MULTIRUN & set(overrides) and any(without_passwords(word) != word for word in overrides):
+    if is_sweep(overrides) and any(without_passwords(word) != word for word in overrides):
         raise UserError(
             "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
             "PGPASSWORD or ~/.pgpass instead"
@@ -123,12 +113,10 @@ def _hydra(stage: str, overrides: list[str]) -> int:
         except BaseException as error:
             if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):  # libraries may cover it up
                 raise KeyboardInterrupt(f"the same command with name={config.name} finishes it") from None
-            if not isinstance(error, UserError | OSError):
-                raise
             if isinstance(error, AlreadyFinishedError) and HydraConfig.get().mode == RunMode.MULTIRUN:
                 console.warn(f"nas {stage}: {str(error).partition(';')[0]}: left as it is")
                 return  # a sweep that is repeated goes on with what is left
-            console.warn(f"nas {stage}: {_sentence(error, config.runs_dir)}")
+            _explain(stage, error, config.runs_dir)
             if os.getpid() != home:  # a launcher sent this job elsewhere, and tells of its failure at home
                 raise
             failed = True
@@ -136,7 +124,7 @@ def _hydra(stage: str, overrides: list[str]) -> int:
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach _guarded
     argv = sys.argv
-    sys.argv = ["nas", *_name_sweep_by_what_it_varies(overrides)]
+    sys.argv = ["nas", *overrides]
     try:
         hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=stage)(run)()
     finally:
@@ -144,15 +132,45 @@ def _hydra(stage: str, overrides: list[str]) -> int:
     return int(failed)
 
 
-def _sentence(error: Exception, runs_dir: str = "runs") -> str:
-    if isinstance(error, OSError):
+def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
+    """Prints the sentence about an error that the user can fix and returns the exit code; raises any other again."""
+    code = 1
+    if isinstance(error, KeyboardInterrupt):
+        sentence = f"interrupted; {error}"
+    elif isinstance(error, UserError):
+        sentence = str(error)
+    elif isinstance(error, HydraException | OmegaConfBaseException):
+        sentence, code = _of_hydra(stage, error)
+    elif is_out_of_memory(error):
+        what = in_short(error).partition(". ")[0]
+        fix = _LESS_MEMORY.get(stage, "end other programs that use it, or take a smaller space")
+        sentence = f"memory ran out ({what}); {fix}, or use a machine with more"
+    elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE):
         what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
-        if error.errno in _FULL_DISK:
-            return f"cannot write {what}; free some space and run the same command again"
-        if error.errno in _NO_PLACE:
-            return f"cannot use {what}; fix that path, or choose another runs_dir= or name="
+        sentence = (
+            f"cannot write {what}; free some space and run the same command again"
+            if error.errno in _FULL_DISK
+            else f"cannot use {what}; fix that path, or choose another runs_dir= or name="
+        )
+    else:
         raise error
-    return str(error)
+    console.warn(f"nas {stage}: {sentence}")
+    return code
+
+
+def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
+    """The sentence about a mistake that Hydra or OmegaConf found, and the exit code."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = str(cause).splitlines()
+    if isinstance(error, MissingConfigException):
+        options = itertools.takewhile(lambda line: line.startswith("\t"), lines[3:])
+        return f"{lines[0]}; use {', '.join(option.strip() for option in options)}", 1
+    if ambiguous := re.match("Ambiguous value for argument '(.*)'", lines[0]):
+        key, _, text = ambiguous[1].partition("=")
+        return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2
+    key = str(getattr(cause, "full_key", None) or "")
+    where = f"{key}: " if key and key not in lines[0] else ""
+    return f"{where}{lines[0]}; nas {stage} --help lists the keys", 1 if isinstance(cause, ValidationError) else 2
 
 
 def _run_stage(config: DictConfig) -> None:
@@ -167,52 +185,6 @@ def _run_stage(config: DictConfig) -> None:
     finally:
         with suppress(OSError):  # Hydra made the directory; do not leave it behind empty
             path.rmdir()
-
-
-def _expand_budget(arguments: list[str]) -> list[str]:
-    """``--budget 200`` and ``--budget=200`` are sugar for ``budget=200``."""
-    expanded: list[str] = []
-    words = iter(arguments)
-    for word in words:
-        if word == "--budget":
-            expanded.append(f"budget={next(words, '')}")
-        else:
-            expanded.append(word.removeprefix("--") if word.startswith("--budget=") else word)
-    return expanded
-
-
-def _quoted(word: str) -> str:
-    """A prompt is text as it is, so it is quoted for Hydra, and so is a value that Hydra's language does not know.
-
-    All other words are in that language: lists, choices to sweep over, names with quotes of their own.
-    """
-    key, equals, text = word.partition("=")
-    if not equals or word.startswith("-") or (key != _PROMPT and _is_hydras(word)):
-        return word
-    literal = re.sub(r"(\\*)\$\{", r"\1\1\${", text)  # no interpolation, for OmegaConf
-    quoted = f"{key}={QuotedString(literal, Quote.double).with_quotes()}"
-    return quoted if key == _PROMPT or _is_hydras(quoted) else word
-
-
-def _is_hydras(word: str) -> bool:
-    with suppress(HydraException):
-        OverridesParser.create().parse_override(word)
-        return True
-    return False
-
-
-def _name_sweep_by_what_it_varies(arguments: list[str]) -> list[str]:
-    """Keeps overrides that are the same in all runs of a sweep out of the names of their folders."""
-    if not _MULTIRUN & set(arguments):
-        return arguments
-    words = [word for word in arguments if "=" in word and not word.startswith("-")]
-    with suppress(HydraException):  # Hydra says what is wrong with an override
-        overrides = OverridesParser.create().parse_overrides(words)
-        fixed = [override.key_or_group for override in overrides if not override.is_sweep_override()]
-        at = arguments.index(words[0]) if words else len(arguments)  # Hydra wants all overrides together
-        exclude = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"
-        return [*arguments[:at], exclude, *arguments[at:]]
-    return arguments
 
 
 def _complete(arguments: list[str]) -> int:

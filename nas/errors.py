@@ -1,6 +1,9 @@
 """The exceptions for everything that the user can fix, and what stands behind an exception."""
 
+import re
 from collections.abc import Iterator
+
+_OUT_OF_MEMORY = r"out of memory|can(not|'t) allocate memory|ALLOC_FAILED"
 
 
 class UserError(Exception):
@@ -28,3 +31,13 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 def in_short(error: BaseException) -> str:
     """The first two lines of an error's message as one, or its name if it says nothing."""
     return " ".join(" ".join(str(error).splitlines()[:2]).split()) or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of the machine or of its GPU: PyTorch has an exception of its own for the GPU alone."""
+    return any(
+        isinstance(cause, MemoryError)
+        or type(cause).__name__ == "OutOfMemoryError"
+        or (isinstance(cause, RuntimeError | OSError) and re.search(_OUT_OF_MEMORY, str(cause), re.IGNORECASE))
+        for cause in causes(error)
+    )

@@ -14,8 +14,6 @@ from typing import Any
 
 from nas.errors import UserError, causes
 
-os.umask(_UMASK := os.umask(0))
-
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path beside ``path`` and renames the result into place.
@@ -26,8 +24,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # by the umask; safetensors lets nobody else read
         write(temporary)
-        temporary.chmod(0o666 & ~_UMASK)  # safetensors lets nobody else read
+        temporary.chmod(mode)
         temporary.replace(path)
     except Exception as error:
         number = _system_error(error)

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import filelock
 
@@ -29,8 +29,6 @@ from nas.provenance import now, provenance
 
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
 _POLL_S = 2.0
-
-Found = TypeVar("Found")
 
 
 class FinishedRun:
@@ -57,9 +55,10 @@ class FinishedRun:
             name = _name(path, str(self.info.get("stage")))
             raise UserError(f"{path} is unfinished; run its command again with name={name} to finish it")
         self._hashes: dict[str, str] = read_json(path / _COMPLETE).get("artifacts", {})
-        parts = (self._hashes, self.info.get("config"), self.info.get("parents"))
-        if not all(isinstance(part, dict) for part in parts):
-            raise UserError(f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a part; restore it or run its stage again")
+        if not all(
+            isinstance(some, dict) for some in (self._hashes, self.info.get("config"), self.info.get("parents"))
+        ):
+            raise UserError(f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again")
 
     @property
     def config(self) -> dict[str, Any]:
@@ -68,7 +67,7 @@ class FinishedRun:
 
     @property
     def artifacts(self) -> set[str]:
-        """Names of all that it made."""
+        """Their names."""
         return set(self._hashes)
 
     def digest(self) -> str:
@@ -97,10 +96,10 @@ class FinishedRun:
         Raises:
             UserError: It is gone, or is not what it was.
         """
-        fact = self.info["parents"][role]
-        path = Path(os.path.normpath(self.path / fact["path"]))
+        recorded = self.info["parents"][role]
+        path = Path(os.path.normpath(self.path / recorded["path"]))
         parent = FinishedRun(path)
-        if parent.digest() != fact["hash"]:
+        if parent.digest() != recorded["hash"]:
             raise UserError(f"{path} is not the {role} that {self.path} was made from; run that again")
         return parent
 
@@ -152,6 +151,7 @@ def start_run(
     config: Mapping[str, Any],
     seeds: Mapping[str, int] | None = None,
     parents: Mapping[str, FinishedRun] | None = None,
+    decisive: Callable[[dict[str, Any]], dict[str, Any]] = dict,
 ) -> Iterator[Run]:
     """Begins a run, or goes on with an unfinished one of the same name and config.
 
@@ -160,9 +160,10 @@ def start_run(
     Args:
         path: The run directory, made if needed.
         stage: Name of the stage.
-        config: The resolved config as plain values; a resumed run must have the same.
+        config: The resolved config as plain values; it is recorded.
         seeds: Every seed that the stage draws from.
         parents: The finished runs that the stage builds on, by role.
+        decisive: Of a config what a resumed run must have the same.
 
     Raises:
         UserError: The directory holds a finished run or a run of another config.
@@ -178,35 +179,53 @@ def start_run(
     except filelock.Timeout:
         raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
     try:
-        config = json.loads(json.dumps(config, default=str))
-        parent_facts = {
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+        origins = {
             role: {"path": os.path.relpath(run.path, path), "hash": run.digest()}
             for role, run in (parents or {}).items()
         }
-        if (path / _RUN).is_file():
-            _check_resumable(path, stage, config, parent_facts)
+        if is_run(path):
+            check_begun(path, stage, decisive(plain), decisive)
+            if read_json(path / _RUN).get("parents") != origins:
+                raise UserError(f"{path} was begun from other parent runs; give another name=")
+            if (path / _COMPLETE).is_file():
+                raise AlreadyFinishedError(f"{path} is already finished; give another name= or remove it")
             end_cut_line(path / _METRICS)
         else:
             argv = [without_passwords(word) for word in sys.orig_argv]
-            facts: dict[str, Any] = {"stage": stage, "id": uuid.uuid4().hex, "started": now(), "argv": argv}
-            facts["config"] = config
-            facts |= {"seeds": dict(seeds or {}), "parents": parent_facts} | provenance()
-            write_json(path / _RUN, facts)
+            info = {"stage": stage, "id": uuid.uuid4().hex, "started": now(), "argv": argv, "config": plain}
+            write_json(path / _RUN, info | {"seeds": dict(seeds or {}), "parents": origins} | provenance())
         yield Run(path)
     finally:
         lock.release()
 
 
-def _check_resumable(path: Path, stage: str, config: Mapping[str, Any], parents: Mapping[str, Any]) -> None:
+def check_begun(
+    path: Path,
+    stage: str,
+    config: Mapping[str, Any],
+    decisive: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
+    """Refuses to go on with the run ``path``, if there is one, in another way than it was begun.
+
+    Args:
+        path: A run directory, or where one is to be.
+        stage: The stage that goes on.
+        config: Keys of the resolved config as they are now; it need not be all of them.
+        decisive: Of the recorded config what is compared.
+
+    Raises:
+        UserError: It is another stage's, or has another value of one of the keys.
+    """
+    if not is_run(path):
+        return
     before = read_json(path / _RUN)
     if before.get("stage") != stage:
         raise UserError(f"{path} belongs to 'nas {before.get('stage')}'; give another name=")
-    if changed := _differences(before.get("config", {}), config):
+    recorded = decisive(before.get("config", {}))
+    now_given = json.loads(json.dumps(config, default=str))
+    if changed := [line for key in now_given for line in _differences(recorded.get(key), now_given[key], key)]:
         raise begun_otherwise(path, f"config ({'; '.join(changed[:3])})")
-    if before.get("parents") != parents:
-        raise UserError(f"{path} was begun from other parent runs; give another name=")
-    if (path / _COMPLETE).is_file():
-        raise AlreadyFinishedError(f"{path} is already finished; give another name= or remove it")
 
 
 def begun_otherwise(path: Path, what: str) -> UserError:
@@ -216,11 +235,10 @@ def begun_otherwise(path: Path, what: str) -> UserError:
     )
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+def _differences(before: Any, after: Any, key: str) -> list[str]:
     if isinstance(before, dict) and isinstance(after, dict):
-        keys = list(before | after)
-        return [d for key in keys for d in _differences(before.get(key), after.get(key), f"{prefix}{key}.")]
-    return [] if before == after else [f"{prefix[:-1]} was {before}, now {after}"]
+        return [d for k in before | after for d in _differences(before.get(k), after.get(k), f"{key}.{k}")]
+    return [] if before == after else [f"{key} was {before}, now {after}"]
 
 
 def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
@@ -233,29 +251,27 @@ def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
             console.warn(f"Passing over {mark.parent}: {error}")
 
 
-def found_or_made(find: Callable[[], Found | None], make: Callable[[], Found]) -> Found:
-    """What another process has made, or is making at this moment, else what this one makes.
+def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> FinishedRun:
+    """The finished run at ``path``, made if it is not there, or awaited while another process makes it.
 
     Args:
-        find: Looks for it.
-        make: Makes it, or raises `InUseError` while another process does.
+        path: Its name is the hash of what decides the run: what is finished there is right, and the rest of an
+            interrupted attempt is taken up.
+        stage: The stage that writes it.
+        make: Makes it there.
     """
     waiting = False
-    while (found := find()) is None:
+    while not (path / _COMPLETE).is_file():
         try:
-            return make()
+            make()
+        except AlreadyFinishedError:
+            break
         except InUseError as error:
             if not waiting:
                 console.print(f"Waiting: {error}")
             waiting = True
             time.sleep(_POLL_S)
-    return found
-
-
-def recorded_parent(path: Path, role: str) -> FinishedRun | None:
-    """The parent that an earlier attempt at the run ``path`` was built on, if there was one."""
-    parents = (read_json(path / _RUN).get("parents") or {}) if is_run(path) else {}
-    return FinishedRun(Path(os.path.normpath(path / parents[role]["path"]))) if role in parents else None
+    return FinishedRun(path, stage)
 
 
 def identity(path: Path) -> str:

@@ -471,8 +471,8 @@ def test_a_damaged_study_is_refused_when_the_search_goes_on(refused: Refused, wo
     [
         ("seed=1", ["seed was 0, now 1"]),
         ("workload.batch=1", ["begun with another", "workload"]),
-        ("data.path=text.txt", ["begun with another data"]),
-        ("space=tiny", ["begun with another space"]),
+        ("data.path=text.txt", ["data.path was"]),
+        ("space=tiny", ["space.name was micro, now tiny"]),
     ],
 )
 def test_another_config_under_the_same_name_is_refused(

@@ -105,7 +105,8 @@ def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(
     assert json.loads((workspace.runs / "search" / "mine" / "run.json").read_text())["parents"] == parents
     assert nas(*arguments, "name=fresh").code == 0
     fresh = json.loads((workspace.runs / "search" / "fresh" / "run.json").read_text())["parents"]
-    assert {fact["path"].split("/")[-1] for fact in fresh.values()} == {"newer"}
+    assert fresh["latency"]["path"].endswith("/newer")
+    assert fresh["supernet"] == parents["supernet"]  # of equal ones the first, so that it stays the same one
 
 
 def test_an_interrupted_training_stands_in_nobodys_way(nas: Nas, workspace: Workspace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nas import console
 from nas.config import Search
-from nas.errors import AlreadyFinishedError, UserError
+from nas.errors import UserError
 from nas.files import value_hash
 from nas.latency import Device, LatencyModel, Workload
 from nas.latency.device import device_folders
@@ -16,7 +16,7 @@ from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import batches_of
 from nas.latency.predictor import MAX, STEP_REVISION
 from nas.latency.table import META, TableLatency
-from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, recorded_config
+from nas.run import FinishedRun, begun_otherwise, find_or_make, find_runs, recorded_config
 from nas.space import SearchSpace
 from nas.stages.measure import measure_space, table_of
 
@@ -52,10 +52,7 @@ def find_latency(config: Search, path: Path, space: SearchSpace, device: Device,
         return found
     if begun or config.device != "this":
         return RooflineLatency(device, space.shape, workload.dtype)
-    measured = found_or_made(
-        lambda: next(fitting_tables(runs_dir, device, space, workload), None),
-        partial(_measure, config, space, device, workload),
-    )
+    measured = _measured(config, space, device, workload)
     if table := _covering(measured, config.extrapolate, device, space, workload):
         return table
     raise UserError(
@@ -73,16 +70,14 @@ def _covering(
     return next((some for some in candidates if some.fits(device.slug, space, workload, batches)), None)
 
 
-def _measure(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
+def _measured(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
+    """The table that a search measures first, if none before it or another beside it has measured the same."""
     console.print("No measured table covers this space, device and workload: measuring first")
-    facts: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload), dataclasses.asdict(config.measure)]
-    facts += [config.check, STEP_REVISION[workload.runtime]]
-    name = f"{space.name}-{device.slug}-{value_hash(facts)}"
-    path = Path(config.runs_dir) / "measure" / name
-    try:
-        return measure_space(config, space, device, workload, path)
-    except AlreadyFinishedError:  # a search before this one measured it, and it did not cover the workload
-        return table_of(FinishedRun(path, "measure"))
+    decisive: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload)]
+    decisive += [dataclasses.asdict(config.measure), config.check, STEP_REVISION[workload.runtime]]
+    path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
+    make = partial(measure_space, config, space, device, workload, path)
+    return table_of(find_or_make(path, "measure", make))
 
 
 def fitting_tables(

@@ -19,15 +19,15 @@ from nas import console
 from nas.budget import Budget, parse_budget
 from nas.config import Search, build
 from nas.data import TokenData
-from nas.errors import AlreadyFinishedError, UserError
+from nas.errors import UserError
 from nas.files import value_hash, without_passwords
-from nas.latency import LatencyModel, find_device, resolve_workload
+from nas.latency import find_device, resolve_workload
 from nas.latency.memory import check_memory
 from nas.latency.table import TableLatency
 from nas.model.pretrained import Checkpoint
 from nas.predictions import predictions
 from nas.quality import InheritedLoss
-from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, is_run, recorded_config, recorded_parent
+from nas.run import FinishedRun, check_begun, find_or_make, find_runs, is_run
 from nas.search import Constraints, Objectives, Problem, Storage, search
 from nas.space import SearchSpace
 from nas.stages.latency import find_latency
@@ -44,8 +44,8 @@ from nas.stages.train import (
 )
 from nas.stages.warm_start import WarmStart, earlier_searches, warm_start
 
-_NOT_ASKED = ("name", "runs_dir", "workers", "worker")  # a search may go on with others
-_AGREED = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # all workers on a study the same
+_INCIDENTAL = ("name", "runs_dir", "workers", "worker", "latency")  # a search may go on with others
+_COMMON = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # to all workers on a study
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
 _MOST = 200_000  # vectors that budget=all may mean
 
@@ -63,7 +63,7 @@ class Prepared:
         storage: Where the study lives.
         warm: What earlier searches leave to this one.
         table: The measured table that the costs come from, if it is one.
-        asked: The resolved config.
+        recorded: The resolved config.
         parents: The finished runs that the search builds on.
         facts: What all workers must have in common.
     """
@@ -76,7 +76,7 @@ class Prepared:
     storage: Storage
     warm: WarmStart
     table: TableLatency | None
-    asked: dict[str, Any]
+    recorded: dict[str, Any]
     parents: dict[str, FinishedRun]
     facts: dict[str, str]
 
@@ -104,27 +104,31 @@ def prepare(config: Search, path: Path) -> Prepared:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
-    file = Storage.file(path / "study.db", config.heartbeat_s)
-    storage = Storage(config.storage, config.name, config.heartbeat_s) if config.storage else file
-    if config.storage and _TIMESTAMP.fullmatch(config.name):
-        raise UserError("storage is given but no name; give all workers the same name=, which is the study's")
+    storage = _storage(config, path)
     earlier = earlier_searches(config, space)
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
     check_memory(space, device, workload)
-    settings = dataclasses.asdict(config)
-    facts = {key: json.dumps(settings[key], sort_keys=True) for key in _AGREED}
+    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
+        "space": {"name": space.name, **space.to_dict()},
+        "init": init.identity if init else None,
+        "device": device.slug,
+        "workload": dataclasses.asdict(workload),
+        "storage": without_passwords(config.storage) if config.storage else None,
+    }
+    check_begun(path, "search", {key: value for key, value in recorded.items() if key != "data"})
+    facts = {key: json.dumps(recorded[key], sort_keys=True) for key in _COMMON}
     facts |= {"space": f"{space.name} {value_hash(space.to_dict())}", "workload": str(workload)}
     if config.storage:
         storage.check(facts)
-
-    begun_or_named = config.supernet or recorded_config(path)
-    ours, trained = space_identity(space.to_dict()), find_runs(runs_dir, "train")
-    if not begun_or_named and all(space_identity(run.config["space"]) != ours for run in trained):
+    if not config.supernet and not _trained_before(space, runs_dir):
         check_trainable(config.train, space)  # before any text is read
+
     data = supernet_data(config, space)
-    wanted = supernet_config(config, space, init, data)
-    supernet = _supernet(config, path, wanted)
+    recorded["data"] = {**config.data, "digest": data.digest}
+    check_begun(path, "search", recorded)
+    training = supernet_config(config, space, init, data)
+    supernet = _named_supernet(Path(config.supernet), training) if config.supernet else None
     latency = find_latency(config, path, space, device, workload)  # takes minutes at most, so before any training
     table = latency if isinstance(latency, TableLatency) else None
     console.print(
@@ -135,10 +139,8 @@ def prepare(config: Search, path: Path) -> Prepared:
     facts["latency"] = f"{device.name}, {table.digest()[:12] if table else latency.describe()}"
     if config.storage:
         storage.check(facts)
-    supernet = supernet or found_or_made(
-        partial(find_supernet, runs_dir, wanted),
-        partial(_train, config, space, init, data, f"{space.name}-{value_hash(wanted)}"),
-    )
+
+    supernet = supernet or _supernet(config, space, init, data)
     console.print(f"Supernet: {supernet.path}")
     loss = inherited_loss(supernet, data, config.train.validation_windows, runs_dir)
     windows = list(loss.windows.shape)
@@ -146,7 +148,6 @@ def prepare(config: Search, path: Path) -> Prepared:
     warm.enter(loss)
     if earlier:
         console.print(warm.describe())
-
     facts |= {
         "supernet": supernet.digest()[:12],
         "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
@@ -157,49 +158,49 @@ def prepare(config: Search, path: Path) -> Prepared:
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if table and is_run(table.folder):
         parents["latency"] = FinishedRun(table.folder, "measure")
-    asked = settings | {
-        "space": {"name": space.name, **space.to_dict()},
-        "init": wanted["init"],
-        "device": device.slug,
-        "workload": dataclasses.asdict(workload),
+    recorded |= {
         "windows": windows,
-        "latency": _words(path, latency, table),
+        "latency": latency.describe(),
         "latency_table": table.digest() if table else None,
-        "storage": without_passwords(config.storage) if config.storage else None,
     }
-    asked = {key: value for key, value in asked.items() if key not in _NOT_ASKED}
     problem = Problem(space, objectives, loss, costs, constraints)
-    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
+    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, recorded, parents, facts)
 
 
-def _words(path: Path, latency: LatencyModel, table: TableLatency | None) -> str:
-    """What is said of a latency model: of the same table what was said when the search was begun."""
-    begun = recorded_config(path)
-    same = begun and table and begun.get("latency_table") == table.digest()
-    return str(begun["latency"]) if begun and same else latency.describe()
+def decisive(recorded: dict[str, Any]) -> dict[str, Any]:
+    """Of what a search records all but the sentence about its latency model, of which more may be said by now."""
+    return {key: value for key, value in recorded.items() if key != "latency"}
 
 
-def _supernet(config: Search, path: Path, wanted: dict[str, Any]) -> FinishedRun | None:
-    """The supernet that the user names, or that an interrupted search in ``path`` was begun with, or one that fits."""
-    supernet = FinishedRun(Path(config.supernet), "train") if config.supernet else recorded_parent(path, "supernet")
-    if supernet is None:
-        return find_supernet(Path(config.runs_dir), wanted)
-    theirs, ours = supernet_identity(supernet.config), supernet_identity(wanted)
-    asked = ("space", "data", "init") if ours["init"] else ("space", "data")
-    if different := [key for key in asked if theirs[key] != ours[key]]:
-        if config.supernet:
-            raise UserError(
-                f"supernet {supernet.path} was trained with another {different[0]} than this search's; give the same "
-                f"{different[0]}="
-            )
-        raise begun_otherwise(path, different[0])
+def _storage(config: Search, path: Path) -> Storage:
+    if not config.storage:
+        return Storage.file(path / "study.db", config.heartbeat_s)
+    if _TIMESTAMP.fullmatch(config.name):
+        raise UserError("storage is given but no name; give all workers the same name=, which is the study's")
+    return Storage(config.storage, config.name, config.heartbeat_s)
+
+
+def _trained_before(space: SearchSpace, runs_dir: Path) -> bool:
+    ours = space_identity(space.to_dict())
+    return any(space_identity(run.config["space"]) == ours for run in find_runs(runs_dir, "train"))
+
+
+def _named_supernet(path: Path, training: dict[str, Any]) -> FinishedRun:
+    """The supernet that the user names, however it was trained; its space and text must be the search's."""
+    supernet = FinishedRun(path, "train")
+    theirs, ours = supernet_identity(supernet.config), supernet_identity(training)
+    for key in ("space", "data", *(["init"] if ours["init"] else [])):
+        if theirs[key] != ours[key]:
+            raise UserError(f"supernet {path} was trained with another {key} than this search's; give the same {key}=")
     return supernet
 
 
-def _train(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData, name: str) -> FinishedRun:
+def _supernet(config: Search, space: SearchSpace, init: Checkpoint | None, data: TokenData) -> FinishedRun:
+    """The supernet that such a training made, or else makes now."""
+    runs_dir, training = Path(config.runs_dir), supernet_config(config, space, init, data)
+    if found := find_supernet(runs_dir, training):
+        return found
     console.print("No trained supernet fits this space, data and training: training one first")
-    path = Path(config.runs_dir) / "train" / name
-    try:
-        return train_supernet(config, space, init, data, path)
-    except AlreadyFinishedError:  # another process finished it a moment ago
-        return FinishedRun(path, "train")
+    path = runs_dir / "train" / f"{space.name}-{value_hash(supernet_identity(training))}"
+    made = find_or_make(path, "train", partial(train_supernet, config, space, init, data, path, supernet_identity))
+    return find_supernet(runs_dir, training) or made  # somebody else's may have been finished a little earlier

@@ -17,7 +17,7 @@ from nas.errors import InUseError
 from nas.files import write_atomically
 from nas.report.terminal import front_table
 from nas.run import start_run
-from nas.stages.prepare import prepare
+from nas.stages.prepare import decisive, prepare
 from nas.stages.workers import more_workers
 
 
@@ -26,7 +26,7 @@ def run(config: Search, path: Path) -> None:
     prepared = prepare(config, path)
     problem = prepared.problem
     try:
-        with start_run(path, "search", prepared.asked, {"search": config.seed}, prepared.parents) as run:
+        with start_run(path, "search", prepared.recorded, {"search": config.seed}, prepared.parents, decisive) as run:
             kept = f"{problem.constraints.size:,} of " if problem.constraints.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,7 +40,7 @@ def resolve(config: Parts) -> tuple[Parts, SearchSpace, Checkpoint | None]:
     """Finds the space and the checkpoint of a command, and fills in what follows from them.
 
     Returns:
-        The config with its tokenizer, sharing rule and learning rate settled; the space; the checkpoint of ``init``.
+        The config with its tokenizer, sharing rule and learning rate; the space; the checkpoint of ``init``.
 
     Raises:
         UserError: There is no such space or checkpoint, it is not supported, or they do not fit each other.
@@ -68,7 +69,7 @@ def supernet_data(config: SupernetParts, space: SearchSpace) -> TokenData:
 def supernet_config(
     config: SupernetParts, space: SearchSpace, init: Checkpoint | None, data: TokenData
 ) -> dict[str, Any]:
-    """The resolved config of a train run; ``config`` is settled."""
+    """What a train run records; ``config`` is resolved."""
     return {
         "space": {"name": space.name, **space.to_dict()},
         "init": init.identity if init else None,
@@ -78,14 +79,11 @@ def supernet_config(
     }
 
 
-def find_supernet(runs_dir: Path, wanted: dict[str, Any]) -> FinishedRun | None:
-    """The newest finished train run with the same `supernet_identity`."""
-    identity = supernet_identity(wanted)
-    return next((run for run in find_runs(runs_dir, "train") if supernet_identity(run.config) == identity), None)
-
-
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides a supernet's weights: text and checkpoint by content and not by path, no key that only watches."""
+    """Of a train run's config what decides the weights: text and checkpoint by content, no names, nothing to watch by.
+
+    Texts differ by their digest, where their paths may be the same.
+    """
     return {
         "space": space_identity(config["space"]),
         "init": (config.get("init") or {}).get("hash"),
@@ -104,6 +102,15 @@ def weights_identity(train: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in train.items() if key not in _ONLY_WATCHING}
 
 
+def find_supernet(runs_dir: Path, config: dict[str, Any]) -> FinishedRun | None:
+    """The first finished of the train runs with the same `supernet_identity`, by a search or by hand.
+
+    The first, for what is trained later must not change what a search that goes on finds.
+    """
+    same = [run for run in find_runs(runs_dir, "train") if supernet_identity(run.config) == supernet_identity(config)]
+    return same[-1] if same else None
+
+
 def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_dir: Path) -> InheritedLoss:
     """The inherited loss of a supernet's vectors, on so many validation windows as long as those it was trained on."""
     length = supernet.config["train"]["length"] or supernet.config["space"]["max_position_embeddings"]
@@ -113,16 +120,22 @@ def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_di
 
 
 def train_supernet(
-    config: SupernetParts, space: SearchSpace, init: Checkpoint | None, data: TokenData, path: Path
-) -> FinishedRun:
+    config: SupernetParts,
+    space: SearchSpace,
+    init: Checkpoint | None,
+    data: TokenData,
+    path: Path,
+    decisive: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+) -> None:
     """Trains a supernet of ``space`` into ``path``, or goes on with an unfinished one there.
 
     Args:
-        config: A settled `Train` or `Search`.
+        config: A resolved `Train` or `Search`.
         space: The search space.
         init: The checkpoint to start from; None starts from random weights.
         data: What `supernet_data` returned.
         path: The run directory.
+        decisive: As in `start_run`.
 
     Raises:
         UserError: See `fit`, `start_run`, `check_trainable` and `Checkpoint.load_into`.
@@ -133,7 +146,7 @@ def train_supernet(
     length = window_length(options, space.shape.max_position_embeddings)
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
     seeds = {"train": options.seed}
-    with start_run(path, "train", supernet_config(config, space, init, data), seeds) as run:
+    with start_run(path, "train", supernet_config(config, space, init, data), seeds, decisive=decisive) as run:
         start = f"the weights of {init.folder}" if init else "random weights"
         console.print(
             f"Training {space.name} ({space.size:,} vectors) from {start} for {options.steps} steps in {path}"
@@ -158,14 +171,9 @@ def train_supernet(
             shutil.copy(data.tokenizer, path / "tokenizer.json")
         run.finish(scaffold=path / CHECKPOINT)
     broadcast(None)  # that it is finished
-    return FinishedRun(path, "train")
 
 
 def check_trainable(options: SupernetConfig, space: SearchSpace) -> None:
-    """Refuses what cannot be trained here; cheap, so that it can come before any text is read.
-
-    Raises:
-        UserError: As `check_recipe` and `check_memory`.
-    """
+    """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
     check_recipe(options)
     check_memory(f"space {space.name}", options, space.shape, space.largest)
