@@ -7,6 +7,7 @@ exported model.
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 # What not every Llama-style decoder has; a shape, a table or a run that does not mention them has none.
@@ -69,12 +70,12 @@ class LayerSpec:
         heads = {"q_norm": self.head_dim, "k_norm": self.head_dim} if self.qk_norm else {}
         return {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size, **heads}
 
-    @property
+    @cached_property
     def parameters(self) -> int:
         """Parameters of all linear layers and norms."""
         return sum(linear.parameters for linear in self.linears.values()) + sum(self.norms.values())
 
-    @property
+    @cached_property
     def kv_values_per_token(self) -> int:
         """Values that one token of one sequence adds to the KV cache."""
         return 2 * self.kv_groups * self.head_dim
@@ -111,8 +112,14 @@ class ModelShape:
 
     def layer(self, groups: int) -> LayerSpec:
         """The description of a decoder layer with ``groups`` KV groups."""
-        names = {field.name for field in dataclasses.fields(LayerSpec)} - {"kv_groups"}
-        return LayerSpec(kv_groups=groups, **{name: getattr(self, name) for name in names})
+        if groups not in self._made:
+            names = {field.name for field in dataclasses.fields(LayerSpec)} - {"kv_groups"}
+            self._made[groups] = LayerSpec(kv_groups=groups, **{name: getattr(self, name) for name in names})
+        return self._made[groups]
+
+    @cached_property
+    def _made(self) -> dict[int, LayerSpec]:  # a search asks for the costs of very many vectors
+        return {}
 
     def layers(self, vector: Sequence[int]) -> list[LayerSpec]:
         """The descriptions of all layers, first layer first."""

@@ -159,7 +159,8 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     stated = values["kv_groups"]
     nested = isinstance(stated, list) and any(isinstance(allowed, list) for allowed in stated)
     per_layer = stated if nested else [stated] * shape.num_hidden_layers
-    if not stated or not all(isinstance(allowed, list) and _are_whole(allowed) for allowed in per_layer):
+    lists = bool(stated) and all(isinstance(allowed, list) for allowed in per_layer)
+    if not lists or not all(isinstance(groups, int) for allowed in per_layer for groups in allowed):
         raise ValueError(f"kv_groups is {stated!r}; give a list of whole numbers, or one such list per layer")
     named = values.get("known_vectors") or {}
     if not isinstance(named, dict):
@@ -171,10 +172,6 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
 def space_from_config(values: Mapping[str, Any]) -> SearchSpace:
     """The space of a run, as its config records it: `SearchSpace.to_dict` and the name."""
     return space_from_dict(values["name"], {key: value for key, value in values.items() if key != "name"})
-
-
-def _are_whole(numbers: list[Any]) -> bool:
-    return all(isinstance(number, int) for number in numbers)
 
 
 class _YamlLoader(yaml.SafeLoader):

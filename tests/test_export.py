@@ -300,6 +300,31 @@ def test_finetuning_an_export_lowers_its_loss_and_exports_again(
     assert before == pytest.approx(math.log(320), abs=0.1)  # fresh weights know nothing
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"model_type": "llama"}, "holds a 'llama' model, not an exported nemotron-nas one"),
+        ({"block_configs": None}, "is corrupt .*; export it again"),
+        ({"num_hidden_layers": 5}, r"is corrupt \(block_configs lists 3 layers"),
+        ({"hidden_size": 64}, "is corrupt .*size mismatch"),
+        ({"hidden_size": "wide"}, r"is corrupt \(hidden_size is 'wide'"),
+        ({"block_configs": 3 * [{"attention": {"n_heads_in_group": 0}}]}, "is corrupt"),
+        (None, "is corrupt"),
+    ],
+)
+def test_a_damaged_model_is_refused(
+    exported_once: Path, tmp_path: Path, change: dict[str, Any] | None, words: str
+) -> None:
+    folder = shutil.copytree(exported_once, tmp_path / "model")
+    if change is None:
+        (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-4])
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UserError, match=f"model {words}"):
+        HfExporter().read(folder)
+
+
 def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_once: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(exported_once, tmp_path / "models" / name)

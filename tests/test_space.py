@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nas.errors import UserError
 from nas.shape import FEATURES
 from nas.space import SearchSpace, format_vector, load_space, parse_vector, shipped_spaces, space_from_dict
+from tests.conftest import MICRO
 
 
 @pytest.mark.parametrize("name", list(shipped_spaces()))
@@ -39,7 +40,7 @@ def test_tiny_holds_the_product_of_its_choices() -> None:
     assert space.size == 3**8 == len(set(itertools.product(*space.choices)))
 
 
-def test_landmarks_are_the_uniform_and_the_known_vectors(micro: SearchSpace) -> None:
+def test_reference_vectors_are_the_uniform_and_the_known_ones(micro: SearchSpace) -> None:
     assert micro.reference_vectors() == {
         "uniform 1": (1, 1, 1),
         "uniform 2": (2, 2, 2),
@@ -100,3 +101,38 @@ def test_features_survive_a_round_trip_and_absent_ones_are_not_written(micro: Se
 def test_a_number_may_be_written_as_json_writes_it(micro_file: Path, tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(micro_file.read_text() + "rms_norm_eps: 1e-05\n")
     assert load_space(str(tmp_path / "own.yaml")).shape.rms_norm_eps == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[1, 2, 4]", "[1, 3]", "kv_groups has 3 in layer 0, .* the 4 attention heads; use any of 1, 2, 4"),
+        ("[1, 2, 4]", "[]", r"kv_groups is \[\]; give a list of whole numbers"),
+        ("[1, 2, 4]", "4", "kv_groups is 4; give a list"),
+        ("[1, 2, 4]", "[1, two]", r"kv_groups is \[1, 'two'\]; give a list of whole numbers"),
+        ("[1, 2, 4]", "[1, [2]]", "kv_groups is .*, or one such list per layer"),
+        ("[1, 2, 4]", "[[1], [1, [2]], [1]]", "kv_groups is .*, or one such list per layer"),
+        ("[1, 2, 4]", "[[1], [2]]", "kv_groups lists 2 layers but num_hidden_layers is 3"),
+        ("[1, 2, 4]", "[[1], [], [2]]", "kv_groups of layer 1 is empty"),
+        ("head_dim: 8\n", "", "head_dim is missing; add it"),
+        ("head_dim: 8\n", "head_dim: 8\ncolour: red\n", "unknown key colour; known are num_hidden_layers"),
+        ("head_dim: 8\n", "head_dim: 7\n", "head_dim is 7 but rotary embeddings need an even one"),
+        ("hidden_size: 32\n", "hidden_size: wide\n", "hidden_size is 'wide' but must be a positive integer"),
+        ("4-1-2", "4-1", "known vector favourite: vector 4-1 has 2 layers but space own has 3"),
+        ("4-1-2", "4-1-3", "known vector favourite: .* 3 groups in layer 2 but space own allows 1, 2, 4 there"),
+        ("4-1-2", "four", "'four' is not a vector"),
+        ("favourite: 4-1-2", "- 4-1-2", "known_vectors is .*; give a vector such as 4-2-2-1 by name"),
+        ("[1, 2, 4]", "[1, 2", "is not valid YAML"),
+        (MICRO, "words", "it is not a mapping of keys to values"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused(tmp_path: Path, old: str, new: str, words: str) -> None:
+    (tmp_path / "own.yaml").write_text(MICRO.replace(old, new))
+    with pytest.raises(UserError, match=f"own.yaml.*{words}"):
+        load_space(str(tmp_path / "own.yaml"))
+
+
+def test_a_space_that_is_not_there_is_refused() -> None:
+    for reference in ("huge", "gone.yaml", "../tiny"):
+        with pytest.raises(UserError, match=f"there is no search space '{reference}'; use .*tiny"):
+            load_space(reference)
