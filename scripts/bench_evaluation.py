@@ -74,7 +74,7 @@ def main(rounds: int, table: Path | None) -> None:
             took, alone = timed(lambda vector=stretch[index]: vector_losses(supernet, [vector], windows))  # type: ignore[misc]
             one_by_one += 81 * took
             difference = max(difference, abs(losses[index] - alone[0]))
-    facts = {
+    results = {
         "per_vector_over_plain": round(statistics.median(over_plain), 4),
         "per_vector_over_extracted": round(statistics.median(over_extracted), 4),
         "prefix_speedup": round(one_by_one / together, 3),
@@ -90,8 +90,8 @@ def main(rounds: int, table: Path | None) -> None:
         "date": datetime.now(UTC).date().isoformat(),
     }
     if table:
-        pd.DataFrame([facts]).to_csv(table, mode="a", header=not table.is_file(), index=False)
-    print(json.dumps(facts))
+        pd.DataFrame([results]).to_csv(table, mode="a", header=not table.is_file(), index=False)
+    print(json.dumps(results))
 
 
 def timed(what: Callable[[], Any]) -> tuple[float, Any]:

@@ -76,7 +76,7 @@ def main(rounds: int, table: Path | None) -> None:
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
     for kind, median in medians.items():
         print(f"{kind:15s} {1e3 * median:8.2f} ms  {median / medians['plain']:.3f} × plain")
-    facts = {
+    results = {
         "mixed_over_plain": round(medians["mixed sliced"] / medians["plain"], 4),
         "sandwich_over_plain": round(medians["sandwich"] / medians["plain"], 4),
         "pooled_over_plain": round(medians["mixed pooled"] / medians["plain"], 4),
@@ -90,8 +90,8 @@ def main(rounds: int, table: Path | None) -> None:
         "date": datetime.now(UTC).date().isoformat(),
     }
     if table:
-        pd.DataFrame([facts]).to_csv(table, mode="a", header=not table.is_file(), index=False)
-    print(json.dumps(facts))
+        pd.DataFrame([results]).to_csv(table, mode="a", header=not table.is_file(), index=False)
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python scripts/distributed_check.py TEXT OUT.csv      TEXT as data.path; runs in runs/train/distributed-*
 
-One row a step: ``step, one, ddp, fsdp`` (nats a token, fp32), and the machine. Prints the largest differences.
+One row per step: ``step, one, ddp, fsdp`` (nats per token, fp32), and the machine. Prints the largest differences.
 """
 
 import json
@@ -36,8 +36,8 @@ def main(text: str, out: Path) -> None:
     """Trains in all ways and writes the table."""
     table = pd.concat([losses(way, text) for way in WAYS], axis=1)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    facts = {"device": f"2 x {device}", "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
-    table.rename_axis("step").assign(**facts).to_csv(out)
+    machine = {"device": f"2 x {device}", "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
+    table.rename_axis("step").assign(**machine).to_csv(out)
     print({way: float((table[way] - table["one"]).abs().max()) for way in WAYS})
 
 

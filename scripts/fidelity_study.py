@@ -116,10 +116,10 @@ def draw() -> None:
     everything |= {f"{rule}, learning rate 5e-4": rows for rule, rows in low.items()}
     tables = {title: agreement(rows) for title, rows in everything.items()}
     with figure(DOCS / "fidelity", width=12.6, height=3.7 * len(everything)) as drawing:
-        parts = np.ravel([drawing.subfigures(len(everything), 1)])
-        for part, (title, rows) in zip(parts, everything.items(), strict=True):
-            draw_fidelity(part, rows, tables[title])
-            part.suptitle(title, fontsize=9)
+        panels = np.ravel([drawing.subfigures(len(everything), 1)])
+        for panel, (title, rows) in zip(panels, everything.items(), strict=True):
+            draw_fidelity(panel, rows, tables[title])
+            panel.suptitle(title, fontsize=9)
     table = pd.concat(tables, names=["setting"]).reset_index("setting")
     table.to_csv(DOCS / "agreement.csv", index=False)
     print(table.round(3).to_string(index=False))

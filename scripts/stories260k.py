@@ -164,7 +164,7 @@ def as_windows(model: Path, text: str, length: int) -> Tensor:
 
 @torch.no_grad()
 def transformers_loss(model: Path, windows: Tensor) -> float:
-    """The loss in nats a token that transformers computes."""
+    """The loss in nats per token that transformers computes."""
     reference = AutoModelForCausalLM.from_pretrained(model)
     return mean_loss(lambda tokens: reference(tokens).logits, windows)
 

@@ -1,4 +1,4 @@
-"""Fidelity: which vectors are asked, what their losses say, and the stage that trains them."""
+"""Fidelity: which vectors are compared, what their losses say, and the stage that trains them."""
 
 import contextlib
 import io
@@ -142,8 +142,8 @@ def test_the_noise_ceiling_is_how_well_halves_of_the_seeds_agree() -> None:
 def measured(vector: str, kind: str, loss: float, seed: int | None = None) -> dict[str, object]:
     """A row of measurements; vectors that total 7 are those of equal total."""
     total = sum(parse_vector(vector))
-    facts = {"vector": vector, "total": total, "equal_total": total == 7, "kind": kind, "loss_nats": loss}
-    return facts | {"seed": seed, "steps": None if seed is None else 10}
+    row = {"vector": vector, "total": total, "equal_total": total == 7, "kind": kind, "loss_nats": loss}
+    return row | {"seed": seed, "steps": None if seed is None else 10}
 
 
 def test_agreement_holds_each_predictor_against_each_kind_of_trained_loss() -> None:

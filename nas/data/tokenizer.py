@@ -8,7 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nas.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-_TRAINING_CHARACTERS = 20_000_000  # a few megabytes settle the merges; more only costs time
+_TRAINING_CHARACTERS = 20_000_000  # a few megabytes are enough for the merges; more only costs time
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -44,13 +44,13 @@ class TokenData:
 
 
 def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache: Path) -> TokenData:
-    """Returns the tokens of ``corpus``, from ``cache`` where they are already there.
+    """Returns the tokens of ``corpus``, from the folder ``cache`` where they are already there.
 
     Args:
         corpus: The text.
         tokenizer: A tokenizer.json or Hugging Face directory; None trains a byte-level BPE on the training split.
         vocab_size: Vocabulary of the model that will read the tokens.
-        cache: Folder of all caches.
+        cache: The folder of what can be used again.
 
     Raises:
         UserError: The text is empty or unreadable, or the tokenizer does not fit the vocabulary.
@@ -100,10 +100,9 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
 
 
 def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
-    """For each document what goes to training and what to validation.
+    """For each document that is more than white space what goes to training and what to validation.
 
-    All of it to one, by its key; or of few documents the last 1 / _ONE_IN of each. Documents of nothing but white
-    space are left out.
+    All of it goes to one, by its key; or of few documents the last 1 / _ONE_IN of each goes to validation.
 
     Raises:
         UserError: None is left.
@@ -116,7 +115,7 @@ def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
         if len(first) < _FEW:
             cut = len(text) - len(text) // _ONE_IN
         else:
-            cut = 0 if int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % _ONE_IN == 0 else len(text)
+            cut = len(text) if int(hashlib.sha256(key.encode()).hexdigest()[:8], 16) % _ONE_IN else 0
         yield text[:cut], text[cut:]
 
 
@@ -142,8 +141,7 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
     encodings = iter(tokenizer.encode_batch_fast(list(itertools.chain(*documents)), add_special_tokens=False))
     chunks = [np.empty(0, np.uint32)]
     for pieces in documents:
-        chunks += [np.array(next(encodings).ids, dtype=np.uint32) for _ in pieces]
-        chunks.append(closing)
+        chunks += [*(np.array(next(encodings).ids, dtype=np.uint32) for _ in pieces), closing]
     return np.concatenate(chunks)
 
 
