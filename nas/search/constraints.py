@@ -91,7 +91,7 @@ def by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp
 
 def ways_by_counts(space: SearchSpace) -> dict[Vector, int]:
     """How many vectors there are of each sorted vector."""
-    ways = {(): 1}
+    ways: dict[Vector, int] = {(): 1}
     for allowed in space.choices:
         extended: Counter[Vector] = Counter()
         for vector, number in ways.items():
