@@ -97,7 +97,7 @@ def search(
 
 
 class _Worker:
-    """Works on a study, whose sampler is ``sampler``; all workers together may spend so many evaluations and seconds."""
+    """Works on a study, whose sampler is ``sampler``; ``evaluations`` and ``seconds`` are for all workers together."""
 
     def __init__(
         self, study: optuna.Study, sampler: DistinctSampler, problem: Problem, evaluations: int, seconds: float | None
