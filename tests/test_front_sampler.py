@@ -79,8 +79,8 @@ def test_draws_scatter_about_the_mean_as_the_deviations_say() -> None:
     drawn = np.array([model.draw(rng).of(others) for _ in range(4000)])
     deviations = model.deviations(others)
     np.testing.assert_allclose(drawn.mean(axis=0), model.mean().of(others), atol=4 * deviations.max() / np.sqrt(4000))
-    rest = model.sizes.rest * np.ptp(loss.of(vectors)) / LAYERS  # what draws of layers leave out
-    np.testing.assert_allclose(np.sqrt(drawn.var(axis=0) + rest**2), deviations, rtol=0.1)
+    noise = model.hyperparameters.noise * np.ptp(loss.of(vectors)) / LAYERS  # what draws of layers leave out
+    np.testing.assert_allclose(np.sqrt(drawn.var(axis=0) + noise**2), deviations, rtol=0.1)
 
 
 POINTS = st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=6)
@@ -288,17 +288,19 @@ def test_what_is_taken_or_not_permitted_is_not_proposed() -> None:
     assert set(vectors) == set(allowed)
 
 
-def test_known_costs_are_used_from_the_start() -> None:
-    asked: list[int] = []
-    sampler = FrontSampler(seed=0)
-
-    def costs(groups: np.ndarray) -> np.ndarray:
-        asked.append(len(groups))
-        return np.array([(np.nan, groups_cost(tuple(vector))) for vector in groups.tolist()])
-
-    sampler.costs = costs
-    search([(1, 2, 4)] * 6, functools.partial(two, loss=truth(1, layers=6)), ["minimize"] * 2, 8, sampler)
-    assert asked
+def test_known_costs_decide_where_too_little_was_evaluated_to_learn_them() -> None:
+    space, first = [(1, 2, 4)] * 6, [(1,) * 6, (2,) * 6, (4,) * 6]
+    proposals = []
+    for worth in (1, -1):
+        sampler = FrontSampler(seed=0)
+        sampler.costs = lambda groups, worth=worth: np.stack(
+            (np.full(len(groups), np.nan), worth * groups.sum(axis=1)), 1
+        )
+        objectives = functools.partial(two, loss=truth(1, layers=6))
+        proposals.append(search(space, objectives, ["minimize"] * 2, 4, sampler, first)[-1])
+    uninformed = search(space, objectives, ["minimize"] * 2, 4, FrontSampler(seed=0), first)[-1]
+    assert len({*proposals, uninformed}) == 3
+    assert sum(proposals[1]) > sum(proposals[0])  # where groups save cost, more of them are worth trying
 
 
 @pytest.mark.parametrize("power", [1, -1])

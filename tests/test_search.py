@@ -67,9 +67,9 @@ def test_a_search_of_the_whole_space_finds_its_front_with_reference_vectors_firs
 
         with pytest.raises(KeyboardInterrupt):
             run(micro, tmp_path / "broken", Budget(20), sampler, evaluate=cut)
-    first = run(micro, tmp_path / "broken", Budget(15), sampler)
-    assert list(first["vector"]) == list(whole["vector"])[:15]
-    pd.testing.assert_frame_equal(run(micro, tmp_path / "broken", Budget(1000), sampler), whole)
+    columns = ["vector", "loss_nats", "tokens_per_s"]
+    resumed = run(micro, tmp_path / "broken", Budget(15), sampler)
+    pd.testing.assert_frame_equal(resumed[columns], whole.loc[:14, columns])
 
 
 def test_seeds_decide_what_is_proposed(micro: SearchSpace, tmp_path: Path) -> None:
@@ -103,8 +103,8 @@ def test_within_limits_the_exhaustive_sampler_goes_in_lexicographic_order(micro:
 def test_three_objectives_are_searched_together(micro: SearchSpace, tmp_path: Path) -> None:
     three = Objectives(("loss_nats", "decode_ms", "kv_bytes_per_token"))
     asked = problem(micro, objectives=three)
-    trials = search(asked, SAMPLERS["tpe"], Budget(12, None), 0, Storage.file(tmp_path / "study.db"))
-    assert len(trials) == 12
+    trials = search(asked, SAMPLERS["tpe"], Budget(7), 0, Storage.file(tmp_path / "study.db"))
+    assert len(trials) == 7
     study = optuna.load_study(study_name="search", storage=f"sqlite:///{tmp_path / 'study.db'}")
     assert {trial.user_attrs["vector"] for trial in study.best_trials} >= set(trials.loc[trials["on_front"], "vector"])
 
@@ -190,22 +190,22 @@ def test_no_vector_is_evaluated_that_breaks_a_limit(
     assert len(trials) == len(kept)
 
 
-@pytest.mark.parametrize("sampler", ["nsga2", "random", "front"])
+@pytest.mark.parametrize("sampler", ["random", "front"])
 def test_few_vectors_among_many_are_found_where_limits_leave_no_others(tmp_path: Path, sampler: str) -> None:
     space = load_space("decilm-6b")
     asked = problem(space, limits={"max_kv_bytes_per_token": 64 * 33})  # all but the ones and a single 2
-    trials = search(asked, SAMPLERS[sampler], Budget(20), 0, Storage.file(tmp_path / "study.db"))
-    assert trials["vector"].nunique() == len(trials) == 20
+    trials = search(asked, SAMPLERS[sampler], Budget(12), 0, Storage.file(tmp_path / "study.db"))
+    assert trials["vector"].nunique() == len(trials) == 12
     assert max(trials["kv_bytes_per_token"]) == 64 * 33
 
 
-@pytest.mark.parametrize("limits", [{"max_decode_ms": 2.9}, {"min_tokens_per_s": 400.0}, {}])
+@pytest.mark.parametrize("limits", [{"max_decode_ms": 2.9}, {}])
 def test_the_front_within_limits_is_found_though_they_rule_out_reference_vectors(
     tmp_path: Path, limits: dict[str, float]
 ) -> None:
     space = load_space("tiny")
     asked = problem(space, limits=limits)
-    trials = search(asked, SAMPLERS["front"], Budget(60), 0, Storage.file(tmp_path / "study.db"))
+    trials = search(asked, SAMPLERS["front"], Budget(40), 0, Storage.file(tmp_path / "study.db"))
     everything = pd.DataFrame([additive(vector) for vector in asked.constraints.vectors()])
     assert len(everything) > 500
     reference = reference_point(everything, TWO)
@@ -213,12 +213,3 @@ def test_the_front_within_limits_is_found_though_they_rule_out_reference_vectors
         hypervolume_curve(table, TWO, reference)[-1] for table in (trials, everything[on_front(everything, TWO)])
     )
     assert found > 0.99 * most
-
-
-def test_a_vector_that_another_worker_had_proposed_is_left_to_it(micro: SearchSpace, tmp_path: Path) -> None:
-    storage = Storage.file(tmp_path / "study.db")
-    first = search(problem(micro), SAMPLERS["random"], Budget(6), 0, storage)
-    drawn = [micro.parse(vector) for vector in first["vector"]][4:]  # after the reference_vectors
-    new = [vector for vector in itertools.product(*micro.choices) if format_vector(vector) not in set(first["vector"])]
-    more = search(problem(micro), SAMPLERS["random"], Budget(9), 0, storage, proposed=[*new[:2], *drawn])
-    assert more["vector"].nunique() == len(more) == 9

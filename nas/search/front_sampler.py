@@ -4,11 +4,11 @@ Each proposal takes four steps:
 
 1. `nas.search.loss_model` learns from all finished trials what each layer, and each pair of neighbours, adds to the
    loss;
-2. `nas.search.exact` finds the best vector for every combination of counts, under the model's mean and under draws from
-   its posterior, which are the model's other opinions;
-3. those that are not evaluated yet are weighed by the hypervolume that they are expected to add, with the model's mean
-   and uncertainty of the loss, and costs that depend on counts alone;
-4. the one that promises most is proposed.
+2. `nas.search.exact` finds the best vector for every combination of counts, under the model's mean and under posterior
+   samples;
+3. for those that are not evaluated yet, the expected hypervolume improvement follows from the model's mean and
+   uncertainty of the loss, and from costs that depend on counts alone;
+4. the one with the largest is proposed.
 
 It needs nothing but a study, and then learns from the trials which objectives are costs. Where costs are known without
 evaluating anything, set `FrontSampler.costs`, and it uses them from the start.
@@ -45,7 +45,7 @@ class FrontSampler(InformedSampler):
 
     Args:
         seed: Of everything random.
-        draws: Posterior draws a proposal.
+        draws: Posterior samples per proposal.
         startup: Evaluations, random ones if need be, before anything is learned.
 
     Raises:
@@ -71,7 +71,7 @@ class FrontSampler(InformedSampler):
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The most promising vector, or a random new one while there is too little to learn from."""
+        """The vector of largest expected improvement, or a random new one while there is too little to learn from."""
         names = sorted(search_space)
         if not names:
             return {}
@@ -114,25 +114,25 @@ class FrontSampler(InformedSampler):
         reference = worst + _MARGIN * (worst - points.min(axis=0))
         front = points[moocore.is_nondominated(points)]
 
-        def gains(deviations_N: Floats) -> Floats:
+        def improvements(deviations_N: Floats) -> Floats:
             return expected_hypervolume_improvement(expected[:, 0], deviations_N, expected[:, 1:], front, reference)
 
         if len(candidates) > _CONSIDERED:
             typical = forecast.deviations(candidates[:: len(candidates) // 20]).mean()
-            promising = np.argsort(-gains(np.full(len(candidates), typical)), kind="stable")[:_CONSIDERED]
-            candidates, expected = candidates[promising], expected[promising]
-        return np.asarray(candidates[gains(forecast.deviations(candidates)).argmax()])
+            best = np.argsort(-improvements(np.full(len(candidates), typical)), kind="stable")[:_CONSIDERED]
+            candidates, expected = candidates[best], expected[best]
+        return np.asarray(candidates[improvements(forecast.deviations(candidates)).argmax()])
 
     def _candidates(self, layers: Layers, forecast: "_Forecast") -> Ints:
-        """All vectors of a small space; of a large one the best for all counts, by the model's mean and its draws."""
+        """All vectors of a small space; of a large one the best for all counts, by the model's mean and its samples."""
         if layers.size <= _ENUMERATED:
             return layers.all_vectors()
         forbidden = np.where(layers.allowed_LK, 0.0, np.inf)
-        opinions: list[tuple[Floats, Floats | None]] = [] if forecast.models else [(forbidden, None)]
-        for model in forecast.models:
-            drawn = [model.draw(self._rng) for _ in range(self._draws)]
-            opinions += [(forbidden + view.penalties_LK, view.couplings_MKK) for view in (model.mean(), *drawn)]
-        return np.concatenate([best_vectors(*opinion, layers.levels_K) for opinion in opinions])
+        losses: list[tuple[Floats, Floats | None]] = [] if forecast.models else [(forbidden, None)]
+        for model in forecast.models.values():
+            samples = [model.draw(self._rng) for _ in range(self._draws)]
+            losses += [(forbidden + loss.penalties_LK, loss.couplings_MKK) for loss in (model.mean(), *samples)]
+        return np.concatenate([best_vectors(*loss, layers.levels_K) for loss in losses])
 
     def _filter(self, layers: Layers, vectors_NL: Ints) -> Callable[[Ints], Ints]:
         """Keeps of some vectors those that may be proposed, each once."""
@@ -173,15 +173,10 @@ class _Forecast:
     def __init__(self, layers: Layers, evaluated_NL: Ints, values_NO: Floats, costs: Costs) -> None:
         self._costs = costs
         losses = np.flatnonzero(np.isnan(costs(evaluated_NL[:1])[0]))
-        self._models = {int(loss): LossModel(evaluated_NL, values_NO[:, loss], len(layers.levels_K)) for loss in losses}
-        self._means = {loss: model.mean() for loss, model in self._models.items()}
+        self.models = {int(loss): LossModel(evaluated_NL, values_NO[:, loss], len(layers.levels_K)) for loss in losses}
+        self._means = {loss: model.mean() for loss, model in self.models.items()}
         first = int(losses[0]) if len(losses) else 0
         self._order = [first, *(objective for objective in range(values_NO.shape[1]) if objective != first)]
-
-    @property
-    def models(self) -> list[LossModel]:
-        """One for each loss."""
-        return list(self._models.values())
 
     def points(self, vectors_NL: Ints, values_NO: Floats | None = None) -> Floats:
         """Expected objectives of vectors, or given ones, in the order described above."""
@@ -193,7 +188,7 @@ class _Forecast:
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Uncertainty of the first objective."""
-        model = self._models.get(self._order[0])
+        model = self.models.get(self._order[0])
         return model.deviations(vectors_NL) if model else np.zeros(len(vectors_NL))
 
 

@@ -1,4 +1,4 @@
-"""Expected hypervolume gain of a vector whose costs are known and whose loss is uncertain. Everything is minimised."""
+"""Expected hypervolume improvement of a vector of known costs and uncertain loss. Everything is minimised."""
 
 import moocore
 import numpy as np
@@ -28,9 +28,7 @@ def expected_hypervolume_improvement(
         The product of the objectives' units, shape (N,).
     """
     ordered = front[np.argsort(front[:, 0], kind="stable")]
-    edges_E = np.concatenate(
-        (ordered[:, 0], reference[:1])
-    )  # where a slice of losses ends, the first one's start aside
+    edges_E = np.concatenate((ordered[:, 0], reference[:1]))  # the upper end of each slice of losses
     below_NE = _integral(edges_E, means_N[:, None], np.maximum(deviations_N, 1e-12)[:, None])
     weights_NE = np.diff(below_NE, axis=1, prepend=0.0)
     return np.asarray((weights_NE * _uncovered(costs_NC, ordered[:, 1:], reference[1:])).sum(axis=1))

@@ -1,9 +1,9 @@
-"""A Bayesian model of the loss of vectors: a sum over layers, coupled neighbours, and a rest.
+"""A Bayesian model of the loss of vectors: a sum over layers, coupled neighbours, and noise.
 
 Going down to choice t or below costs a layer a step, the same in all layers but for a deviation of its own; each pair
-of neighbours adds a coupling for their two choices; what is left is a rest of each vector's own, so that the model is
+of neighbours adds a coupling for their two choices; what is left is noise of each vector's own, so that the model is
 exact on what was evaluated. All of these are normal a priori, fewer groups being worse; how large deviations, couplings
-and rest are is learned from the losses by marginal likelihood. The posterior is that of a Gaussian process; it can be
+and noise are is learned from the losses by marginal likelihood. The posterior is that of a Gaussian process; it can be
 drawn from, and every draw is a set of penalties and couplings, for which `nas.search.exact` finds the best vectors.
 
 Choices are numbered 0 … K - 1, fewest groups first. Shape suffixes: N vectors, L layers, K choices, M = L - 1 pairs of
@@ -21,10 +21,10 @@ from scipy.optimize import minimize
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_TYPICAL = {"step": 0.7, "coupling": 0.15, "rest": 0.05}  # sizes to expect, in units of a layer's mean penalty …
-_SPREAD = {"step": 0.7, "coupling": 1.0, "rest": 1.5}  # … and how far from that they may be, in natural logarithms
-_LEAST_REST = 1e-3  # of a unit: keeps the kernel positive definite
-_RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190)  # evaluations at which the sizes are learned again
+_TYPICAL = {"step": 0.7, "coupling": 0.15, "noise": 0.05}  # expected, in units of a layer's mean penalty …
+_SPREAD = {"step": 0.7, "coupling": 1.0, "noise": 1.5}  # … and how far from that they may be, in natural logarithms
+_LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
+_RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190)  # evaluations at which the hyperparameters are learned again
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,12 @@ class LayerLosses:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class Hyperparameters:
     """Standard deviations a priori, in units of a layer's mean penalty."""
 
     step: tuple[float, ...]
     coupling: float
-    rest: float
+    noise: float
 
 
 class LossModel:
@@ -73,36 +73,37 @@ class LossModel:
         self._features_NP = _features(vectors_NL, choices)
         count = max((number for number in _RETUNE if number <= len(losses_N)), default=0)
         rows = (np.ascontiguousarray(vectors_NL[:count]), np.ascontiguousarray(losses_N[:count]))
-        self.sizes = _learned_sizes(rows[0].tobytes(), rows[1].tobytes(), count, self._layers, choices)
-        self._variances_P = _variances(self.sizes, self._layers, choices, self._unit)
+        evaluated = rows[0].tobytes(), rows[1].tobytes()
+        self.hyperparameters = _learned_hyperparameters(*evaluated, count, self._layers, choices)
+        self._variances_P = _variances(self.hyperparameters, self._layers, choices, self._unit)
         self._expected_P = _expected(self._layers, choices, self._unit)
         self._mean_loss = float((losses_N - self._features_NP @ self._expected_P).mean())
-        self._rest_variance = (self.sizes.rest * self._unit) ** 2
+        self._noise_variance = (self.hyperparameters.noise * self._unit) ** 2
         kernel = (self._features_NP * self._variances_P) @ self._features_NP.T
-        kernel[np.diag_indices_from(kernel)] += self._rest_variance
+        kernel[np.diag_indices_from(kernel)] += self._noise_variance
         self._root = cholesky(kernel, lower=True, overwrite_a=True)
-        self._surprise_N = losses_N - self._mean_loss - self._features_NP @ self._expected_P
+        self._residual_N = losses_N - self._mean_loss - self._features_NP @ self._expected_P
 
     def mean(self) -> LayerLosses:
         """The posterior mean."""
-        return self._conditioned(np.zeros(len(self._variances_P)), np.zeros(len(self._surprise_N)))
+        return self._conditioned(np.zeros(len(self._variances_P)), np.zeros(len(self._residual_N)))
 
     def draw(self, rng: np.random.Generator) -> LayerLosses:
         """A draw from the posterior: one from the prior, corrected by what it gets wrong (Matheron's rule)."""
         weights_P = rng.normal(size=len(self._variances_P)) * np.sqrt(self._variances_P)
-        rest_N = rng.normal(size=len(self._surprise_N)) * np.sqrt(self._rest_variance)
-        return self._conditioned(weights_P, rest_N)
+        noise_N = rng.normal(size=len(self._residual_N)) * np.sqrt(self._noise_variance)
+        return self._conditioned(weights_P, noise_N)
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Posterior standard deviations of the losses of vectors that were not evaluated, shape (N,)."""
         features = _features(vectors_NL, self._choices)
         scaled = features * self._variances_P
         explained = solve_triangular(self._root, self._features_NP @ scaled.T, lower=True, check_finite=False)
-        variances = (scaled * features).sum(axis=1) + self._rest_variance - (explained**2).sum(axis=0)
+        variances = (scaled * features).sum(axis=1) + self._noise_variance - (explained**2).sum(axis=0)
         return np.asarray(np.sqrt(np.maximum(variances, 0.0)))
 
-    def _conditioned(self, weights_P: Floats, rest_N: Floats) -> LayerLosses:
-        wrong = self._surprise_N - self._features_NP @ weights_P - rest_N
+    def _conditioned(self, weights_P: Floats, noise_N: Floats) -> LayerLosses:
+        wrong = self._residual_N - self._features_NP @ weights_P - noise_N
         correction = self._features_NP.T @ cho_solve((self._root, True), wrong, check_finite=False)
         weights = self._expected_P + weights_P + self._variances_P * correction
         steps, layers = self._choices - 1, self._layers
@@ -122,58 +123,59 @@ def _features(vectors_NL: Ints, choices: int) -> Floats:
     pairs = vectors_NL[:, :-1] * choices + vectors_NL[:, 1:]
     coupled = np.zeros((rows, layers - 1, choices**2))
     np.put_along_axis(coupled, pairs[:, :, None], 1.0, axis=2)
-    parts = [np.ones((rows, 1)), below_NSL.sum(axis=2), below_NSL.reshape(rows, -1), coupled.reshape(rows, -1)]
-    return np.concatenate(parts, axis=1, dtype=float)
+    blocks = [np.ones((rows, 1)), below_NSL.sum(axis=2), below_NSL.reshape(rows, -1), coupled.reshape(rows, -1)]
+    return np.concatenate(blocks, axis=1, dtype=float)
 
 
-def _variances(sizes: Sizes, layers: int, choices: int, unit: float) -> Floats:
+def _variances(prior: Hyperparameters, layers: int, choices: int, unit: float) -> Floats:
     """Prior variance of each feature's weight, (P,)."""
-    own = np.repeat(np.square(sizes.step), layers)
-    coupled = np.full((layers - 1) * choices**2, sizes.coupling**2)
+    own = np.repeat(np.square(prior.step), layers)
+    coupled = np.full((layers - 1) * choices**2, prior.coupling**2)
     return np.concatenate(([layers**2], np.full(choices - 1, 4.0), own, coupled)) * unit**2
 
 
 def _expected(layers: int, choices: int, unit: float) -> Floats:
-    """Prior mean of each feature's weight, (P,): each step costs each layer its part of the whole range."""
+    """Prior mean of each feature's weight, (P,): each step costs each layer its share of the whole range."""
     steps = choices - 1
-    rest = np.zeros(steps * layers + (layers - 1) * choices**2)
-    return np.concatenate(([0.0], np.full(steps, unit / max(steps, 1)), rest))
+    others = np.zeros(steps * layers + (layers - 1) * choices**2)
+    return np.concatenate(([0.0], np.full(steps, unit / max(steps, 1)), others))
 
 
 @lru_cache(maxsize=64)
-def _learned_sizes(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Sizes:
-    """The sizes of greatest marginal likelihood, a pure function of the vectors and losses that it learns from."""
+def _learned_hyperparameters(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
+    """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
     steps = choices - 1
-    typical = np.log([*[_TYPICAL["step"]] * steps, _TYPICAL["coupling"], _TYPICAL["rest"]])
-    spread = np.array([*[_SPREAD["step"]] * steps, _SPREAD["coupling"], _SPREAD["rest"]])
+    typical = np.log([*[_TYPICAL["step"]] * steps, _TYPICAL["coupling"], _TYPICAL["noise"]])
+    spread = np.array([*[_SPREAD["step"]] * steps, _SPREAD["coupling"], _SPREAD["noise"]])
     if not count:
-        return _sizes(typical)
+        return _hyperparameters(typical)
     vectors_NL = np.frombuffer(vectors, dtype=np.intp).reshape(count, layers)
     losses_N = np.frombuffer(losses)
     unit = max(float(np.ptp(losses_N)) / layers, 1e-12)
     features = _features(vectors_NL, choices)
-    surprise = losses_N / unit - features @ _expected(layers, choices, 1.0)
-    surprise = surprise - surprise.mean()
+    residual = losses_N / unit - features @ _expected(layers, choices, 1.0)
+    residual = residual - residual.mean()
     cuts = np.cumsum([1 + steps, *[layers] * steps])
     fixed, *own, coupled = np.split(features, cuts, axis=1)
-    base = (fixed * _variances(_sizes(typical), layers, choices, 1.0)[: 1 + steps]) @ fixed.T
-    grams = [part @ part.T for part in (*own, coupled)]
+    base = (fixed * _variances(_hyperparameters(typical), layers, choices, 1.0)[: 1 + steps]) @ fixed.T
+    grams = [block @ block.T for block in (*own, coupled)]
 
-    def badness(logs: Floats) -> float:
+    def negative_log_posterior(logs: Floats) -> float:
         kernel = base + sum(np.exp(2 * log) * gram for log, gram in zip(logs[:-1], grams, strict=True))
-        kernel[np.diag_indices_from(kernel)] += _sizes(logs).rest ** 2
+        kernel[np.diag_indices_from(kernel)] += _hyperparameters(logs).noise ** 2
         try:
             root = cholesky(kernel, lower=True, overwrite_a=True, check_finite=False)
         except LinAlgError:
             return np.inf
-        fit = solve_triangular(root, surprise, lower=True, check_finite=False)
-        odds = ((logs - typical) / spread) ** 2
-        return float(0.5 * fit @ fit + np.log(np.diag(root)).sum() + 0.5 * odds.sum())
+        fit = solve_triangular(root, residual, lower=True, check_finite=False)
+        deviation = ((logs - typical) / spread) ** 2
+        return float(0.5 * fit @ fit + np.log(np.diag(root)).sum() + 0.5 * deviation.sum())
 
     options = {"maxfev": 120, "xatol": 0.05, "fatol": 0.05}
-    return _sizes(minimize(badness, typical, method="Nelder-Mead", options=options).x)  # type: ignore[call-overload]
+    found = minimize(negative_log_posterior, typical, method="Nelder-Mead", options=options)  # type: ignore[call-overload]
+    return _hyperparameters(found.x)
 
 
-def _sizes(logs: Floats) -> Sizes:
-    *step, coupling, rest = np.exp(logs)
-    return Sizes(tuple(map(float, step)), float(coupling), max(float(rest), _LEAST_REST))
+def _hyperparameters(logs: Floats) -> Hyperparameters:
+    *step, coupling, noise = np.exp(logs)
+    return Hyperparameters(tuple(map(float, step)), float(coupling), max(float(noise), _LEAST_NOISE))

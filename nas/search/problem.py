@@ -25,8 +25,8 @@ class Problem:
     Attributes:
         space: The search space.
         objectives: What to optimise.
-        loss: Loss of a vector in nats a token.
-        costs: Maps a vector to all its other metrics; depends on its counts alone.
+        loss: Loss of a vector in nats per token.
+        costs: Maps a vector to all its other metrics; depends on the sorted vector alone.
         constraints: Limits on the costs.
     """
 
@@ -56,8 +56,8 @@ class Problem:
 
     @cached_property
     def _known(self) -> Callable[[Vector], list[float]]:
-        def known(counts: Vector) -> list[float]:
-            costs = self.costs(counts)
-            return [float("nan") if name == LOSS else float(costs[name]) for name in self.objectives.names]
+        def known(vector: Vector) -> list[float]:
+            costs = {**self.costs(vector), LOSS: math.nan}
+            return [float(costs[name]) for name in self.objectives.names]
 
         return functools.cache(known)

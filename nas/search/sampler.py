@@ -96,7 +96,11 @@ class DistinctSampler(BaseSampler):
         if len(taken) >= self._size:
             return dict(zip(search_space, min(taken), strict=True))
         for attempt in range(_ATTEMPTS):
-            vector = self._propose(study, trial, search_space, slot, attempt, taken)
+            joint = self._ask_inner(study, trial, slot, attempt, taken)
+            vector = tuple(
+                joint[name] if name in joint else self._inner.sample_independent(study, trial, name, distribution)
+                for name, distribution in search_space.items()
+            )
             if vector not in taken:
                 break
         if vector in taken or not (self._permitted is None or self._permitted(np.array([vector]))[0]):
@@ -126,22 +130,6 @@ class DistinctSampler(BaseSampler):
             self._inner.costs, self._inner.permitted = self._costs or self._inner.costs, self._permitted
             self._inner.taken = frozenset(taken)
         return self._inner.sample_relative(study, trial, self._inner.infer_relative_search_space(study, trial))
-
-    def _propose(
-        self,
-        study: Study,
-        trial: FrozenTrial,
-        search_space: dict[str, BaseDistribution],
-        slot: int,
-        attempt: int,
-        taken: set[Vector],
-    ) -> Vector:
-        """One proposal of the inner sampler, drawn jointly or layer by layer as it prefers."""
-        joint = self._ask_inner(study, trial, slot, attempt, taken)
-        return tuple(
-            joint[name] if name in joint else self._inner.sample_independent(study, trial, name, distribution)
-            for name, distribution in search_space.items()
-        )
 
     def _nearest(self, start: Vector, taken: set[Vector], layers: Layers, rng: np.random.Generator) -> Vector:
         """Of the vectors that may be proposed one that differs in the fewest layers, at first a random one of these."""

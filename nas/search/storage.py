@@ -81,14 +81,10 @@ class Storage:
             UserError: The storage cannot be reached, or the search was begun with other metadata.
         """
         with self.in_reach():
-            connection = self._connect()
-            try:
-                theirs = optuna.load_study(study_name=self.study, storage=connection).user_attrs.get(_METADATA)
-            except KeyError:  # there is no such study yet
-                theirs = None
-            finally:
-                connection.engine.dispose()
-        self._compare(theirs or metadata, metadata)
+            storage = self._connect()
+            begun = {study.study_name: study.user_attrs for study in storage.get_all_studies()}
+            storage.engine.dispose()
+        self._compare(begun.get(self.study, {}).get(_METADATA, metadata), metadata)
 
     def _compare(self, theirs: Mapping[str, str], ours: Mapping[str, str | None]) -> None:
         for key, value in ours.items():

@@ -91,39 +91,29 @@ def search(
                 worker.wait_for_running()
             while worker.may_go_on(bar):
                 worker.evaluate_next(bar)
-        frame = pd.DataFrame([trial.user_attrs for trial in sampler.vectors_of(worker.finished()).values()])
+        frame = pd.DataFrame([trial.user_attrs for trial in worker.finished().values()])
     frame["on_front"] = on_front(frame, problem.objectives)
     return frame[COLUMNS + [column for column in OPTIONAL_COLUMNS if column in frame]]
 
 
 class _Worker:
-    """Works on a study together with others.
-
-    Args:
-        study: The study; its sampler is ``sampler``.
-        sampler: Proposes the vectors.
-        problem: What is searched.
-        evaluations: What all workers may spend together.
-        seconds: The same in time, if that is limited.
-    """
+    """Works on a study, whose sampler is ``sampler``; ``evaluations`` and ``seconds`` are for all workers together."""
 
     def __init__(
         self, study: optuna.Study, sampler: DistinctSampler, problem: Problem, evaluations: int, seconds: float | None
     ) -> None:
         self._study, self._sampler, self._problem = study, sampler, problem
         self._evaluations, self._seconds = evaluations, seconds
-        self._begun = time.monotonic() - _seconds_worked(self.finished())
+        self._begun = time.monotonic() - _seconds_worked(self.finished().values())
         self._seen: set[int] = set()
 
-    def finished(self) -> list[FrozenTrial]:
-        """The trials with metrics, in the order of their numbers."""
-        return self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    def finished(self) -> dict[Vector, FrozenTrial]:
+        """The trials with metrics by vector, in the order of their numbers."""
+        return self._sampler.vectors_of(self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
 
     def spent(self) -> float:
         """Evaluations that all workers have finished, or seconds, whichever is limited."""
-        if self._seconds is None:
-            return len(self._sampler.vectors_of(self.finished()))
-        return time.monotonic() - self._begun
+        return len(self.finished()) if self._seconds is None else time.monotonic() - self._begun
 
     def fail_running(self) -> None:
         """Sets aside the trials that a killed worker left half-done."""
