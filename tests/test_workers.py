@@ -26,6 +26,8 @@ import pandas as pd
 import psutil
 import pytest
 import sqlalchemy
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
 from nas.budget import Budget
@@ -346,6 +348,23 @@ def test_a_sweep_gets_no_password_as_it_would_be_written_to_a_file(nas: Nas, tmp
     assert result.code == 1
     assert result.err.startswith("nas search: a sweep's command line is written to multirun.yaml")
     assert not list(tmp_path.rglob("*"))
+
+
+def test_heartbeats_outlast_an_outage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, beats = Storage.file(tmp_path / "study.db", 0.01), list[int]()
+
+    def beat(_: object, trial_id: int) -> None:
+        beats.append(trial_id)
+        raise StorageInternalError("the server is gone")
+
+    monkeypatch.setattr(RDBStorage, "record_heartbeat", beat)
+
+    def evaluate(vector: Vector) -> Metrics:
+        while len(beats) < 3:
+            time.sleep(0.01)
+        return additive(vector)
+
+    assert len(search(problem(load_space("tiny"), evaluate), SAMPLERS["random"], Budget(1), 0, storage)) == 1
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

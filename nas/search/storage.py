@@ -30,6 +30,14 @@ _ATTEMPTS = 20
 _METADATA = "metadata"  # the study's user attribute that all workers must have in common
 
 
+class _PatientStorage(RDBStorage):
+    """Goes on to beat after an outage; the worker itself meets what does not pass."""
+
+    def record_heartbeat(self, trial_id: int) -> None:
+        with suppress(StorageInternalError):
+            super().record_heartbeat(trial_id)
+
+
 @dataclass(frozen=True)
 class Storage:
     """A study's database and its name there.
@@ -113,13 +121,13 @@ class Storage:
             fix = "free disk space or restore it" if self.url.startswith("sqlite:") else "see that the server runs"
             raise UserError(f"{self} cannot be read or written ({cause}); {fix}, and run again") from None
 
-    def _connect(self) -> RDBStorage:
+    def _connect(self) -> _PatientStorage:
         """Optuna's storage with its tables, which another worker may be making at the same moment."""
         url, attempt = self._parsed(), 0
         options = {"connect_args": _CONNECT[url.get_backend_name()], "pool_pre_ping": True}  # reconnects after a break
         while True:
             try:
-                storage = RDBStorage(
+                storage = _PatientStorage(
                     url.render_as_string(hide_password=False),
                     options,
                     heartbeat_interval=self.heartbeat_s,  # type: ignore[arg-type]  # fractions work too

@@ -19,7 +19,7 @@ class WarmStart:
 
     Attributes:
         runs: The earlier searches.
-        known: Losses of vectors (nats a token) that hold for the new search too.
+        known: Losses of vectors (nats per token) that hold for the new search too.
         proposed: Vectors that are worth evaluating early.
     """
 

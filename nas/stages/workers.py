@@ -23,14 +23,8 @@ _GRACE_S = 5.0  # for workers to see by themselves that all is done
 
 @contextmanager
 def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
-    """Runs ``work`` in ``count - 1`` more processes for as long as the block runs, and shares the machine out.
-
-    Args:
-        work: What each process does; it must be picklable.
-        count: How many processes work, this one included.
-    """
-    threads = torch.get_num_threads()
-    context = multiprocessing.get_context("spawn")
+    """Runs ``work``, which must be picklable, in ``count - 1`` more processes for as long as the block runs."""
+    threads, context = torch.get_num_threads(), multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(work, index, count)) for index in range(1, count)]
     terminal = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for this process to handle
     try:
@@ -54,7 +48,6 @@ def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
 
 
 def _run(work: Callable[[], None], index: int, count: int) -> None:
-    """A process's whole life."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     console.quiet()
     _take_share(index, count)
