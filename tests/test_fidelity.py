@@ -34,7 +34,7 @@ from nas.run import Run
 from nas.space import SearchSpace, load_space, parse_vector
 from nas.training import fit, text_loss
 from tests.conftest import FAST, Nas, Workspace
-from tests.test_resume import kill_when
+from tests.helpers import kill_when
 
 TINY = load_space("tiny")
 QUICK = (

@@ -31,7 +31,7 @@ from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
 from nas.training import fit, text_loss
 from tests.conftest import FAST, Nas
-from tests.test_bad_input import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
+from tests.helpers import TEXT, TRAINING, Damage, check_refusal, halved, harm, to
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
