@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import pytest
 import torch
 
@@ -61,11 +62,23 @@ Nas = Callable[..., Outcome]
 
 
 @pytest.fixture(scope="session")
-def micro_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run have in common, with what they make once."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    folder.mkdir(exist_ok=True)
+    with filelock.FileLock(folder / ".lock"):
+        if not (folder / "text.txt").is_file():
+            (folder / "micro.yaml").write_text(MICRO)
+            texts = (Path(str(module.__file__)).read_text() for module in (argparse, subprocess, json))
+            (folder / "text.txt").write_text("\n".join(texts))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def micro_file(shared: Path) -> Path:
     """A three-layer space in a YAML file."""
-    path = tmp_path_factory.mktemp("space") / "micro.yaml"
-    path.write_text(MICRO)
-    return path
+    return shared / "micro.yaml"
 
 
 @pytest.fixture(scope="session")
@@ -75,11 +88,9 @@ def micro(micro_file: Path) -> SearchSpace:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(shared: Path) -> Path:
     """Some 150 kB of real text."""
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("\n".join(Path(str(module.__file__)).read_text() for module in (argparse, subprocess, json)))
-    return path
+    return shared / "text.txt"
 
 
 @pytest.fixture
@@ -108,13 +119,14 @@ class Workspace(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def pristine(tmp_path_factory: pytest.TempPathFactory, micro_file: Path, text_file: Path) -> Workspace:
+def pristine(shared: Path, micro_file: Path, text_file: Path) -> Workspace:
     """One search with everything before it, by the command line; for ``workspace`` to copy, not for tests."""
-    path = tmp_path_factory.mktemp("workspace")
     arguments = (f"space={micro_file}", "data=text", f"data.path={text_file}", *FAST)
     command = [sys.executable, "-m", "nas", "search", "--budget", "9", "name=base", *arguments]
-    subprocess.run(command, cwd=path, check=True, capture_output=True)
-    return Workspace(path, arguments)
+    with filelock.FileLock(shared / ".lock"):
+        if not (shared / "runs/search/base/complete.json").is_file():
+            subprocess.run(command, cwd=shared, check=True, capture_output=True)
+    return Workspace(shared, arguments)
 
 
 @pytest.fixture

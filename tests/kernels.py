@@ -110,9 +110,9 @@ def check_step(device: str, rows: int = 3, padded: int = 5, start: int = 6, leng
 
 def main(device: str) -> None:
     torch.manual_seed(0)
-    for *sizes, unsplit, splits in ATTENTION:
+    for B, H, G, d, C, tokens, unsplit, splits in ATTENTION:
         attention.split_tail_wave = lambda problems, *_, at=(unsplit, splits): (min(at[0], problems), at[1])
-        check_attention(device, *sizes, every_form=splits == 3)
+        check_attention(device, B, H, G, d, C, tokens, splits == 3)
     check_elementwise(device)
     check_gemms(device)
     check_step(device)

@@ -1,10 +1,12 @@
-"""Every mistake that a user can make: exit code 1, one sentence that helps, and nothing that looks finished."""
+"""Mistakes by the command line: exit code 1, one sentence that helps, and nothing that looks finished.
+
+What a module refuses by itself is tested at that module, or in `test_what_is_wrong_is_named_where_it_is_decided`.
+"""
 
 import bz2
 import errno
 import gzip
 import itertools
-import json
 import lzma
 import os
 import resource
@@ -18,40 +20,38 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import zstandard
 
+from nas.config import Fidelity, SupernetConfig, WorkloadConfig, build
+from nas.data import prepare_tokens, validation_windows
+from nas.data.corpora import Corpus, HubCorpus, TextCorpus
+from nas.data.tokenizer import load_tokenizer
+from nas.errors import UserError, is_out_of_memory
+from nas.export.hf import HfExporter
 from nas.files import read_json
+from nas.latency import find_device, resolve_workload, this_device
+from nas.model import Supernet
+from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss, LossMemo
-from nas.space import SearchSpace, format_vector
+from nas.space import SearchSpace, format_vector, load_space
+from nas.stages import fidelity
+from nas.stages.exported import open_checkpoint
+from nas.stages.train import check_trainable
+from nas.training import window_length
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
+from tests.helpers import TEXT, TIMING, TRAINING, Damage, check_refusal, flipped, halved, harm, set_config, started, to
 
-TEXT = ("data=text", "data.path=text.txt")
-TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
-TIMING = tuple(argument for argument in FAST if argument not in TRAINING)
 DEFAULTS = {
     "train": ("space=micro.yaml", *TEXT, *TRAINING),
     "measure": ("space=micro.yaml", *TIMING),
     "search": ("space=micro.yaml", *TEXT, *FAST),
-    "fidelity": TEXT,
 }
 
 Refused = Callable[[Sequence[object], Sequence[str]], None]
-Damage = Callable[[bytes], bytes] | None  # None removes the file
-
-
-def check_refusal(outcome: Outcome, words: Sequence[str]) -> None:
-    """Asserts that a command failed with one sentence that has all the words."""
-    assert outcome.code == 1, outcome
-    assert "Traceback" not in outcome.out + outcome.err
-    assert len(outcome.err.splitlines()) == 1 and outcome.err.endswith("\n"), outcome.err
-    assert outcome.err.startswith("nas"), outcome.err
-    for word in words:
-        assert word in outcome.err
 
 
 @pytest.fixture
@@ -86,30 +86,6 @@ def with_runs(command: str, workspace: Workspace) -> list[str]:
     return [stage, *(workspace.arguments if stage == "search" else ()), *given]
 
 
-def flipped(content: bytes) -> bytes:
-    """The content with eight bytes in its middle inverted."""
-    at = len(content) // 2
-    return content[:at] + bytes(byte ^ 0xFF for byte in content[at : at + 8]) + content[at + 8 :]
-
-
-def halved(content: bytes) -> bytes:
-    """The first half of the content."""
-    return content[: len(content) // 2]
-
-
-def to(content: str) -> Damage:
-    """Damage that puts something else in place of the content."""
-    return lambda _: content.encode()
-
-
-def harm(path: Path, damage: Damage) -> None:
-    """Damages a file."""
-    if damage is None:
-        path.unlink()
-    else:
-        path.write_bytes(damage(path.read_bytes()))
-
-
 @contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """Files of this process cannot grow beyond ``size``: what a full disk does to a writer."""
@@ -124,105 +100,86 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
+        ("trian", ["'trian'", "train, measure, search"]),
+        ("train data=books", ["data/books", "hf, stdlib, text"]),
+        ("train +train.setps=3", ["no key train.setps", "--help"]),
+        ("train data=text", ["data.path is needed"]),
+        ("search sampler=cmaes", ["sampler/cmaes", "exhaustive, front, nsga2, random, tpe"]),
+        ("report run=nowhere", ["nowhere", "does not exist"]),
+        ("export run=nowhere", ["nowhere", "is not a run directory"]),
         ("train space=nowhere", ["'nowhere'", "tiny", ".yaml"]),
-        ("train space=nowhere.yaml", ["'nowhere.yaml'", "tiny"]),
-        ("search device=nowhere", ["'nowhere'", "this", "nvidia-a10g"]),
+        ("train train.steps=abc", ["train.steps", "'abc'", "Integer"]),
+        ("train name=..", ["name", "'..'"]),
+        (f"train name={'n' * 300}", ["too long", "name="]),
+        ("train runs_dir=text.txt", ["text.txt", "runs_dir="]),
         ("measure device=nvidia-a10g", ["'nvidia-a10g'", "device=this"]),
-        ("search objectives=[loss_nats,speed]", ["'speed'", "tokens_per_s"]),
-        ("search objectives=[loss_nats]", ["loss_nats", "two or three"]),
-        ("search objectives=[loss_nats,loss_nats]", ["loss_nats", "different"]),
+        ("measure publish=text.txt", ["text.txt", "fix that path"]),
         ("search objectives=loss_nats", ["objectives", "list"]),
-        ("search --budget 0", ["'0'", "200", "30m"]),
-        ("search --budget abc", ["'abc'", "200", "30m"]),
         ("search --budget -3", ["'-3'", "200", "30m"]),
-        ("search --budget=0s", ["'0s'", "200", "30m"]),
-        ("search sampler=nsga2 sampler.population_size=0", ["NSGAIISampler", "population_size"]),
-        ("search sampler=nsga2 sampler.population_size=many", ["NSGAIISampler", "many"]),
-        ("search +sampler.flavour=0", ["FrontSampler", "flavour"]),
         ("search +sampler.draws=-1", ["FrontSampler", "draws is -1", "at least 0"]),
-        ("search constraints.max_memory_gib=0", ["constraints.max_memory_gib is 0", "positive"]),
         (
             "search constraints.max_kv_bytes_per_token=95 device=nvidia-a10g",
             ["constraints.max_kv_bytes_per_token is 95", "closest", "is 96"],
         ),
         ("search name=n storage=mysql://user:secret@host/name", ["storage is not", "postgresql://"]),
-        ("search name=n storage=nonsense", ["storage is not", "postgresql://"]),
-        ("search warm_start=nowhere", ["nowhere", "finished run"]),
-        ("search workers=0", ["workers is 0", "positive"]),
-        ("search seed=-1", ["seed is -1", "between 0 and"]),
-        ("search supernet=nowhere", ["nowhere", "finished run"]),
         ("search latency=nowhere", ["nowhere", "finished run"]),
-        ("search workload.context=33", ["workload.context is 33", "32"]),
-        ("search workload.prompt=33", ["workload.prompt is 33", "32"]),
-        ("search workload.batch=0", ["workload.batch is 0", "positive"]),
-        ("measure workload.dtype=int8", ["workload.dtype", "'int8'", "bf16"]),
         ("measure measure.contexts=[33]", ["32", "measure.contexts"]),
-        ("measure measure.batches=[]", ["measure.batches", "positive"]),
-        ("measure measure.seed=-1", ["measure.seed is -1", "between 0 and"]),
-        ("measure check=-1", ["check is -1", "0 or more"]),
-        ("measure publish=text.txt", ["text.txt", "fix that path"]),
-        ("train train.steps=0", ["train.steps is 0", "positive"]),
-        ("train train.steps=abc", ["train.steps", "'abc'", "Integer"]),
-        ("train train.seed=-1", ["train.seed is -1", "between 0 and"]),
-        ("train train.seed=4294967296", ["train.seed is 4294967296", "between 0 and"]),
-        ("train train.length=33", ["train.length is 33", "32"]),
-        ("train train.weight_decay=-1", ["train.weight_decay is -1", "0 or more"]),
-        ("train train.warmup_share=2", ["train.warmup_share is 2", "between 0 and 1"]),
-        ("train train.precision=fp8", ["train.precision", "'fp8'", "bf16"]),
-        ("train train.sharing=stolen", ["train.sharing", "'stolen'", "sliced"]),
-        ("train train.batch=1000000000000", ["1000000000000 rows", "train.batch"]),
-        ("train train.recipe=secret", ["train.recipe", "'secret'", "mixed, sandwich"]),
-        ("train train.recipe=sandwich train.vectors_per_text=3", ["vectors_per_text is 3", "train.batch, 4"]),
-        (
-            "train train.largest_share=0.8 train.smallest_share=0.3",
-            ["largest_share 0.8", "smallest_share 0.3", "lower"],
-        ),
-        ("train train.largest_first=1.5", ["train.largest_first is 1.5", "between 0 and 1"]),
-        ("train train.distillation_temperature=0", ["train.distillation_temperature is 0", "positive"]),
-        ("train train.accumulate=3", ["4 texts", "3 microbatches", "train.accumulate"]),
-        ("train train.parallel=pipeline", ["train.parallel", "'pipeline'", "fsdp"]),
-        ("fidelity supernet=nowhere", ["nowhere", "finished run"]),
-        ("search train.steps=[1", ["train.steps", "'[1'"]),
-        ("fidelity supernet=x vectors=1", ["vectors is 1", "two or more"]),
-        ("fidelity supernet=x vectors=8", ["equal_total is 12 of 8 vectors", "raise vectors"]),
-        ("fidelity supernet=x alone.vectors=25", ["alone.vectors 25", "among the others"]),
-        ("fidelity supernet=x alone.seeds=[-1]", ["alone.seeds is [-1]", "0 or more"]),
-        ("fidelity supernet=x further.steps=0", ["further.steps is 0", "positive"]),
-        ("train name=", ["name", "''"]),
-        ("train name=..", ["name", "'..'"]),
-        (f"train name={'n' * 300}", ["too long", "name="]),
-        ("train runs_dir=text.txt", ["text.txt", "runs_dir="]),
+        ("train train.accumulate=3", ["4 texts", "train.accumulate"]),
     ],
 )
-def test_a_wrong_value_is_named_together_with_its_mend(refused: Refused, command: str, words: list[str]) -> None:
+def test_a_wrong_value_is_named_with_its_fix(refused: Refused, command: str, words: list[str]) -> None:
     stage, *given = command.split()
-    refused([stage, *DEFAULTS[stage], *given], words)
+    refused([stage, *(DEFAULTS.get(stage, ()) if "data=" not in command else ()), *given], words)
 
 
 @pytest.mark.parametrize(
-    ("command", "words"),
+    ("refuse", "words"),
     [
-        ("trian", ["'trian'", "train, measure, search"]),
-        ("train data=books", ["data/books", "hf, stdlib, text"]),
-        ("train +train.setps=3", ["no key train.setps", "--help"]),
-        ("search +budgte=3", ["no key budgte", "--help"]),
-        ("train data=text", ["data.path is needed"]),
-        ("search sampler=cmaes", ["sampler/cmaes", "exhaustive, front, nsga2, random, tpe"]),
-        ("export run=x export=gguf", ["export/gguf", "hf"]),
-        ("report", ["run is needed"]),
-        ("export", ["run is needed"]),
-        ("finetune", ["checkpoint is needed"]),
-        ("report run=nowhere", ["nowhere", "does not exist"]),
-        ("export run=nowhere", ["nowhere", "is not a run directory"]),
-        ("finetune checkpoint=nowhere", ["nowhere", "does not exist", "nas export"]),
-        ("finetune checkpoint=.", ["config.json", "nas export"]),
-        ("finetune checkpoint=text.txt", ["text.txt", "nas export"]),
+        (lambda _: resolve_space("nowhere.yaml"), ["'nowhere.yaml'", "tiny"]),
+        (lambda _: find_device("nowhere"), ["'nowhere'", "this", "nvidia-a10g"]),
+        (
+            lambda space: resolve_workload(WorkloadConfig(context=33), space.shape, this_device()),
+            ["context is 33", "32"],
+        ),
+        (lambda space: resolve_workload(WorkloadConfig(prompt=33), space.shape, this_device()), ["prompt is 33", "32"]),
+        (lambda _: build({"_target_": "optuna.samplers.NSGAIISampler", "population_size": 0}), ["population_size"]),
+        (
+            lambda _: build({"_target_": "optuna.samplers.NSGAIISampler", "population_size": "many"}),
+            ["NSGAIISampler", "many"],
+        ),
+        (
+            lambda _: build({"_target_": "nas.search.front_sampler.FrontSampler", "flavour": 0}, seed=0),
+            ["FrontSampler", "flavour"],
+        ),
+        (lambda _: window_length(SupernetConfig(length=33), 32), ["train.length is 33", "32"]),
+        (lambda space: Supernet(space, "stolen"), ["train.sharing", "'stolen'", "sliced"]),
+        (lambda space: check_trainable(SupernetConfig(batch=10**12), space), ["1000000000000 rows", "train.batch"]),
+        (lambda space: check_trainable(SupernetConfig(recipe="secret"), space), ["'secret'", "mixed, sandwich"]),
+        (
+            lambda space: check_trainable(SupernetConfig(recipe="sandwich", vectors_per_text=3, batch=4), space),
+            ["vectors_per_text is 3", "train.batch, 4"],
+        ),
+        (
+            lambda space: check_trainable(SupernetConfig(largest_share=0.8, smallest_share=0.3), space),
+            ["largest_share 0.8", "smallest_share 0.3", "lower"],
+        ),
+        (lambda _: fidelity.run(Fidelity(vectors=1), Path("x")), ["vectors is 1", "two or more"]),
+        (lambda _: fidelity.run(Fidelity(vectors=8), Path("x")), ["equal_total is 12 of 8 vectors", "raise vectors"]),
+        (lambda _: open_checkpoint("nowhere", HfExporter()), ["nowhere", "does not exist", "nas export"]),
+        (lambda _: open_checkpoint("", HfExporter()), ["config.json", "nas export"]),
     ],
 )
-def test_a_missing_or_unknown_part_is_named_together_with_its_mend(
-    refused: Refused, command: str, words: list[str]
+def test_what_is_wrong_is_named_where_it_is_decided(
+    micro: SearchSpace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    refuse: Callable[[SearchSpace], object],
+    words: list[str],
 ) -> None:
-    refused(command.split(), words)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((UserError, ValueError)) as refusal:
+        refuse(micro)
+    assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run graphs")
@@ -230,11 +187,19 @@ def test_a_graph_is_refused_on_a_cpu(refused: Refused) -> None:
     refused(["measure", *DEFAULTS["measure"], "workload.runtime=graph"], ["workload.runtime=graph", "GPU", "eager"])
 
 
-@pytest.mark.parametrize("arguments", [["trian.steps=3"], ["--bad"], ["a b=3"], ["sampler.flavour=1"]])
+@pytest.mark.parametrize("arguments", [["trian.steps=3"], ["--bad"], ["a b=3"], ["sampler=front,tpe"]])
 def test_hydras_usage_errors_exit_with_2(nas: Nas, arguments: list[str]) -> None:
     outcome = nas("search", *arguments)
     assert outcome.code == 2
     assert outcome.err and "Traceback" not in outcome.err
+
+
+def test_values_with_a_comma_are_told_from_a_sweep(nas: Nas) -> None:
+    outcome = nas("train", "init=p/a,b")
+    assert outcome.code == 2
+    assert outcome.err == (
+        "nas train: init=p/a,b is several values; quote a text with commas, 'init=\"p/a,b\"', or sweep with -m\n"
+    )
 
 
 @pytest.mark.usefixtures("files")
@@ -265,23 +230,20 @@ def test_a_bad_run_of_a_sweep_does_not_stop_the_others(nas: Nas, tmp_path: Path)
         ("favourite: 4-1-2", "- 4-1-2", ["known_vectors", "by name"]),
         ("[1, 2, 4]", "[1, 2", ["not valid YAML", "kv_groups"]),
         (MICRO, "words", ["not a mapping", "shipped"]),
+        (MICRO, b"\xff\xfe\x00", ["not valid YAML"]),
         (MICRO, "", ["not a mapping", "shipped"]),
     ],
 )
-def test_a_wrong_space_is_named_together_with_its_mend(
-    refused: Refused, tmp_path: Path, old: str, new: str, words: list[str]
-) -> None:
+def test_a_wrong_space_is_named_with_its_fix(tmp_path: Path, old: str, new: str | bytes, words: list[str]) -> None:
     assert old in MICRO
-    (tmp_path / "mine.yaml").write_text(MICRO.replace(old, new))
-    refused(["measure", "space=mine.yaml", *TIMING], ["mine.yaml", *words])
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(new if isinstance(new, bytes) else MICRO.replace(old, new).encode())
+    with pytest.raises(UserError) as refusal:
+        load_space(str(path))
+    assert all(word in str(refusal.value) for word in ["mine.yaml", *words]), refusal.value
 
 
-def test_a_space_that_is_not_text_is_refused(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00")
-    refused(["measure", "space=mine.yaml"], ["mine.yaml", "not valid YAML"])
-
-
-@pytest.mark.parametrize("command", ["train", "measure", "search device=nvidia-a10g"])
+@pytest.mark.parametrize("command", ["measure", "search device=nvidia-a10g"])
 def test_a_space_that_is_too_large_is_refused_before_any_text_is_read(
     refused: Refused, tmp_path: Path, command: str
 ) -> None:
@@ -307,17 +269,22 @@ def test_a_space_that_is_too_large_is_refused_before_any_text_is_read(
         ("t.jsonl", b'{"text": "\\ud800"}\n', ["t.jsonl line 1", "'text'"]),
     ],
 )
-def test_a_wrong_text_is_named_together_with_its_mend(
-    refused: Refused, tmp_path: Path, name: str, content: bytes, words: list[str]
-) -> None:
+def test_a_wrong_text_is_named_with_its_fix(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
     (tmp_path / name).write_bytes(content)
-    refused(["train", *DEFAULTS["train"], f"data.path={name}"], words)
+    refuse_text(tmp_path, TextCorpus(str(tmp_path / name)), words)
+
+
+def refuse_text(folder: Path, corpus: Corpus, words: Sequence[str], vocabulary: int = 320) -> None:
+    """Asserts that the tokens of a corpus, or validation windows of them, are refused as they should be."""
+    with pytest.raises(UserError) as refusal:
+        validation_windows(prepare_tokens(corpus, None, vocabulary, folder / "cache").validation, 4, 32)
+    assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 @pytest.mark.parametrize("path", ["nowhere.txt", "nowhere/", "empty", "*.text"])
-def test_a_path_without_text_is_refused(refused: Refused, tmp_path: Path, path: str) -> None:
+def test_a_path_without_text_is_refused(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
-    refused(["train", *DEFAULTS["train"], f"data.path={path}"], [f"'{path}'", ".txt or .jsonl", "check it"])
+    refuse_text(tmp_path, TextCorpus(f"{tmp_path}/{path}"), [f"{path}'", ".txt or .jsonl", "check it"])
 
 
 @pytest.mark.parametrize(
@@ -326,87 +293,87 @@ def test_a_path_without_text_is_refused(refused: Refused, tmp_path: Path, path: 
 )
 @pytest.mark.parametrize("damage", [halved, to("never packed")])
 def test_a_damaged_packed_text_is_refused(
-    refused: Refused, tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes], damage: Callable[[bytes], bytes]
+    tmp_path: Path, suffix: str, pack: Callable[[bytes], bytes], damage: Callable[[bytes], bytes]
 ) -> None:
-    content = (tmp_path / "text.txt").read_bytes()
-    (tmp_path / f"t.txt.{suffix}").write_bytes(damage(pack(content)))
-    refused(
-        ["train", *DEFAULTS["train"], f"data.path=t.txt.{suffix}"], [f"t.txt.{suffix} cannot be read", "restore it"]
-    )
+    file = tmp_path / f"t.txt.{suffix}"
+    file.write_bytes(damage(pack(bytes(range(256)) * 40)))
+    refuse_text(tmp_path, TextCorpus(str(file)), [f"t.txt.{suffix} cannot be read", "restore it"])
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "argument", "words"),
+    ("name", "content", "given", "words"),
     [
-        ("a.jsonl", '{"words": "a"}\n', "data.split=train", ["'text'", "words", "data.text_key"]),
-        ("a.jsonl", '{"text": 3}\n', "data.split=train", ["3", "'text'", "data.text_key"]),
-        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', "data.split=train", ["None", "'text'", "data.text_key"]),
-        ("a.jsonl", '{"text": "a"}\n', "data.split=test", ["test", "data.*"]),
-        ("a.jsonl", '{"text": "a"}\n', "data.max_mb=0", ["data.max_mb is 0", "above zero"]),
-        ("a.jsonl", '{"text": "a"}\n', "data.max_mb=lots", ["data.max_mb is 'lots'", "above zero"]),
-        ("a.jsonl", "not JSON\n", "data.split=train", ["cannot be read", "data.*"]),
-        ("a.parquet", "not parquet", "data.split=train", ["cannot be read", "data.*"]),
-        ("a.md", "no data", "data.split=train", ["cannot be read", "data.*"]),
+        ("a.jsonl", '{"words": "a"}\n', {}, ["'text'", "words", "data.text_key"]),
+        ("a.jsonl", '{"text": 3}\n', {}, ["3", "'text'", "data.text_key"]),
+        ("a.jsonl", '{"text": "a"}\n{"text": null}\n', {}, ["None", "'text'", "data.text_key"]),
+        ("a.jsonl", '{"text": "a"}\n', {"split": "test"}, ["test", "data.*"]),
+        ("a.jsonl", '{"text": "a"}\n', {"max_mb": 0}, ["data.max_mb is 0", "above zero"]),
+        ("a.jsonl", '{"text": "a"}\n', {"max_mb": "lots"}, ["data.max_mb is 'lots'", "above zero"]),
+        ("a.jsonl", "not JSON\n", {}, ["cannot be read", "data.*"]),
+        ("a.parquet", "not parquet", {}, ["cannot be read", "data.*"]),
+        ("a.md", "no data", {}, ["cannot be read", "data.*"]),
     ],
 )
-def test_a_wrong_dataset_is_named_together_with_its_mend(
-    refused: Refused, tmp_path: Path, name: str, content: str, argument: str, words: list[str]
+def test_a_wrong_dataset_is_named_with_its_fix(
+    tmp_path: Path, name: str, content: str, given: dict[str, Any], words: list[str]
 ) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / name).write_text(content)
-    refused(["train", "space=micro.yaml", "data=hf", "data.dataset=mine", argument, *TRAINING], words)
+    with pytest.raises(UserError) as refusal:
+        list(HubCorpus(str(tmp_path / "mine"), **given).documents())
+    assert all(word in str(refusal.value) for word in words), refusal.value
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not JSON", '{"model_type": "llama"}'])
-def test_what_is_not_a_tokenizer_is_refused(refused: Refused, tmp_path: Path, content: str | None) -> None:
+def test_what_is_not_a_tokenizer_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "t.json").write_text(content)
-    refused(["train", *DEFAULTS["train"], "tokenizer=t.json"], ["t.json", "tokenizer.json"])
+    with pytest.raises(UserError, match=r"t\.json.*tokenizer\.json"):
+        load_tokenizer(str(tmp_path / "t.json"))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
-    refused: Refused, tmp_path: Path, workspace: Workspace
+    pristine: Workspace, text_file: Path, tmp_path: Path
 ) -> None:
-    tokenizer = only(workspace.runs, "train/*/tokenizer.json")
-    (tmp_path / "small.yaml").write_text(MICRO.replace("vocab_size: 320", "vocab_size: 300"))
-    arguments = ["train", *DEFAULTS["train"], "space=small.yaml", f"tokenizer={tokenizer}"]
-    refused(arguments, [str(tokenizer), "320 tokens", "vocab_size is 300", "smaller tokenizer"])
+    tokenizer = str(only(pristine.runs, "train/*/tokenizer.json"))
+    with pytest.raises(UserError, match="320 tokens but the model's vocab_size is 300; give a smaller tokenizer"):
+        prepare_tokens(TextCorpus(str(text_file)), tokenizer, 300, tmp_path)
 
 
-def test_a_vocabulary_smaller_than_the_bytes_is_refused(refused: Refused, tmp_path: Path) -> None:
-    (tmp_path / "small.yaml").write_text(MICRO.replace("vocab_size: 320", "vocab_size: 200"))
-    refused(["train", *DEFAULTS["train"], "space=small.yaml"], ["vocab_size is 200", "257", "tokenizer="])
+def test_a_vocabulary_smaller_than_the_bytes_is_refused(text_file: Path, tmp_path: Path) -> None:
+    refuse_text(tmp_path, TextCorpus(str(text_file)), ["vocab_size is 200", "257", "tokenizer="], vocabulary=200)
 
 
-def test_text_shorter_than_a_window_is_refused(refused: Refused, tmp_path: Path) -> None:
-    text = (tmp_path / "text.txt").read_text()
-    (tmp_path / "short.txt").write_text(text[:800])
-    words = ["validation text", "window takes 33", "more text"]
-    refused(["train", *DEFAULTS["train"], "data.path=short.txt"], words)
+def test_text_shorter_than_a_window_is_refused(text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(text_file.read_text()[:800])
+    refuse_text(tmp_path, TextCorpus(str(tmp_path / "short.txt")), ["validation text", "window takes 33", "more text"])
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", None])
+def test_damaged_tokens_are_refused(text_file: Path, tmp_path: Path, content: bytes | None) -> None:
+    (tmp_path / "t.txt").write_text(text_file.read_text()[:30_000])
+    corpus = TextCorpus(str(tmp_path / "t.txt"))
+    prepare_tokens(corpus, None, 320, tmp_path)
+    harm(only(tmp_path, "tokens-*/train.npy"), content if content is None else lambda _: content)
+    with pytest.raises(UserError, match=r"tokens-.*corrupt.*remove that folder"):
+        prepare_tokens(corpus, None, 320, tmp_path)
+    np.save(only(tmp_path, "tokens-*") / "train.npy", np.array([None]), allow_pickle=True)
+    with pytest.raises(UserError, match=r"tokens-.*corrupt.*remove that folder"):
+        prepare_tokens(corpus, None, 320, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("export run=runs/search/base select=4-2", ["4-2 has 2 layers", "3"]),
-        ("export run=runs/search/base select=4-2-3", ["3 groups in layer 2", "1, 2, 4"]),
-        ("export run=runs/search/base select=4-x-2", ["'4-x-2'", "4-2-2-1"]),
         ("export run=runs/search/base select=nonsense", ["'nonsense'", "knee"]),
         ("export run={train}", ["nas train", "give a search run"]),
-        ("export run={measure}", ["nas measure", "give a search run"]),
-        ("report run={measure}", ["nas measure", "give a search run"]),
-        ("report run=runs", ["written by 'nas measure'", "give a search run"]),
         ("report run=runs/cache", ["runs/cache holds no run"]),
-        ("search latency={train}", ["nas train", "give a measure run"]),
-        ("search supernet={measure}", ["nas measure", "give a train run"]),
         ("search latency={measure} workload.batch=7", ["{measure}", "batch 7", "measure that"]),
         ("search supernet={train} space=other.yaml", ["{train}", "space", "give the same space="]),
         ("search supernet={train} data.path=other.txt", ["{train}", "data", "give the same data="]),
-        ("fidelity supernet={measure}", ["nas measure", "give a train run"]),
         ("fidelity supernet={train} data=text data.path=other.txt", ["{train}", "another text", "the same data="]),
         ("fidelity supernet={train} data=text data.path=text.txt vectors=28", ["vectors is 28", "27 vectors", "lower"]),
         ("search --budget 9 name=base", ["runs/search/base", "already finished", "name="]),
-        ("finetune checkpoint={train}", ["{train}", "config.json", "nas export"]),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(
@@ -429,28 +396,11 @@ def test_a_vector_that_was_not_evaluated_is_refused(refused: Refused, workspace:
 @pytest.mark.parametrize(
     ("pattern", "damage", "command", "words"),
     [
-        ("search/base/complete.json", None, "export run=runs/search/base", ["unfinished", "name=base"]),
-        ("search/base/complete.json", None, "report run=runs/search/base", ["unfinished", "name=base"]),
-        ("search/base/complete.json", to("{"), "report run=runs/search/base", ["complete.json", "restore it"]),
-        ("search/base/complete.json", to('{"artifacts": 1}'), "report run=runs/search/base", ["complete.json"]),
-        ("search/base/run.json", to('{"stage": "search"}'), "report run=runs/search/base", ["run.json", "restore it"]),
-        ("search/base/run.json", to('{"stage": "search"}'), "export run=runs/search/base", ["run.json", "restore it"]),
         ("search/base/trials.csv", flipped, "export run=runs/search/base", ["trials.csv is corrupt", "restore it"]),
-        ("search/base/trials.csv", flipped, "report run=runs/search/base", ["trials.csv is corrupt", "restore it"]),
-        ("search/base/front.csv", flipped, "export run=runs/search/base", ["front.csv is corrupt", "restore it"]),
-        ("search/base/front.csv", None, "export run=runs/search/base", ["front.csv is missing", "nas search"]),
-        ("train/*/complete.json", None, "export run=runs/search/base", ["runs/train", "unfinished"]),
-        ("train/*/supernet.safetensors", flipped, "export run=runs/search/base", ["supernet.safetensors is corrupt"]),
+        ("search/base/complete.json", None, "report run=runs/search/base", ["unfinished", "name=base"]),
         ("train/*/supernet.safetensors", flipped, "search", ["supernet.safetensors is corrupt", "restore it"]),
-        ("train/*/supernet.json", flipped, "search supernet={train}", ["supernet.json is corrupt", "restore it"]),
-        ("train/*/tokenizer.json", flipped, "export run=runs/search/base", ["tokenizer.json is corrupt"]),
-        ("measure/*/table.csv", flipped, "search latency={measure}", ["table.csv is corrupt", "restore it"]),
         ("measure/*/table.csv", None, "search latency={measure}", ["table.csv is missing", "nas measure"]),
         ("measure/*/latency.json", to("{}"), "search latency={measure}", ["latency.json is corrupt", "restore it"]),
-        ("measure/*/check.csv", to("a\n1\n"), "search latency={measure}", ["check.csv is corrupt", "restore it"]),
-        ("cache/tokens-*/train.npy", to(""), "search", ["runs/cache/tokens-", "corrupt", "remove that folder"]),
-        ("cache/tokens-*/train.npy", None, "search", ["runs/cache/tokens-", "corrupt", "remove that folder"]),
-        ("cache/tokens-*/meta.json", to("{}"), "search", ["runs/cache/tokens-", "corrupt", "remove that folder"]),
     ],
 )
 def test_a_damaged_run_is_refused(
@@ -498,13 +448,6 @@ def test_a_damaged_run_of_another_kind_stops_nobody(nas: Nas, workspace: Workspa
     assert "Training" not in result.out
 
 
-def test_a_name_that_another_process_uses_is_refused(refused: Refused, tmp_path: Path) -> None:
-    folder = tmp_path / "runs" / "train" / "mine"
-    folder.mkdir(parents=True)
-    with filelock.FileLock(folder / ".lock"):
-        refused(["train", *DEFAULTS["train"], "name=mine"], ["runs/train/mine", "in use", "name="])
-
-
 def test_a_damaged_memory_of_losses_is_passed_over(micro: SearchSpace, tmp_path: Path) -> None:
     memo = tmp_path / "losses.jsonl"
     memo.write_bytes(b'[1]\n{"name": "1-1-1", "loss_nats": "x"}\n\xff\n{"name": "1-1-1", "loss_nats": 2.5}\n{"nam')
@@ -519,25 +462,20 @@ def exported(nas: Nas, workspace: Workspace) -> Path:
     return only(workspace.runs, "export/mine/*/").relative_to(workspace.path)
 
 
-@pytest.mark.parametrize(
-    ("name", "damage", "words"),
-    [
-        ("config.json", flipped, ["config.json is corrupt", "restore it"]),
-        ("model.safetensors", flipped, ["model.safetensors is corrupt", "restore it"]),
-        ("tokenizer.json", flipped, ["tokenizer.json is corrupt", "restore it"]),
-        ("tokenizer.json", None, ["tokenizer.json is missing", "nas export"]),
-    ],
-)
-def test_a_damaged_export_is_not_finetuned(
-    refused: Refused, exported: Path, name: str, damage: Damage, words: list[str]
-) -> None:
-    harm(exported / name, damage)
-    refused(["finetune", f"checkpoint={exported}", *TEXT], words)
+def test_a_damaged_export_is_not_finetuned(refused: Refused, exported: Path) -> None:
+    harm(exported / "model.safetensors", flipped)
+    refused(["finetune", f"checkpoint={exported}", *TEXT], ["model.safetensors is corrupt", "restore it"])
+    shutil.copytree(exported, exported.with_name("second"))
+    refused(["finetune", f"checkpoint={exported.parent}", *TEXT], ["2 models", f"{exported.parent}/"])
 
 
-def set_config(**values: Any) -> Damage:
-    """Damage that changes keys of a JSON file."""
-    return lambda content: json.dumps(json.loads(content) | values).encode()
+@pytest.fixture(scope="module")
+def model(micro: SearchSpace, pristine: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported model that no run wrote."""
+    folder = tmp_path_factory.mktemp("model") / "elsewhere"
+    tokenizer = only(pristine.runs, "train/*/tokenizer.json")
+    HfExporter().write(random_supernet(micro).extract((4, 1, 2)), tokenizer, folder, {})
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -546,7 +484,6 @@ def set_config(**values: Any) -> Damage:
         ("model.safetensors", halved, ["corrupt", "export it again"]),
         ("model.safetensors", to(""), ["corrupt", "export it again"]),
         ("model.safetensors", None, ["no model.safetensors", "export it again"]),
-        ("tokenizer.json", None, ["tokenizer.json"]),
         ("config.json", to("{"), ["config.json", "restore it"]),
         ("config.json", set_config(model_type="llama"), ["'llama'", "nemotron-nas"]),
         ("config.json", to('{"model_type": "nemotron-nas"}'), ["corrupt", "export it again"]),
@@ -560,17 +497,14 @@ def set_config(**values: Any) -> Damage:
         ),
     ],
 )
-def test_a_damaged_model_from_elsewhere_is_not_finetuned(
-    refused: Refused, exported: Path, tmp_path: Path, name: str, damage: Damage, words: list[str]
+def test_a_damaged_model_from_elsewhere_is_not_read(
+    model: Path, tmp_path: Path, name: str, damage: Damage, words: list[str]
 ) -> None:
-    shutil.copytree(exported, tmp_path / "elsewhere")
+    shutil.copytree(model, tmp_path / "elsewhere")
     harm(tmp_path / "elsewhere" / name, damage)
-    refused(["finetune", "checkpoint=elsewhere", *TEXT], ["elsewhere", *words])
-
-
-def test_finetuning_one_of_several_exports_needs_a_choice(refused: Refused, exported: Path) -> None:
-    shutil.copytree(exported, exported.with_name("second"))
-    refused(["finetune", f"checkpoint={exported.parent}", *TEXT], ["2 models", f"{exported.parent}/"])
+    with pytest.raises(UserError) as refusal:
+        HfExporter().read(tmp_path / "elsewhere")
+    assert all(word in str(refusal.value) for word in ["elsewhere", *words]), refusal.value
 
 
 def test_a_diverged_training_keeps_its_last_good_checkpoint(refused: Refused, tmp_path: Path) -> None:
@@ -600,26 +534,14 @@ def test_a_damaged_checkpoint_is_refused_when_training_goes_on(
     refused(command, ["runs/train/mine/checkpoint.pt is corrupt", "remove it", "start this run over"])
 
 
-def interrupted(arguments: Sequence[str], cwd: Path, due: Callable[[], bool]) -> Outcome:
-    """Starts a command and presses Ctrl-C as soon as ``due``."""
-    command = [sys.executable, "-m", "nas", *arguments]
-    process = subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 120
-    while not due():
-        assert process.poll() is None, "the command ended before it could be interrupted"
-        assert time.monotonic() < deadline, "the command never got that far"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    return Outcome(process.returncode, out, err)
-
-
 @pytest.mark.usefixtures("files")
 def test_ctrl_c_during_training_says_how_to_go_on(tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "train" / "mine"
     arguments = ["train", *DEFAULTS["train"], "train.steps=100000", "name=mine"]
-    outcome = interrupted(arguments, tmp_path, lambda: bool(read_metrics(folder)))
-    check_refusal(outcome, ["interrupted", "same command", "name=mine"])
+    process = started(arguments, tmp_path, lambda: bool(read_metrics(folder)))
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    check_refusal(Outcome(process.returncode, out, err), ["interrupted", "same command", "name=mine"])
     assert not (folder / "complete.json").exists()
     assert read_json(folder / "run.json")["stage"] == "train"
 
@@ -713,7 +635,7 @@ def test_a_full_disk_stops_what_builds_on_other_runs(
         (errno.EROFS, "another runs_dir="),
     ],
 )
-def test_what_the_system_refuses_is_named_together_with_its_mend(
+def test_what_the_system_refuses_is_named_with_its_fix(
     refused: Refused, monkeypatch: pytest.MonkeyPatch, number: int, fix: str
 ) -> None:
     def fail(*_: object) -> None:
@@ -723,7 +645,7 @@ def test_what_the_system_refuses_is_named_together_with_its_mend(
     refused(["measure", *DEFAULTS["measure"]], ["some/file", os.strerror(number), fix])
 
 
-def test_a_fault_of_the_system_that_no_user_can_mend_keeps_its_traceback(
+def test_a_fault_of_the_system_that_no_user_can_fix_keeps_its_traceback(
     nas: Nas, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
@@ -734,9 +656,7 @@ def test_a_fault_of_the_system_that_no_user_can_mend_keeps_its_traceback(
         nas("measure", "space=tiny")
 
 
-def test_a_gpu_without_enough_memory_is_named_together_with_its_mend(
-    refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_gpu_without_enough_memory_is_named_with_its_fix(refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -744,6 +664,38 @@ def test_a_gpu_without_enough_memory_is_named_together_with_its_mend(
     refused(["train", *DEFAULTS["train"]], ["4 rows", "memory", "lower train.batch"])
 
 
-def test_an_unreadable_table_of_numbers_is_not_taken_for_tokens(refused: Refused, workspace: Workspace) -> None:
-    np.save(only(workspace.runs, "cache/tokens-*/train.npy"), np.array([None]), allow_pickle=True)
-    refused(["search", *workspace.arguments], ["runs/cache/tokens-", "corrupt", "remove that folder"])
+@pytest.mark.parametrize(
+    ("error", "is_one"),
+    [
+        (torch.OutOfMemoryError("planted"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), True),
+        (RuntimeError("shapes cannot be multiplied"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_in_all_its_shapes(error: Exception, is_one: bool) -> None:
+    assert is_out_of_memory(error) is is_one
+
+
+@pytest.mark.parametrize(
+    ("place", "command", "fix"),
+    [
+        ("nas.quality.vector_losses", "search seed=1 budget=3", "lower workers, train.batch"),
+        ("nas.stages.export.select", "export run=runs/search/base", "smaller space"),
+        ("nas.stages.measure.measure", "measure space=micro.yaml", "lower workload.batch"),
+    ],
+)
+def test_memory_that_runs_out_outside_a_training_step_is_one_sentence(
+    refused: Refused, workspace: Workspace, monkeypatch: pytest.MonkeyPatch, place: str, command: str, fix: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 3")
+
+    for memo in workspace.runs.glob("cache/losses-*"):
+        memo.unlink()
+    monkeypatch.setattr(place, fail)
+    refused(with_runs(command, workspace), ["memory ran out (CUDA out of memory)", fix, "machine with more"])

@@ -30,13 +30,12 @@ from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
 from nas.training import fit, text_loss
-from tests.conftest import FAST, Nas, Outcome
+from tests.conftest import FAST, Nas
+from tests.helpers import TEXT, TRAINING, check_refusal
 
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 
-TEXT = ("data=text", "data.path=text.txt")
-TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
 SIZES = {
     "vocab_size": 300,
     "hidden_size": 32,
@@ -266,12 +265,6 @@ def tokenizer(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     train_tokenizer([text_file.read_text()], 300).save(str(path))
     return path
-
-
-def check_refusal(outcome: Outcome, words: Sequence[str]) -> None:
-    """Asserts that a command failed with one sentence that has all the words."""
-    assert (outcome.code, len(outcome.err.splitlines())) == (1, 1), outcome
-    assert all(word in outcome.err for word in words), outcome.err
 
 
 def check_not_loaded(folder: Path, words: Sequence[str]) -> None:

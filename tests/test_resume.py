@@ -1,10 +1,6 @@
 """kill -9 in the middle, then the same command: the result is that of a run that nobody interrupted."""
 
 import json
-import subprocess
-import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -15,18 +11,7 @@ from safetensors.torch import load_file
 from nas.latency.predictor import STEP_REVISION
 from nas.run import FinishedRun
 from tests.conftest import Nas, Workspace, read_metrics
-
-
-def kill_when(command: list[str], cwd: Path, due: Callable[[], bool]) -> None:
-    """Starts a command and kills it with SIGKILL as soon as ``due``."""
-    process = subprocess.Popen([sys.executable, "-m", "nas", *command], cwd=cwd, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not due():
-        assert process.poll() is None, "the command ended before it could be killed"
-        assert time.monotonic() < deadline, "the command never got that far"
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
+from tests.helpers import kill_when
 
 
 def last_metrics(run: Path) -> dict[tuple[int, ...], dict[str, float]]:

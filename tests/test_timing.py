@@ -39,7 +39,7 @@ from nas.serving import ServingLayer, ServingModel
 from nas.space import SearchSpace
 from nas.stages.measure import _write
 from tests.conftest import Nas
-from tests.test_resume import kill_when
+from tests.helpers import kill_when
 
 CPU = torch.device("cpu")
 POINTS = [Point("decode", "layer", (groups,), batch, 16) for groups in (1, 2, 4) for batch in (1, 2, 4)]

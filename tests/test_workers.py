@@ -291,7 +291,8 @@ def test_a_search_begun_otherwise_is_not_joined(storage: Storage) -> None:
     join(space="tiny", seed="0")
     join(space="tiny", seed="0")
     storage.check({"seed": "0"})
-    for differs in (lambda: join(space="tiny", seed="1"), lambda: storage.check({"seed": "1"})):
+    both: list[Callable[[], None]] = [lambda: join(space="tiny", seed="1"), lambda: storage.check({"seed": "1"})]
+    for differs in both:
         with pytest.raises(UserError, match=r"another seed \(0 there, 1 here\)"):
             differs()
     with pytest.raises(UserError, match="another seed"):

@@ -1,0 +1,74 @@
+"""What several test modules need: damage to files, commands that are killed, and how a refusal looks."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tests.conftest import FAST, Outcome
+
+TEXT = ("data=text", "data.path=text.txt")
+TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
+TIMING = tuple(argument for argument in FAST if argument not in TRAINING)
+
+Damage = Callable[[bytes], bytes] | None  # None removes the file
+
+
+def check_refusal(outcome: Outcome, words: Sequence[str]) -> None:
+    """Asserts that a command failed with one sentence that has all the words."""
+    assert outcome.code == 1, outcome
+    assert "Traceback" not in outcome.out + outcome.err
+    assert len(outcome.err.splitlines()) == 1 and outcome.err.endswith("\n"), outcome.err
+    assert outcome.err.startswith("nas"), outcome.err
+    for word in words:
+        assert word in outcome.err
+
+
+def flipped(content: bytes) -> bytes:
+    """The content with eight bytes in its middle inverted."""
+    at = len(content) // 2
+    return content[:at] + bytes(byte ^ 0xFF for byte in content[at : at + 8]) + content[at + 8 :]
+
+
+def halved(content: bytes) -> bytes:
+    """The first half of the content."""
+    return content[: len(content) // 2]
+
+
+def to(content: str) -> Damage:
+    """Damage that puts something else in place of the content."""
+    return lambda _: content.encode()
+
+
+def set_config(**values: object) -> Damage:
+    """Damage that changes keys of a JSON file."""
+    return lambda content: json.dumps(json.loads(content) | values).encode()
+
+
+def harm(path: Path, damage: Damage) -> None:
+    """Damages a file."""
+    if damage is None:
+        path.unlink()
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+
+
+def started(command: Sequence[str], cwd: Path, due: Callable[[], bool]) -> subprocess.Popen[str]:
+    """Starts a command and returns as soon as ``due``, while it runs."""
+    whole = [sys.executable, "-m", "nas", *command]
+    process = subprocess.Popen(whole, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not due():
+        assert process.poll() is None, "the command ended before it was due to"
+        assert time.monotonic() < deadline, "the command never got that far"
+        time.sleep(0.005)
+    return process
+
+
+def kill_when(command: Sequence[str], cwd: Path, due: Callable[[], bool]) -> None:
+    """Starts a command and kills it with SIGKILL as soon as ``due``."""
+    process = started(command, cwd, due)
+    process.kill()
+    process.communicate()
