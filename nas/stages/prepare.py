@@ -21,11 +21,11 @@ from nas.config import Search, build
 from nas.data import TokenData
 from nas.errors import AlreadyFinishedError, UserError
 from nas.files import value_hash, without_passwords
-from nas.latency import LatencyModel, find_device, resolve_workload
+from nas.latency import Predictor, find_device, resolve_workload
+from nas.latency.cost import predictions
 from nas.latency.memory import check_memory
-from nas.latency.table import TableLatency
+from nas.metrics import LIMITS
 from nas.model.pretrained import Checkpoint
-from nas.predictions import predictions
 from nas.quality import InheritedLoss
 from nas.run import FinishedRun, begun_otherwise, find_runs, found_or_made, is_run, recorded_config, recorded_parent
 from nas.search import Constraints, Membership, Objectives, Problem, Storage, search
@@ -63,7 +63,7 @@ class Prepared:
         seed: Seeds the sampler.
         storage: Where the study lives.
         warm: What earlier searches leave to this one.
-        table: The measured table that the costs come from, if it is one.
+        latency: Predicts what vectors cost.
         asked: The resolved config.
         parents: The finished runs that the search builds on.
         facts: What all workers must have in common.
@@ -76,7 +76,7 @@ class Prepared:
     seed: int
     storage: Storage
     warm: WarmStart
-    table: TableLatency | None
+    latency: Predictor
     asked: dict[str, Any]
     parents: dict[str, FinishedRun]
     facts: dict[str, str]
@@ -126,13 +126,15 @@ def prepare(config: Search, path: Path) -> Prepared:
     wanted = supernet_config(config, space, init, data)
     supernet = _supernet(config, path, wanted)
     latency = find_latency(config, path, space, device, workload)  # takes minutes at most, so before any training
-    table = latency if isinstance(latency, TableLatency) else None
     console.print(
-        f"Latency on {device.name} ({workload}): {latency.describe()}" + (f" ({table.folder})" if table else "")
+        f"Latency on {device.name} ({workload}): {latency.describe()}"
+        + (f" ({latency.folder})" if latency.folder else "")
     )
-    costs = predictions(space, device, latency, workload, config.cost)
-    constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
-    facts["latency"] = f"{device.name}, {table.digest()[:12] if table else latency.describe()}"
+    limits = dataclasses.asdict(config.constraints)
+    needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
+    costs = predictions(space, device, latency, workload, config.cost, needed)
+    constraints = Constraints(limits, space, costs)
+    facts["latency"] = f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}"
     if config.storage:
         check_facts(storage, facts)
     supernet = supernet or found_or_made(
@@ -155,27 +157,27 @@ def prepare(config: Search, path: Path) -> Prepared:
     if config.storage:
         check_facts(storage, facts)
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
-    if table and is_run(table.folder):
-        parents["latency"] = FinishedRun(table.folder, "measure")
+    if latency.folder and is_run(latency.folder):
+        parents["latency"] = FinishedRun(latency.folder, "measure")
     asked = settings | {
         "space": {"name": space.name, **space.to_dict()},
         "init": wanted["init"],
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
         "windows": windows,
-        "latency": _words(path, latency, table),
-        "latency_table": table.digest() if table else None,
+        "latency": _words(path, latency),
+        "latency_table": latency.digest,
         "storage": without_passwords(config.storage) if config.storage else None,
     }
     asked = {key: value for key, value in asked.items() if key not in _NOT_ASKED}
     problem = Problem(space, objectives, loss, costs, constraints)
-    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, asked, parents, facts)
+    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, latency, asked, parents, facts)
 
 
-def _words(path: Path, latency: LatencyModel, table: TableLatency | None) -> str:
+def _words(path: Path, latency: Predictor) -> str:
     """What is said of a latency model: of the same table what was said when the search was begun."""
     begun = recorded_config(path)
-    same = begun and table and begun.get("latency_table") == table.digest()
+    same = begun and latency.digest and begun.get("latency_table") == latency.digest
     return str(begun["latency"]) if begun and same else latency.describe()
 
 

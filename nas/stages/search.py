@@ -39,7 +39,7 @@ def run(config: Search, path: Path) -> None:
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
                 trials = prepared.search(Membership(home, home if config.storage else "", config.heartbeat_s))
-            front = _write_tables(path, trials, problem.space, prepared.table.check() if prepared.table else None)
+            front = _write_tables(path, trials, problem.space, prepared.latency.check())
             run.finish()
     except InUseError:
         if not config.storage:
