@@ -4,7 +4,7 @@
 That class is only ever taken from the configuration of the running command, never from a file of an earlier run.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import hydra.utils
@@ -13,6 +13,7 @@ from hydra.errors import InstantiationException
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nas.errors import UserError
+from nas.metrics import LIMITS
 from nas.validation import validate
 
 FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; from those of a checkpoint
@@ -94,9 +95,9 @@ class MeasureConfig:
     contexts: list[int] | None = None  # null: a quarter, half and all of the workload's context
     prompts: list[int] | None = None  # null: half of the workload's prompt, and that prompt
     check_at: list[list[int]] | None = None  # more [batch, context] for the check; null: halfway between grid points
-    rounds: int = 5  # every point is timed once a round, in shuffled order; the median counts
+    rounds: int = 5  # every point is timed once per round, in shuffled order; on a CPU, until two rounds agree
     spread: float = 0.02  # a point whose 20th and 80th percentiles lie further apart gets up to as many rounds more
-    drift: float = 0.02  # so do the points around a sentinel that was further off
+    drift: float = 0.02  # so do the points around a sentinel that was further off; not on a CPU
     segment: int = 24  # at most so many points between two looks at the sentinel; on a GPU, no more than 0.4 s of them
     energy_s: float = 5.0  # seconds of decode steps for each reading of power, on a GPU; 0: none
     energy_batches: list[int] | None = None  # null: the smallest and the largest
@@ -145,16 +146,12 @@ class Measure(LatencyParts):
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
 
-@dataclass
-class ConstraintsConfig:
-    """Limits on what a vector may cost by the predictor; null is no limit."""
+_Limits = make_dataclass("_Limits", [(key, float | None, None) for key in LIMITS])
 
-    max_decode_ms: float | None = None
-    max_prefill_ms: float | None = None
-    min_tokens_per_s: float | None = None
-    max_kv_bytes_per_token: float | None = None
-    max_parameters: float | None = None
-    max_memory_gib: float | None = None  # weights, KV cache and workspace at the workload
+
+@dataclass
+class ConstraintsConfig(_Limits):  # type: ignore[misc, valid-type]
+    """Limits on what a vector may cost by the predictor: `nas.metrics` says which; null is no limit."""
 
 
 @dataclass

@@ -42,8 +42,8 @@ def positive_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool
     return good
 
 
-def whole_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
-    """Which rows have whole numbers, none of them negative, in all of the columns."""
+def counts(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
+    """Which rows have integers, none of them negative, in all of the columns."""
     numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
     good: pd.Series[bool] = ((numbers >= 0) & (numbers % 1 == 0)).all(axis=1)
     return good

@@ -1,15 +1,13 @@
-"""What this machine calls itself: its processor, and what NVML says of one of its GPUs, for good and as it runs."""
+"""What this machine calls itself: its processor, and what NVML says of one of its GPUs."""
 
 import platform
 import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import pynvml
-
-Answer = TypeVar("Answer")
 
 # Bits of NVML's clocks event reasons, once called throttle reasons. Not 0x1: a GPU that idles is not held back.
 _THROTTLE_REASONS = {
@@ -32,8 +30,37 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+def _throttle_reasons(gpu: Any) -> list[str]:
+    try:
+        bits = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
+    except (pynvml.NVMLError, AttributeError):  # a binding or driver from before NVML renamed them
+        bits = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)
+    return [name for bit, name in _THROTTLE_REASONS.items() if bits & bit]
+
+
+_QUERIES: dict[str, Callable[[Any], Any]] = {
+    "nvml_name": lambda gpu: pynvml.nvmlDeviceGetName(gpu),
+    "driver": lambda _: pynvml.nvmlSystemGetDriverVersion(),
+    "power_limit_watts": lambda gpu: pynvml.nvmlDeviceGetPowerManagementLimit(gpu) / 1e3,
+    "ecc": lambda gpu: bool(pynvml.nvmlDeviceGetEccMode(gpu)[0]),  # takes some of the bandwidth on cards with GDDR
+    "sm_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+    "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+    "throttle_reasons": _throttle_reasons,
+    "temperature_celsius": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+    "memory_in_use_bytes": lambda gpu: int(
+        pynvml.nvmlDeviceGetMemoryInfo(gpu).used
+    ),  # by all processes, and the driver
+    # Of the whole card since its driver was loaded, from Volta on; updated every 20 to 100 ms.
+    "energy_joules": lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
+    # Of the whole card now; from Ampere on (A100 apart) NVML gives the mean of the last second.
+    "power_watts": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
+}
+_FACTS = ("nvml_name", "driver", "power_limit_watts", "ecc")
+_STATE = ("sm_clock_mhz", "memory_clock_mhz", "throttle_reasons", "temperature_celsius", "memory_in_use_bytes")
+
+
 class Gpu:
-    """A GPU as NVML knows it. Each question is asked anew, and its answer is None where NVML has none.
+    """A GPU as NVML knows it.
 
     NVML may be absent, lack a sensor, or fail in the middle of a run: nothing here raises for that.
 
@@ -56,102 +83,31 @@ class Gpu:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Lets go of NVML; afterwards there are no more answers."""
         self._handle = None
         if self._open:
             self._open = False
             with suppress(pynvml.NVMLError):
                 pynvml.nvmlShutdown()
 
-    def name(self) -> str | None:
-        """As NVML names it."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetName(gpu))
-
-    def driver(self) -> str | None:
-        """The driver's version."""
-        return self._ask(lambda _: pynvml.nvmlSystemGetDriverVersion())
-
-    def power_limit_watts(self) -> float | None:
-        """The power that the driver holds it to."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetPowerManagementLimit(gpu) / 1e3)
-
-    def sm_clock_mhz(self) -> int | None:
-        """Clock of the multiprocessors now."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM))
-
-    def memory_clock_mhz(self) -> int | None:
-        """Clock of the memory now."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM))
-
-    def throttle_reasons(self) -> list[str] | None:
-        """What holds the clocks back now; empty where nothing does."""
-        bits = self._ask(lambda gpu: pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu))
-        if bits is None:  # a binding or driver from before NVML renamed them
-            bits = self._ask(lambda gpu: pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu))
-        return None if bits is None else [name for bit, name in _THROTTLE_REASONS.items() if bits & bit]
-
-    def ecc(self) -> bool | None:
-        """Whether the memory corrects errors, which takes some of its bandwidth on cards with GDDR."""
-        return self._ask(lambda gpu: bool(pynvml.nvmlDeviceGetEccMode(gpu)[0]))
-
-    def temperature_celsius(self) -> int | None:
-        """Temperature of the chip now."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU))
-
-    def memory_in_use_bytes(self) -> int | None:
-        """Memory that all processes and the driver hold now."""
-        return self._ask(lambda gpu: int(pynvml.nvmlDeviceGetMemoryInfo(gpu).used))
-
-    def energy_joules(self) -> float | None:
-        """Energy of the whole card since its driver was loaded, from Volta on; updated every 20 to 100 ms."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3)
-
-    def power_watts(self) -> float | None:
-        """Power of the whole card now; from Ampere on (A100 apart) NVML gives the mean of the last second."""
-        return self._ask(lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3)
-
-    def _ask(self, question: Callable[[Any], Answer]) -> Answer | None:
-        if self._handle is None:
-            return None
-        try:
-            return question(self._handle)
-        except (pynvml.NVMLError, AttributeError):  # AttributeError: the binding is older than the question
-            return None
+    def read(self, query: str) -> Any:
+        """The answer to one of the queries, asked anew; None where NVML has none."""
+        if self._handle is not None:
+            with suppress(pynvml.NVMLError, AttributeError):  # AttributeError: the binding is older than the query
+                return _QUERIES[query](self._handle)
+        return None
 
 
 def nvml_facts(uuid: str | None = None) -> dict[str, Any]:
-    """Name, driver, power limit and whether ECC is on; whatever NVML does not answer is left out.
-
-    Args:
-        uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
-    """
-    with Gpu(uuid) as gpu:
-        return _known(
-            nvml_name=gpu.name(),
-            driver=gpu.driver(),
-            power_limit_watts=gpu.power_limit_watts(),
-            ecc=gpu.ecc(),
-        )
+    """Name, driver, power limit and whether ECC is on; whatever NVML does not answer is left out."""
+    return _answers(uuid, _FACTS)
 
 
 def nvml_state(uuid: str | None = None) -> dict[str, Any]:
-    """What changes while a GPU runs, to be recorded before and after; whatever NVML does not answer is left out.
+    """What changes while a GPU runs, to be recorded before and after; whatever NVML does not answer is left out."""
+    return _answers(uuid, _STATE)
 
-    Args:
-        uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
-    """
+
+def _answers(uuid: str | None, queries: tuple[str, ...]) -> dict[str, Any]:
     with Gpu(uuid) as gpu:
-        return _known(
-            sm_clock_mhz=gpu.sm_clock_mhz(),
-            memory_clock_mhz=gpu.memory_clock_mhz(),
-            throttle_reasons=gpu.throttle_reasons(),
-            temperature_celsius=gpu.temperature_celsius(),
-            memory_in_use_bytes=gpu.memory_in_use_bytes(),
-        )
-
-
-def _known(**answers: Any) -> dict[str, Any]:
-    return {key: answer for key, answer in answers.items() if answer is not None}
+        answers = {query: gpu.read(query) for query in queries}
+    return {query: answer for query, answer in answers.items() if answer is not None}

@@ -1,7 +1,14 @@
-"""The metrics of a vector: the columns of trials.csv and front.csv that can be objectives."""
+"""The one registry of metrics: the columns of trials.csv and front.csv, what can be an objective, what can be limited.
 
-from collections.abc import Mapping
+A new metric is one entry here: its column, objective, limit (``constraints.max_…`` or ``min_…``) and label follow.
+"""
+
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nas.latency.cost import Prediction  # which imports the config, whose limits are made from this registry
 
 Metrics = Mapping[str, float | int | str]
 """Values by column."""
@@ -9,31 +16,68 @@ Metrics = Mapping[str, float | int | str]
 
 @dataclass(frozen=True)
 class Metric:
-    """A column: its label with unit, and which way is better."""
+    """A column.
 
-    label: str
+    Attributes:
+        name: Of the column and the objective.
+        title: In words, for figures.
+        unit: Empty for a plain number.
+        derive: Its value from what is predicted of a vector, None where that is unknown; the loss alone is evaluated.
+        maximise: Larger is better.
+        objective: Can be optimised.
+        limit: Can be limited.
+    """
+
+    name: str
+    title: str
+    unit: str
+    derive: "Callable[[Prediction], float | int | None] | None"
     maximise: bool = False
+    objective: bool = False
+    limit: bool = False
+
+    @property
+    def label(self) -> str:
+        """Title and unit."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    @property
+    def limit_key(self) -> str:
+        """Its key in ``constraints``."""
+        return f"{'min' if self.maximise else 'max'}_{self.name}"
 
 
-METRICS = {
-    "loss_nats": Metric("inherited validation loss (nats/token)"),
-    "decode_ms": Metric("decode step (ms)"),
-    "prefill_ms": Metric("prefill (ms)"),
-    "tokens_per_s": Metric("decode throughput (tokens/s)", maximise=True),
-    "batch": Metric("batch (sequences)", maximise=True),
-    "kv_bytes_per_token": Metric("KV cache (bytes/token)"),
-    "parameters": Metric("parameters"),
-}
+_ALWAYS = (  # in the order of the columns, which other programs rely on
+    Metric("loss_nats", "inherited validation loss", "nats/token", None, objective=True),
+    Metric("decode_ms", "decode step", "ms", lambda p: p.decode_ms, objective=True, limit=True),
+    Metric("prefill_ms", "prefill", "ms", lambda p: p.prefill_ms(p.batch), objective=True, limit=True),
+    Metric("tokens_per_s", "decode throughput", "tokens/s", lambda p: p.tokens_per_s, True, objective=True, limit=True),
+    Metric("batch", "batch", "sequences", lambda p: p.batch, True),
+    Metric("kv_bytes_per_token", "KV cache", "bytes/token", lambda p: p.kv_bytes_per_token, objective=True, limit=True),
+    Metric("parameters", "parameters", "", lambda p: p.shape.parameters(p.vector), objective=True, limit=True),
+)
+_WHERE_KNOWN = (
+    Metric("memory_gib", "memory", "GiB", lambda p: p.memory.total / 2**30, limit=True),
+    Metric("ttft_ms", "time to first token of one prompt", "ms", lambda p: p.ttft_ms, objective=True, limit=True),
+    Metric("decode_ms_low", "decode step, at least", "ms", lambda p: p.interval and p.interval[0]),
+    Metric("decode_ms_high", "decode step, at most", "ms", lambda p: p.interval and p.interval[1]),
+    Metric("joules_per_token", "energy", "J/token", lambda p: p.joules_per_token),
+    Metric("cost_per_million_tokens", "cost", "per million tokens", lambda p: p.costs.get("cost_per_million_tokens")),
+    Metric(
+        "kg_co2e_per_million_tokens",
+        "emissions",
+        "kg CO2e per million tokens",
+        lambda p: p.costs.get("kg_co2e_per_million_tokens"),
+    ),
+    Metric("kg_co2e_per_year", "emissions", "kg CO2e per year", lambda p: p.costs.get("kg_co2e_per_year")),
+)
 
-COLUMNS = ["vector", *METRICS, "on_front", "latency_source"]
+METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}
+OBJECTIVES = [name for name, metric in METRICS.items() if metric.objective]
+LIMITS = {metric.limit_key: metric for metric in METRICS.values() if metric.limit}
+"""Metrics by their keys in ``constraints``."""
 
-OPTIONAL_COLUMNS = [
-    "memory_gib",
-    "decode_ms_low",
-    "decode_ms_high",
-    "joules_per_token",
-    "cost_per_million_tokens",
-    "kg_co2e_per_million_tokens",
-    "kg_co2e_per_year",
-]
+COLUMNS = ["vector", *(metric.name for metric in _ALWAYS), "on_front", "latency_source"]
+"""What every trials.csv has, also of earlier versions: no reader may need more."""
+OPTIONAL_COLUMNS = [metric.name for metric in _WHERE_KNOWN]
 """Columns that follow where they are known; an estimate's interval is ``decode_ms_low`` to ``decode_ms_high``."""

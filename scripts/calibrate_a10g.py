@@ -22,7 +22,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 
 from nas.files import read_json, write_atomically, write_json
-from nas.latency import Device, decode_ms, prefill_ms
+from nas.latency import Device
 from nas.latency.estimate import RooflineLatency
 from nas.report.figure import COLOURS, GREY, figure
 from nas.space import load_space
@@ -141,9 +141,9 @@ def gpu_value(row: Mapping[str, Any], device: Device) -> float:
     space = load_space("llama-2-7b")
     model = RooflineLatency(device, space.shape, "bf16")
     if PHASE[row["metric"]] == "prefill":
-        return prefill_ms(model, space.largest, int(row["batch"]), int(row["prompt"]))
+        return model.prefill_ms(space.largest, int(row["batch"]), int(row["prompt"]))
     context = round(row["prompt"] + row["gen"] / 2)  # half of the generated tokens are there on average
-    return decode_ms(model, space.largest, int(row["batch"]), context)
+    return model.decode_ms(space.largest, int(row["batch"]), context)
 
 
 def engine_ms(found: Fit, cards: Cards, published: pd.DataFrame) -> tuple[float, float]:

@@ -280,7 +280,7 @@ def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pyt
 def test_a_gpu_that_idles_is_not_throttled(plug: Plug, monkeypatch: pytest.MonkeyPatch, reasons: int) -> None:
     plug(FakeGpu())
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda _: reasons)
-    assert Gpu().throttle_reasons() == []
+    assert Gpu().read("throttle_reasons") == []
 
 
 @pytest.mark.parametrize("old", ["binding", "driver"])
@@ -289,7 +289,7 @@ def test_reasons_have_an_older_name(plug: Plug, monkeypatch: pytest.MonkeyPatch,
     if old == "binding":
         monkeypatch.delattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons")
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x8)
-    assert Gpu().throttle_reasons() == ["hardware slowdown"]
+    assert Gpu().read("throttle_reasons") == ["hardware slowdown"]
 
 
 def test_what_nvml_refuses_is_left_out(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,11 +311,9 @@ def test_a_gpu_that_nvml_does_not_know_answers_nothing(plug: Plug, monkeypatch: 
 
 def test_a_closed_gpu_answers_nothing_more(plug: Plug) -> None:
     fake = plug(FakeGpu())
-    gpu = Gpu()
-    assert gpu.power_watts() == 300
-    gpu.close()
-    gpu.close()
-    assert gpu.power_watts() is None
+    with Gpu() as gpu:
+        assert gpu.read("power_watts") == 300
+    assert gpu.read("power_watts") is None
     assert fake.opened == 0
 
 
@@ -475,7 +473,7 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
     weights = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, 0)
     held = sum(p.nbytes for layers in weights._layers for p in {*layers[1].parameters(), *layers[2].parameters()})
     held += sum(p.nbytes for layers in weights._layers for p in layers[4].qkv_proj.parameters())
-    held += sum(p.nbytes for ends in weights._ends for part in ends for p in part.parameters())
+    held += sum(p.nbytes for ends in weights._embeddings_and_heads for part in ends for p in part.parameters())
     cache = 2 * 3 * 4 * 4 * 16 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
     pool = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, held + cache)
     table = _energy(micro, grid, workload, MeasureConfig(), pool, "u")

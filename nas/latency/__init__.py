@@ -1,15 +1,13 @@
-"""How long a vector takes on a device: timing, tables, the predictor that sums layers, and analytic estimates."""
+"""What a vector costs on a device: timing, tables, the predictor that sums layers, and analytic estimates."""
 
 from nas.latency.device import Device, find_device, this_device
-from nas.latency.predictor import LatencyModel, Workload, decode_ms, prefill_ms, resolve_workload
+from nas.latency.predictor import Predictor, Workload, resolve_workload
 
 __all__ = [
     "Device",
-    "LatencyModel",
+    "Predictor",
     "Workload",
-    "decode_ms",
     "find_device",
-    "prefill_ms",
     "resolve_workload",
     "this_device",
 ]

@@ -1,4 +1,4 @@
-"""Predicted against measured: whole models of vectors that the table has not seen."""
+"""Predicted against measured: end-to-end models of vectors that the table has not seen."""
 
 from collections import Counter
 
@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from nas.latency.points import Point
-from nas.latency.predictor import LatencyModel, Phase, pass_ms
+from nas.latency.predictor import Phase, Predictor
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
 CHECK = "check.csv"
@@ -27,8 +27,8 @@ def random_vectors(space: SearchSpace, count: int, seed: int) -> list[Vector]:
     return sorted(found)
 
 
-def predict_end_to_end(measured_ms: dict[Point, float], predictor: LatencyModel) -> pd.DataFrame:
-    """Sets the prediction beside each measured whole model: `CHECK_COLUMNS`."""
+def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) -> pd.DataFrame:
+    """Sets the prediction beside each measured end-to-end model: `CHECK_COLUMNS`."""
     rows = [
         (
             point.phase,
@@ -36,7 +36,7 @@ def predict_end_to_end(measured_ms: dict[Point, float], predictor: LatencyModel)
             point.batch,
             point.length,
             ms,
-            pass_ms(predictor, point.phase, point.groups, point.batch, point.length),
+            predictor.forward_ms(point.phase, point.groups, point.batch, point.length),
         )
         for point, ms in sorted(measured_ms.items())
     ]
@@ -53,7 +53,7 @@ def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
 
 
 def lasting_load(
-    energy: pd.DataFrame, table: pd.DataFrame, predictor: LatencyModel, layers: int
+    energy: pd.DataFrame, table: pd.DataFrame, predictor: Predictor, layers: int
 ) -> list[dict[str, float]]:
     """How long decode steps take that follow one another for seconds, over their prediction.
 
@@ -73,7 +73,7 @@ def lasting_load(
     for groups, batch, length, seconds, calls in energy[[*_ENERGY_KEYS, "seconds", "calls"]].to_numpy(float):
         if (groups, batch, length) not in measured:
             continue
-        predicted = pass_ms(predictor, "decode", (int(groups),) * layers, int(batch), int(length))
+        predicted = predictor.decode_ms((int(groups),) * layers, int(batch), int(length))
         where = {"groups": int(groups), "batch": int(batch), "length": int(length)}
         found.append(where | {"ratio": round(1e3 * seconds / calls / predicted, 4)})
     return found

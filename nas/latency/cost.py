@@ -1,6 +1,18 @@
-"""What tokens cost: money by the hour of the card, and the carbon dioxide of its electricity."""
+"""What a vector costs on a device: time, memory, energy, money and emissions; `nas.quality` has its loss."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 
 from nas.config import CostConfig
+from nas.errors import UserError
+from nas.latency.device import Device
+from nas.latency.energy import EnergyTable
+from nas.latency.memory import Memory, MemoryModel, batch_of
+from nas.latency.predictor import DTYPE_BYTES, Predictor, Workload
+from nas.metrics import METRICS, Metrics
+from nas.shape import ModelShape
+from nas.space import SearchSpace, Vector
 
 _JOULES_PER_KWH = 3.6e6
 _HOURS_PER_YEAR = 365 * 24
@@ -11,7 +23,7 @@ def costs(
 ) -> dict[str, float]:
     """Cost and emissions of decoding; whatever lacks an input is left out.
 
-    With ``kg = pue · grid_kg_per_kwh``, the emissions of a kWh of the card:
+    With ``kg = pue · grid_kg_per_kwh``, the emissions per kWh of the card:
 
     - ``cost_per_million_tokens`` = price_per_hour / (3600 · tokens_per_s) · 10⁶
     - ``kg_co2e_per_million_tokens`` = joules_per_token · 10⁶ / (3.6 · 10⁶) · kg
@@ -27,7 +39,7 @@ def costs(
         idle_watts: Power of the card between requests; None is unknown.
 
     Example:
-        1,000 tokens/s at 0.3 J a token is 300 W. At 3.60 an hour and 0.5 kg a kWh, a million tokens cost 1.00 and
+        1,000 tokens/s at 0.3 J per token is 300 W. At 3.60 per hour and 0.5 kg per kWh, a million tokens cost 1.00 and
         emit 0.0417 kg, and a year emits 1,314 kg.
     """
     result = {}
@@ -42,3 +54,118 @@ def costs(
         watts = config.utilisation * joules_per_token * tokens_per_s + idle_share * (idle_watts or 0.0)
         result["kg_co2e_per_year"] = watts / 1e3 * _HOURS_PER_YEAR * kg_per_kwh
     return result
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """All that is predicted of one vector at a workload; `nas.metrics` picks its columns from it.
+
+    Attributes:
+        vector: Sorted: nothing here depends on the order of the layers.
+        batch: The workload's, or the largest that fits.
+        energy: The power of decode steps; None is unknown.
+    """
+
+    vector: Vector
+    batch: int
+    shape: ModelShape
+    workload: Workload
+    predictor: Predictor
+    memory: Memory
+    energy: EnergyTable | None
+    cost: CostConfig
+
+    @cached_property
+    def decode_ms(self) -> float:
+        """Milliseconds of a decode step."""
+        return self.predictor.decode_ms(self.vector, self.batch, self.workload.context)
+
+    def prefill_ms(self, batch: int) -> float:
+        """Milliseconds of the prefill of so many of the workload's prompts."""
+        return self.predictor.prefill_ms(self.vector, batch, self.workload.prompt)
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time to first token: the prefill of a single prompt. Unknown where a table has no such small batch."""
+        try:
+            return self.prefill_ms(1)
+        except UserError:
+            return None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Between which milliseconds a decode step is to be expected; None if it was measured."""
+        return self.predictor.interval(self.decode_ms)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode throughput over all sequences of the batch."""
+        return 1e3 * self.batch / self.decode_ms
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one sequence, over all layers."""
+        return self.shape.kv_bytes_per_token(self.vector, DTYPE_BYTES[self.workload.dtype])
+
+    @cached_property
+    def joules_per_token(self) -> float | None:
+        """Energy of the card while it decodes."""
+        if self.energy is None:
+            return None
+        at = {"batch": self.batch, "length": self.workload.context}
+        layer_ms = partial(self.predictor.layer_ms, "decode", **at)
+        rest_ms = self.predictor.embedding_and_head_ms("decode", **at)
+        return (
+            self.energy.joules_per_step(self.vector, **at, layer_ms=layer_ms, embedding_and_head_ms=rest_ms)
+            / self.batch
+        )
+
+    @property
+    def costs(self) -> dict[str, float]:
+        """Money and emissions."""
+        return costs(self.tokens_per_s, self.joules_per_token, self.cost, self.predictor.idle_watts)
+
+
+def predictions(
+    space: SearchSpace,
+    device: Device,
+    predictor: Predictor,
+    workload: Workload,
+    cost: CostConfig,
+    needed: Iterable[str] = (),
+) -> Callable[[Vector], Metrics]:
+    """What gives a vector's metrics on a device, apart from its loss: all that is known of `nas.metrics`.
+
+    Args:
+        space: The vectors are of it.
+        device: Where they run.
+        predictor: Predicts their times on it.
+        workload: What they serve.
+        cost: Price and grid.
+        needed: Metrics that must be known, for they are objectives or limited.
+
+    Returns:
+        A function of a vector, which may raise what `batch_of` and the predictor raise. Vectors with the same counts
+        per choice, in whatever order, share their metrics.
+
+    Raises:
+        UserError: A needed metric is not known.
+    """
+    memory = MemoryModel(space.shape, workload, device.is_gpu)
+    energy = predictor.energy(set().union(*space.choices))
+
+    @cache
+    def metrics(vector: Vector) -> Metrics:
+        batch = batch_of(workload, memory, vector)
+        predicted = Prediction(vector, batch, space.shape, workload, predictor, memory.at(vector, batch), energy, cost)
+        values = {name: metric.derive(predicted) for name, metric in METRICS.items() if metric.derive}
+        known: Metrics = {name: value for name, value in values.items() if value is not None}
+        return {**known, "latency_source": predictor.source}
+
+    derived = [name for name in needed if name in METRICS and METRICS[name].derive]
+    if derived and (unknown := [name for name in derived if name not in metrics(tuple(sorted(space.smallest)))]):
+        raise UserError(
+            f"{unknown[0]} is wanted, but {predictor.folder or device.slug} does not tell it for {workload}; measure "
+            "that workload on this machine with nas measure, or leave the metric out"
+        )
+    return lambda vector: metrics(tuple(sorted(vector)))

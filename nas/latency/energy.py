@@ -1,11 +1,11 @@
 """The energy of decode steps: measured by NVML's counter while a GPU is kept busy, and a table of it.
 
 Two windows overlap: the calls are timed between two synchronisations, and the power is the mean between the first and
-the last time that the counter was seen to move. Joules a call are power times seconds a call. So the ends of the
-calls' window need not fall on updates of the counter, which come only every 20 to 100 ms.
+the last time that the counter was seen to move. Joules per call are power times seconds per call. So the
+calls' window need not begin and end with updates of the counter, which come only every 20 to 100 ms.
 
-energy.csv has one row a point: ``groups, batch, length, watts, joules_per_step, seconds, calls, method``, measured on
-whole models with the same ``groups`` in every layer.
+energy.csv has one row per point: ``groups, batch, length, watts, joules_per_step, seconds, calls, method``, measured on
+end-to-end models with the same ``groups`` in every layer.
 """
 
 import math
@@ -82,7 +82,7 @@ def measure_energy(
         None where NVML has neither an energy counter nor power, or both fail on the way.
     """
     with Gpu(uuid) as gpu:
-        if gpu.energy_joules() is None and gpu.power_watts() is None:
+        if gpu.read("energy_joules") is None and gpu.read("power_watts") is None:
             return None
         repeats = _warm_up(call, synchronise, warm_up_s, clock)
 
@@ -112,7 +112,7 @@ def idle_watts(
     requests, so ask once the context is open and before anything runs.
     """
     with Gpu(uuid) as gpu:
-        if gpu.energy_joules() is None and gpu.power_watts() is None:
+        if gpu.read("energy_joules") is None and gpu.read("power_watts") is None:
             return None
         readings = _read(gpu, seconds, lambda: None, lambda: sleep(_BETWEEN_READINGS_S), clock)
     power = _mean_power(readings)
@@ -146,7 +146,7 @@ def _read(
     begun, readings = clock(), list[_Reading]()
     while clock() - begun < seconds or len(readings) < _FEWEST_READINGS:
         enqueue()
-        joules, now, watts = gpu.energy_joules(), clock(), gpu.power_watts()
+        joules, now, watts = gpu.read("energy_joules"), clock(), gpu.read("power_watts")
         readings.append(_Reading(now, *(math.nan if value is None else value for value in (joules, watts))))
         wait()
     return readings
@@ -172,7 +172,7 @@ def _spans(times: np.ndarray, known: np.ndarray) -> bool:
 
 
 class EnergyTable:
-    """Energy of vectors, put together from the power of uniform whole models.
+    """Energy of vectors, put together from the power of uniform end-to-end models.
 
     Args:
         path: energy.csv.
@@ -187,7 +187,7 @@ class EnergyTable:
         require(path, table, positive_numbers(table, ENERGY_COLUMNS[:-1]), "its numbers must be positive")
         if table.empty:
             raise UserError(f"{path} is corrupt (no row at all); measure again")
-        self._grids: dict[int, pd.DataFrame] = {}  # by groups: watts, a row a batch and a column a length
+        self._grids: dict[int, pd.DataFrame] = {}  # by groups: watts, a row per batch and a column per length
         for groups, rows in table.groupby("groups"):
             grid = rows.pivot_table(index="batch", columns="length", values="watts")
             if grid.size != len(rows) or grid.isna().to_numpy().any():
@@ -223,10 +223,10 @@ class EnergyTable:
         layer_ms: Callable[[int], float],
         embedding_and_head_ms: float,
     ) -> float:
-        """Energy of one decode step of a whole model: one new token for every sequence of the batch.
+        """Energy of one decode step of an end-to-end model: one new token for every sequence of the batch.
 
-        Each layer takes its time at the power of the uniform model of its groups, and the ends take theirs at the
-        mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
+        Each layer takes its time at the power of the uniform model of its groups, and embedding and head theirs
+        at the mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
 
         Args:
             vector: Groups of every layer.

@@ -17,8 +17,8 @@ import numpy as np
 
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.latency.predictor import DTYPE_BYTES, Phase
-from nas.shape import ModelShape
+from nas.latency.predictor import DTYPE_BYTES, Phase, Predictor
+from nas.shape import LayerSpec, ModelShape
 
 
 @dataclass(frozen=True)
@@ -26,15 +26,15 @@ class Constants:
     """What kernels reach of a device's data sheet; the defaults are the data sheet itself.
 
     Attributes:
-        weight_bandwidth: Share of the bandwidth at which the products with weights read them.
+        weight_bandwidth: Share of the bandwidth at which the GEMMs read their weights.
         cache_bandwidth: Share of it at which decode attention reads the KV cache.
         elementwise_bandwidth: Share of it at which norms, rotary embeddings, activations and residuals move theirs.
         compute: Share of the matrix rate.
         overlap: How well bytes and operations of one kernel overlap: times t and u together take
             (t^overlap + u^overlap)^(1/overlap), from 1 (their sum) to infinity (the longer one).
         cache_ramp_tokens: Each sequence's cache costs as if it were this many tokens longer.
-        attention_ms: What attention takes at least, a layer.
-        elementwise_ms: What the elementwise kernels take at least, a layer.
+        attention_ms: What attention takes at least, per layer.
+        elementwise_ms: What the elementwise kernels take at least, per layer.
     """
 
     weight_bandwidth: float = 1.0
@@ -47,7 +47,7 @@ class Constants:
     elementwise_ms: float = 0.0
 
 
-class RooflineLatency:
+class RooflineLatency(Predictor):
     """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration.
 
     Args:
@@ -77,14 +77,21 @@ class RooflineLatency:
         self._rate = device.flops[dtype] * self._constants.compute
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        weights = self._shape.layer(groups).parameters
-        new_tokens = batch * (length if phase == "prefill" else 1)
+        layer, new_tokens = self._shape.layer(groups), batch * (length if phase == "prefill" else 1)
+        weights = layer.parameters
         # Kernels run one after the other, so their times add up; only within one do bytes and operations overlap.
-        products_ms = self._kernel_ms(weights * self._bytes, 2 * new_tokens * weights, self._constants.weight_bandwidth)
-        return products_ms + self._attention_ms(phase, groups, batch, length) + self._elementwise_ms(groups, new_tokens)
+        gemms_ms = self._kernel_ms(weights * self._bytes, 2 * new_tokens * weights, self._constants.weight_bandwidth)
+        moved_ms = self._moved_ms(new_tokens * self._bytes * elementwise_values(layer))
+        return (
+            gemms_ms + self._attention_ms(phase, layer, batch, length) + max(self._constants.elementwise_ms, moved_ms)
+        )
 
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
-        return self._embedding_ms(batch * (length if phase == "prefill" else 1)) + self._head_ms(batch)
+        new_tokens = batch * (length if phase == "prefill" else 1)
+        embedding_ms = self._moved_ms(
+            2 * new_tokens * self._shape.hidden_size * self._bytes
+        )  # a row is read, and written
+        return embedding_ms + self._head_ms(batch)
 
     def interval(self, ms: float) -> tuple[float, float]:
         """Between which milliseconds the time of the GPU is to be expected, given the estimate ``ms``.
@@ -108,21 +115,13 @@ class RooflineLatency:
             f"{check['median_error']:.1%} over {check['points']} that were each predicted without their source"
         )
 
-    def _attention_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        shape, constants = self._shape, self._constants
+    def _attention_ms(self, phase: Phase, layer: LayerSpec, batch: int, length: int) -> float:
+        constants = self._constants
         # Prefill is causal: a query sees half of the prompt on average.
         seen = batch * (length if phase == "decode" else length * (length + 1) / 2)
-        operations = 4 * seen * shape.num_attention_heads * shape.head_dim
-        tokens = batch * (length + constants.cache_ramp_tokens)
-        cache_bytes = tokens * shape.kv_bytes_per_token([groups], self._bytes)
+        operations = 4 * seen * layer.linears["q_proj"].outputs
+        cache_bytes = batch * (length + constants.cache_ramp_tokens) * layer.kv_values_per_token * self._bytes
         return constants.attention_ms + self._kernel_ms(cache_bytes, operations, constants.cache_bandwidth)
-
-    def _elementwise_ms(self, groups: int, new_tokens: int) -> float:
-        bytes_a_token = self._bytes * elementwise_values(self._shape, groups)
-        return max(self._constants.elementwise_ms, self._moved_ms(new_tokens * bytes_a_token))
-
-    def _embedding_ms(self, new_tokens: int) -> float:
-        return self._moved_ms(2 * new_tokens * self._shape.hidden_size * self._bytes)  # a row is read, and written
 
     def _head_ms(self, batch: int) -> float:
         weights = self._shape.vocab_size * self._shape.hidden_size  # it sees one position of each sequence
@@ -136,11 +135,12 @@ class RooflineLatency:
         return float(np.linalg.norm(times_ms, ord=self._constants.overlap))
 
 
-def elementwise_values(shape: ModelShape, groups: int) -> int:
+def elementwise_values(layer: LayerSpec) -> int:
     """Values that a layer's elementwise kernels read and write for each new token.
 
     Two norms (read, write) and two residual additions (read two, write one) of the hidden size; queries and keys
     rotated (read, write); gate and up read, their product written.
     """
-    rotated = (shape.num_attention_heads + groups) * shape.head_dim
-    return (2 * 2 + 2 * 3) * shape.hidden_size + 2 * rotated + 3 * shape.intermediate_size
+    linears = layer.linears
+    rotated = linears["q_proj"].outputs + linears["k_proj"].outputs
+    return (2 * 2 + 2 * 3) * layer.hidden_size + 2 * rotated + 3 * linears["gate_proj"].outputs

@@ -1,4 +1,4 @@
-"""Measures a space: every part of its models over a grid, whole models to check the predictor by, and their power."""
+"""Measures a space: parts of its models over a grid, end-to-end models as a check, and their power."""
 
 import math
 import time
@@ -21,13 +21,14 @@ from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Phase, Workload
-from nas.latency.samples import Samples, drift_report, usable
+from nas.latency.samples import Samples, drift_report, used_on_cpu, used_on_gpu
 from nas.latency.table import COLUMNS, summarise
 from nas.latency.timing import memory_watched, time_points
 from nas.space import SearchSpace
 
 _AT_WORK_S = 1.0  # until the clocks have risen
 _QUEUED_CALLS = 50
+_CPU_CLOCK = "CPU time of one thread"
 _MOST_MEMORY = 0.85  # of what is free: the rest is for activations, graphs and libraries
 
 
@@ -37,15 +38,15 @@ class Measured:
 
     Attributes:
         table: `nas.latency.table.COLUMNS`.
-        end_to_end_ms: Of the whole models.
+        end_to_end_ms: Of the end-to-end models.
         energy: `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured.
-        facts: For latency.json: drift, the GPU's state before and after, idle power.
+        metadata: For latency.json: drift, the GPU's state before and after, idle power.
     """
 
     table: pd.DataFrame
     end_to_end_ms: dict[Point, float]
     energy: pd.DataFrame | None
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 def measure(
@@ -58,12 +59,12 @@ def measure(
     device: Device,
     samples_path: Path | None = None,
 ) -> Measured:
-    """Times the grid, and ``check`` whole models of random vectors at each of ``shapes``, all in the same rounds.
+    """Times the grid, and ``check`` end-to-end models of random vectors at each of ``shapes``, all in the same rounds.
 
     Args:
         space: The search space.
         grid: Batches and lengths.
-        shapes: Phase, batch and length of the whole models.
+        shapes: Phase, batch and length of the end-to-end models.
         workload: Its dtype and runtime count, and its context is the sentinel's.
         config: Rounds, spread, drift, energy.
         check: How many vectors.
@@ -71,8 +72,8 @@ def measure(
         samples_path: Where samples are kept, and those of an interrupted attempt are.
     """
     vectors = random_vectors(space, check, config.seed)
-    wholes = [Point(phase, "whole", vector, batch, length) for phase, batch, length in shapes for vector in vectors]
-    points = grid.points(space) + wholes
+    end_to_end = [Point(phase, "whole", vector, batch, length) for phase, batch, length in shapes for vector in vectors]
+    points = grid.points(space) + end_to_end
     uuid = str(torch.cuda.get_device_properties(0).uuid) if device.is_gpu else None
     if uuid:
         torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
@@ -84,21 +85,22 @@ def measure(
     state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
     time_points(points, sentinel, pool.prepare, config, pool.device, samples)
 
-    table, end_to_end_ms = _summaries(usable(samples, config))
+    used = used_on_gpu(samples, config) if uuid else used_on_cpu(samples)
+    table, end_to_end_ms = _summaries(used)
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
-    facts: dict[str, Any] = {"drift": drift_report(samples, config)}
+    metadata: dict[str, Any] = {"drift": drift_report(samples, config)} if uuid else {"clock": _CPU_CLOCK}
     timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
-        facts["points_of_fewer_layers"] = short
-    if filled := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
-        facts["padded_batches"] = filled
+        metadata["points_of_fewer_layers"] = short
+    if padded := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
+        metadata["padded_batches"] = padded
     if uuid:
-        facts |= {
+        metadata |= {
             "state_before": state,
             "state_after": _state_at_work(pool, [heaviest, sentinel], uuid),
             "idle_watts": watts,
         }
-    return Measured(table, end_to_end_ms, energy, facts)
+    return Measured(table, end_to_end_ms, energy, metadata)
 
 
 def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, points: list[Point]) -> LayerPool:
@@ -114,7 +116,7 @@ def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, po
 
 
 def _summaries(taken: Iterable[tuple[Point, list[float]]]) -> tuple[pd.DataFrame, dict[Point, float]]:
-    """The table, and the times of the whole models that fitted into memory."""
+    """The table, and the times of the end-to-end models that fitted into memory."""
     rows, end_to_end_ms = [], {}
     for point, times in taken:
         summary = summarise(times)
@@ -146,7 +148,7 @@ def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str,
 def _energy(
     space: SearchSpace, grid: Grid, workload: Workload, config: MeasureConfig, pool: LayerPool, uuid: str
 ) -> pd.DataFrame | None:
-    """Power of uniform whole models at the workload's context and the given batches, or the largest that fit.
+    """Power of uniform end-to-end models at the workload's context and the given batches, or the largest that fit.
 
     None where NVML is silent.
     """

@@ -2,7 +2,7 @@
 
 weights      every parameter, and the rotary table
 KV cache     every layer's own groups, times batch and length
-workspace    the activations that live at once: of a pass of prompts or a decode step, whichever is more
+workspace    the activations that live at once: of a prefill chunk or a decode step, whichever is more
 library      what cuBLAS keeps for itself, and the blocks that PyTorch's allocator rounds up to
 
 The first two are exact, byte for byte. The workspace counts the tensors that `nas.serving` holds at its widest point.
@@ -11,7 +11,7 @@ On a GPU the allocator's blocks are 2 MiB; what CUDA itself takes outside of PyT
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from nas import console
@@ -19,7 +19,7 @@ from nas.errors import UserError
 from nas.latency.device import Device
 from nas.latency.predictor import DTYPE_BYTES, MAX, Workload
 from nas.serving.batching import padded_batches, prefill_chunks
-from nas.shape import ModelShape
+from nas.shape import LayerSpec, ModelShape
 from nas.space import SearchSpace, format_vector
 
 _FP32 = 4
@@ -65,9 +65,10 @@ class MemoryModel:
         kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
         rows = prefill_chunks(batch, workload.prompt)[0]
         step = padded_batches(batch, workload.runtime)[-1]
-        workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
-        workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out, of all passes or a step
-        unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices a layer, half a block each
+        layers = shape.layers(sorted(set(vector)))
+        workspace = max(self._live_bytes(layers, rows * workload.prompt, rows), self._live_bytes(layers, step, step))
+        workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out
+        unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices per layer, half a block each
         library = _LIBRARY + unused + _SMALL + _FRAGMENTS if self._on_gpu else 0
         return Memory(weights, kv_cache, workspace, library)
 
@@ -81,18 +82,18 @@ class MemoryModel:
             fits, beyond = (middle, beyond) if self.at(vector, middle).total <= memory_bytes else (fits, middle)
         return fits
 
-    def _live_bytes(self, tokens: int, rows: int) -> int:
+    def _live_bytes(self, layers: Iterable[LayerSpec], tokens: int, rows: int) -> int:
         """Activations at the widest point, the residual stream and the logits.
 
         That is in the MLP (gate, up, their activation and product) or in the attention (queries as they come, rotated,
         and three times in fp32 between). The norm's two fp32 copies were freed before the MLP, but the allocator cannot
         use their blocks for larger tensors.
         """
-        shape, heads = self._shape, self._shape.num_attention_heads * self._shape.head_dim
-        mlp = self._bytes * 4 * shape.intermediate_size + 2 * _FP32 * shape.hidden_size
-        attention = self._bytes * 2 * heads + _FP32 * 3 * heads
-        widest = max(mlp, attention) + self._bytes * 3 * shape.hidden_size
-        return tokens * widest + rows * shape.vocab_size * self._bytes
+        hidden, widest = self._shape.hidden_size, 0
+        for linears in (layer.linears for layer in layers):
+            mlp = self._bytes * 4 * linears["gate_proj"].outputs + 2 * _FP32 * hidden
+            widest = max(widest, mlp, (self._bytes * 2 + _FP32 * 3) * linears["q_proj"].outputs)
+        return tokens * (widest + self._bytes * 3 * hidden) + rows * self._shape.vocab_size * self._bytes
 
 
 def batch_of(workload: Workload, memory: MemoryModel, vector: Sequence[int]) -> int:

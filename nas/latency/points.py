@@ -1,7 +1,7 @@
 """What `nas measure` times: points, and the grid that they make up.
 
 A point is a part of a model at a phase, batch and length. ``layer`` is one layer with so many KV groups, ``embedding``
-the look-up of the tokens, ``head`` final norm and output head at the last position, ``whole`` a whole model.
+the look-up of the tokens, ``head`` final norm and output head at the last position, ``whole`` an end-to-end model.
 """
 
 import itertools
@@ -14,8 +14,8 @@ from nas.latency.predictor import MAX, PHASES, Phase, Workload
 from nas.serving.batching import prefill_chunks
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
-ENDS = ("embedding", "head")
-PARTS = (*ENDS, "layer", "whole")
+EMBEDDING_AND_HEAD = ("embedding", "head")
+PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")
 
 
 @dataclass(frozen=True, order=True)
@@ -25,7 +25,7 @@ class Point:
     Attributes:
         phase: ``decode`` or ``prefill``.
         part: One of `PARTS`.
-        groups: Of a layer, its KV groups alone; of a whole model, its vector; of the ends, nothing.
+        groups: Of a layer, its KV groups alone; of an end-to-end model, its vector; of embedding and head, nothing.
         batch: Rows.
         length: Tokens of each row in the cache at a decode step, or of its prompt.
     """
@@ -43,7 +43,7 @@ class Point:
 
 def point_of(phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Point:
     """Reads back what `Point.row` wrote."""
-    return Point(phase, part, () if part in ENDS else parse_vector(str(groups)), int(batch), int(length))
+    return Point(phase, part, () if part in EMBEDDING_AND_HEAD else parse_vector(str(groups)), int(batch), int(length))
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Grid:
     prompts: tuple[int, ...]
 
     def shapes(self, phase: Phase) -> Iterator[tuple[int, int]]:
-        """Batch and length of every point. Prompts go through in passes, of which none is larger than it may be."""
+        """Batch and length of every point. Of prompts that is at most one prefill chunk."""
         if phase == "decode":
             yield from itertools.product(self.batches, self.contexts)
             return
@@ -64,19 +64,19 @@ class Grid:
             yield from ((batch, prompt) for batch in sorted({1, rows}))
 
     def points(self, space: SearchSpace) -> list[Point]:
-        """All parts of the space's models at all shapes; a decode step's ends depend on the batch alone."""
+        """All parts at all shapes; of a decode step, embedding and head depend on the batch alone."""
         points: list[Point] = []
         for phase in PHASES:
             shapes = list(self.shapes(phase))
             choices = sorted(set().union(*space.choices))
             points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
-            ends = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
-            points += [Point(phase, part, (), *shape) for shape in ends for part in ENDS]
+            outside = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
+            points += [Point(phase, part, (), *shape) for shape in outside for part in EMBEDDING_AND_HEAD]
         return points
 
 
 def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], limit: int) -> Grid:
-    """The config's grid with the workload added; at least two values an axis, as interpolation needs.
+    """The config's grid with the workload added; at least two values per axis, as interpolation needs.
 
     Args:
         config: The lists that the user gave, or null.
@@ -100,7 +100,7 @@ def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], 
 def check_shapes(
     config: MeasureConfig, grid: Grid, workload: Workload, batches: Sequence[int]
 ) -> list[tuple[Phase, int, int]]:
-    """Where whole models are timed: at the workload, and at others that need not be on the grid.
+    """Where end-to-end models are timed: at the workload, and at others that need not be on the grid.
 
     Without `measure.check_at` these are one decode step halfway between grid points in both directions, one halfway
     between contexts, and one prompt halfway between prompts.

@@ -1,10 +1,11 @@
-"""A pool of real layers, from which every point of a table, and every whole model, is put together.
+"""A pool of real layers, from which every point of a table, and every end-to-end model, is put together.
 
-A layer timed alone would find its weights and cache in the processor's cache, where a whole model never finds them.
-So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one after
-the other and divides. Layers of one position share what does not depend on their groups. All points share the memory
-of their caches; where it does not hold so many of a layer's, fewer layers are run, but never so few that a processor's
-cache could hold them. That is how the batches of ``batch=max`` are timed: many groups where most layers have few.
+A layer timed alone would find its weights and cache in the processor's cache, where an end-to-end model never finds
+them. So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one
+after the other and divides. Layers of one position share what does not depend on their groups. All points share the
+memory of their caches; where it does not hold so many of a layer's, fewer layers are run, but never so few that a
+processor's cache could hold them. That is how the batches of ``batch=max`` are timed: many groups where most layers
+have few.
 """
 
 import gc
@@ -35,7 +36,7 @@ from nas.space import SearchSpace, Vector
 _M = TypeVar("_M", bound=nn.Module)
 _BEYOND_CACHES = 2**28  # bytes: more than any processor's own cache holds
 _FEWEST_LAYERS = 4  # that are run for the time of one, unless the model has fewer
-_MOST_COPIES = 16  # of the ends, in one timing
+_MOST_COPIES = 16  # of embedding and head, in one timing
 
 
 class LayerPool:
@@ -69,7 +70,7 @@ class LayerPool:
             for groups in sorted(set().union(*space.choices)):
                 position[groups] = self._make_layer(groups, next(iter(position.values()), None))
             self._layers.append(position)
-        self._ends = [self._make_ends() for _ in range(self._end_copies())]
+        self._embeddings_and_heads = [self._make_embedding_and_head() for _ in range(self._copies())]
         self._rope = tuple(table.to(device) for table in rope_table(shape))
         if runtime == "compiled":
             compile_layers(layer for position in self._layers for layer in position.values())
@@ -109,11 +110,15 @@ class LayerPool:
     def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
         tokens_BT = self._tokens[: self._token_count(point)].view(self._rows(point), -1)
         if point.part == "embedding":
-            return lambda: [embedding(tokens_BT) for embedding, _, _ in self._ends], len(self._ends)
+            return lambda: [embedding(tokens_BT) for embedding, _, _ in self._embeddings_and_heads], len(
+                self._embeddings_and_heads
+            )
         if point.part == "head":
             x_BTD, last = self._x_at(point), self._position(point)
             none = no_partials(x_BTD)
-            return lambda: [last_logits(x_BTD, none, *ends[1:], last) for ends in self._ends], len(self._ends)
+            return lambda: [last_logits(x_BTD, none, *pair[1:], last) for pair in self._embeddings_and_heads], len(
+                self._embeddings_and_heads
+            )
         if point.part == "layer":
             if not (depth := self.depth_of(point)):
                 raise _no_room(point)
@@ -121,7 +126,7 @@ class LayerPool:
             layer_body = self._body(point, point.groups * depth)
             return lambda: layer_body(x_BTD), depth
         body, last = self._body(point, point.groups), self._position(point)
-        embedding, norm, head = self._ends[0]
+        embedding, norm, head = self._embeddings_and_heads[0]
         return lambda: last_logits(*body(embedding(tokens_BT)), norm, head, last), 1
 
     def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -143,7 +148,7 @@ class LayerPool:
 
     def fitting_batch(self, vector: Vector, batch: int, length: int) -> int:
         """The batch, or the largest whose caches there is room for."""
-        return min(batch, self._arena[0].numel() // (sum(vector) * length * self._shape.head_dim))
+        return min(batch, self._arena[0].numel() // (sum(map(self._keys_per_token, vector)) * length))
 
     def _caches(self, point: Point, vector: Vector) -> list[LayerCache]:
         if sum(self._cache_size(point, groups) for groups in vector) > self._arena[0].numel():
@@ -151,7 +156,10 @@ class LayerPool:
         return layer_caches(*self._arena, self._shape, vector, point.batch, point.length)
 
     def _cache_size(self, point: Point, groups: int) -> int:
-        return point.batch * groups * point.length * self._shape.head_dim
+        return point.batch * point.length * self._keys_per_token(groups)
+
+    def _keys_per_token(self, groups: int) -> int:
+        return self._shape.layer(groups).kv_values_per_token // 2
 
     def _x_at(self, point: Point) -> Tensor:
         tokens, width = self._token_count(point), self._shape.hidden_size
@@ -189,7 +197,7 @@ class LayerPool:
         randomise(module, self._generator)
         return module
 
-    def _make_ends(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
+    def _make_embedding_and_head(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
         """Embedding, final norm and output head, whose weight lies as that of a `ServingModel`."""
         shape = self._shape
         head = nn.Linear if shape.tie_word_embeddings else InputMajorLinear
@@ -199,7 +207,7 @@ class LayerPool:
             self._make(head, shape.hidden_size, shape.vocab_size, bias=False),
         )
 
-    def _end_copies(self) -> int:
+    def _copies(self) -> int:
         """So many that no copy is still in the processor's cache when its turn comes again."""
         head = self._shape.vocab_size * self._shape.hidden_size * self._dtype.itemsize
         return max(2, min(_MOST_COPIES, -(-_BEYOND_CACHES // head)))
@@ -207,7 +215,7 @@ class LayerPool:
     def _make_arena(self, points: Iterable[Point], memory_bytes: int) -> tuple[Tensor, Tensor]:
         """Memory for the keys and values of any point: what the largest takes, or as much as there is."""
         held = sum(parameter.nbytes for position in self._layers for parameter in _distinct(position.values()))
-        held += sum(parameter.nbytes for ends in self._ends for parameter in _distinct(ends))
+        held += sum(parameter.nbytes for modules in self._embeddings_and_heads for parameter in _distinct(modules))
         fits = max(0, memory_bytes - held) // (2 * self._dtype.itemsize)
         most = max((sum(self._cache_size(p, g) for g in self._vector(p)) for p in points if p.groups), default=0)
         keys, values = (torch.empty(min(fits, most), device=self.device, dtype=self._dtype) for _ in range(2))

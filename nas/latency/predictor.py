@@ -1,27 +1,28 @@
-"""A latency model predicts whole models as a sum: their layers, by groups, and their two ends.
-
-Layers of one shape cost the same wherever they stand, so a vector's time is the sum of one number a layer plus the
-embedding and output head. Where those numbers come from is the model's affair: a measured table, or an estimate.
-"""
+"""What a latency is the latency of, and the interface of whatever predicts one: a measured table, or an estimate."""
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
 
 from nas.config import WorkloadConfig
 from nas.errors import UserError
 from nas.latency.device import Device
+from nas.latency.energy import EnergyTable
 from nas.serving.batching import prefill_chunks
 from nas.shape import ModelShape
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
-# Of the decode step that a runtime runs: raised where its kernels change so much that tables of before are off.
+# Of each runtime's decode step: raised when its kernels change so much that older tables are off.
 STEP_REVISION = {"eager": 1, "graph": 2, "compiled": 2}
-MAX = "max"  # the batch that is as large as fits into the memory
+MAX = "max"  # the batch: as large as fits into memory
 
 
 @dataclass(frozen=True)
@@ -89,38 +90,63 @@ def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") 
     return dtype, runtime if runtime != "auto" else "compiled" if device.is_gpu else "eager"
 
 
-class LatencyModel(Protocol):
-    """Milliseconds of the parts of a model, for one device, shape, dtype and runtime."""
+class Predictor(ABC):
+    """Predicts what models take, for one device, layer shape, dtype and runtime.
 
-    source: str  # measured | estimated
+    Layers of one shape take the same time wherever they stand, so an end-to-end model takes the sum of its layers, by
+    groups, and of its embedding and head.
 
+    Attributes:
+        source: ``measured`` or ``estimated``.
+        folder: Where a measured table lies; None for an estimate, as are the next two.
+        digest: The hash of its times.
+        idle_watts: Power of the idle device, if it was measured.
+    """
+
+    source: str
+    folder: Path | None = None
+    digest: str | None = None
+    idle_watts: float | None = None
+
+    @abstractmethod
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        """One layer with ``groups`` KV groups: a decode step at context ``length``, or a pass of prompts so long.
+        """One layer with ``groups`` KV groups: a decode step at context ``length``, or prompts of that length.
 
         Raises:
-            UserError: The model does not cover these.
+            UserError: This is outside what the predictor covers.
         """
 
+    @abstractmethod
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         """Embedding, final norm and output head (last position only)."""
 
+    @abstractmethod
     def describe(self) -> str:
-        """Where its numbers come from, for figures and model cards."""
+        """Where the numbers come from, for figures and model cards."""
 
+    def check(self) -> pd.DataFrame | None:
+        """Measured end-to-end models beside their predictions, if there are any."""
+        return None
 
-def decode_ms(model: LatencyModel, vector: Sequence[int], batch: int, context: int) -> float:
-    """Milliseconds of one decode step of a whole model: one new token for every sequence of the batch."""
-    return pass_ms(model, "decode", vector, batch, context)
+    def energy(self, groups: Iterable[int]) -> EnergyTable | None:  # noqa: ARG002
+        """The power of decode steps, if it was measured for all of these groups."""
+        return None
 
+    def interval(self, ms: float) -> tuple[float, float] | None:  # noqa: ARG002
+        """Between which milliseconds the time is to be expected, given an estimate ``ms``; None if measured."""
+        return None
 
-def prefill_ms(model: LatencyModel, vector: Sequence[int], batch: int, prompt: int) -> float:
-    """Milliseconds in which the prompts of a batch go through a whole model, in passes."""
-    parts = sorted(Counter(prefill_chunks(batch, prompt)).items())
-    return math.fsum(times * pass_ms(model, "prefill", vector, rows, prompt) for rows, times in parts)
+    def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
+        """Milliseconds of one decode step of an end-to-end model: one new token for every sequence of the batch."""
+        return self.forward_ms("decode", vector, batch, context)
 
+    def prefill_ms(self, vector: Sequence[int], batch: int, prompt: int) -> float:
+        """Milliseconds in which the prompts of a batch go through an end-to-end model, chunk by chunk."""
+        chunks = sorted(Counter(prefill_chunks(batch, prompt)).items())
+        return math.fsum(times * self.forward_ms("prefill", vector, rows, prompt) for rows, times in chunks)
 
-def pass_ms(model: LatencyModel, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
-    """Milliseconds of one decode step, or of one pass of prompts, of a whole model."""
-    counts = sorted(Counter(vector).items())  # in one order: vectors with equal counts cost the same to the last bit
-    layers = math.fsum(count * model.layer_ms(phase, groups, batch, length) for groups, count in counts)
-    return layers + model.embedding_and_head_ms(phase, batch, length)
+    def forward_ms(self, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
+        """Milliseconds of one decode step, or of one prefill chunk, of an end-to-end model."""
+        counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
+        layers = math.fsum(count * self.layer_ms(phase, groups, batch, length) for groups, count in counts)
+        return layers + self.embedding_and_head_ms(phase, batch, length)

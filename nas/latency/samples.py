@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from nas.config import MeasureConfig
-from nas.csv_files import positive_numbers, read_csv, require, whole_numbers
+from nas.csv_files import counts, positive_numbers, read_csv, require
 from nas.errors import UserError
 from nas.latency.points import PARTS, Point, point_of
 
@@ -73,7 +73,7 @@ class Samples:
             path.unlink()
             return cls(path)
         frame = read_csv(path, SAMPLE_COLUMNS)
-        good = positive_numbers(frame, SAMPLE_COLUMNS[1:3]) & whole_numbers(frame, ["segment", "batch", "length"])
+        good = positive_numbers(frame, SAMPLE_COLUMNS[1:3]) & counts(frame, ["segment", "batch", "length"])
         good &= frame["part"].isin(PARTS) & (pd.to_numeric(frame["ms"], errors="coerce") > 0)
         require(path, frame, good, "a part is unknown, or a number not positive")
         segments = []
@@ -115,14 +115,28 @@ class Samples:
         return samples
 
 
-def due_points(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
-    """Points that are still to be timed: too few steady samples, or too wide a spread, and not tired of trying."""
+def due_on_gpu(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
+    """Points with too few steady samples or too wide a spread, until they have twice as many as there are rounds."""
     taken, good = samples.by_point(), samples.by_point(config.drift)
 
     def is_due(point: Point) -> bool:
-        if any(map(math.isinf, taken.get(point, []))) or len(taken.get(point, [])) >= 2 * config.rounds:
+        times, steady = taken.get(point, []), good.get(point, [])
+        if math.inf in times or len(times) >= 2 * config.rounds:
             return False
-        return len(good.get(point, [])) < config.rounds or spread(good[point]) > config.spread
+        return len(steady) < config.rounds or spread(steady) > config.spread
+
+    return [point for point in points if is_due(point)]
+
+
+def due_on_cpu(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
+    """Points without three samples of which the two quickest agree, until they have as many as there are rounds."""
+    taken = samples.by_point()
+
+    def is_due(point: Point) -> bool:
+        times = sorted(taken.get(point, []))
+        if math.inf in times or len(times) >= config.rounds:
+            return False
+        return len(times) < 3 or times[1] > (1 + config.spread) * times[0]
 
     return [point for point in points if is_due(point)]
 
@@ -133,11 +147,17 @@ def spread(times: Sequence[float]) -> float:
     return float((high - low) / middle)
 
 
-def usable(samples: Samples, config: MeasureConfig) -> Iterator[tuple[Point, list[float]]]:
+def used_on_gpu(samples: Samples, config: MeasureConfig) -> Iterator[tuple[Point, list[float]]]:
     """Each point's samples: the steady ones, or all where drift has left few."""
     good = samples.by_point(config.drift)
     for point, times in samples.by_point().items():
         yield point, good[point] if len(good[point]) > config.rounds // 2 else times
+
+
+def used_on_cpu(samples: Samples) -> Iterator[tuple[Point, list[float]]]:
+    """Each point's two quickest samples: other programs only ever make a sample longer."""
+    for point, times in samples.by_point().items():
+        yield point, sorted(times)[:2]
 
 
 def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:

@@ -1,16 +1,23 @@
-"""Timing many points fairly: in rounds and shuffled, watched by a sentinel, until each one's spread is small.
+"""Timing many points fairly: in rounds and shuffled, watched by a sentinel.
 
-A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Where it
-is off its own median by more than the tolerance, the machine was not itself, and the segments on both sides are timed
-again. Samples are written down a segment at a time, so a killed measurement loses no more than one.
+A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Samples
+are written down a segment at a time, so a killed measurement loses no more than one.
 
-On a GPU a segment's points differ in their groups alone (but for a model's ends, a small share of a step, which go
-together for all batches), and segments are shuffled, too (randomised blocks): at its power limit it remembers for a
-tenth of a second or two what ran before. On an H100 a step right after a prompt took 2.5 % longer than after another
-step, on an H200 one after a step of 300 rows 2 % longer than after one of 30, and a layer after an output head 4 %. So
-each look at the sentinel, and each segment, begins with a warm-up under its own load. Nor does a segment last: under a
-heavy load an H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on, every 1.2 s. What is timed
-is the even speed; how far a lasting load is below it is measured with the energy.
+On a GPU that nobody shares, wall time is what counts. Where the sentinel is off its own median by more than the
+tolerance, the machine was not itself, and the segments on both sides are timed again; so is a point that scatters. A
+segment's points differ in their groups alone (but for embedding and head, a small share of a step, which go together
+for all batches), and segments are shuffled, too (randomised blocks): at its power limit a GPU remembers for a tenth of
+a second or two what ran before. On an H100 a step right after a prompt took 2.5 % longer than after another step, on an
+H200 one after a step of 300 rows 2 % longer than after one of 30, and a layer after an output head 4 %. So each look at
+the sentinel, and each segment, begins with a warm-up under its own load. Nor does a segment last: under a heavy load an
+H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on, every 1.2 s. What is timed is the even
+speed; how far a lasting load is below it is measured with the energy.
+
+On a CPU, which other programs share, wall time says more of them than of us, and threads that wait for a core spin. So
+everything runs on one thread, whose own CPU time is read: time in which others run does not count. What is left of them
+(caches and memory that they use, too) only ever adds, so a sample is the quickest of a few calls, and a point is done
+once it has three samples of which the two quickest agree. Such times are good for ratios between vectors. They are no
+latency: serving uses all cores, and shares them.
 """
 
 import math
@@ -27,21 +34,21 @@ import torch
 from nas import console
 from nas.config import MeasureConfig
 from nas.errors import UserError
-from nas.latency.points import ENDS, Point
-from nas.latency.samples import Samples, Segment, due_points
+from nas.latency.points import EMBEDDING_AND_HEAD, Point
+from nas.latency.samples import Samples, Segment, due_on_cpu, due_on_gpu
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
 
 _SHORTEST_S = {"cuda": 3e-2, "cpu": 1e-2}  # a sample repeats a faster call until it lasts this long
-_REST_S = {"cuda": 0.25, "cpu": 0.01}  # of the sentinel, a light load, before a look at it
-_WARM_UP_S = {"cuda": 0.1, "cpu": 0.05}  # of a segment
-_LONGEST_S = {"cuda": 0.4, "cpu": math.inf}  # of a segment, which has one sample at least
-_SENTINEL_SAMPLES = 3
+_REST_S = 0.25  # of the sentinel, a light load, before a look at it on a GPU
+_WARM_UP_S = 0.1  # of a segment on a GPU
+_LONGEST_S = 0.4  # of a segment on a GPU, which has one sample at least
+_SENTINEL_SAMPLES = {"cuda": 3, "cpu": 1}
 
 
 def _gpu_load(point: Point) -> tuple[Any, ...]:
-    """What a GPU draws power by; but a model's ends go together, which would fill segments with one sample each."""
-    shape = () if point.part in ENDS else (point.batch, point.length)
+    """What a GPU draws power by; but embedding and head go together, or segments would have one sample each."""
+    shape = () if point.part in EMBEDDING_AND_HEAD else (point.batch, point.length)
     return point.phase, point.part, *shape
 
 
@@ -56,24 +63,25 @@ def time_points(
     device: torch.device,
     samples: Samples,
 ) -> None:
-    """Times every point until it has enough steady samples, or twice as many as asked for.
+    """Times every point until it has enough good samples, or as many as a GPU or a CPU may take.
 
     Args:
         points: What to time.
         sentinel: One of them.
         prepare: Gives what runs a point, and by how much its time is divided. Raises `torch.OutOfMemoryError`.
-        config: Its rounds, spread, drift and segment count.
+        config: Of its rounds, spread, drift and segment.
         device: Where it runs.
         samples: Those of an earlier attempt; new ones are added.
     """
     stopwatch = _Stopwatch(prepare, device)
     rng = random.Random(config.seed + len(samples.segments))
+    due_points = due_on_gpu if device.type == "cuda" else due_on_cpu
 
     def done() -> int:
         return sum(config.rounds if math.inf in times else len(times) for times in samples.by_point().values())
 
     total = config.rounds * len(points)
-    with console.progress_bar("Timing", total) as bar:
+    with console.progress_bar("Timing", total) as bar, _threads(1 if device.type == "cpu" else torch.get_num_threads()):
         while due := due_points(points, samples, config):
             total = max(total, done() + len(due))  # what drifted or scattered is timed again
             before = stopwatch.look_at(sentinel)
@@ -86,6 +94,16 @@ def time_points(
                     samples.add(Segment(before, after, times))
                     load, before = load[len(times) :], after
                     bar.update(done(), f"drift {max(samples.drifts()):.1%}", total)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _loads(points: Iterable[Point], kind: Callable[[Point], Any], most: int, rng: random.Random) -> list[list[Point]]:
@@ -115,7 +133,7 @@ class _Stopwatch:
     """Makes each point ready once, and times it."""
 
     def __init__(self, prepare: Prepare, device: torch.device) -> None:
-        self._prepare, self._device = prepare, device
+        self._prepare, self._device = prepare, device.type
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
     def make_ready(self, point: Point) -> bool:
@@ -126,13 +144,13 @@ class _Stopwatch:
         return True
 
     def burst(self, points: Sequence[Point]) -> dict[Point, float]:
-        """A sample each of the first few, no more than a device can run evenly after a rest."""
-        begun, device = time.perf_counter(), self._device.type
-        self._run(points, _WARM_UP_S[device])
+        """A sample each: on a GPU of the first few, no more than it can run evenly after a rest."""
+        begun = time.perf_counter()
+        self._keep_busy(points, _WARM_UP_S)
         times: dict[Point, float] = {}
         for point in points:
             times[point] = self.sample(point)
-            if time.perf_counter() - begun > _LONGEST_S[device]:
+            if self._device == "cuda" and time.perf_counter() - begun > _LONGEST_S:
                 break
         return times
 
@@ -143,13 +161,13 @@ class _Stopwatch:
             UserError: It does not fit into memory, now or any more.
         """
         self.make_ready(sentinel)
-        self._run([sentinel], _REST_S[self._device.type])
-        milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES))
+        self._keep_busy([sentinel], _REST_S)
+        milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES[self._device]))
         if math.isfinite(milliseconds):
             return milliseconds
         raise UserError(
-            f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups a layer "
-            "fit into memory; lower workload.context, or give smaller measure.batches"
+            f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups per "
+            "layer fit into memory; lower workload.context, or give smaller measure.batches"
         )
 
     def sample(self, point: Point) -> float:
@@ -159,15 +177,16 @@ class _Stopwatch:
         call, repeats, divisor = ready
         try:
             with memory_watched(), torch.inference_mode():
-                return 1e3 * self._seconds(call, repeats) / repeats / divisor
+                seconds = _gpu_seconds(call, repeats) if self._device == "cuda" else _cpu_seconds(call)
+                return 1e3 * seconds / divisor
         except torch.OutOfMemoryError:  # what was made ready since has left it too little
             self._ready[point] = None
             return math.inf
 
-    def _run(self, points: Iterable[Point], seconds: float) -> None:
-        """The first that fits into memory, so long."""
+    def _keep_busy(self, points: Iterable[Point], seconds: float) -> None:
+        """Runs the first point that fits into memory on a GPU; a CPU needs no warm-up."""
         end = time.perf_counter() + seconds
-        for point in points:
+        for point in points if self._device == "cuda" else ():
             while time.perf_counter() < end and math.isfinite(self.sample(point)):
                 pass
 
@@ -175,24 +194,32 @@ class _Stopwatch:
         try:
             with memory_watched(), torch.inference_mode():
                 call, divisor = self._prepare(point)
-                self._seconds(call, 1)  # warm-up
-                shortest = min(self._seconds(call, 1) for _ in range(2))
-                repeats = max(1, math.ceil(_SHORTEST_S[self._device.type] / max(shortest, 1e-7)))
+                if self._device == "cpu":
+                    return call, 1, divisor
+                shortest = min([_gpu_seconds(call, 1) for _ in range(3)][1:])  # the first is a warm-up
+                return call, max(1, math.ceil(_SHORTEST_S["cuda"] / max(shortest, 1e-7))), divisor
         except torch.OutOfMemoryError:
             return None
-        return call, repeats, divisor
 
-    def _seconds(self, call: Callable[[], Any], repeats: int) -> float:
-        if self._device.type == "cuda":
-            call()  # a GPU that was left alone for a moment is not at its steady speed
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(repeats):
-                call()
-            end.record()
-            end.synchronize()
-            return float(start.elapsed_time(end)) / 1e3
-        begun = time.perf_counter()
-        for _ in range(repeats):
-            call()
-        return time.perf_counter() - begun
+
+def _gpu_seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Seconds per call, by the GPU's own clock."""
+    call()  # a GPU that was left alone for a moment is not at its steady speed
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(repeats):
+        call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3 / repeats
+
+
+def _cpu_seconds(call: Callable[[], Any]) -> float:
+    """CPU seconds of this thread in the quickest of a few calls."""
+    quickest, spent = math.inf, 0.0
+    while spent < _SHORTEST_S["cpu"]:
+        begun = time.thread_time()
+        call()
+        seconds = max(time.thread_time() - begun, 1e-7)  # a clock may be coarse
+        quickest, spent = min(quickest, seconds), spent + seconds
+    return quickest

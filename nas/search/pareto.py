@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from nas.errors import UserError
-from nas.metrics import METRICS
+from nas.metrics import METRICS, OBJECTIVES
 
 _REFERENCE_MARGIN = 0.1  # of the reference_vectors' range
 _BYTES = "kv_bytes_per_token"
@@ -27,10 +27,9 @@ class Objectives:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        possible = [name for name in METRICS if name != "batch"]  # which no vector changes
         for name in self.names:
-            if name not in possible:
-                raise UserError(f"objective '{name}' is none; use two or three of {', '.join(possible)}")
+            if name not in OBJECTIVES:
+                raise UserError(f"objective '{name}' is none; use two or three of {', '.join(OBJECTIVES)}")
         if not 2 <= len(set(self.names)) == len(self.names) <= 3:
             raise UserError(f"objectives is [{', '.join(self.names)}]; give two or three different metrics")
 

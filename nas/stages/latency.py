@@ -10,7 +10,7 @@ from nas import console
 from nas.config import Search
 from nas.errors import UserError
 from nas.files import value_hash
-from nas.latency import Device, LatencyModel, Workload
+from nas.latency import Device, Predictor, Workload
 from nas.latency.device import device_folders
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import batches_of
@@ -21,7 +21,7 @@ from nas.space import SearchSpace
 from nas.stages.measure import measure_space, table_of
 
 
-def find_latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> LatencyModel:
+def find_latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> Predictor:
     """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated.
 
     Args:
@@ -44,7 +44,7 @@ def find_latency(config: Search, path: Path, space: SearchSpace, device: Device,
         )
     begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload, config.extrapolate)
     if begun and begun["latency_table"]:
-        same = (table for table in tables if table.digest() == begun["latency_table"])
+        same = (table for table in tables if table.digest == begun["latency_table"])
         if found := next(same, None):
             return found
         raise begun_otherwise(path, "space, device, workload or latency table")
@@ -96,14 +96,13 @@ def fitting_tables(
         try:
             table = load()
             table.check()
-            table.energy()
         except UserError as error:
             console.warn(f"Passing over a latency table: {error}")
             continue
         tables.append(table)
-    asked = dataclasses.asdict(workload)
+    wanted = dataclasses.asdict(workload)
     covering = [table for table in tables if _covering(table, False, device, space, workload)]
-    yield from sorted(covering, key=lambda table: (not table.is_current, table.meta["workload"] != asked))
+    yield from sorted(covering, key=lambda table: (not table.is_current, table.meta["workload"] != wanted))
     if extrapolate:
         others = (table for table in tables if table not in covering)
         yield from filter(None, (_covering(table, True, device, space, workload) for table in others))

@@ -1,7 +1,7 @@
-"""nas measure: times the layers of a space on this machine, and checks the predictor against whole models.
+"""nas measure: times the layers of a space on this machine, and checks the predictor against end-to-end models.
 
 table.csv      the times; latency.json says what they mean
-check.csv      whole models, predicted and measured; check.png and .svg draw them
+check.csv      end-to-end models, predicted and measured; check.png and .svg draw them
 energy.csv     power of decode steps, where NVML tells
 samples.csv    every single sample, by which an interrupted measurement goes on
 """
@@ -85,7 +85,7 @@ def table_of(run: FinishedRun) -> TableLatency:
 def measure_space(
     config: LatencyParts, space: SearchSpace, device: Device, workload: Workload, path: Path
 ) -> TableLatency:
-    """Times the grid around ``workload`` and whole models, and prints how far the predictor is off.
+    """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off.
 
     Args:
         config: A `Measure` or a `Search`.
@@ -115,7 +115,7 @@ def measure_space(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    asked: dict[str, Any] = {
+    config_used: dict[str, Any] = {
         "space": {"name": space.name, **space.to_dict()},
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
@@ -123,23 +123,23 @@ def measure_space(
         "check": config.check,
         "step_revision": STEP_REVISION[workload.runtime],
     }
-    with start_run(path, "measure", asked, {"measure": config.measure.seed}) as run:
+    with start_run(path, "measure", config_used, {"measure": config.measure.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
-        _say_facts(found)
+        _print_metadata(found)
         meta = {
             "date": now(),
             "device": dataclasses.asdict(device),
             "shape": layer_shape(space.shape),
             "dtype": workload.dtype,
             "runtime": workload.runtime,
-            "step_revision": asked["step_revision"],
+            "step_revision": config_used["step_revision"],
             "workload": dataclasses.asdict(workload),
             "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,
             "git": git_state(),
             "check": [],
-            **found.facts,
+            **found.metadata,
         }
         title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}"
         _write(path, found, meta, space.shape.num_hidden_layers, title)
@@ -160,19 +160,18 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
     predictor = TableLatency(path, extrapolate=True)
     check = predict_end_to_end(found.end_to_end_ms, predictor)
     write_atomically(path / CHECK, partial(check.to_csv, index=False))
-    found_out: dict[str, Any] = {"check": summarise_check(check)}
+    results: dict[str, Any] = {"check": summarise_check(check)}
     if found.energy is not None:
-        found_out["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
-    write_json(path / META, meta | found_out)
+        results["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
+    write_json(path / META, meta | results)
     if not check.empty:
         with figure(path / _FIGURE, "Predicted and measured models", title, **check_size(check)) as drawing:
             draw_check(drawing, check)
-    _say_check(check)
+    _print_check(check)
 
 
-def _say_facts(found: Measured) -> None:
-    drift = found.facts["drift"]
-    if drift["segments_beyond"]:
+def _print_metadata(found: Measured) -> None:
+    if (drift := found.metadata.get("drift")) and drift["segments_beyond"]:
         console.print(
             f"  the machine drifted by {drift['worst']:.1%} (more than {drift['tolerance']:.0%} in "
             f"{drift['segments_beyond']} of {drift['segments']} segments); {drift['points_affected']} points were "
@@ -182,10 +181,10 @@ def _say_facts(found: Measured) -> None:
         console.print(f"  {lost} of {len(found.table)} points did not fit into memory and are marked so")
 
 
-def _say_check(check: pd.DataFrame) -> None:
+def _print_check(check: pd.DataFrame) -> None:
     for error in summarise_check(check):
         tau = f", Kendall τ {error['kendall_tau']:.3f}" if "kendall_tau" in error else ""
         console.print(
-            f"  predicted against {error['n']} whole models, {error['phase']} at batch {error['batch']} and "
+            f"  predicted against {error['n']} end-to-end models, {error['phase']} at batch {error['batch']} and "
             f"{error['length']} tokens: mean error {error['mape']:.2%}, worst {error['worst']:.2%}{tau}"
         )

@@ -21,11 +21,11 @@ from nas.config import Search, build
 from nas.data import TokenData
 from nas.errors import UserError
 from nas.files import value_hash, without_passwords
-from nas.latency import find_device, resolve_workload
+from nas.latency import Predictor, find_device, resolve_workload
+from nas.latency.cost import predictions
 from nas.latency.memory import check_memory
-from nas.latency.table import TableLatency
+from nas.metrics import LIMITS
 from nas.model.pretrained import Checkpoint
-from nas.predictions import predictions
 from nas.quality import InheritedLoss
 from nas.run import FinishedRun, check_begun, find_or_make, find_runs, is_run
 from nas.search import Constraints, Objectives, Problem, Storage, search
@@ -62,7 +62,7 @@ class Prepared:
         seed: Seeds the sampler.
         storage: Where the study lives.
         warm: What earlier searches leave to this one.
-        table: The measured table that the costs come from, if it is one.
+        latency: Predicts what vectors cost.
         recorded: The resolved config.
         parents: The finished runs that the search builds on.
         facts: What all workers must have in common.
@@ -75,7 +75,7 @@ class Prepared:
     seed: int
     storage: Storage
     warm: WarmStart
-    table: TableLatency | None
+    latency: Predictor
     recorded: dict[str, Any]
     parents: dict[str, FinishedRun]
     facts: dict[str, str]
@@ -130,13 +130,15 @@ def prepare(config: Search, path: Path) -> Prepared:
     training = supernet_config(config, space, init, data)
     supernet = _named_supernet(Path(config.supernet), training) if config.supernet else None
     latency = find_latency(config, path, space, device, workload)  # takes minutes at most, so before any training
-    table = latency if isinstance(latency, TableLatency) else None
     console.print(
-        f"Latency on {device.name} ({workload}): {latency.describe()}" + (f" ({table.folder})" if table else "")
+        f"Latency on {device.name} ({workload}): {latency.describe()}"
+        + (f" ({latency.folder})" if latency.folder else "")
     )
-    costs = predictions(space, device, latency, workload, config.cost)
-    constraints = Constraints(dataclasses.asdict(config.constraints), space, costs)
-    facts["latency"] = f"{device.name}, {table.digest()[:12] if table else latency.describe()}"
+    limits = dataclasses.asdict(config.constraints)
+    needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
+    costs = predictions(space, device, latency, workload, config.cost, needed)
+    constraints = Constraints(limits, space, costs)
+    facts["latency"] = f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}"
     if config.storage:
         storage.check(facts)
 
@@ -156,15 +158,15 @@ def prepare(config: Search, path: Path) -> Prepared:
     if config.storage:
         storage.check(facts)
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
-    if table and is_run(table.folder):
-        parents["latency"] = FinishedRun(table.folder, "measure")
+    if latency.folder and is_run(latency.folder):
+        parents["latency"] = FinishedRun(latency.folder, "measure")
     recorded |= {
         "windows": windows,
         "latency": latency.describe(),
-        "latency_table": table.digest() if table else None,
+        "latency_table": latency.digest,
     }
     problem = Problem(space, objectives, loss, costs, constraints)
-    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, table, recorded, parents, facts)
+    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, latency, recorded, parents, facts)
 
 
 def decisive(recorded: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def run(config: Search, path: Path) -> None:
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
                 trials = prepared.search("wait" if config.storage else "fail")
-            front = _write_tables(path, trials, prepared.table.check() if prepared.table else None)
+            front = _write_tables(path, trials, prepared.latency.check())
             run.finish()
     except InUseError:
         if not config.storage:
