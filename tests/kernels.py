@@ -36,7 +36,7 @@ def draw(*size: int) -> Tensor:
     return torch.randn(size)
 
 
-def check_attention(device: str, B: int, H: int, G: int, d: int, C: int, tokens: int, every_form: bool) -> None:
+def check_attention(device: str, B: int, H: int, G: int, d: int, C: int, tokens: int, *, every_form: bool) -> None:
     q, k, v = draw(B, H + 2 * G, d).split([H, G, G], dim=1)
     keys, values, cos, sin = draw(B, G, C, d), draw(B, G, C, d), draw(C, d), draw(C, d)
     rope = cos[tokens - 1 : tokens], sin[tokens - 1 : tokens]
