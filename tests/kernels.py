@@ -112,7 +112,7 @@ def main(device: str) -> None:
     torch.manual_seed(0)
     for B, H, G, d, C, tokens, unsplit, splits in ATTENTION:
         attention.split_tail_wave = lambda problems, *_, at=(unsplit, splits): (min(at[0], problems), at[1])
-        check_attention(device, B, H, G, d, C, tokens, splits == 3)
+        check_attention(device, B, H, G, d, C, tokens, every_form=splits == 3)
     check_elementwise(device)
     check_gemms(device)
     check_step(device)
