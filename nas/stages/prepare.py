@@ -55,18 +55,8 @@ _MOST = 200_000  # vectors that budget=all may mean
 class Prepared:
     """A search and all that it needs, found or made.
 
-    Attributes:
-        problem: What is searched.
-        loss: The problem's loss.
-        make_sampler: Makes the sampler from a ``seed``.
-        budget: When to stop.
-        seed: Seeds the sampler.
-        storage: Where the study lives.
-        warm: What earlier searches leave to this one.
-        table: The measured table that the costs come from, if it is one.
-        recorded: The resolved config.
-        parents: The finished runs that the search builds on.
-        facts: What all workers must have in common.
+    ``recorded`` is the resolved config for run.json, ``facts`` is what all workers must have in common, and ``table``
+    is the measured table that the costs come from, if it is one.
     """
 
     problem: Problem
@@ -169,7 +159,7 @@ def prepare(config: Search, path: Path) -> Prepared:
 
 
 def decisive(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Of what a search records all but the sentence about its latency model, of which more may be said by now."""
+    """What a resumed search must not change: all but the description of its latency model, which is prose."""
     return {key: value for key, value in recorded.items() if key != "latency"}
 
 
