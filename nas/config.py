@@ -1,7 +1,7 @@
 """The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper.
 
-``data``, ``sampler`` and ``export`` are parts that one swaps: their YAML in conf/ names a class, and `build` makes it.
-That class is only ever taken from the configuration of the running command, never from a file of an earlier run.
+The YAML files of ``data``, ``sampler`` and ``export`` in conf/ name a class, and `build` makes it. That class only ever
+comes from the configuration of the running command, never from a file of an earlier run.
 """
 
 from dataclasses import dataclass, field, make_dataclass
@@ -24,8 +24,8 @@ class TrainConfig:
     """How to train any model: a supernet, or a finetuned one."""
 
     steps: int = 500
-    batch: int = 8  # rows a step
-    length: int | None = None  # tokens a row; null: the model's whole context
+    batch: int = 8  # rows per step
+    length: int | None = None  # tokens per row; null: the model's whole context
     learning_rate: float | None = None  # null: 4e-3, or 5e-4 for a supernet that starts from a checkpoint
     warmup_share: float = 0.2  # of the steps, linear; then cosine down to final_share of the learning rate
     final_share: float = 0.05
@@ -33,10 +33,10 @@ class TrainConfig:
     clip_norm: float = 0.5
     seed: int = 0
     precision: str = "auto"  # fp32 | bf16 (autocast); auto: bf16 on a GPU
-    accumulate: int = 1  # passes that share out the rows of a step: less memory, the same step
+    accumulate: int = 1  # microbatches that share out the rows of a step: less memory, the same step
     recompute: bool = False  # activation checkpointing: a layer's activations are computed again in the backward pass
     compile: bool = False  # torch.compile; a minute once, then faster steps on a GPU
-    parallel: str = "ddp"  # under torchrun: ddp (a whole model each) | fsdp (FSDP2: each a part of the model)
+    parallel: str = "ddp"  # under torchrun: ddp (the full model on each) | fsdp (FSDP2: the model is sharded)
     log_every: int = 10
     validate_every: int = 100
     checkpoint_every: int = 50
@@ -165,7 +165,7 @@ class Search(LatencyParts, SupernetParts):
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
     sampler: dict[str, Any] = MISSING
     seed: int = 0
-    supernet: str | None = None  # directory of a train run; null: the newest that fits, else train one
+    supernet: str | None = None  # directory of a train run; null: the first that fits, else train one
     latency: str | None = None  # directory of a measure run; null: the newest that fits, else measure or estimate
     warm_start: Any = None  # directory of a finished search, or a list of them: their vectors enter this one
     workers: int = 1  # processes on this machine that share the search
@@ -230,7 +230,7 @@ class FurtherConfig:
 class AloneConfig:
     """Models trained from the start without a supernet, by its configuration: a whole training for each seed."""
 
-    vectors: int = 8  # of those that are compared; 0: leave this part out
+    vectors: int = 8  # of those that are compared; 0: train none alone
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of weights and batches
     steps: int | None = None  # null: as many as the supernet's
 
@@ -271,11 +271,7 @@ def register() -> None:
 
 
 def to_stage(config: DictConfig) -> Any:
-    """Turns Hydra's composed config into the dataclass of its command.
-
-    Raises:
-        UserError: A value that must be given is not.
-    """
+    """Turns Hydra's composed config into the dataclass of its command and checks it."""
     if missing := sorted(OmegaConf.missing_keys(config)):
         raise UserError(f"{missing[0]} is needed; give {missing[0]}=…")
     stage = OmegaConf.to_object(config)
@@ -284,7 +280,7 @@ def to_stage(config: DictConfig) -> Any:
 
 
 def build(spec: dict[str, Any], **more: Any) -> Any:
-    """Makes the object that a swappable part's YAML describes.
+    """Makes the object that the YAML of a group in conf/ describes.
 
     Raises:
         UserError: Its class refuses the values.

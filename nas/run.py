@@ -32,11 +32,7 @@ _POLL_S = 2.0
 
 
 class FinishedRun:
-    """A finished run that another stage builds on.
-
-    Args:
-        path: The run directory.
-        stage: The stage that must have written it, or None for any.
+    """A finished run that another stage builds on; it must be of ``stage``, unless that is None.
 
     Raises:
         UserError: It is no run directory, another stage's, or unfinished.
@@ -125,11 +121,7 @@ class Run:
             stream.write(json.dumps(values) + "\n")
 
     def finish(self, scaffold: Path | None = None) -> None:
-        """Writes the completion mark. Nothing may be written to the run afterwards.
-
-        Args:
-            scaffold: A file that was needed only until here, such as a checkpoint; removed once the mark is there.
-        """
+        """Writes the completion mark, and only then removes the ``scaffold``, such as a checkpoint."""
         if not IS_MAIN:
             return
         artifacts = {
@@ -160,10 +152,10 @@ def start_run(
     Args:
         path: The run directory, made if needed.
         stage: Name of the stage.
-        config: The resolved config as plain values; it is recorded.
+        config: The resolved config, recorded as plain values.
         seeds: Every seed that the stage draws from.
         parents: The finished runs that the stage builds on, by role.
-        decisive: Of a config what a resumed run must have the same.
+        decisive: The part of a config in which a resumed run must not differ.
 
     Raises:
         UserError: The directory holds a finished run or a run of another config.
@@ -208,23 +200,19 @@ def check_begun(
 ) -> None:
     """Refuses to go on with the run ``path``, if there is one, in another way than it was begun.
 
-    Args:
-        path: A run directory, or where one is to be.
-        stage: The stage that goes on.
-        config: Keys of the resolved config as they are now; it need not be all of them.
-        decisive: Of the recorded config what is compared.
+    ``config`` has keys of the resolved config as they are now; it need not be all of them, so that a mistake is found
+    before expensive work. ``decisive`` is as in `start_run`.
 
     Raises:
-        UserError: It is another stage's, or has another value of one of the keys.
+        UserError: The run is another stage's, or has another value of one of the keys.
     """
     if not is_run(path):
         return
     before = read_json(path / _RUN)
     if before.get("stage") != stage:
         raise UserError(f"{path} belongs to 'nas {before.get('stage')}'; give another name=")
-    recorded = decisive(before.get("config", {}))
-    now_given = json.loads(json.dumps(config, default=str))
-    if changed := [line for key in now_given for line in _differences(recorded.get(key), now_given[key], key)]:
+    recorded, given = decisive(before.get("config", {})), json.loads(json.dumps(config, default=str))
+    if changed := [line for key in given for line in _differences(recorded.get(key), given[key], key)]:
         raise begun_otherwise(path, f"config ({'; '.join(changed[:3])})")
 
 
@@ -252,13 +240,10 @@ def find_runs(runs_dir: Path, stage: str) -> Iterator[FinishedRun]:
 
 
 def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> FinishedRun:
-    """The finished run at ``path``, made if it is not there, or awaited while another process makes it.
+    """The finished run of ``stage`` at ``path``, made if it is not there, or awaited while another process makes it.
 
-    Args:
-        path: Its name is the hash of what decides the run: what is finished there is right, and the rest of an
-            interrupted attempt is taken up.
-        stage: The stage that writes it.
-        make: Makes it there.
+    The name of ``path`` is a hash of what decides the run: what is finished there is right, and ``make`` resumes an
+    interrupted attempt.
     """
     waiting = False
     while not (path / _COMPLETE).is_file():
@@ -275,7 +260,7 @@ def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> Finished
 
 
 def identity(path: Path) -> str:
-    """What no other run is called, and the run ``path`` also when it is moved or goes on."""
+    """The unique id of the run ``path``, which it keeps when it is moved or resumed."""
     return str(read_json(path / _RUN).get("id", path.name))
 
 

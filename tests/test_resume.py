@@ -94,7 +94,7 @@ def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(
     assert fresh["supernet"] == parents["supernet"]  # of equal ones the first, so that it stays the same one
 
 
-def test_an_interrupted_training_stands_in_nobodys_way(nas: Nas, workspace: Workspace) -> None:
+def test_another_search_takes_up_an_interrupted_training(nas: Nas, workspace: Workspace) -> None:
     arguments = ["search", "--budget", "4", *workspace.arguments, "train.steps=400"]
     known = set((workspace.runs / "train").iterdir())
 
@@ -103,6 +103,8 @@ def test_an_interrupted_training_stands_in_nobodys_way(nas: Nas, workspace: Work
 
     kill_when([*arguments, "name=before"], workspace.path, due)
     assert nas(*arguments, "name=after", "train.log_every=100").code == 0
+    (resumed,) = set((workspace.runs / "train").iterdir()) - known
+    assert FinishedRun(resumed, "train").config["train"]["log_every"] == 1  # as it was begun
 
 
 def test_a_kill_after_the_completion_mark_leaves_a_finished_run(

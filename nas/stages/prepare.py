@@ -54,18 +54,7 @@ _MOST = 200_000  # vectors that budget=all may mean
 class Prepared:
     """A search and all that it needs, found or made.
 
-    Attributes:
-        problem: What is searched.
-        loss: The problem's loss.
-        make_sampler: Makes the sampler from a ``seed``.
-        budget: When to stop.
-        seed: Seeds the sampler.
-        storage: Where the study lives.
-        warm: What earlier searches leave to this one.
-        latency: Predicts what vectors cost.
-        recorded: The resolved config.
-        parents: The finished runs that the search builds on.
-        facts: What all workers must have in common.
+    ``recorded`` is the resolved config for run.json, ``metadata`` what all workers must have in common.
     """
 
     problem: Problem
@@ -78,7 +67,7 @@ class Prepared:
     latency: Predictor
     recorded: dict[str, Any]
     parents: dict[str, FinishedRun]
-    facts: dict[str, str]
+    metadata: dict[str, str]
 
     def search(self, running: Literal["fail", "wait", "ignore"]) -> pd.DataFrame:
         """Works on the study until it is done; returns all evaluated vectors. ``running`` is as for `search`."""
@@ -91,7 +80,7 @@ class Prepared:
             running=running,
             known=list(self.warm.known),
             proposed=self.warm.proposed,
-            metadata=self.facts,
+            metadata=self.metadata,
         )
 
 
@@ -117,10 +106,10 @@ def prepare(config: Search, path: Path) -> Prepared:
         "storage": without_passwords(config.storage) if config.storage else None,
     }
     check_begun(path, "search", {key: value for key, value in recorded.items() if key != "data"})
-    facts = {key: json.dumps(recorded[key], sort_keys=True) for key in _COMMON}
-    facts |= {"space": f"{space.name} {value_hash(space.to_dict())}", "workload": str(workload)}
+    metadata = {key: json.dumps(recorded[key], sort_keys=True) for key in _COMMON}
+    metadata |= {"space": f"{space.name} {value_hash(space.to_dict())}", "workload": str(workload)}
     if config.storage:
-        storage.check(facts)
+        storage.check(metadata)
     if not config.supernet and not _trained_before(space, runs_dir):
         check_trainable(config.train, space)  # before any text is read
 
@@ -138,9 +127,9 @@ def prepare(config: Search, path: Path) -> Prepared:
     needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
     costs = predictions(space, device, latency, workload, config.cost, needed)
     constraints = Constraints(limits, space, costs)
-    facts["latency"] = f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}"
+    metadata["latency"] = f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}"
     if config.storage:
-        storage.check(facts)
+        storage.check(metadata)
 
     supernet = supernet or _supernet(config, space, init, data)
     console.print(f"Supernet: {supernet.path}")
@@ -150,13 +139,13 @@ def prepare(config: Search, path: Path) -> Prepared:
     warm.enter(loss)
     if earlier:
         console.print(warm.describe())
-    facts |= {
+    metadata |= {
         "supernet": supernet.digest()[:12],
         "validation": f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}",
         "warm_start": value_hash([list(warm.known.items()), warm.proposed]),
     }
     if config.storage:
-        storage.check(facts)
+        storage.check(metadata)
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if latency.folder and is_run(latency.folder):
         parents["latency"] = FinishedRun(latency.folder, "measure")
@@ -166,11 +155,13 @@ def prepare(config: Search, path: Path) -> Prepared:
         "latency_table": latency.digest,
     }
     problem = Problem(space, objectives, loss, costs, constraints)
-    return Prepared(problem, loss, make_sampler, budget, config.seed, storage, warm, latency, recorded, parents, facts)
+    return Prepared(
+        problem, loss, make_sampler, budget, config.seed, storage, warm, latency, recorded, parents, metadata
+    )
 
 
 def decisive(recorded: dict[str, Any]) -> dict[str, Any]:
-    """Of what a search records all but the sentence about its latency model, of which more may be said by now."""
+    """What a resumed search must not change: all but the description of its latency model, which is prose."""
     return {key: value for key, value in recorded.items() if key != "latency"}
 
 

@@ -37,10 +37,7 @@ def run(config: Train, path: Path) -> None:
 
 
 def resolve(config: Parts) -> tuple[Parts, SearchSpace, Checkpoint | None]:
-    """Finds the space and the checkpoint of a command, and fills in what follows from them.
-
-    Returns:
-        The config with its tokenizer, sharing rule and learning rate; the space; the checkpoint of ``init``.
+    """Reads the space and the checkpoint of a command, and sets the tokenizer, sharing rule and learning rate by them.
 
     Raises:
         UserError: There is no such space or checkpoint, it is not supported, or they do not fit each other.
@@ -80,10 +77,7 @@ def supernet_config(
 
 
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Of a train run's config what decides the weights: text and checkpoint by content, no names, nothing to watch by.
-
-    Texts differ by their digest, where their paths may be the same.
-    """
+    """The part of a train run's config that decides the weights: text and checkpoint by content, and no names."""
     return {
         "space": space_identity(config["space"]),
         "init": (config.get("init") or {}).get("hash"),
@@ -93,20 +87,17 @@ def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def space_identity(space: dict[str, Any]) -> dict[str, Any]:
-    """Of a recorded space what decides a supernet's weights: no names, neither its own nor of vectors."""
+    """The part of a recorded space that decides a supernet's weights: without its own name and those of vectors."""
     return {key: value for key, value in space.items() if key not in ("name", "known_vectors")}
 
 
 def weights_identity(train: dict[str, Any]) -> dict[str, Any]:
-    """Of the options of a training those that decide the weights."""
+    """The options of a training that decide the weights."""
     return {key: value for key, value in train.items() if key not in _ONLY_WATCHING}
 
 
 def find_supernet(runs_dir: Path, config: dict[str, Any]) -> FinishedRun | None:
-    """The first finished of the train runs with the same `supernet_identity`, by a search or by hand.
-
-    The first, for what is trained later must not change what a search that goes on finds.
-    """
+    """The train run with the same `supernet_identity` that finished first: a resumed search must find it again."""
     same = [run for run in find_runs(runs_dir, "train") if supernet_identity(run.config) == supernet_identity(config)]
     return same[-1] if same else None
 
@@ -129,16 +120,7 @@ def train_supernet(
 ) -> None:
     """Trains a supernet of ``space`` into ``path``, or goes on with an unfinished one there.
 
-    Args:
-        config: A resolved `Train` or `Search`.
-        space: The search space.
-        init: The checkpoint to start from; None starts from random weights.
-        data: What `supernet_data` returned.
-        path: The run directory.
-        decisive: As in `start_run`.
-
-    Raises:
-        UserError: See `fit`, `start_run`, `check_trainable` and `Checkpoint.load_into`.
+    The arguments are what `resolve` and `supernet_data` returned; ``decisive`` is as in `start_run`.
     """
     options = config.train
     check_trainable(options, space)
