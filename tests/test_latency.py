@@ -523,7 +523,7 @@ points = st.one_of(
 
 
 @given(st.lists(points, min_size=1, max_size=8))
-@settings(deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_a_point_comes_back_from_a_csv_as_it_was(some: list[Point]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pd.DataFrame([point.row() for point in some], columns=COLUMNS[:5]).to_csv(f"{folder}/points.csv", index=False)
