@@ -555,7 +555,7 @@ def test_what_is_timed_lies_in_memory_as_what_serves(tied: bool) -> None:
     served = next(model.serving_layers())
     for name, parameter in pool._layers[0][4].named_parameters():
         assert parameter.stride() == served.get_parameter(name).stride(), name
-    _, norm, head = pool._ends[0]
+    _, norm, head = pool._embeddings_and_heads[0]
     assert [p.stride() for p in head.parameters()] == [model.lm_head.weight.stride()]
     assert norm.weight.stride() == model.norm.weight.stride()
 

@@ -228,7 +228,7 @@ class _Surface:
         """The time at a batch and length, which the measured points surround or not."""
         outer, inner = self._coordinates(batch, length)
         values = self._outer if within else self._sloped
-        return _along(values, [_along(*self._lines[value], inner) for value in values], outer)
+        return _along(values, [_along(x, y, inner) for x, y in map(self._lines.__getitem__, values)], outer)
 
     def covers(self, batch: int, length: int) -> bool:
         """Whether the measured points surround these."""
