@@ -19,22 +19,16 @@ class Metric:
     """A column.
 
     Attributes:
-        name: Of the column and the objective.
-        title: In words, for figures.
-        unit: Empty for a plain number.
         derive: Its value from what is predicted of a vector, None where that is unknown; the loss alone is evaluated.
-        maximise: Larger is better.
-        objective: Can be optimised.
-        limit: Can be limited.
     """
 
-    name: str
-    title: str
-    unit: str
+    name: str  # of the column and the objective
+    title: str  # in words, for figures
+    unit: str  # empty for a plain number
     derive: "Callable[[Prediction], float | int | None] | None"
-    maximise: bool = False
-    objective: bool = False
-    limit: bool = False
+    maximise: bool = False  # larger is better
+    objective: bool = False  # can be optimised
+    limit: bool = False  # can be limited
 
     @property
     def label(self) -> str:

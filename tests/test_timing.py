@@ -49,7 +49,6 @@ from nas.serving import ServingLayer, ServingModel
 from nas.space import SearchSpace
 from nas.stages.measure import _write
 from tests.conftest import Nas
-from tests.helpers import kill_when
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 POINTS = [Point("decode", "layer", (groups,), batch, 16) for groups in (1, 2, 4) for batch in (1, 2, 4)]
@@ -291,10 +290,14 @@ def test_on_a_cpu_a_point_is_done_when_its_two_quickest_samples_agree_or_its_rou
 
 
 def test_on_a_cpu_everything_runs_on_one_thread_and_the_others_come_back() -> None:
-    before, seen = torch.get_num_threads(), set()
+    before, seen = torch.get_num_threads(), set[int]()
 
-    def prepare(_: Point) -> tuple[Callable[[], object], int]:
-        return lambda: seen.add(torch.get_num_threads()) or sum(range(100_000)), 1
+    def call() -> None:
+        seen.add(torch.get_num_threads())
+        sum(range(100_000))
+
+    def prepare(_: Point) -> tuple[Callable[[], None], int]:
+        return call, 1
 
     torch.set_num_threads(2)
     try:
@@ -773,11 +776,23 @@ def test_without_whole_models_there_is_no_check_to_draw(nas: Nas, micro_file: Pa
     assert "mean error" not in TableLatency(run).describe()
 
 
-def test_a_killed_measurement_goes_on_under_its_name(nas: Nas, micro_file: Path, tmp_path: Path) -> None:
+def test_a_stopped_measurement_goes_on_under_its_name(
+    nas: Nas, micro_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["measure", f"space={micro_file}", *SPACE, "measure.rounds=2", "check=2", "name=mine"]
     run = tmp_path / "runs" / "measure" / "mine"
     samples = run / "samples.csv"
-    kill_when(arguments, tmp_path, lambda: samples.is_file() and samples.read_bytes().count(b"\n") > 20)
+    prepare, prepared = LayerPool.prepare, Counter[Point]()
+
+    def stopping(pool: LayerPool, point: Point) -> tuple[Callable[[], Any], int]:
+        prepared[point] += 1
+        if len(prepared) > 30:  # in the second segment
+            raise KeyboardInterrupt
+        return prepare(pool, point)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LayerPool, "prepare", stopping)
+        assert nas(*arguments).code != 0
     assert not (run / "complete.json").exists()
     left = samples.read_bytes().rpartition(b"\n")[0] + b"\n"
     result = nas(*arguments)

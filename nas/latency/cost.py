@@ -21,26 +21,10 @@ _HOURS_PER_YEAR = 365 * 24
 def costs(
     tokens_per_s: float, joules_per_token: float | None, config: CostConfig, idle_watts: float | None
 ) -> dict[str, float]:
-    """Cost and emissions of decoding; whatever lacks an input is left out.
+    """Cost and emissions of decoding by the formulas in docs/energy.md; whatever lacks an input is left out.
 
-    With ``kg = pue · grid_kg_per_kwh``, the emissions per kWh of the card:
-
-    - ``cost_per_million_tokens`` = price_per_hour / (3600 · tokens_per_s) · 10⁶
-    - ``kg_co2e_per_million_tokens`` = joules_per_token · 10⁶ / (3.6 · 10⁶) · kg
-    - ``kg_co2e_per_year`` = (utilisation · joules_per_token · tokens_per_s + (1 − utilisation) · idle_watts) / 1000
-      · 8760 · kg; idle_watts must be known unless the utilisation is 1
-
-    The first two are of a card that decodes all the time it is paid for.
-
-    Args:
-        tokens_per_s: Decode throughput of the card, over all sequences of the batch.
-        joules_per_token: Of the card while it decodes; None is unknown.
-        config: Price, grid and usage.
-        idle_watts: Power of the card between requests; None is unknown.
-
-    Example:
-        1,000 tokens/s at 0.3 J per token is 300 W. At 3.60 per hour and 0.5 kg per kWh, a million tokens cost 1.00 and
-        emit 0.0417 kg, and a year emits 1,314 kg.
+    Both figures per million tokens are of a card that decodes all the time it is paid for. ``idle_watts``, the card's
+    power between requests, must be known for the yearly figure unless the utilisation is 1.
     """
     result = {}
     if config.price_per_hour is not None:
@@ -58,21 +42,15 @@ def costs(
 
 @dataclass(frozen=True)
 class Prediction:
-    """All that is predicted of one vector at a workload; `nas.metrics` picks its columns from it.
+    """All that is predicted of one vector at a workload; `nas.metrics` picks its columns from it."""
 
-    Attributes:
-        vector: Sorted: nothing here depends on the order of the layers.
-        batch: The workload's, or the largest that fits.
-        energy: The power of decode steps; None is unknown.
-    """
-
-    vector: Vector
-    batch: int
+    vector: Vector  # sorted: nothing here depends on the order of the layers
+    batch: int  # the workload's, or the largest that fits
     shape: ModelShape
     workload: Workload
     predictor: Predictor
     memory: Memory
-    energy: EnergyTable | None
+    energy: EnergyTable | None  # the power of decode steps; None is unknown
     cost: CostConfig
 
     @cached_property
@@ -135,14 +113,6 @@ def predictions(
     needed: Iterable[str] = (),
 ) -> Callable[[Vector], Metrics]:
     """What gives a vector's metrics on a device, apart from its loss: all that is known of `nas.metrics`.
-
-    Args:
-        space: The vectors are of it.
-        device: Where they run.
-        predictor: Predicts their times on it.
-        workload: What they serve.
-        cost: Price and grid.
-        needed: Metrics that must be known, for they are objectives or limited.
 
     Returns:
         A function of a vector, which may raise what `batch_of` and the predictor raise. Vectors with the same counts

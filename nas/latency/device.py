@@ -26,21 +26,16 @@ class Device:
     """A device and its facts.
 
     Attributes:
-        slug: Name of its folder, e.g. ``nvidia-a10g``.
-        name: As the device names itself.
-        is_gpu: Whether PyTorch reaches it through CUDA.
-        memory_bytes: Usable memory.
-        bandwidth_bytes_per_s: Memory bandwidth by data sheet, or None if unknown.
         flops: Dense matrix rate by dtype name (``bf16``, ``fp32``) by data sheet; empty if unknown.
         facts: Anything else worth recording: driver, clocks, power limit, source.
         calibration: How an estimate is to be made better than the data sheet (nas/latency/estimate.py), or None.
     """
 
-    slug: str
-    name: str
-    is_gpu: bool
-    memory_bytes: int
-    bandwidth_bytes_per_s: float | None = None
+    slug: str  # name of its folder, e.g. ``nvidia-a10g``
+    name: str  # as the device names itself
+    is_gpu: bool  # whether PyTorch reaches it through CUDA
+    memory_bytes: int  # usable memory
+    bandwidth_bytes_per_s: float | None = None  # memory bandwidth by data sheet, or None if unknown
     flops: dict[str, float] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
     calibration: dict[str, Any] | None = None
@@ -107,10 +102,9 @@ def find_device(reference: str) -> Device:
             facts={"source": values["source"]},
             calibration=values.get("calibration"),
         )
-    except KeyError as error:
-        raise UserError(f"{files[0]} is corrupt (it lacks {error}); restore it") from None
-    except (AttributeError, TypeError, ValueError) as error:
-        raise UserError(f"{files[0]} is corrupt ({error}); restore it") from None
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{files[0]} is corrupt ({reason}); restore it") from None
 
 
 def _slug(name: str) -> str:

@@ -36,21 +36,13 @@ _SPANNED_SHARE = 0.9  # of all readings; a sensor that answers for less than tha
 
 @dataclass(frozen=True)
 class Energy:
-    """The energy of one call, as measured over many.
+    """The energy of one call, as measured over many."""
 
-    Attributes:
-        joules_per_call: Of the whole card: what it draws when idle is in it.
-        seconds: How long the calls took together.
-        calls: How many they were.
-        watts: Mean power.
-        method: ``energy counter``, or ``power × time`` where there is no such counter.
-    """
-
-    joules_per_call: float
-    seconds: float
-    calls: int
-    watts: float
-    method: str
+    joules_per_call: float  # of the whole card: what it draws when idle is in it
+    seconds: float  # how long the calls took together
+    calls: int  # how many they were
+    watts: float  # mean power
+    method: str  # ``energy counter``, or ``power × time`` where there is no such counter
 
 
 class _Reading(NamedTuple):
@@ -75,14 +67,13 @@ def measure_energy(
         seconds: Run at least so long, and for at least 125 readings, which take 5 s or 125 calls.
         uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
         synchronise: Waits until the GPU has done all calls.
-        warm_up_s: Run so long before that. At least 1 s, as NVML's power may be the mean of the last second.
-        clock: Seconds.
+        warm_up_s: At least 1 s, as NVML's power may be the mean of the last second.
 
     Returns:
         None where NVML has neither an energy counter nor power, or both fail on the way.
     """
     with Gpu(uuid) as gpu:
-        if gpu.read("energy_joules") is None and gpu.read("power_watts") is None:
+        if not _has_sensor(gpu):
             return None
         repeats = _warm_up(call, synchronise, warm_up_s, clock)
 
@@ -112,11 +103,14 @@ def idle_watts(
     requests, so ask once the context is open and before anything runs.
     """
     with Gpu(uuid) as gpu:
-        if gpu.read("energy_joules") is None and gpu.read("power_watts") is None:
+        if not _has_sensor(gpu):
             return None
-        readings = _read(gpu, seconds, lambda: None, lambda: sleep(_BETWEEN_READINGS_S), clock)
-    power = _mean_power(readings)
+        power = _mean_power(_read(gpu, seconds, lambda: None, lambda: sleep(_BETWEEN_READINGS_S), clock))
     return power and power[0]
+
+
+def _has_sensor(gpu: Gpu) -> bool:
+    return any(gpu.read(query) is not None for query in ("energy_joules", "power_watts"))
 
 
 def _warm_up(
@@ -225,15 +219,8 @@ class EnergyTable:
     ) -> float:
         """Energy of one decode step of an end-to-end model: one new token for every sequence of the batch.
 
-        Each layer takes its time at the power of the uniform model of its groups, and embedding and head theirs
-        at the mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
-
-        Args:
-            vector: Groups of every layer.
-            batch: Sequences decoded together.
-            length: Tokens that each has in the cache.
-            layer_ms: Milliseconds of one layer with so many groups, at this batch and length.
-            embedding_and_head_ms: Milliseconds of embedding, final norm and output head.
+        Each layer takes its time at the power of the uniform model of its groups, and embedding and head theirs at the
+        mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
 
         Raises:
             UserError: A number of groups was not measured.

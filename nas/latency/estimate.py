@@ -26,34 +26,23 @@ class Constants:
     """What kernels reach of a device's data sheet; the defaults are the data sheet itself.
 
     Attributes:
-        weight_bandwidth: Share of the bandwidth at which the GEMMs read their weights.
-        cache_bandwidth: Share of it at which decode attention reads the KV cache.
         elementwise_bandwidth: Share of it at which norms, rotary embeddings, activations and residuals move theirs.
-        compute: Share of the matrix rate.
         overlap: How well bytes and operations of one kernel overlap: times t and u together take
             (t^overlap + u^overlap)^(1/overlap), from 1 (their sum) to infinity (the longer one).
-        cache_ramp_tokens: Each sequence's cache costs as if it were this many tokens longer.
-        attention_ms: What attention takes at least, per layer.
-        elementwise_ms: What the elementwise kernels take at least, per layer.
     """
 
-    weight_bandwidth: float = 1.0
-    cache_bandwidth: float = 1.0
+    weight_bandwidth: float = 1.0  # share of the bandwidth at which the GEMMs read their weights
+    cache_bandwidth: float = 1.0  # share of it at which decode attention reads the KV cache
     elementwise_bandwidth: float = math.inf
-    compute: float = 1.0
+    compute: float = 1.0  # share of the matrix rate
     overlap: float = math.inf
-    cache_ramp_tokens: float = 0.0
-    attention_ms: float = 0.0
-    elementwise_ms: float = 0.0
+    cache_ramp_tokens: float = 0.0  # each sequence's cache costs as if it were this many tokens longer
+    attention_ms: float = 0.0  # what attention takes at least, per layer
+    elementwise_ms: float = 0.0  # what the elementwise kernels take at least, per layer
 
 
 class RooflineLatency(Predictor):
     """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration.
-
-    Args:
-        device: Must know its bandwidth and its rate for ``dtype``.
-        shape: The model shape.
-        dtype: ``fp32`` or ``bf16``.
 
     Raises:
         UserError: The device's facts do not say how fast it is.

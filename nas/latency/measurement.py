@@ -34,19 +34,12 @@ _MOST_MEMORY = 0.85  # of what is free: the rest is for activations, graphs and 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a measurement found.
+    """What a measurement found."""
 
-    Attributes:
-        table: `nas.latency.table.COLUMNS`.
-        end_to_end_ms: Of the end-to-end models.
-        energy: `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured.
-        metadata: For latency.json: drift, the GPU's state before and after, idle power.
-    """
-
-    table: pd.DataFrame
-    end_to_end_ms: dict[Point, float]
-    energy: pd.DataFrame | None
-    metadata: dict[str, Any]
+    table: pd.DataFrame  # `nas.latency.table.COLUMNS`
+    end_to_end_ms: dict[Point, float]  # of the end-to-end models
+    energy: pd.DataFrame | None  # `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured
+    metadata: dict[str, Any]  # for latency.json: drift, the GPU's state before and after, idle power
 
 
 def measure(
@@ -59,18 +52,7 @@ def measure(
     device: Device,
     samples_path: Path | None = None,
 ) -> Measured:
-    """Times the grid, and ``check`` end-to-end models of random vectors at each of ``shapes``, all in the same rounds.
-
-    Args:
-        space: The search space.
-        grid: Batches and lengths.
-        shapes: Phase, batch and length of the end-to-end models.
-        workload: Its dtype and runtime count, and its context is the sentinel's.
-        config: Rounds, spread, drift, energy.
-        check: How many vectors.
-        device: The device at hand.
-        samples_path: Where samples are kept, and those of an interrupted attempt are.
-    """
+    """Times the grid, and ``check`` end-to-end models of random vectors at each of ``shapes``, in the same rounds."""
     vectors = random_vectors(space, check, config.seed)
     end_to_end = [Point(phase, "whole", vector, batch, length) for phase, batch, length in shapes for vector in vectors]
     points = grid.points(space) + end_to_end

@@ -45,13 +45,7 @@ class Memory:
 
 
 class MemoryModel:
-    """Memory of any vector of a shape.
-
-    Args:
-        shape: The model shape.
-        workload: Context, prompt and dtype count.
-        on_gpu: Whether CUDA's libraries and PyTorch's allocator of blocks take their share.
-    """
+    """Memory of any vector of a shape."""
 
     def __init__(self, shape: ModelShape, workload: Workload, on_gpu: bool) -> None:
         self._shape, self._workload, self._bytes = shape, workload, DTYPE_BYTES[workload.dtype]

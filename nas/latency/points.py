@@ -23,18 +23,14 @@ class Point:
     """What is timed at once.
 
     Attributes:
-        phase: ``decode`` or ``prefill``.
-        part: One of `PARTS`.
         groups: Of a layer, its KV groups alone; of an end-to-end model, its vector; of embedding and head, nothing.
-        batch: Rows.
-        length: Tokens of each row in the cache at a decode step, or of its prompt.
     """
 
-    phase: Phase
-    part: str
+    phase: Phase  # ``decode`` or ``prefill``
+    part: str  # one of `PARTS`
     groups: Vector
-    batch: int
-    length: int
+    batch: int  # rows
+    length: int  # tokens of each row in the cache at a decode step, or of its prompt
 
     def row(self) -> list[Any]:
         """Plain values for a CSV; `point_of` reads them back."""
@@ -53,6 +49,10 @@ class Grid:
     batches: tuple[int, ...]
     contexts: tuple[int, ...]
     prompts: tuple[int, ...]
+
+    def surrounds(self, batch: int, context: int) -> bool:
+        """Whether a decode step lies between batches and contexts that are timed."""
+        return self.batches[0] <= batch <= self.batches[-1] and self.contexts[0] <= context <= self.contexts[-1]
 
     def shapes(self, phase: Phase) -> Iterator[tuple[int, int]]:
         """Batch and length of every point. Of prompts that is at most one prefill chunk."""

@@ -40,16 +40,7 @@ _MOST_COPIES = 16  # of embedding and head, in one timing
 
 
 class LayerPool:
-    """Layers of every number of groups in a space, and what runs them at a point.
-
-    Args:
-        space: The search space.
-        dtype: ``fp32`` or ``bf16``.
-        runtime: ``eager``, ``graph`` or ``compiled``.
-        device: Where the layers live.
-        points: What will be asked for: sizes the buffers.
-        memory_bytes: Caches take at most what is left of it.
-    """
+    """Layers of every number of groups in a space, and what runs them at a point."""
 
     def __init__(
         self,

@@ -27,23 +27,14 @@ MAX = "max"  # the batch: as large as fits into memory
 
 @dataclass(frozen=True)
 class Workload:
-    """What a latency is the latency of.
+    """What a latency is the latency of."""
 
-    Attributes:
-        batch: Sequences decoded together, or `MAX`: of each vector as many as fit.
-        context: Tokens that each sequence has in the cache, the new one included, at the timed decode step.
-        prompt: Tokens of each sequence in the timed prefill.
-        dtype: ``fp32`` or ``bf16``, of weights, activations and cache.
-        runtime: ``eager``, ``graph`` or ``compiled``.
-        memory_gib: What `MAX` may take; None for a given batch.
-    """
-
-    batch: int | str
-    context: int
-    prompt: int
-    dtype: str
-    runtime: str
-    memory_gib: float | None = None
+    batch: int | str  # sequences decoded together, or `MAX`: of each vector as many as fit
+    context: int  # tokens that each sequence has in the cache, the new one included, at the timed decode step
+    prompt: int  # tokens of each sequence in the timed prefill
+    dtype: str  # ``fp32`` or ``bf16``, of weights, activations and cache
+    runtime: str  # ``eager``, ``graph`` or ``compiled``
+    memory_gib: float | None = None  # what `MAX` may take; None for a given batch
 
     def __str__(self) -> str:
         within = f" in {self.memory_gib:g} GiB" if self.memory_gib else ""
@@ -95,18 +86,12 @@ class Predictor(ABC):
 
     Layers of one shape take the same time wherever they stand, so an end-to-end model takes the sum of its layers, by
     groups, and of its embedding and head.
-
-    Attributes:
-        source: ``measured`` or ``estimated``.
-        folder: Where a measured table lies; None for an estimate, as are the next two.
-        digest: The hash of its times.
-        idle_watts: Power of the idle device, if it was measured.
     """
 
-    source: str
-    folder: Path | None = None
-    digest: str | None = None
-    idle_watts: float | None = None
+    source: str  # ``measured`` or ``estimated``
+    folder: Path | None = None  # where a measured table lies; None for an estimate, as are the next two
+    digest: str | None = None  # the hash of its times
+    idle_watts: float | None = None  # power of the idle device, if it was measured
 
     @abstractmethod
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:

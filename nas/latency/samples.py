@@ -22,32 +22,17 @@ from nas.errors import UserError
 from nas.latency.points import PARTS, Point, point_of
 
 SAMPLES = "samples.csv"
-SAMPLE_COLUMNS = [
-    "segment",
-    "sentinel_before_ms",
-    "sentinel_after_ms",
-    "phase",
-    "part",
-    "groups",
-    "batch",
-    "length",
-    "ms",
-]
+_POINT_COLUMNS = ["phase", "part", "groups", "batch", "length"]
+SAMPLE_COLUMNS = ["segment", "sentinel_before_ms", "sentinel_after_ms", *_POINT_COLUMNS, "ms"]
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Samples taken one after another, and what the sentinel took before and after them.
+    """Samples taken one after another, and what the sentinel took before and after them."""
 
-    Attributes:
-        before: Milliseconds of the sentinel.
-        after: The same.
-        samples: Milliseconds by point; infinite for one that does not fit into memory.
-    """
-
-    before: float
-    after: float
-    samples: dict[Point, float]
+    before: float  # milliseconds of the sentinel
+    after: float  # the same
+    samples: dict[Point, float]  # milliseconds by point; infinite for one that does not fit into memory
 
 
 @dataclass
@@ -79,7 +64,7 @@ class Samples:
         segments = []
         try:
             for _, rows in frame.groupby("segment"):
-                points = [point_of(*row) for row in rows[SAMPLE_COLUMNS[3:8]].itertuples(index=False)]
+                points = [point_of(*row) for row in rows[_POINT_COLUMNS].itertuples(index=False)]
                 first = rows.iloc[0]
                 times = dict(zip(points, rows["ms"].astype(float), strict=True))
                 segments.append(Segment(float(first.iloc[1]), float(first.iloc[2]), times))

@@ -47,7 +47,11 @@ _META: dict[str, Any] = {  # what latency.json must hold: types, dicts of them, 
     "step_revision": int,
     "workload": dict,
 }
-_DEFAULTS = {"drift": {"segments": 0, "segments_beyond": 0, "worst": 0.0}, "lasting_load": [], "step_revision": 1}
+_DEFAULTS: dict[str, Any] = {
+    "drift": {"segments": 0, "segments_beyond": 0, "worst": 0.0},
+    "lasting_load": [],
+    "step_revision": 1,
+}
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 _TOLD_SLOWER = 0.005
 
@@ -216,7 +220,7 @@ class _Surface:
             one = {value: np.insert(line, 0, 0, axis=1) for value, line in self._lines.items() if line.shape[1] == 1}
             self._lines |= one
         # Outside the measured range a line of one point, left where memory ended, has no slope to prolong.
-        self._sloped = [value for value, line in self._lines.items() if line.shape[1] > 1] or self._outer
+        self._sloped: Any = [value for value, line in self._lines.items() if line.shape[1] > 1] or self._outer
         extent = rows.groupby(outer).agg({inner: ["min", "max"], "batch": ["min", "max"]})
         self._inner, self._batch = extent[inner].to_numpy(), extent["batch"].to_numpy()
 
@@ -224,7 +228,7 @@ class _Surface:
         """The time at a batch and length, which the measured points surround or not."""
         outer, inner = self._coordinates(batch, length)
         values = self._outer if within else self._sloped
-        return _along(values, [_along(*self._lines[value], inner) for value in values], outer)
+        return _along(values, [_along(x, y, inner) for x, y in map(self._lines.__getitem__, values)], outer)
 
     def covers(self, batch: int, length: int) -> bool:
         """Whether the measured points surround these."""
@@ -249,7 +253,7 @@ class _Surface:
         return (float(length), float(batch * length)) if self._prefill else (float(batch), float(length))
 
 
-def _along(x: Sequence[float], y: Sequence[float], at: float) -> float:
+def _along(x: Any, y: Any, at: float) -> float:
     """Linear interpolation, and outside with the outermost slope; constant if there is one point."""
     return float(y[0]) if len(x) == 1 else float(make_interp_spline(x, y, k=1)(at))
 

@@ -63,16 +63,7 @@ def time_points(
     device: torch.device,
     samples: Samples,
 ) -> None:
-    """Times every point until it has enough good samples, or as many as a GPU or a CPU may take.
-
-    Args:
-        points: What to time.
-        sentinel: One of them.
-        prepare: Gives what runs a point, and by how much its time is divided. Raises `torch.OutOfMemoryError`.
-        config: Of its rounds, spread, drift and segment.
-        device: Where it runs.
-        samples: Those of an earlier attempt; new ones are added.
-    """
+    """Times every point until it has enough good samples, or as many as a GPU or a CPU may take."""
     stopwatch = _Stopwatch(prepare, device)
     rng = random.Random(config.seed + len(samples.segments))
     due_points = due_on_gpu if device.type == "cuda" else due_on_cpu

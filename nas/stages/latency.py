@@ -24,13 +24,6 @@ from nas.stages.measure import measure_space, table_of
 def find_latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> Predictor:
     """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated.
 
-    Args:
-        config: Names a table, or not; says how to measure one.
-        path: The search's run directory.
-        space: What is searched.
-        device: Where its models are to run.
-        workload: What they are to serve.
-
     Raises:
         UserError: The named table does not cover the workload, or the one that the search was begun with is gone.
     """

@@ -8,7 +8,6 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 
 import dataclasses
 import shutil
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from nas.latency.device import DEVICE, Device, device_folders, this_device
 from nas.latency.energy import ENERGY
 from nas.latency.measurement import Measured, measure
 from nas.latency.memory import batches_of, check_memory
-from nas.latency.points import Grid, check_shapes, grid_for
+from nas.latency.points import check_shapes, grid_for
 from nas.latency.predictor import STEP_REVISION, Workload, resolve_workload
 from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
@@ -87,13 +86,6 @@ def measure_space(
 ) -> TableLatency:
     """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off.
 
-    Args:
-        config: A `Measure` or a `Search`.
-        space: Its layer shape and groups are timed.
-        device: The device at hand.
-        workload: Is a point of the grid.
-        path: The run directory.
-
     Raises:
         UserError: The grid is beyond the space's context, or the workload does not fit into memory.
     """
@@ -110,20 +102,23 @@ def measure_space(
         raise UserError(
             f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {grid.batches[-1]}"
         )
-    if outside := [at for at in config.measure.check_at or () if not _within(at, grid)]:
+    if outside := [at for at in config.measure.check_at or () if not grid.surrounds(*at)]:
         raise UserError(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    config_used: dict[str, Any] = {
-        "space": {"name": space.name, **space.to_dict()},
-        "device": device.slug,
+    shared = {
         "workload": dataclasses.asdict(workload),
         "measure": dataclasses.asdict(config.measure),
-        "check": config.check,
         "step_revision": STEP_REVISION[workload.runtime],
     }
-    with start_run(path, "measure", config_used, {"measure": config.measure.seed}) as run:
+    identity = {
+        "space": {"name": space.name, **space.to_dict()},
+        "device": device.slug,
+        "check": config.check,
+        **shared,
+    }
+    with start_run(path, "measure", identity, {"measure": config.measure.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
         _print_metadata(found)
@@ -133,23 +128,16 @@ def measure_space(
             "shape": layer_shape(space.shape),
             "dtype": workload.dtype,
             "runtime": workload.runtime,
-            "step_revision": config_used["step_revision"],
-            "workload": dataclasses.asdict(workload),
-            "measure": dataclasses.asdict(config.measure),
             "torch": torch.__version__,
             "git": git_state(),
             "check": [],
+            **shared,
             **found.metadata,
         }
         title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}"
         _write(path, found, meta, space.shape.num_hidden_layers, title)
         run.finish()
     return TableLatency(path)
-
-
-def _within(batch_and_context: Sequence[int], grid: Grid) -> bool:
-    axes = (grid.batches, grid.contexts)
-    return all(axis[0] <= value <= axis[-1] for value, axis in zip(batch_and_context, axes, strict=True))
 
 
 def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title: str) -> None:
