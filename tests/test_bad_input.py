@@ -483,7 +483,6 @@ def model(micro: SearchSpace, pristine: Workspace, tmp_path_factory: pytest.Temp
     [
         ("model.safetensors", halved, ["corrupt", "export it again"]),
         ("model.safetensors", to(""), ["corrupt", "export it again"]),
-        ("model.safetensors", None, ["no model.safetensors", "export it again"]),
         ("config.json", to("{"), ["config.json", "restore it"]),
         ("config.json", set_config(model_type="llama"), ["'llama'", "nemotron-nas"]),
         ("config.json", to('{"model_type": "nemotron-nas"}'), ["corrupt", "export it again"]),
