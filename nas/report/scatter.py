@@ -25,11 +25,11 @@ def front_points(trials: pd.DataFrame, reference_vectors: Mapping[str, Vector]) 
 def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives) -> None:
     """One panel for each pair of objectives."""
     pairs = list(itertools.combinations(objectives.names, 2))
-    axes = drawing.subplots(1, len(pairs), squeeze=False)[0]
-    for index, (panel, (y, x)) in enumerate(zip(axes, pairs, strict=True)):
+    drawing.set_figwidth(6.4 if len(pairs) == 1 else 4.6 * len(pairs))
+    panels = drawing.subplots(1, len(pairs), squeeze=False)[0]
+    for panel, (y, x) in zip(panels, pairs, strict=True):
         _draw_pair(panel, points, x, y, staircase=len(pairs) == 1)
-        if index == 0:
-            panel.legend(loc="best", fontsize=8)
+    panels[0].legend(loc="best", fontsize=8)
 
 
 def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool) -> None:
@@ -41,29 +41,20 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
     axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
     axes.margins(x=0.18)  # room for the names
     left, up = (1 if METRICS[x].maximise else -1), (-1 if METRICS[y].maximise else 1)  # where no front point is
-    marks = (
-        ("uniform", points["uniform"], "s", COLOURS[1]),
-        ("known", ~points["uniform"] & (points["name"] != ""), "*", COLOURS[2]),
-    )
-    for label, chosen, marker, colour in marks:
+    ha, va = ("right" if left > 0 else "left"), ("bottom" if up > 0 else "top")
+    known = ~points["uniform"] & (points["name"] != "")
+    marks = (("uniform", points["uniform"], "s", 70, COLOURS[1]), ("known", known, "*", 170, COLOURS[2]))
+    for label, chosen, marker, size, colour in marks:
         rows = points[chosen]
         if rows.empty:
             continue
-        size = 170 if marker == "*" else 70
-        axes.scatter(
-            rows[x], rows[y], s=size, marker=marker, facecolors="none", edgecolors=colour, label=label, zorder=4
-        )
+        outline = {"marker": marker, "facecolors": "none", "edgecolors": colour}
+        axes.scatter(rows[x], rows[y], s=size, label=label, zorder=4, **outline)
         for _, row in rows.iterrows():
             text = axes.annotate(row["name"], (row[x], row[y]), (-6 * left, 6 * up), textcoords="offset points")
-            text.set(
-                fontsize=8,
-                color=colour,
-                ha="right" if left > 0 else "left",
-                va="bottom" if up > 0 else "top",
-                zorder=2.5,
-            )
+            text.set(fontsize=8, color=colour, ha=ha, va=va, zorder=2.5)
             text.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
     source = " and ".join(sorted(points["latency_source"].unique()))
-    timed = ("decode_ms", "prefill_ms", "tokens_per_s")
-    axes.set_xlabel(METRICS[x].label + (f" — {source}" if x in timed else ""))
-    axes.set_ylabel(METRICS[y].label + (f" — {source}" if y in timed else ""))
+    for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
+        timed = name in ("decode_ms", "prefill_ms", "tokens_per_s")
+        set_label(METRICS[name].label + (f" — {source}" if timed else ""))
