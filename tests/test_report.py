@@ -16,11 +16,10 @@ from PIL import Image
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.metrics import METRICS
 from nas.report.figure import figure
+from nas.report.front import draw_front, front_points, gain_sentence
 from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
-from nas.report.scatter import draw_front, front_points
-from nas.report.terminal import gain_sentence
 from nas.search import Objectives
 from nas.search.pareto import front_distance, gains_over_uniform
 from nas.stages.report import _labels

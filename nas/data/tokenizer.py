@@ -12,11 +12,7 @@ _TRAINING_CHARACTERS = 20_000_000  # a few megabytes are enough for the merges; 
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of ``vocab_size`` entries, END_OF_TEXT among them.
-
-    Raises:
-        UserError: The text is too little for that many entries, or they are fewer than there are bytes.
-    """
+    """Trains a byte-level BPE of exactly ``vocab_size`` entries, END_OF_TEXT among them, or raises a UserError."""
 
     def head() -> Iterable[str]:
         left = _TRAINING_CHARACTERS
@@ -41,18 +37,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(head(), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise UserError(
-            f"the text yields only {tokenizer.get_vocab_size()} of the {vocab_size} tokens that the space asks for; "
+            f"the text yields only {tokenizer.get_vocab_size()} of the {vocab_size} tokens of the space's vocabulary; "
             "give more text, a smaller space, or a tokenizer="
         )
     return tokenizer
 
 
 def load_tokenizer(reference: str) -> Tokenizer:
-    """Loads a tokenizer.json, or the one in a Hugging Face model directory.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
+    """Loads a tokenizer.json, or the one in a Hugging Face model directory; a UserError if that is not possible."""
     path = Path(reference)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():

@@ -15,7 +15,7 @@ from nas.model import Decoder
 from nas.quality import mean_loss
 from nas.run import start_run
 from nas.space import format_vector
-from nas.stages.exported import open_checkpoint
+from nas.stages.export import open_checkpoint
 from nas.training import check_memory, fit, full_state_dict, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 

@@ -18,11 +18,10 @@ from nas.files import write_atomically
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.report.figure import figure
+from nas.report.front import draw_front, front_points, front_table, gain_sentence
 from nas.report.groups import draw_groups, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
-from nas.report.scatter import draw_front, front_points
-from nas.report.terminal import front_table, gain_sentence
 from nas.run import FinishedRun, is_run, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance, gains_over_uniform

@@ -18,11 +18,10 @@ from torch.distributed.tensor import DTensor
 
 from nas import console
 from nas.config import TrainConfig
-from nas.distributed import IS_MAIN
+from nas.distributed import IS_MAIN, RANK, SIZE
 from nas.errors import UserError
 from nas.files import write_atomically
 from nas.run import Run
-from nas.training.microbatch import Microbatch, own_microbatches
 from nas.training.parallel import (
     full_optimizer_state_dict,
     full_state_dict,
@@ -34,6 +33,24 @@ from nas.training.parallel import (
 )
 
 CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The ``index``-th of ``count`` equal shares of a step's rows, over the processes and the microbatches of each."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: int) -> slice:
+        size, left = divmod(rows, self.count)
+        if left or not size:
+            raise UserError(
+                f"the {rows} texts of a training step cannot be shared out equally over {SIZE} processes × "
+                f"{self.count // SIZE} microbatches; change train.batch or train.accumulate"
+            )
+        return slice(self.index * size, (self.index + 1) * size)
+
 
 Loss = Callable[[nn.Module, int, Microbatch], Tensor]
 """Mean training loss (nats per token, scalar) of a microbatch of a step: model, number of the step, microbatch."""
@@ -88,23 +105,12 @@ def _torch_save(content: object, path: Path) -> None:
 
 
 def fit(
-    model: nn.Module,
-    loss_at: Loss,
-    config: TrainConfig,
-    run: Run,
-    validate: Callable[[], dict[str, float]],
+    model: nn.Module, loss_at: Loss, config: TrainConfig, run: Run, validate: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
     """Trains ``model`` in place for ``config.steps``, going on from the run's checkpoint if it has one.
 
-    Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` returns every
-    `validate_every` steps and at the end.
-
-    Args:
-        model: The model.
-        loss_at: The training loss.
-        config: How to train.
-        run: Where metrics and the checkpoint go.
-        validate: Measures the model; called under no_grad, in eval mode.
+    Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` (called under
+    no_grad, in eval mode) returns every `validate_every` steps and at the end.
 
     Returns:
         The last validation, made after the last step.
@@ -113,10 +119,8 @@ def fit(
         UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, a step
             does not fit into memory, or its rows cannot be shared out.
     """
-    ready = make_ready(model, config)
-    optimizer = make_optimizer(model, config)
-    state = _State(model, optimizer)
-    checkpoint = run.path / CHECKPOINT
+    ready, optimizer = make_ready(model, config), make_optimizer(model, config)
+    state, checkpoint = _State(model, optimizer), run.path / CHECKPOINT
     if checkpoint.is_file():
         state.load(checkpoint)
 
@@ -161,14 +165,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def training_step(
     model: nn.Module, loss_at: Loss, step: int, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> Tensor:
-    """One step of the optimizer.
-
-    Returns:
-        This process's loss and the gradient norm, shape (2,).
-    """
+    """One step of the optimizer: this process's loss and the gradient norm, shape (2,)."""
     losses = []
-    for number, microbatch in enumerate(own_microbatches(config.accumulate), start=1):
-        with gradients_kept_local(model, number < config.accumulate):
+    for number in range(config.accumulate):
+        microbatch = Microbatch(RANK * config.accumulate + number, SIZE * config.accumulate)
+        with gradients_kept_local(model, number + 1 < config.accumulate):
             loss = loss_at(model, step, microbatch) / config.accumulate
             loss.backward()
         losses.append(loss.detach())

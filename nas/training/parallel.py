@@ -40,8 +40,7 @@ def training_device() -> torch.device:
 def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Moves ``model`` to its device and returns what a training step calls: the model, or a wrapper that shares it out.
 
-    Layers are compiled one by one: all of one shape share a graph, which compiles in a fraction of the time of a whole
-    model.
+    Layers are compiled one by one: all of one shape share a graph, which is compiled much faster than the model.
     """
     if config.compile:
         check_compiler("train.compile=false")
@@ -87,7 +86,7 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the whole model on the CPU in the first process, nothing in the others; all must call it."""
+    """The full state dict on the CPU in the first process, nothing in the others; all must call it."""
     return get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]
 
 
@@ -99,11 +98,6 @@ def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer
 def load_full_state_dict(
     model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], optimizer_state: dict[str, Any]
 ) -> None:
-    """Restores what `full_state_dict` and `full_optimizer_state_dict` gave; every process passes the same."""
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state,
-        optim_state_dict=optimizer_state,
-        options=StateDictOptions(full_state_dict=True),
-    )
+    """Restores what `full_state_dict` and `full_optimizer_state_dict` gave; every process gives the same."""
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state, options=options)
