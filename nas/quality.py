@@ -67,7 +67,6 @@ class LossMemo(dict[str, float]):
     """Losses (nats per token) by name, remembered in a file of JSON lines, whose last one a kill may cut short."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__()
         self.file = file
         self.reload()
 

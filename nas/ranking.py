@@ -22,7 +22,7 @@ from nas.errors import UserError
 from nas.space import SearchSpace, Vector
 from nas.totals import Totals
 
-Array = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 
 MEASUREMENTS = ["vector", "total", "equal_total", "kind", "seed", "steps", "loss_nats"]
 PREDICTORS = {"inherited": "inherited loss", "total": "total of groups"}
@@ -89,16 +89,15 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                 pair = values.to_numpy(float), true.mean(axis=1).to_numpy()
                 tau, interval, ceiling = kendall(*pair), bootstrap_interval(*pair, seed), noise_ceiling(true.to_numpy())
                 rows.append((truth, among, predictor, len(true), tau, *interval, ceiling))
-    columns = ["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"])
 
 
-def kendall(predicted: Array, true: Array) -> float:
+def kendall(predicted: Floats, true: Floats) -> float:
     """Kendall's τ-b; NaN where one side is constant."""
     return float(kendalltau(predicted, true).statistic) if len(true) > 1 else float("nan")
 
 
-def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float, float]:
+def bootstrap_interval(predicted: Floats, true: Floats, seed: int) -> tuple[float, float]:
     """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined."""
     if np.isnan(kendall(predicted, true)):
         return float("nan"), float("nan")
@@ -110,7 +109,7 @@ def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float,
     return float(low), float(high)
 
 
-def noise_ceiling(losses_VS: Array) -> float:
+def noise_ceiling(losses_VS: Floats) -> float:
     """Kendall's τ between mean losses of V vectors in disjoint halves of the S seeds, averaged over all halvings.
 
     This is how well one measurement predicts another; a predictor that is compared with the mean over all seeds, which
@@ -120,6 +119,5 @@ def noise_ceiling(losses_VS: Array) -> float:
     if seeds == 1:
         return float("nan")
     halves = map(list, itertools.combinations(range(seeds), seeds // 2))
-    return float(
-        np.mean([kendall(losses_VS[:, half].mean(1), np.delete(losses_VS, half, axis=1).mean(1)) for half in halves])
-    )
+    taus = [kendall(losses_VS[:, half].mean(1), np.delete(losses_VS, half, axis=1).mean(1)) for half in halves]
+    return float(np.mean(taus))

@@ -396,7 +396,7 @@ def test_text_shorter_than_a_window_is_refused(refused: Refused, tmp_path: Path)
         ("export run={measure}", ["nas measure", "give a search run"]),
         ("report run={measure}", ["nas measure", "give a search run"]),
         ("report run=runs", ["written by 'nas measure'", "give a search run"]),
-        ("report run=runs/cache", ["runs/cache holds no run"]),
+        ("report run=runs/cache", ["runs/cache", "holds no run"]),
         ("search latency={train}", ["nas train", "give a measure run"]),
         ("search supernet={measure}", ["nas measure", "give a train run"]),
         ("search latency={measure} workload.batch=7", ["{measure}", "batch 7", "measure that"]),

@@ -16,8 +16,7 @@ from PIL import Image
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.metrics import METRICS
 from nas.report.figure import figure
-from nas.report.front import draw_front, front_points, gain_sentence
-from nas.report.groups import draw_groups, group_matrix
+from nas.report.front import draw_front, draw_groups, front_points, gain_sentence, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
 from nas.search import Objectives

@@ -101,15 +101,13 @@ class TextCorpus:
 
     def _json_text(self, path: Path, number: int, line: str) -> str:
         try:
-            text = json.loads(line)[self.text_key]
-            text.encode()  # JSON can spell half a surrogate pair, which is no text
+            text: str = json.loads(line)[self.text_key]
+            text.encode()  # only text can be encoded, and not if JSON spells half a surrogate pair
+            return text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
             raise UserError(
                 f"{path} line {number} is not a JSON object with a text '{self.text_key}'; fix it or set data.text_key"
-            )
-        return text
+            ) from None
 
 
 @dataclass(frozen=True)

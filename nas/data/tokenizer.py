@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nas.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # ours and other tokenizers'
 _TRAINING_CHARACTERS = 20_000_000  # a few megabytes are enough for the merges; more only costs time
 
 
@@ -59,13 +60,12 @@ def beginning_id(tokenizer: Tokenizer) -> int | None:
     """Id of the token that begins a text: what the tokenizer itself puts there, a usual name, or the end of text."""
     if begun := tokenizer.encode("").ids:
         return int(begun[0])
-    known = _first_known(tokenizer, "<s>", "<|begin_of_text|>", "<bos>")
-    return end_of_text_id(tokenizer) if known is None else known
+    return _first_known(tokenizer, "<s>", "<|begin_of_text|>", "<bos>", *_ENDS)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """Id of the token that ends a document: END_OF_TEXT, or the usual names of other tokenizers."""
-    return _first_known(tokenizer, END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+    """Id of the token that ends a document, by the usual names."""
+    return _first_known(tokenizer, *_ENDS)
 
 
 def _first_known(tokenizer: Tokenizer, *names: str) -> int | None:

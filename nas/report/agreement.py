@@ -20,14 +20,9 @@ def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
     inherited = measurements[measurements["kind"] == "inherited"].set_index("vector")
     losses = measurements[measurements["kind"] == truth].pivot_table("loss_nats", "vector", "seed")
     paired = losses - losses.mean(axis=0)
-    return pd.DataFrame(
-        {
-            "inherited": inherited.loc[losses.index, "loss_nats"],
-            "mean": losses.mean(axis=1),
-            "spread": (paired.std(axis=1) / np.sqrt(losses.shape[1])).fillna(0.0),
-            "equal_total": inherited.loc[losses.index, "equal_total"],
-        }
-    )
+    spread = (paired.std(axis=1) / np.sqrt(losses.shape[1])).fillna(0.0)
+    pairs = inherited.loc[losses.index, ["loss_nats", "equal_total"]].rename(columns={"loss_nats": "inherited"})
+    return pairs.assign(mean=losses.mean(axis=1), spread=spread)
 
 
 def draw_fidelity(drawing: FigureBase, measurements: pd.DataFrame, table: pd.DataFrame) -> None:
@@ -43,8 +38,7 @@ def _draw_losses(axes: Axes, pairs: pd.DataFrame, truth: str, table: pd.DataFram
     taus = table[(table["truth"] == truth) & (table["predictor"] == "inherited")].set_index("among")["tau"]
     for equal, colour, name in ((False, GREY, "other totals"), (True, COLOURS[0], "equal total")):
         if len(rows := pairs[pairs["equal_total"] == equal]):
-            style = {"fmt": "o", "markersize": 4, "color": colour, "label": name}
-            axes.errorbar(rows["inherited"], rows["mean"], yerr=rows["spread"], **style)
+            axes.errorbar(rows["inherited"], rows["mean"], rows["spread"], fmt="o", ms=4, color=colour, label=name)
     axes.set(xlabel="inherited loss (nats/token)", ylabel=f"loss {TRUTHS[truth]} (nats/token)")
     among_equal = f", among equal totals {taus['equal total']:.2f}" if "equal total" in taus else ""
     axes.set_title(f"Kendall's τ {taus['all']:.2f}{among_equal}", fontsize=9)

@@ -47,9 +47,8 @@ def figure(path: Path, title: str = "", caption: str = "", width: float = 6.4, h
                 drawing.supxlabel(_fitting(drawing, caption), fontsize=_CAPTION_PT, color="#5F6368")
             for suffix in ("png", "svg"):
                 metadata = {"Title": title, "Description": caption} | ({"Date": None} if suffix == "svg" else {})
-                write_atomically(
-                    path.with_suffix(f".{suffix}"), partial(drawing.savefig, format=suffix, metadata=metadata)
-                )
+                save = partial(drawing.savefig, format=suffix, metadata=metadata)
+                write_atomically(path.with_suffix(f".{suffix}"), save)
         finally:
             plt.close(drawing)
 

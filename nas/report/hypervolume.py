@@ -20,10 +20,8 @@ def curves(
     ``runs`` gives the group's label (its sampler, say) and trials of each run; ``low`` and ``high`` are the smallest
     and largest of the group's runs that got that far.
     """
-    volumes = pd.concat(
-        pd.DataFrame({"label": label, "volume": hypervolume_curve(trials, objectives, reference)})
-        for label, trials in runs
-    )
+    lines = ((label, hypervolume_curve(trials, objectives, reference)) for label, trials in runs)
+    volumes = pd.concat(pd.DataFrame({"label": label, "volume": line}) for label, line in lines)
     groups = volumes.assign(evaluations=volumes.index + 1).groupby(["label", "evaluations"], sort=False)["volume"]
     return groups.agg(median="median", low="min", high="max", runs="size").reset_index()
 

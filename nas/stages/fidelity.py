@@ -24,7 +24,7 @@ from nas.data import TokenData, prepare_tokens
 from nas.errors import UserError
 from nas.files import value_hash, write_atomically
 from nas.model import Decoder, Supernet
-from nas.model.pretrained import Checkpoint, read_checkpoint
+from nas.model.pretrained import read_checkpoint
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo, mean_loss
 from nas.ranking import MEASUREMENTS, agreement, choose_some, choose_vectors
@@ -162,9 +162,8 @@ def _trained_rows(trainings: list[Training], folder: Path) -> list[tuple[Any, ..
 def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
     """Extracted sub-networks, trained further."""
     options = _options(config, source)
-    steps = config.further.steps or math.ceil(options.steps / 4)
-    rate = config.further.learning_rate or options.peak_learning_rate / 4
-    options = dataclasses.replace(options, steps=steps, learning_rate=rate)
+    options.learning_rate = config.further.learning_rate or options.peak_learning_rate / 4
+    options.steps = config.further.steps or math.ceil(options.steps / 4)
 
     def start(vector: Vector, _: int) -> Decoder:
         return inherited.supernet.extract(vector)
@@ -175,8 +174,15 @@ def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, da
 def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
     """Models that no supernet touched; those of one seed start from the same weights, as far as they have the same."""
     space, options = inherited.supernet.space, _options(config, source)
-    options = dataclasses.replace(options, steps=config.alone.steps or options.steps)
-    init = _checkpoint(config, source)
+    options.steps = config.alone.steps or options.steps
+    recorded, init = source.config.get("init"), None
+    if recorded and config.alone.vectors:
+        init = read_checkpoint(Path(config.init)) if config.init else None
+        if init is None or init.identity["hash"] != recorded["hash"]:
+            raise UserError(
+                f"supernet {source.path} started from the checkpoint {recorded['name']}, and so do the models trained "
+                "alone; give the same init=, or alone.vectors=0"
+            )
 
     def start(vector: Vector, seed: int) -> Decoder:
         supernet = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
@@ -186,21 +192,7 @@ def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data
             supernet.initialise(torch.Generator().manual_seed(seed))
         return supernet.extract(vector)
 
-    return Series("alone", start, [space.to_dict(), source.config.get("init")], options, config, inherited, data)
-
-
-def _checkpoint(config: Fidelity, source: FinishedRun) -> Checkpoint | None:
-    """The checkpoint that the supernet started from, if it did and models are trained alone."""
-    recorded = source.config.get("init")
-    if not recorded or not config.alone.vectors:
-        return None
-    checkpoint = read_checkpoint(Path(config.init)) if config.init else None
-    if checkpoint is None or checkpoint.identity["hash"] != recorded["hash"]:
-        raise UserError(
-            f"supernet {source.path} started from the checkpoint {recorded['name']}, and so do the models trained "
-            "alone; give the same init=, or alone.vectors=0"
-        )
-    return checkpoint
+    return Series("alone", start, [space.to_dict(), recorded], options, config, inherited, data)
 
 
 def _options(config: Fidelity, source: FinishedRun) -> TrainConfig:

@@ -18,8 +18,7 @@ from nas.files import write_atomically
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.report.figure import figure
-from nas.report.front import draw_front, front_points, front_table, gain_sentence
-from nas.report.groups import draw_groups, group_matrix
+from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
 from nas.run import FinishedRun, is_run, runs_in, start_run
@@ -27,18 +26,16 @@ from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance, gains_over_uniform
 from nas.space import format_vector, space_from_config
 
+Floats = npt.NDArray[np.float64]
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
 
 def run(config: Report, path: Path) -> None:
     """Draws into ``path``."""
     source = Path(config.run)
-    if not source.is_dir():
-        raise UserError(f"run={config.run} does not exist; give the directory of a search or of a sweep")
-    folders = [source] if is_run(source) else runs_in(source)
-    if not folders:
-        raise UserError(f"{source} holds no run; give the directory of a search or of a sweep of searches")
-    searches = [FinishedRun(folder, "search") for folder in folders]
+    searches = [FinishedRun(folder, "search") for folder in ([source] if is_run(source) else runs_in(source))]
+    if not searches:
+        raise UserError(f"{source} does not exist or holds no run; give the directory of a search or of a sweep")
     others = [FinishedRun(Path(config.reference), "search")] if config.reference else []
     parents = {f"search_{index}": search for index, search in enumerate(searches)}
     parents |= {"reference": others[0]} if others else {}
@@ -89,13 +86,11 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
     write_atomically(path / "metrics.csv", partial(metrics.to_csv, index=False))
+    alone = len(searches) + len(others) == 1  # and would be compared with itself
     for label, of_label in metrics.groupby("label", sort=False):
         middle = of_label.median(numeric_only=True)
-        beside = (
-            f", {middle['hypervolume_share']:.1%} of the best front's, and distance {middle['distance']:.4f} from it"
-            if len(searches) + len(others) > 1  # alone it would be compared with itself
-            else ""
-        )
+        share = f"{middle['hypervolume_share']:.1%} of the best front's"
+        beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
             f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
             f"(median of {len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
@@ -108,11 +103,7 @@ def _trials(search: FinishedRun, objectives: Objectives) -> pd.DataFrame:
 
 
 def front_metrics(
-    trials: pd.DataFrame,
-    uniform: Collection[str],
-    objectives: Objectives,
-    best: npt.NDArray[np.float64],
-    reference: npt.NDArray[np.float64],
+    trials: pd.DataFrame, uniform: Collection[str], objectives: Objectives, best: Floats, reference: Floats
 ) -> dict[str, float]:
     """How good the front of one search is beside the points of the best known front."""
     points, front = objectives.points(trials), trials[trials["on_front"]]

@@ -35,9 +35,8 @@ def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vec
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     rows = max(1, options.batch // (options.accumulate * SIZE))
-    state, logits = 16 * shape.parameters(vector), 4 * rows * length * shape.vocab_size
-    if options.parallel == "fsdp":
-        state //= SIZE
+    state = 16 * shape.parameters(vector) // (SIZE if options.parallel == "fsdp" else 1)
+    logits = 4 * rows * length * shape.vocab_size
     if state + logits > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
