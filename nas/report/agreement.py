@@ -67,9 +67,7 @@ def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
 
 def agreement_table(table: pd.DataFrame) -> Table:
     """The agreements for the terminal."""
-    shown = Table()
-    for heading in ("trained loss", "among", "by"):
-        shown.add_column(heading)
+    shown = Table("trained loss", "among", "by")
     for heading in ("vectors", "tau", "95 %", "ceiling"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table.to_dict("records"):

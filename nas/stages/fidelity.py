@@ -164,11 +164,8 @@ def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, da
     options = _options(config, source)
     options.learning_rate = config.further.learning_rate or options.peak_learning_rate / 4
     options.steps = config.further.steps or math.ceil(options.steps / 4)
-
-    def start(vector: Vector, _: int) -> Decoder:
-        return inherited.supernet.extract(vector)
-
-    return Series("further", start, source.digest(), options, config, inherited, data)
+    extract = inherited.supernet.extract
+    return Series("further", lambda vector, _: extract(vector), source.digest(), options, config, inherited, data)
 
 
 def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:

@@ -87,13 +87,13 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
     write_atomically(path / "metrics.csv", partial(metrics.to_csv, index=False))
     alone = len(searches) + len(others) == 1  # and would be compared with itself
-    for label, of_label in metrics.groupby("label", sort=False):
-        middle = of_label.median(numeric_only=True)
+    for label, runs in metrics.groupby("label", sort=False):
+        middle = runs.median(numeric_only=True)
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
         beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
             f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
-            f"(median of {len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
+            f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
 

@@ -44,10 +44,10 @@ def check_recipe(config: SupernetConfig) -> None:
     """Refuses a recipe that is unknown or whose numbers do not go together."""
     if config.recipe not in RECIPES:
         raise UserError(f"train.recipe is '{config.recipe}'; use {', '.join(RECIPES)}")
-    if config.largest_share + config.smallest_share > 1:
+    largest, smallest = config.largest_share, config.smallest_share
+    if largest + smallest > 1:
         raise UserError(
-            f"train.largest_share {config.largest_share} and train.smallest_share {config.smallest_share} are more "
-            "than all rows together; lower one"
+            f"train.largest_share {largest} and train.smallest_share {smallest} exceed 1 together; lower one"
         )
     if config.recipe == "sandwich" and (config.vectors_per_text < 2 or config.batch % config.vectors_per_text):
         raise UserError(
