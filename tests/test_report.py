@@ -121,7 +121,7 @@ def test_points_carry_the_names_of_reference_vectors() -> None:
     assert points["uniform"].tolist() == [True, False, False]
 
 
-def test_the_heat_map_has_a_row_a_layer_and_a_column_a_front_point_lowest_loss_first() -> None:
+def test_the_heat_map_has_a_row_per_layer_and_a_column_per_front_point_lowest_loss_first() -> None:
     front = pd.DataFrame({"vector": ["1-2-4", "4-4-4"], "loss_nats": [3.0, 2.0]})
     matrix = group_matrix(front)
     assert matrix.to_numpy().tolist() == [[4, 1], [4, 2], [4, 4]]
@@ -226,7 +226,7 @@ def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:
     assert axes.get_title() == "reference point: loss_nats 4, tokens_per_s 10"
 
 
-def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_workload() -> None:
+def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_per_workload() -> None:
     rows = [("decode", "1", 4, 16, 10.0, 11.0), ("decode", "2", 4, 16, 20.0, 20.0), ("prefill", "1", 4, 8, 5.0, 4.0)]
     rows += [("decode", "1", 2, 16, 3.0, 3.0), ("decode", "1", 4, 12, 7.0, 7.0)]
     check = pd.DataFrame(rows, columns=CHECK_COLUMNS)
@@ -244,7 +244,7 @@ def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_wor
     assert [axes.get_legend_handles_labels()[0][1].get_label() for axes in shown[1:3]] == ["1 model", "2 models"]
 
 
-def test_the_check_grows_with_its_panels_three_a_row() -> None:
+def test_the_check_grows_with_its_panels_three_per_row() -> None:
     def size(panels: int) -> list[float]:
         rows = [("decode", "1", batch, 16, 10.0, 11.0) for batch in range(1, panels + 1)]
         drawing = Figure()
@@ -288,11 +288,11 @@ def test_gains_over_uniform_vectors_are_at_their_bytes_and_at_their_loss() -> No
     assert gains["bytes_saved"].to_dict() == pytest.approx({"1-1": 0.0, "2-2": 0.25, "4-4": 0.375})
 
 
-def test_the_gain_is_said_in_one_sentence() -> None:
-    said = gain_sentence(gains_over_uniform(TRIALS, ["1-1", "2-2", "4-4"]))
-    assert said.startswith("Beside uniform 4: ")
-    assert "0.1000 nats lower" in said
-    assert "37.5% fewer KV bytes" in said
+def test_the_gain_is_told_in_one_sentence() -> None:
+    sentence = gain_sentence(gains_over_uniform(TRIALS, ["1-1", "2-2", "4-4"]))
+    assert sentence.startswith("Beside uniform 4: ")
+    assert "0.1000 nats lower" in sentence
+    assert "37.5% fewer KV bytes" in sentence
     assert "No evaluated vector" in gain_sentence(gains_over_uniform(TRIALS[:3], ["1-1", "2-2", "4-4"]))
     assert "No evaluated vector" in gain_sentence(gains_over_uniform(TRIALS, []))
 
