@@ -14,15 +14,14 @@ _PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers",
 
 
 def now() -> str:
-    """The current time in UTC, to the second, in ISO format."""
+    """UTC in ISO format, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def provenance() -> dict[str, Any]:
     """Git state, versions and device, for run.json."""
     versions = {"gqa-nas": nas.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        versions[package] = metadata.version(package)
+    versions |= {package: metadata.version(package) for package in _PACKAGES}
     device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
     return {"git": git_state(), "versions": versions, "device": device}
 
@@ -35,8 +34,7 @@ def git_state() -> dict[str, object] | None:
         return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        if git("ls-files", "--error-unmatch", "provenance.py") != "provenance.py":
-            return None
+        git("ls-files", "--error-unmatch", "provenance.py")  # fails in a checkout of something else
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.CalledProcessError):
         return None

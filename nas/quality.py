@@ -26,11 +26,9 @@ def row_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
-    """Mean loss of a model in nats per token.
+    """Mean loss of a model in nats per token, on windows of T + 1 ids: inputs and the targets one to the right.
 
-    Args:
-        logits_of: Maps token ids (rows, T) to logits (rows, T, V).
-        windows_NT: Token ids, T + 1 per window: inputs and the targets one to the right.
+    ``logits_of`` maps token ids (rows, T) to logits (rows, T, V).
     """
     rows = _rows_at_once(windows_NT)
     losses = [row_losses(logits_of(windows[:, :-1]), windows[:, 1:]) for windows in windows_NT.split(rows)]
@@ -69,7 +67,6 @@ class LossMemo(dict[str, float]):
     """Losses (nats per token) by name, remembered in a file of JSON lines, whose last one a kill may cut short."""
 
     def __init__(self, file: Path) -> None:
-        super().__init__()
         self.file = file
         self.reload()
 
@@ -92,12 +89,9 @@ class LossMemo(dict[str, float]):
 
 
 class InheritedLoss:
-    """Inherited loss of vectors: the supernet's, with no further training.
+    """Inherited loss of vectors: the supernet's, with no further training, on validation windows of T + 1 tokens.
 
-    Args:
-        supernet: The supernet, on the device where it shall run.
-        windows_NT: Validation windows, T + 1 tokens each.
-        memo: Remembers losses by vector; it must belong to this supernet and these windows alone.
+    The supernet runs on the device where it is; ``memo`` must belong to this supernet and these windows alone.
     """
 
     def __init__(self, supernet: Supernet, windows_NT: Tensor, memo: LossMemo) -> None:
@@ -114,11 +108,11 @@ class InheritedLoss:
     def of(self, vectors: Sequence[Vector]) -> list[float]:
         """Losses of many vectors, far faster than one by one if they share their first layers."""
         missing = [vector for vector in vectors if format_vector(vector) not in self.memo]
+        before = len(self.memo)
         with console.progress_bar("Evaluating vectors", len(set(missing))) as bar:
-            done = 0
             for batch in _batches(missing, self.windows):
                 self._evaluate(batch)
-                bar.update(done := done + len(batch))
+                bar.update(len(self.memo) - before)
         return [self.memo[format_vector(vector)] for vector in vectors]
 
     def _evaluate(self, vectors: list[Vector]) -> None:

@@ -22,11 +22,11 @@ from nas.errors import UserError
 from nas.space import SearchSpace, Vector
 from nas.totals import Totals
 
-Array = npt.NDArray[np.float64]
+Floats = npt.NDArray[np.float64]
 
 MEASUREMENTS = ["vector", "total", "equal_total", "kind", "seed", "steps", "loss_nats"]
 PREDICTORS = {"inherited": "inherited loss", "total": "total of groups"}
-TRUTHS = ("further", "alone")
+TRUTHS = {"further": "trained further", "alone": "trained alone"}
 _RESAMPLES = 2000
 _ATTEMPTS = 1000
 
@@ -34,11 +34,8 @@ _ATTEMPTS = 1000
 def choose_vectors(space: SearchSpace, count: int, equal_total: int, seed: int) -> tuple[list[Vector], list[Vector]]:
     """Two sets of distinct vectors, ``count`` in all, ``equal_total`` of them in the second.
 
-    Returns:
-        Those with totals from the smallest vector's to the largest's, ascending; those with one total between them.
-
-    Raises:
-        UserError: The space does not have that many.
+    The totals of the first set ascend from the smallest vector's to the largest's; the second has one total between.
+    A UserError if the space does not have that many.
     """
     totals, rng = Totals(space.choices), np.random.default_rng(seed)
     reachable: list[int] = totals.reachable.tolist()
@@ -92,41 +89,35 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                 pair = values.to_numpy(float), true.mean(axis=1).to_numpy()
                 tau, interval, ceiling = kendall(*pair), bootstrap_interval(*pair, seed), noise_ceiling(true.to_numpy())
                 rows.append((truth, among, predictor, len(true), tau, *interval, ceiling))
-    columns = ["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"])
 
 
-def kendall(predicted: Array, true: Array) -> float:
+def kendall(predicted: Floats, true: Floats) -> float:
     """Kendall's τ-b; NaN where one side is constant."""
     return float(kendalltau(predicted, true).statistic) if len(true) > 1 else float("nan")
 
 
-def bootstrap_interval(predicted: Array, true: Array, seed: int) -> tuple[float, float]:
+def bootstrap_interval(predicted: Floats, true: Floats, seed: int) -> tuple[float, float]:
     """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined."""
     if np.isnan(kendall(predicted, true)):
         return float("nan"), float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # constant resamples, which nanpercentile leaves out
-        resampled = bootstrap(
-            (predicted, true), kendall, n_resamples=_RESAMPLES, paired=True, method="percentile", rng=seed
-        )
+        pairs = (predicted, true)
+        resampled = bootstrap(pairs, kendall, n_resamples=_RESAMPLES, paired=True, method="percentile", rng=seed)
     low, high = np.nanpercentile(resampled.bootstrap_distribution, [2.5, 97.5])
     return float(low), float(high)
 
 
-def noise_ceiling(losses_VS: Array) -> float:
-    """Kendall's τ between vectors' mean losses in disjoint halves of the seeds, averaged over all halvings.
+def noise_ceiling(losses_VS: Floats) -> float:
+    """Kendall's τ between mean losses of V vectors in disjoint halves of the S seeds, averaged over all halvings.
 
     This is how well one measurement predicts another; a predictor that is compared with the mean over all seeds, which
     is less noisy than a half, can do better. NaN for a single seed.
-
-    Args:
-        losses_VS: Losses by vector and seed.
     """
-    seeds = range(losses_VS.shape[1])
-    taus = []
-    for half in itertools.combinations(seeds, len(seeds) // 2):
-        rest = [seed for seed in seeds if seed not in half]
-        if half:
-            taus.append(kendall(losses_VS[:, list(half)].mean(1), losses_VS[:, rest].mean(1)))
-    return float(np.mean(taus)) if taus else float("nan")
+    seeds = losses_VS.shape[1]
+    if seeds == 1:
+        return float("nan")
+    halves = map(list, itertools.combinations(range(seeds), seeds // 2))
+    taus = [kendall(losses_VS[:, half].mean(1), np.delete(losses_VS, half, axis=1).mean(1)) for half in halves]
+    return float(np.mean(taus))

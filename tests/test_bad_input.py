@@ -25,6 +25,7 @@ import pandas as pd
 import pytest
 import torch
 import zstandard
+from nas.stages.exported import open_checkpoint
 
 from nas.config import Fidelity, SupernetConfig, WorkloadConfig, build
 from nas.data import prepare_tokens, validation_windows
@@ -39,7 +40,6 @@ from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss, LossMemo
 from nas.space import SearchSpace, format_vector, load_space
 from nas.stages import fidelity
-from nas.stages.exported import open_checkpoint
 from nas.stages.train import check_trainable
 from nas.training import window_length
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
@@ -367,7 +367,7 @@ def test_damaged_tokens_are_refused(text_file: Path, tmp_path: Path, content: by
     [
         ("export run=runs/search/base select=nonsense", ["'nonsense'", "knee"]),
         ("export run={train}", ["nas train", "give a search run"]),
-        ("report run=runs/cache", ["runs/cache holds no run"]),
+        ("report run=runs/cache", ["runs/cache", "holds no run"]),
         ("search latency={measure} workload.batch=7", ["{measure}", "batch 7", "measure that"]),
         ("search supernet={train} space=other.yaml", ["{train}", "space", "give the same space="]),
         ("search supernet={train} data.path=other.txt", ["{train}", "data", "give the same data="]),

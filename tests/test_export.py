@@ -24,8 +24,7 @@ from nas.search import Objectives
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Vector, load_space, shipped_spaces
-from nas.stages.export import select
-from nas.stages.exported import open_checkpoint
+from nas.stages.export import open_checkpoint, select
 from tests.conftest import FAST, Nas, random_supernet
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]

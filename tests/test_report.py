@@ -15,12 +15,10 @@ from PIL import Image
 
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.metrics import METRICS
-from nas.report.figure import FigureSize, figure
-from nas.report.groups import draw_groups, group_matrix, groups_size
-from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
-from nas.report.predicted import check_size, draw_check
-from nas.report.scatter import draw_front, front_points
-from nas.report.terminal import gain_sentence
+from nas.report.figure import figure
+from nas.report.front import draw_front, draw_groups, front_points, gain_sentence, group_matrix
+from nas.report.hypervolume import curves, draw_hypervolume
+from nas.report.predicted import draw_check
 from nas.search import Objectives
 from nas.search.pareto import front_distance, gains_over_uniform
 from nas.stages.report import _labels
@@ -123,7 +121,7 @@ def test_points_carry_the_names_of_reference_vectors() -> None:
     assert points["uniform"].tolist() == [True, False, False]
 
 
-def test_the_heat_map_has_a_row_a_layer_and_a_column_a_front_point_lowest_loss_first() -> None:
+def test_the_heat_map_has_a_row_per_layer_and_a_column_per_front_point_lowest_loss_first() -> None:
     front = pd.DataFrame({"vector": ["1-2-4", "4-4-4"], "loss_nats": [3.0, 2.0]})
     matrix = group_matrix(front)
     assert matrix.to_numpy().tolist() == [[4, 1], [4, 2], [4, 4]]
@@ -134,7 +132,7 @@ def test_hypervolume_curves_have_median_and_range_of_their_group() -> None:
     def trials(*losses: float) -> pd.DataFrame:
         return pd.DataFrame({"loss_nats": losses, "tokens_per_s": [1.0] * len(losses)})
 
-    runs = [SearchCurve("a", trials(3.0, 2.0)), SearchCurve("a", trials(1.0)), SearchCurve("b", trials(3.5))]
+    runs = [("a", trials(3.0, 2.0)), ("a", trials(1.0)), ("b", trials(3.5))]
     table = curves(runs, TWO, np.array([4.0, 0.0]))
     assert table.to_numpy().tolist() == [
         ["a", 1, 2.0, 1.0, 3.0, 2],
@@ -210,8 +208,9 @@ def test_the_heat_map_shows_every_number_once() -> None:
 
 @pytest.mark.parametrize("layers", [4, 32, 80])
 def test_the_heat_map_grows_so_that_no_two_numbers_meet(layers: int) -> None:
-    size = groups_size(pd.DataFrame(np.ones((layers, 5))))
-    assert 72 * (size["height"] - 1.5) / layers > 7  # points, of which a number is 7 high
+    drawing = Figure()
+    draw_groups(drawing, pd.DataFrame(np.ones((layers, 5), int)))
+    assert 72 * (drawing.get_figheight() - 1.5) / layers > 7  # points, of which a number is 7 high
 
 
 def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:
@@ -227,7 +226,7 @@ def test_hypervolume_is_drawn_as_steps_with_the_band_of_its_runs() -> None:
     assert axes.get_title() == "reference point: loss_nats 4, tokens_per_s 10"
 
 
-def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_workload() -> None:
+def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_per_workload() -> None:
     rows = [("decode", "1", 4, 16, 10.0, 11.0), ("decode", "2", 4, 16, 20.0, 20.0), ("prefill", "1", 4, 8, 5.0, 4.0)]
     rows += [("decode", "1", 2, 16, 3.0, 3.0), ("decode", "1", 4, 12, 7.0, 7.0)]
     check = pd.DataFrame(rows, columns=CHECK_COLUMNS)
@@ -245,13 +244,14 @@ def test_the_check_is_drawn_measured_to_the_right_and_predicted_up_a_panel_a_wor
     assert [axes.get_legend_handles_labels()[0][1].get_label() for axes in shown[1:3]] == ["1 model", "2 models"]
 
 
-def test_the_check_grows_with_its_panels_three_a_row() -> None:
-    def size(panels: int) -> FigureSize:
+def test_the_check_grows_with_its_panels_three_per_row() -> None:
+    def size(panels: int) -> list[float]:
         rows = [("decode", "1", batch, 16, 10.0, 11.0) for batch in range(1, panels + 1)]
-        return check_size(pd.DataFrame(rows, columns=CHECK_COLUMNS))
+        drawing = Figure()
+        draw_check(drawing, pd.DataFrame(rows, columns=CHECK_COLUMNS))
+        return list(drawing.get_size_inches())
 
-    sizes = [size(panels) for panels in range(1, 8)]
-    widths, heights = ([each[key] for each in sizes] for key in ("width", "height"))
+    widths, heights = zip(*map(size, range(1, 8)), strict=True)
     assert widths[0] < widths[1] < widths[2] == widths[6]
     assert heights[0] == heights[2] < heights[3] == heights[5] < heights[6]
 
@@ -273,7 +273,7 @@ def test_searches_of_different_things_are_not_compared(nas: Nas, workspace: Work
     assert result.code == 0, result.err
     report = nas("report", f"run={workspace.runs}/search/unlike", "name=unlike")
     assert report.code == 1
-    assert "differ in workload and cannot be compared" in report.err
+    assert "differ in workload; report each alone" in report.err
 
 
 TRIALS = pd.DataFrame(
@@ -288,11 +288,11 @@ def test_gains_over_uniform_vectors_are_at_their_bytes_and_at_their_loss() -> No
     assert gains["bytes_saved"].to_dict() == pytest.approx({"1-1": 0.0, "2-2": 0.25, "4-4": 0.375})
 
 
-def test_the_gain_is_said_in_one_sentence() -> None:
-    said = gain_sentence(gains_over_uniform(TRIALS, ["1-1", "2-2", "4-4"]))
-    assert said.startswith("Beside uniform 4: ")
-    assert "0.1000 nats lower" in said
-    assert "37.5% fewer KV bytes" in said
+def test_the_gain_is_told_in_one_sentence() -> None:
+    sentence = gain_sentence(gains_over_uniform(TRIALS, ["1-1", "2-2", "4-4"]))
+    assert sentence.startswith("Beside uniform 4: ")
+    assert "0.1000 nats lower" in sentence
+    assert "37.5% fewer KV bytes" in sentence
     assert "No evaluated vector" in gain_sentence(gains_over_uniform(TRIALS[:3], ["1-1", "2-2", "4-4"]))
     assert "No evaluated vector" in gain_sentence(gains_over_uniform(TRIALS, []))
 

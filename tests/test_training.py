@@ -20,8 +20,7 @@ from nas.run import Run
 from nas.space import SearchSpace, Vector, load_space
 from nas.totals import Totals
 from nas.training import check_memory, fit
-from nas.training.loop import learning_rate_at
-from nas.training.microbatch import Microbatch
+from nas.training.loop import Microbatch, learning_rate_at
 from nas.training.recipes import check_recipe, distilled_loss, step_plan
 
 RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows

@@ -44,11 +44,7 @@ class Corpus(Protocol):
         """Changes when the text changes; cheap compared with reading and tokenising it."""
 
     def documents(self) -> Iterator[Document]:
-        """The documents, always in the same order.
-
-        Raises:
-            UserError: A source is missing or cannot be read.
-        """
+        """The documents, always in the same order; a UserError where one is missing or cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -100,22 +96,18 @@ class TextCorpus:
         candidates = Path(named).rglob("*") if Path(named).is_dir() else map(Path, found)
         files = sorted(file for file in candidates if file.is_file() and _kind(file) in _TEXT)
         if not files:
-            raise UserError(
-                f"data.path '{self.path}' has no .txt or .jsonl file (plain, .gz, .xz, .zst or .bz2); check it"
-            )
+            raise UserError(f"data.path '{self.path}' has no .txt or .jsonl file (plain or compressed); check it")
         return files
 
     def _json_text(self, path: Path, number: int, line: str) -> str:
         try:
-            text = json.loads(line)[self.text_key]
-            text.encode()  # JSON can spell half a surrogate pair, which is no text
+            text: str = json.loads(line)[self.text_key]
+            text.encode()  # only text can be encoded, and not if JSON spells half a surrogate pair
+            return text
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            text = None
-        if not isinstance(text, str):
             raise UserError(
                 f"{path} line {number} is not a JSON object with a text '{self.text_key}'; fix it or set data.text_key"
-            )
-        return text
+            ) from None
 
 
 @dataclass(frozen=True)
@@ -145,7 +137,7 @@ class HubCorpus:
             logging.getLogger(library).handlers = [_RetryHandler(logging.WARNING)]
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = _HUB_RETRIES
         _read_zstd_to_its_end()
-        budget = self.max_mb * 1e6
+        left = self.max_mb * 1e6
         with _readable(f"dataset {self.dataset}", "check data.* and the dataset's files"):
             name = _expanded(self.dataset)
             rows = datasets.load_dataset(name, self.config, split=self.split, revision=self.revision, streaming=True)
@@ -156,8 +148,8 @@ class HubCorpus:
                         f"data.text_key to another of its columns: {', '.join(row)}"
                     )
                 yield _document(text.removeprefix("\N{ZERO WIDTH NO-BREAK SPACE}"))  # a byte order mark
-                budget -= len(text.encode())
-                if budget <= 0:
+                left -= len(text.encode())
+                if left <= 0:
                     return
 
 

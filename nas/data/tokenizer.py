@@ -8,15 +8,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from nas.errors import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # ours and other tokenizers'
 _TRAINING_CHARACTERS = 20_000_000  # a few megabytes are enough for the merges; more only costs time
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Trains a byte-level BPE of ``vocab_size`` entries, END_OF_TEXT among them.
-
-    Raises:
-        UserError: The text is too little for that many entries, or they are fewer than there are bytes.
-    """
+    """Trains a byte-level BPE of exactly ``vocab_size`` entries, END_OF_TEXT among them, or raises a UserError."""
 
     def head() -> Iterable[str]:
         left = _TRAINING_CHARACTERS
@@ -41,18 +38,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(head(), trainer)
     if tokenizer.get_vocab_size() < vocab_size:
         raise UserError(
-            f"the text yields only {tokenizer.get_vocab_size()} of the {vocab_size} tokens that the space asks for; "
+            f"the text yields only {tokenizer.get_vocab_size()} of the {vocab_size} tokens of the space's vocabulary; "
             "give more text, a smaller space, or a tokenizer="
         )
     return tokenizer
 
 
 def load_tokenizer(reference: str) -> Tokenizer:
-    """Loads a tokenizer.json, or the one in a Hugging Face model directory.
-
-    Raises:
-        UserError: There is none, or it cannot be read.
-    """
+    """Loads a tokenizer.json, or the one in a Hugging Face model directory; a UserError if that is not possible."""
     path = Path(reference)
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
@@ -67,13 +60,12 @@ def beginning_id(tokenizer: Tokenizer) -> int | None:
     """Id of the token that begins a text: what the tokenizer itself puts there, a usual name, or the end of text."""
     if begun := tokenizer.encode("").ids:
         return int(begun[0])
-    known = _first_known(tokenizer, "<s>", "<|begin_of_text|>", "<bos>")
-    return end_of_text_id(tokenizer) if known is None else known
+    return _first_known(tokenizer, "<s>", "<|begin_of_text|>", "<bos>", *_ENDS)
 
 
 def end_of_text_id(tokenizer: Tokenizer) -> int | None:
-    """Id of the token that ends a document: END_OF_TEXT, or the usual names of other tokenizers."""
-    return _first_known(tokenizer, END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")
+    """Id of the token that ends a document, by the usual names."""
+    return _first_known(tokenizer, *_ENDS)
 
 
 def _first_known(tokenizer: Tokenizer, *names: str) -> int | None:

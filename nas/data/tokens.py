@@ -1,9 +1,8 @@
 """Token ids of a corpus: read as a stream, split, tokenised once, kept on disk and memory-mapped from there.
 
-Neither the text nor its tokens are ever in memory as a whole, so a corpus may be larger than memory.
-
-The cache folder's name is a hash of the text and of the tokenizer, so a changed corpus is never mistaken for the old
-one. Documents go to training or validation by a hash of their key: the split is the same on every machine.
+A corpus may be larger than memory, for neither the text nor its tokens are ever in memory all at once. The cache
+folder's name is a hash of the text and of the tokenizer, so a changed corpus is never mistaken for the old one.
+Documents go to training or validation by a hash of their key: the split is the same on every machine.
 """
 
 import hashlib
@@ -44,16 +43,10 @@ class TokenData:
 
 
 def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache: Path) -> TokenData:
-    """Returns the tokens of ``corpus``, from the folder ``cache`` where they are already there.
+    """The tokens of ``corpus``, from the folder ``cache`` where they are already there.
 
-    Args:
-        corpus: The text.
-        tokenizer: A tokenizer.json or Hugging Face directory; None trains a byte-level BPE on the training split.
-        vocab_size: Vocabulary of the model that will read the tokens.
-        cache: The folder of what can be used again.
-
-    Raises:
-        UserError: The text is empty or unreadable, or the tokenizer does not fit the vocabulary.
+    ``tokenizer`` is a tokenizer.json or Hugging Face directory; None trains a byte-level BPE on the training split.
+    ``vocab_size`` is of the model that will read the tokens. A UserError tells what is wrong with text or tokenizer.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
     if given and given.get_vocab_size() > vocab_size:
@@ -82,7 +75,7 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
     files = [folder / "train.npy", folder / "validation.npy"]
     for file in files:
-        file.write_bytes(b"")  # a kill may have left a part
+        file.write_bytes(b"")  # a kill may have left half of it
     totals, characters = [0, 0], 0
     with console.progress_bar("Tokenising (MB of text)", None) as bar:
         for batch in _batches(_splits(corpus)):
@@ -103,9 +96,6 @@ def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
     """For each document that is more than white space what goes to training and what to validation.
 
     All of it goes to one, by its key; or of few documents the last 1 / _ONE_IN of each goes to validation.
-
-    Raises:
-        UserError: None is left.
     """
     documents = (document for document in corpus.documents() if document.text.strip())
     first = list(itertools.islice(documents, _FEW))
@@ -146,16 +136,12 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
 
 
 def _append(file: Path, tokens: Tokens, total: int) -> None:
-    """Adds tokens to a .npy file that holds ``total`` then; its header leaves room for an axis that grows.
-
-    Raises:
-        OSError: The disk is full; it names the file.
-    """
+    """Adds tokens to a .npy file that holds ``total`` then; its header leaves room for an axis that grows."""
     header = {"descr": tokens.dtype.str, "fortran_order": False, "shape": (total,)}
     try:
         with file.open("r+b") as stream:
             np.lib.format.write_array_header_1_0(stream, header)
             stream.seek(0, os.SEEK_END)
             stream.write(tokens.tobytes())
-    except OSError as error:
+    except OSError as error:  # a full disk: this one names the file
         raise OSError(error.errno, error.strerror, str(file)) from error

@@ -7,14 +7,12 @@ from matplotlib.figure import FigureBase
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rich.table import Table
 
-from nas.ranking import PREDICTORS
+from nas.ranking import PREDICTORS, TRUTHS
 from nas.report.figure import COLOURS, GREY
-
-TRUTHS = {"further": "trained further", "alone": "trained alone"}
 
 
 def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
-    """One row a vector: ``inherited``, the ``mean`` trained loss over seeds, its ``spread``, ``equal_total``.
+    """One row per vector: ``inherited``, the ``mean`` trained loss over seeds, its ``spread``, ``equal_total``.
 
     The spread is the standard error of the mean over seeds once what a seed does to all vectors alike is taken out;
     0 for a single seed.
@@ -22,14 +20,9 @@ def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
     inherited = measurements[measurements["kind"] == "inherited"].set_index("vector")
     losses = measurements[measurements["kind"] == truth].pivot_table("loss_nats", "vector", "seed")
     paired = losses - losses.mean(axis=0)
-    return pd.DataFrame(
-        {
-            "inherited": inherited.loc[losses.index, "loss_nats"],
-            "mean": losses.mean(axis=1),
-            "spread": (paired.std(axis=1) / np.sqrt(losses.shape[1])).fillna(0.0),
-            "equal_total": inherited.loc[losses.index, "equal_total"],
-        }
-    )
+    spread = (paired.std(axis=1) / np.sqrt(losses.shape[1])).fillna(0.0)
+    pairs = inherited.loc[losses.index, ["loss_nats", "equal_total"]].rename(columns={"loss_nats": "inherited"})
+    return pairs.assign(mean=losses.mean(axis=1), spread=spread)
 
 
 def draw_fidelity(drawing: FigureBase, measurements: pd.DataFrame, table: pd.DataFrame) -> None:
@@ -45,9 +38,7 @@ def _draw_losses(axes: Axes, pairs: pd.DataFrame, truth: str, table: pd.DataFram
     taus = table[(table["truth"] == truth) & (table["predictor"] == "inherited")].set_index("among")["tau"]
     for equal, colour, name in ((False, GREY, "other totals"), (True, COLOURS[0], "equal total")):
         if len(rows := pairs[pairs["equal_total"] == equal]):
-            axes.errorbar(
-                rows["inherited"], rows["mean"], yerr=rows["spread"], fmt="o", markersize=4, color=colour, label=name
-            )
+            axes.errorbar(rows["inherited"], rows["mean"], rows["spread"], fmt="o", ms=4, color=colour, label=name)
     axes.set(xlabel="inherited loss (nats/token)", ylabel=f"loss {TRUTHS[truth]} (nats/token)")
     among_equal = f", among equal totals {taus['equal total']:.2f}" if "equal total" in taus else ""
     axes.set_title(f"Kendall's τ {taus['all']:.2f}{among_equal}", fontsize=9)
@@ -76,21 +67,12 @@ def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
 
 def agreement_table(table: pd.DataFrame) -> Table:
     """The agreements for the terminal."""
-    shown = Table()
-    for heading in ("trained loss", "among", "by"):
-        shown.add_column(heading)
+    shown = Table("trained loss", "among", "by")
     for heading in ("vectors", "tau", "95 %", "ceiling"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table.to_dict("records"):
         interval = "" if np.isnan(row["low"]) else f"{row['low']:.2f} to {row['high']:.2f}"
         tau, ceiling = ("" if np.isnan(row[key]) else f"{row[key]:.3f}" for key in ("tau", "ceiling"))
-        shown.add_row(
-            TRUTHS[row["truth"]],
-            row["among"],
-            PREDICTORS[row["predictor"]],
-            str(row["vectors"]),
-            tau,
-            interval,
-            ceiling,
-        )
+        names = TRUTHS[row["truth"]], row["among"], PREDICTORS[row["predictor"]]
+        shown.add_row(*names, str(row["vectors"]), tau, interval, ceiling)
     return shown

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import matplotlib
 
@@ -31,23 +31,11 @@ _STYLE: Any = {
 }
 
 
-class FigureSize(TypedDict):
-    """In inches."""
-
-    width: float
-    height: float
-
-
 @contextmanager
 def figure(path: Path, title: str = "", caption: str = "", width: float = 6.4, height: float = 4.2) -> Iterator[Figure]:
-    """A figure that is saved as ``path`` with .png and .svg when the block ends.
+    """A figure of so many inches that is saved as ``path`` with .png and .svg when the block ends.
 
-    Args:
-        path: Without a suffix.
-        title: A few words.
-        caption: One line below. What is too long for the width is cut; the files' metadata have all of it.
-        width: In inches.
-        height: In inches.
+    The caption is one line below: what is too long for the width is cut, and the files' metadata have all of it.
     """
     with plt.rc_context(_STYLE):
         drawing = plt.figure(figsize=(width, height), layout="constrained")
@@ -58,8 +46,7 @@ def figure(path: Path, title: str = "", caption: str = "", width: float = 6.4, h
             if caption:
                 drawing.supxlabel(_fitting(drawing, caption), fontsize=_CAPTION_PT, color="#5F6368")
             for suffix in ("png", "svg"):
-                metadata: dict[str, str | None] = {"Title": title, "Description": caption}
-                metadata |= {"Date": None} if suffix == "svg" else {}
+                metadata = {"Title": title, "Description": caption} | ({"Date": None} if suffix == "svg" else {})
                 save = partial(drawing.savefig, format=suffix, metadata=metadata)
                 write_atomically(path.with_suffix(f".{suffix}"), save)
         finally:

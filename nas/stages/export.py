@@ -1,4 +1,4 @@
-"""nas export: front vectors as model directories, with the supernet's weights."""
+"""nas export: front vectors as model directories, with the supernet's weights; and how other stages open those."""
 
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ from nas.errors import UserError
 from nas.export import Exporter
 from nas.latency.predictor import Workload
 from nas.model.checkpoint import load_supernet
-from nas.run import FinishedRun, start_run
+from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives
 from nas.search.pareto import knee
 from nas.space import SearchSpace, parse_vector
@@ -25,8 +25,7 @@ def run(config: Export, path: Path) -> None:
     search = FinishedRun(Path(config.run), "search")
     supernet_run = search.parent("supernet")
     supernet = load_supernet(supernet_run, torch.device("cpu"))
-    front = read_csv(search.artifact("front.csv"), COLUMNS)
-    trials = read_csv(search.artifact("trials.csv"), COLUMNS)
+    front, trials = (read_csv(search.artifact(f"{name}.csv"), COLUMNS) for name in ("front", "trials"))
     objectives = Objectives(tuple(search.config["objectives"]))
     chosen = select(config.select, front, trials, objectives, supernet.space)
     exporter: Exporter = build(config.export)
@@ -43,11 +42,7 @@ def run(config: Export, path: Path) -> None:
 def select(
     choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: Objectives, space: SearchSpace
 ) -> pd.DataFrame:
-    """The rows that a ``select=`` value names.
-
-    Raises:
-        UserError: It is neither a known word nor an evaluated vector.
-    """
+    """The rows that a ``select=`` value names."""
     if choice == "all":
         return front
     if choice == "knee":
@@ -78,3 +73,27 @@ def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, st
         "where the latency comes from": search.config["latency"],
         "searched with": f"gqa-nas {search.info['versions']['gqa-nas']}, {search.info['started'][:10]}",
     }
+
+
+def open_checkpoint(reference: str, exporter: Exporter) -> tuple[Path, dict[str, FinishedRun]]:
+    """An exported model's directory, and as parent the run that wrote it if it still lies there, its files verified.
+
+    ``reference`` is the directory, or one with a single exported model inside.
+    """
+    folder = Path(reference)
+    found = [*folder.glob(exporter.config)] or sorted(folder.glob(f"*/{exporter.config}"))
+    if not found:
+        raise UserError(
+            f"checkpoint {folder} does not exist or has no {exporter.config}; give a directory that 'nas export' or "
+            "'nas finetune' wrote"
+        )
+    source = found[0].parent
+    if len(found) > 1:
+        raise UserError(f"checkpoint {folder} holds {len(found)} models; give one of them, such as {source}")
+    writer = FinishedRun(source.parent) if is_run(source.parent) else None
+    for name in (exporter.config, exporter.weights, "tokenizer.json"):
+        if writer:
+            writer.artifact(f"{source.name}/{name}")
+        elif not (source / name).is_file():
+            raise UserError(f"{source} has no {name}; export it again")
+    return source, {"checkpoint": writer} if writer else {}

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import filelock
 import pandas as pd
 import torch
 
@@ -23,16 +24,69 @@ from nas.data import TokenData, prepare_tokens
 from nas.errors import UserError
 from nas.files import value_hash, write_atomically
 from nas.model import Decoder, Supernet
-from nas.model.pretrained import Checkpoint, read_checkpoint
+from nas.model.pretrained import read_checkpoint
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
-from nas.quality import InheritedLoss, LossMemo
+from nas.quality import InheritedLoss, LossMemo, mean_loss
 from nas.ranking import MEASUREMENTS, agreement, choose_some, choose_vectors
 from nas.report.agreement import agreement_table, draw_fidelity
 from nas.report.figure import figure
-from nas.run import FinishedRun, start_run
+from nas.run import FinishedRun, Run, start_run
 from nas.space import Vector, format_vector
 from nas.stages.train import inherited_loss, weights_identity
-from nas.training.series import Series
+from nas.training import fit, text_loss
+from nas.training.loop import CHECKPOINT
+
+
+class Series:
+    """Trainings that are alike but for the vector and the seed, and the losses that they end with.
+
+    The losses are remembered by all else that decides them, so that runs share them. ``start`` gives the model to train
+    by vector and seed; ``weights`` identifies what it starts from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        start: Callable[[Vector, int], Decoder],
+        weights: object,
+        options: TrainConfig,
+        config: Fidelity,
+        inherited: InheritedLoss,
+        data: TokenData,
+    ) -> None:
+        self.name, self.start = name, start
+        self.options = dataclasses.replace(options, validate_every=options.steps)  # each training has its own seed
+        self.tokens, self.windows = data.train, inherited.windows  # training windows are as long as those (N, T + 1)
+        train = weights_identity(dataclasses.asdict(self.options))
+        del train["seed"]
+        identity = value_hash([weights, train, data.digest, list(self.windows.shape)])
+        self.memo = LossMemo(Path(config.runs_dir) / "cache" / f"{name}-{identity}.jsonl")
+
+    def loss_of(self, vector: Vector, seed: int, folder: Path) -> float | None:
+        """Validation loss (nats per token) at the end of a training, which is made now unless it was made before.
+
+        A training goes on where a kill stopped it. Processes that share the memo share the work: None while another one
+        makes it. Each training keeps its metrics in ``folder``, and its checkpoint while it is under way.
+        """
+        name = f"{format_vector(vector)} seed {seed}"
+        lock = filelock.FileLock(self.memo.file.with_name(f".{self.memo.file.stem}-{name}.lock"), blocking=False)
+        try:
+            with lock:
+                if name not in self.memo.reload():
+                    self.memo.add({name: self._train(vector, seed, folder)})
+        except filelock.Timeout:
+            return None
+        return self.memo[name]
+
+    def _train(self, vector: Vector, seed: int, folder: Path) -> float:
+        run = Run(folder / f"{self.name}-{format_vector(vector)}-{seed}")
+        run.path.mkdir(parents=True, exist_ok=True)
+        options, model = dataclasses.replace(self.options, seed=seed), self.start(vector, seed)
+        training_loss = text_loss(self.tokens, options, self.windows.shape[1] - 1)
+        validated = fit(model, training_loss, options, run, lambda: {"loss": mean_loss(model, self.windows)})
+        (run.path / CHECKPOINT).unlink(missing_ok=True)
+        return validated["loss"]
+
 
 Training = tuple[Series, Vector, int]  # with its seed
 
@@ -92,41 +146,40 @@ def _text_of(source: FinishedRun, config: Fidelity) -> TokenData:
 
 def _trained_rows(trainings: list[Training], folder: Path) -> list[tuple[Any, ...]]:
     """Makes all trainings, together with any other process that makes the same ones."""
-    losses: dict[Training, float] = {}
+    rows: dict[Training, tuple[Any, ...]] = {}
     with console.progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
-        while missing := [training for training in trainings if training not in losses]:
-            before = len(losses)
+        while missing := [training for training in trainings if training not in rows]:
+            before = len(rows)
             for series, vector, seed in missing:
-                bar.update(sum(done.options.steps for done, _, _ in losses), f"{series.name} {format_vector(vector)}")
+                bar.update(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
                 if (loss := series.loss_of(vector, seed, folder)) is not None:
-                    losses[series, vector, seed] = loss
-            if len(losses) == before:
+                    rows[series, vector, seed] = (vector, series.name, seed, series.options.steps, loss)
+            if len(rows) == before:
                 time.sleep(1)  # others are making all that is left
-    return [
-        (vector, series.name, seed, series.options.steps, losses[series, vector, seed])
-        for series, vector, seed in trainings
-    ]
+    return [rows[training] for training in trainings]
 
 
 def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
     """Extracted sub-networks, trained further."""
     options = _options(config, source)
-    steps = config.further.steps or math.ceil(options.steps / 4)
-    rate = config.further.learning_rate or options.peak_learning_rate / 4
-    options = dataclasses.replace(options, steps=steps, validate_every=steps, learning_rate=rate)
-
-    def start(vector: Vector, _: int) -> Decoder:
-        return inherited.supernet.extract(vector)
-
-    return _series("further", start, source.digest(), options, config, inherited, data)
+    options.learning_rate = config.further.learning_rate or options.peak_learning_rate / 4
+    options.steps = config.further.steps or math.ceil(options.steps / 4)
+    extract = inherited.supernet.extract
+    return Series("further", lambda vector, _: extract(vector), source.digest(), options, config, inherited, data)
 
 
 def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
     """Models that no supernet touched; those of one seed start from the same weights, as far as they have the same."""
     space, options = inherited.supernet.space, _options(config, source)
-    steps = config.alone.steps or options.steps
-    options = dataclasses.replace(options, steps=steps, validate_every=steps)
-    init = _checkpoint(config, source)
+    options.steps = config.alone.steps or options.steps
+    recorded, init = source.config.get("init"), None
+    if recorded and config.alone.vectors:
+        init = read_checkpoint(Path(config.init)) if config.init else None
+        if init is None or init.identity["hash"] != recorded["hash"]:
+            raise UserError(
+                f"supernet {source.path} started from the checkpoint {recorded['name']}, and so do the models trained "
+                "alone; give the same init=, or alone.vectors=0"
+            )
 
     def start(vector: Vector, seed: int) -> Decoder:
         supernet = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
@@ -136,41 +189,11 @@ def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data
             supernet.initialise(torch.Generator().manual_seed(seed))
         return supernet.extract(vector)
 
-    return _series("alone", start, [space.to_dict(), source.config.get("init")], options, config, inherited, data)
-
-
-def _checkpoint(config: Fidelity, source: FinishedRun) -> Checkpoint | None:
-    """The checkpoint that the supernet started from, if it did and models are trained alone."""
-    recorded = source.config.get("init")
-    if not recorded or not config.alone.vectors:
-        return None
-    checkpoint = read_checkpoint(Path(config.init)) if config.init else None
-    if checkpoint is None or checkpoint.identity["hash"] != recorded["hash"]:
-        raise UserError(
-            f"supernet {source.path} started from the checkpoint {recorded['name']}, and so do the models trained "
-            "alone; give the same init=, or alone.vectors=0"
-        )
-    return checkpoint
+    return Series("alone", start, [space.to_dict(), recorded], options, config, inherited, data)
 
 
 def _options(config: Fidelity, source: FinishedRun) -> TrainConfig:
     """How the supernet was trained, as far as it concerns a plain model."""
-    recorded = source.config["train"]
-    names = [field.name for field in dataclasses.fields(TrainConfig) if field.name in recorded]
-    return TrainConfig(**{name: recorded[name] for name in names} | {"checkpoint_every": config.checkpoint_every})
-
-
-def _series(
-    name: str,
-    start: Callable[[Vector, int], Decoder],
-    weights: object,
-    options: TrainConfig,
-    config: Fidelity,
-    inherited: InheritedLoss,
-    data: TokenData,
-) -> Series:
-    """Trainings, remembered by all that decides their losses but vector and seed, so that runs share them."""
-    train = {key: value for key, value in weights_identity(dataclasses.asdict(options)).items() if key != "seed"}
-    identity = value_hash([weights, train, data.digest, list(inherited.windows.shape)])
-    memo = LossMemo(Path(config.runs_dir) / "cache" / f"{name}-{identity}.jsonl")
-    return Series(name, start, options, data.train, inherited.windows, memo)
+    names = {field.name for field in dataclasses.fields(TrainConfig)}
+    recorded = {name: value for name, value in source.config["train"].items() if name in names}
+    return TrainConfig(**recorded | {"checkpoint_every": config.checkpoint_every})

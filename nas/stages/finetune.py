@@ -15,7 +15,7 @@ from nas.model import Decoder
 from nas.quality import mean_loss
 from nas.run import start_run
 from nas.space import format_vector
-from nas.stages.exported import open_checkpoint
+from nas.stages.export import open_checkpoint
 from nas.training import check_memory, fit, full_state_dict, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
@@ -50,8 +50,7 @@ def run(config: Finetune, path: Path) -> None:
         start = "fresh weights" if config.from_scratch else "inherited weights"
         console.print(f"Training {format_vector(model.kv_heads)} from {start} for {options.steps} steps in {path}")
         model.to(device)
-        with torch.no_grad():
-            before = validate()["validation_loss_nats"]
+        before = validate()["validation_loss_nats"]
         after = fit(model, text_loss(data.train, options, length), options, run, validate)["validation_loss_nats"]
         state = full_state_dict(model)
         if IS_MAIN:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
 
 from nas import console
 from nas.config import Generate, build
@@ -23,7 +22,7 @@ from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.runtime import DTYPES
 from nas.shape import ModelShape
-from nas.stages.exported import open_checkpoint
+from nas.stages.export import open_checkpoint
 
 
 def run(config: Generate, path: Path) -> None:
@@ -36,7 +35,7 @@ def run(config: Generate, path: Path) -> None:
     workload = workload_of(config, prompt, shape, vector, device)
     kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")
     resolved = {name: getattr(config, name) for name in kept} | {"workload": str(workload)}
-    with start_run(path, "generate", resolved, {"generate": config.seed}, parents) as this_run:
+    with start_run(path, "generate", resolved, {"generate": config.seed}, parents) as run:
         torch_device, dtype = torch.device("cuda" if device.is_gpu else "cpu"), DTYPES[workload.dtype]
         served = ServingModel.of(model, torch_device, dtype)
         del model  # its weights were copied
@@ -47,11 +46,13 @@ def run(config: Generate, path: Path) -> None:
             new_BN = generate(runner, tokens, config.new_tokens, config.temperature, config.seed, stop, bar.update)
         rows = [row[: row.index(stop)] if stop in row else row for row in new_BN.tolist()]
         seconds, count = time.perf_counter() - begun, sum(map(len, rows))
-        texts = [config.prompt + _continued(tokenizer, prompt, row) for row in rows]
+        # Decoded with the prompt, for some tokenizers drop the space at the beginning of a text.
+        start = len(tokenizer.decode(prompt))
+        texts = [config.prompt + tokenizer.decode(prompt + row)[start:] for row in rows]
         text = "\n\n".join(texts) + "\n"
         write_atomically(path / "generated.txt", lambda file: file.write_text(text, encoding="utf-8"))
-        this_run.log(tokens=count, seconds=seconds)
-        this_run.finish()
+        run.log(tokens=count, seconds=seconds)
+        run.finish()
     for text in texts:
         console.print(text)
     console.print(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
@@ -60,11 +61,7 @@ def run(config: Generate, path: Path) -> None:
 def workload_of(
     config: Generate, prompt: list[int], shape: ModelShape, vector: Sequence[int], device: Device
 ) -> Workload:
-    """What the model is to serve.
-
-    Raises:
-        UserError: The prompt is empty, too long or another tokenizer's, or memory does not suffice.
-    """
+    """What the model is to serve; a UserError if prompt, model and memory do not go together."""
     limit, length = shape.max_position_embeddings, len(prompt) + config.new_tokens
     if not prompt or length > limit:
         raise UserError(
@@ -85,8 +82,3 @@ def workload_of(
             f"{device.usable_bytes / 2**30:.1f}; lower batch or new_tokens"
         )
     return workload
-
-
-def _continued(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    """The text of new tokens, with the space before them that some tokenizers drop at the beginning of a text."""
-    return tokenizer.decode(prompt + new)[len(tokenizer.decode(prompt)) :]

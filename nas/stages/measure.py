@@ -31,7 +31,7 @@ from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.model.pretrained import resolve_space
 from nas.provenance import git_state, now
 from nas.report.figure import figure
-from nas.report.predicted import check_size, draw_check
+from nas.report.predicted import draw_check
 from nas.run import FinishedRun, start_run
 from nas.space import SearchSpace
 
@@ -153,7 +153,7 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
         results["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
     write_json(path / META, meta | results)
     if not check.empty:
-        with figure(path / _FIGURE, "Predicted and measured models", title, **check_size(check)) as drawing:
+        with figure(path / _FIGURE, "Predicted and measured models", title) as drawing:
             draw_check(drawing, check)
     _print_check(check)
 

@@ -18,33 +18,27 @@ from nas.files import write_atomically
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.report.figure import figure
-from nas.report.groups import draw_groups, group_matrix, groups_size
-from nas.report.hypervolume import SearchCurve, curves, draw_hypervolume
-from nas.report.predicted import check_size, draw_check
-from nas.report.scatter import draw_front, front_points
-from nas.report.terminal import front_table, gain_sentence
+from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
+from nas.report.hypervolume import curves, draw_hypervolume
+from nas.report.predicted import draw_check
 from nas.run import FinishedRun, is_run, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance, gains_over_uniform
 from nas.space import format_vector, space_from_config
 
+Floats = npt.NDArray[np.float64]
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
 
 
 def run(config: Report, path: Path) -> None:
     """Draws into ``path``."""
     source = Path(config.run)
-    if not source.is_dir():
-        raise UserError(f"run={config.run} does not exist; give the directory of a search or of a sweep")
-    folders = [source] if is_run(source) else runs_in(source)
-    if not folders:
-        raise UserError(f"{source} holds no run; give the directory of a search or of a sweep of searches")
-    searches = [FinishedRun(folder, "search") for folder in folders]
+    searches = [FinishedRun(folder, "search") for folder in ([source] if is_run(source) else runs_in(source))]
+    if not searches:
+        raise UserError(f"{source} does not exist or holds no run; give the directory of a search or of a sweep")
+    others = [FinishedRun(Path(config.reference), "search")] if config.reference else []
     parents = {f"search_{index}": search for index, search in enumerate(searches)}
-    others = []
-    if config.reference:
-        others.append(FinishedRun(Path(config.reference), "search"))
-        parents["reference"] = others[0]
+    parents |= {"reference": others[0]} if others else {}
     _check_comparable([*searches, *others])
     with start_run(path, "report", {"run": config.run, "reference": config.reference}, parents=parents) as run:
         _draw(searches, others, path)
@@ -53,7 +47,7 @@ def run(config: Report, path: Path) -> None:
 
 
 def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) -> None:
-    """Draws the searches; the others only count for the best front known."""
+    """Draws the searches; the others only add to the best known front."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
     trials = [_trials(search, objectives) for search in searches]
@@ -65,46 +59,41 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
     front = points[points["on_front"]].sort_values("loss_nats")
     draw = partial(figure, caption=_caption(first.config))
 
-    panels = len(objectives.names) * (len(objectives.names) - 1) // 2
-    with draw(path / "front", f"{name}: Pareto front", width=6.4 if panels == 1 else 4.6 * panels) as drawing:
+    with draw(path / "front", f"{name}: Pareto front") as drawing:
         draw_front(drawing, points, objectives)
-    groups = group_matrix(front)
-    with draw(path / "groups", f"{name}: KV groups along the front", **groups_size(groups)) as drawing:
-        draw_groups(drawing, groups)
+    with draw(path / "groups", f"{name}: KV groups along the front") as drawing:
+        draw_groups(drawing, group_matrix(front))
 
-    # Limits and small budgets leave some out.
+    # Limits and small budgets leave some reference vectors out.
     complete = set(map(format_vector, reference_vectors.values())) <= set(everything["vector"])
     reference = reference_point(points[points["name"] != ""] if complete else points, objectives)
     labels = _labels([search.config for search in searches])
-    table = curves([SearchCurve(*pair) for pair in zip(labels, trials, strict=True)], objectives, reference)
+    table = curves(zip(labels, trials, strict=True), objectives, reference)
     with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
         draw_hypervolume(drawing, table, objectives, reference)
 
     if (first.path / "latency_check.csv").is_file():
         check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS)
         if not check.empty:
-            with draw(path / "latency_check", f"{name}: predicted and measured models", **check_size(check)) as drawing:
+            with draw(path / "latency_check", f"{name}: predicted and measured models") as drawing:
                 draw_check(drawing, check)
 
-    names = {format_vector(vector): own for own, vector in reference_vectors.items()}
-    console.print(front_table(front, names))
+    console.print(front_table(front))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(gains_over_uniform(everything, uniform)))
-    known_trials = [everything, *(_trials(search, objectives) for search in others)]
-    best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
+    known = pd.concat([everything, *(_trials(search, objectives) for search in others)])
+    best = moocore.filter_dominated(objectives.points(known), maximise=objectives.maximise)
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
     write_atomically(path / "metrics.csv", partial(metrics.to_csv, index=False))
-    for label, of_label in metrics.groupby("label", sort=False):
-        middle = of_label.median(numeric_only=True)
-        beside = (
-            f", {middle['hypervolume_share']:.1%} of the best front's, and distance {middle['distance']:.4f} from it"
-            if len(searches) + len(others) > 1  # alone it would be compared with itself
-            else ""
-        )
+    alone = len(searches) + len(others) == 1  # and would be compared with itself
+    for label, runs in metrics.groupby("label", sort=False):
+        middle = runs.median(numeric_only=True)
+        share = f"{middle['hypervolume_share']:.1%} of the best front's"
+        beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
             f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
-            f"(median of {len(of_label)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
+            f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
 
@@ -114,13 +103,9 @@ def _trials(search: FinishedRun, objectives: Objectives) -> pd.DataFrame:
 
 
 def front_metrics(
-    trials: pd.DataFrame,
-    uniform: Collection[str],
-    objectives: Objectives,
-    best: npt.NDArray[np.float64],
-    reference: npt.NDArray[np.float64],
+    trials: pd.DataFrame, uniform: Collection[str], objectives: Objectives, best: Floats, reference: Floats
 ) -> dict[str, float]:
-    """How good the front of one search is beside the best one known, whose points are ``best``."""
+    """How good the front of one search is beside the points of the best known front."""
     points, front = objectives.points(trials), trials[trials["on_front"]]
     found, most = (moocore.hypervolume(some, ref=reference, maximise=objectives.maximise) for some in (points, best))
     return {
@@ -136,23 +121,18 @@ def front_metrics(
 def _caption(config: dict[str, Any]) -> str:
     """Workload, source of the latency (its first clause; run.json has the rest) and limits, in one line."""
     limits = [f"{key} {limit:g}" for key, limit in config.get("constraints", {}).items() if limit is not None]
-    parts = [str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"]
-    return "; ".join([*([f"within {', '.join(limits)}"] if limits else []), *parts])
+    within = [f"within {', '.join(limits)}"] if limits else []
+    return "; ".join([*within, str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"])
 
 
 def _check_comparable(searches: list[FinishedRun]) -> None:
-    def facts(search: FinishedRun) -> dict[str, Any]:
-        return {key: search.config.get(key) for key in _COMPARABLE} | {
-            "supernet": search.info["parents"]["supernet"]["hash"]
-        }
-
-    first = facts(searches[0])
-    for search in searches[1:]:
-        if different := [key for key, value in facts(search).items() if value != first[key]]:
-            raise UserError(
-                f"{search.path} and {searches[0].path} differ in {different[0]} and cannot be compared; report each "
-                "alone"
-            )
+    first, *others = searches
+    for search in others:
+        different = [key for key in _COMPARABLE if search.config.get(key) != first.config.get(key)]
+        if search.info["parents"]["supernet"]["hash"] != first.info["parents"]["supernet"]["hash"]:
+            different.append("supernet")
+        if different:
+            raise UserError(f"{search.path} and {first.path} differ in {different[0]}; report each alone")
 
 
 def _labels(configs: list[dict[str, Any]]) -> list[str]:

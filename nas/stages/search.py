@@ -15,7 +15,7 @@ from nas import console
 from nas.config import Search
 from nas.errors import InUseError
 from nas.files import write_atomically
-from nas.report.terminal import front_table
+from nas.report.front import front_table
 from nas.run import start_run
 from nas.stages.prepare import decisive, prepare
 from nas.stages.workers import more_workers

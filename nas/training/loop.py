@@ -14,26 +14,37 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
 from nas import console
 from nas.config import TrainConfig
-from nas.distributed import IS_MAIN
+from nas.distributed import IS_MAIN, RANK, SIZE
 from nas.errors import UserError
 from nas.files import write_atomically
 from nas.run import Run
-from nas.training.microbatch import Microbatch, own_microbatches
-from nas.training.parallel import (
-    full_optimizer_state_dict,
-    full_state_dict,
-    gradients_kept_local,
-    load_full_state_dict,
-    make_ready,
-    mean_over_processes,
-    training_device,
-)
+from nas.training.parallel import FULL, gradients_kept_local, make_ready, mean_over_processes, training_device
 
 CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The ``index``-th of ``count`` equal shares of a step's rows, over the processes and the microbatches of each."""
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, rows: int) -> slice:
+        """Its rows, of ``rows``; a UserError if they cannot be shared out equally."""
+        size, left = divmod(rows, self.count)
+        if left or not size:
+            raise UserError(
+                f"the {rows} texts of a training step cannot be shared out equally over {SIZE} processes × "
+                f"{self.count // SIZE} microbatches; change train.batch or train.accumulate"
+            )
+        return slice(self.index * size, (self.index + 1) * size)
+
 
 Loss = Callable[[nn.Module, int, Microbatch], Tensor]
 """Mean training loss (nats per token, scalar) of a microbatch of a step: model, number of the step, microbatch."""
@@ -55,56 +66,41 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
     return config.peak_learning_rate * share
 
 
-@dataclass
-class _State:
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    step: int = 0
+def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
 
-    def save(self, path: Path) -> None:
-        optimizer = full_optimizer_state_dict(self.model, self.optimizer)
-        content = {"model": full_state_dict(self.model), "optimizer": optimizer, "step": self.step}
-        if IS_MAIN:
-            write_atomically(path, lambda temporary: _torch_save(content, temporary))
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as stream:  # a stream, so that a full disk is an OSError
+            torch.save({"model": model_state, "optimizer": optimizer_state, "step": step}, stream)
 
-    def load(self, path: Path) -> None:
-        try:
-            with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums but does not look at them
-                if damaged := archive.testzip():
-                    raise ValueError(f"the checksum of {damaged} is wrong")
-            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            load_full_state_dict(self.model, self.optimizer, content["model"], content["optimizer"])
-            self.step = int(content["step"])
-        except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            problem = (str(error) or type(error).__name__).splitlines()[0]
-            raise UserError(
-                f"checkpoint {path} is corrupt ({problem}); remove it and run the same command to start this run over"
-            ) from None
+    if IS_MAIN:
+        write_atomically(path, write)
 
 
-def _torch_save(content: object, path: Path) -> None:
-    with path.open("wb") as stream:  # a stream, so that a full disk is an OSError
-        torch.save(content, stream)
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Restores what `_save` wrote, in every process, and returns the number of steps done."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # PyTorch writes checksums but does not look at them
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
+        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        states = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
+        set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))
+        return int(content["step"])
+    except Exception as error:  # a damaged file fails in as many ways as there are bytes
+        problem = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"checkpoint {path} is corrupt ({problem}); remove it and run the same command to start this run over"
+        ) from None
 
 
 def fit(
-    model: nn.Module,
-    loss_at: Loss,
-    config: TrainConfig,
-    run: Run,
-    validate: Callable[[], dict[str, float]],
+    model: nn.Module, loss_at: Loss, config: TrainConfig, run: Run, validate: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
     """Trains ``model`` in place for ``config.steps``, going on from the run's checkpoint if it has one.
 
-    Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` returns every
-    `validate_every` steps and at the end.
-
-    Args:
-        model: The model.
-        loss_at: The training loss.
-        config: How to train.
-        run: Where metrics and the checkpoint go.
-        validate: Measures the model; called under no_grad, in eval mode.
+    Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` (called under
+    no_grad, in eval mode) returns every `validate_every` steps and at the end.
 
     Returns:
         The last validation, made after the last step.
@@ -113,40 +109,36 @@ def fit(
         UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, a step
             does not fit into memory, or its rows cannot be shared out.
     """
-    ready = make_ready(model, config)
-    optimizer = make_optimizer(model, config)
-    state = _State(model, optimizer)
+    ready, optimizer = make_ready(model, config), make_optimizer(model, config)
     checkpoint = run.path / CHECKPOINT
-    if checkpoint.is_file():
-        state.load(checkpoint)
-
+    step = _load(checkpoint, model, optimizer) if checkpoint.is_file() else 0
     validated: dict[str, float] = {}
     pending: list[Tensor] = []  # losses and gradient norms not yet looked at: looking waits for the GPU
-    with console.progress_bar("Training", config.steps, state.step) as bar:
-        while state.step < config.steps:
+    with console.progress_bar("Training", config.steps, step) as bar:
+        while step < config.steps:
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(state.step, config)
+                group["lr"] = learning_rate_at(step, config)
             try:
-                pending.append(training_step(ready, loss_at, state.step, optimizer, config))
+                pending.append(training_step(ready, loss_at, step, optimizer, config))
             except (MemoryError, RuntimeError) as error:
                 _stop_out_of_memory(error, config)
                 raise
-            state.step += 1
-            last = state.step == config.steps
-            checkpoint_due = state.step % config.checkpoint_every == 0 and not last
-            if state.step % config.log_every == 0 or checkpoint_due or last:
+            step += 1
+            last = step == config.steps
+            checkpoint_due = step % config.checkpoint_every == 0 and not last
+            if step % config.log_every == 0 or checkpoint_due or last:
                 loss, norm = mean_over_processes(torch.stack(pending).double().mean(0)).tolist()
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    _stop_diverged(state.step, config, checkpoint)
-                rate = learning_rate_at(state.step - 1, config)
-                run.log(step=state.step, loss_nats=loss, gradient_norm=norm, learning_rate=rate)
-                bar.update(state.step, f"loss {loss:.3f}")
-            if state.step % config.validate_every == 0 or last:
+                    _stop_diverged(step, config, checkpoint)
+                rate = learning_rate_at(step - 1, config)
+                run.log(step=step, loss_nats=loss, gradient_norm=norm, learning_rate=rate)
+                bar.update(step, f"loss {loss:.3f}")
+            if step % config.validate_every == 0 or last:
                 validated = _validated(model, validate)
-                run.log(step=state.step, **validated)
+                run.log(step=step, **validated)
             if checkpoint_due:
-                state.save(checkpoint)
+                _save(checkpoint, model, optimizer, step)
     return validated
 
 
@@ -161,14 +153,11 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
 def training_step(
     model: nn.Module, loss_at: Loss, step: int, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> Tensor:
-    """One step of the optimizer.
-
-    Returns:
-        This process's loss and the gradient norm, shape (2,).
-    """
+    """One step of the optimizer: this process's loss and the gradient norm, shape (2,)."""
     losses = []
-    for number, microbatch in enumerate(own_microbatches(config.accumulate), start=1):
-        with gradients_kept_local(model, number < config.accumulate):
+    for number in range(config.accumulate):
+        microbatch = Microbatch(RANK * config.accumulate + number, SIZE * config.accumulate)
+        with gradients_kept_local(model, number + 1 < config.accumulate):
             loss = loss_at(model, step, microbatch) / config.accumulate
             loss.backward()
         losses.append(loss.detach())

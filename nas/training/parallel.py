@@ -8,17 +8,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +23,7 @@ from nas.distributed import SIZE
 from nas.model import Supernet
 from nas.model.decoder import Layer
 
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def training_device() -> torch.device:
@@ -40,8 +34,7 @@ def training_device() -> torch.device:
 def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Moves ``model`` to its device and returns what a training step calls: the model, or a wrapper that shares it out.
 
-    Layers are compiled one by one: all of one shape share a graph, which compiles in a fraction of the time of a whole
-    model.
+    Layers are compiled one by one: all of one shape share a graph, which is compiled much faster than the model.
     """
     if config.compile:
         check_compiler("train.compile=false")
@@ -87,23 +80,5 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict of the whole model on the CPU in the first process, nothing in the others; all must call it."""
-    return get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]
-
-
-def full_optimizer_state_dict(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """As `full_state_dict`, for the optimizer."""
-    return get_optimizer_state_dict(model, optimizer, options=_FULL)
-
-
-def load_full_state_dict(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], optimizer_state: dict[str, Any]
-) -> None:
-    """Restores what `full_state_dict` and `full_optimizer_state_dict` gave; every process passes the same."""
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=state,
-        optim_state_dict=optimizer_state,
-        options=StateDictOptions(full_state_dict=True),
-    )
+    """The full state dict on the CPU in the first process, nothing in the others; all must call it."""
+    return get_model_state_dict(model, options=FULL)  # type: ignore[return-value]

@@ -41,17 +41,13 @@ RECIPES: dict[str, Recipe] = {"mixed": mixed, "sandwich": sandwich}
 
 
 def check_recipe(config: SupernetConfig) -> None:
-    """Refuses a recipe whose numbers do not go together.
-
-    Raises:
-        UserError: It is unknown, the shares exceed 1, or sandwiches do not fill the batch.
-    """
+    """Refuses a recipe that is unknown or whose numbers do not go together."""
     if config.recipe not in RECIPES:
         raise UserError(f"train.recipe is '{config.recipe}'; use {', '.join(RECIPES)}")
-    if config.largest_share + config.smallest_share > 1:
+    largest, smallest = config.largest_share, config.smallest_share
+    if largest + smallest > 1:
         raise UserError(
-            f"train.largest_share {config.largest_share} and train.smallest_share {config.smallest_share} are more "
-            "than all rows together; lower one"
+            f"train.largest_share {largest} and train.smallest_share {smallest} exceed 1 together; lower one"
         )
     if config.recipe == "sandwich" and (config.vectors_per_text < 2 or config.batch % config.vectors_per_text):
         raise UserError(
@@ -70,17 +66,11 @@ def step_plan(space: SearchSpace, config: SupernetConfig, step: int) -> Plan:
 def distilled_loss(
     logits_BTV: Tensor, targets_BT: Tensor, vectors_per_text: int, weight: float, temperature: float
 ) -> Tensor:
-    """Mean loss over rows: cross-entropy for the first vector of a text; the others also follow the first's logits.
+    """Mean loss (nats per token, scalar): cross-entropy for the first vector of a text, distillation for the others.
 
-    Args:
-        logits_BTV: Logits; the rows of a text lie side by side.
-        targets_BT: The right tokens.
-        vectors_per_text: Rows of one text.
-        weight: Share of the others' loss that is the divergence from the first's distribution, which is held fixed.
-        temperature: Both sides' logits are divided by it, the divergence multiplied by its square.
-
-    Returns:
-        Nats per token, scalar.
+    The rows of a text lie side by side. ``weight`` is the share of the others' loss that is the divergence from the
+    first's distribution, which is held fixed; both sides' logits are divided by ``temperature``, and the divergence is
+    multiplied by its square.
     """
     entropy_NK = row_losses(logits_BTV, targets_BT).view(-1, vectors_per_text)  # N texts × K vectors
     if vectors_per_text == 1 or weight == 0:

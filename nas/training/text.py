@@ -14,18 +14,13 @@ from nas.errors import UserError
 from nas.quality import row_losses
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Vector
-from nas.training.loop import Loss, autocast
-from nas.training.microbatch import Microbatch
+from nas.training.loop import Loss, Microbatch, autocast
 from nas.training.parallel import training_device
 from nas.training.recipes import distilled_loss, step_plan
 
 
 def window_length(options: TrainConfig, context: int) -> int:
-    """Tokens of a training window.
-
-    Raises:
-        UserError: train.length is beyond the model's context.
-    """
+    """Tokens of a training window."""
     if options.length is not None and options.length > context:
         raise UserError(f"train.length is {options.length} but the model's context is {context}; lower it")
     return options.length or context
@@ -35,17 +30,13 @@ def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vec
     """Refuses a training that cannot fit into this machine, counting only what is certain.
 
     That is 16 bytes per parameter (fp32 weight, gradient, AdamW's two moments) and a microbatch's logits in fp32.
-
-    Raises:
-        UserError: It does not fit, or train.length is beyond the model's context.
     """
     length, device = window_length(options, shape.max_position_embeddings), training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     rows = max(1, options.batch // (options.accumulate * SIZE))
-    state, logits = 16 * shape.parameters(vector), 4 * rows * length * shape.vocab_size
-    if options.parallel == "fsdp":
-        state //= SIZE
+    state = 16 * shape.parameters(vector) // (SIZE if options.parallel == "fsdp" else 1)
+    logits = 4 * rows * length * shape.vocab_size
     if state + logits > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
@@ -55,13 +46,7 @@ def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vec
 
 
 def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
-    """The loss of a step of a plain model, as `fit` wants it.
-
-    Args:
-        tokens: The training text.
-        options: Rows, seed and precision.
-        length: Tokens of a window, T.
-    """
+    """The loss of a step of a plain model on windows of ``length`` tokens."""
     losses = torch.compile(row_losses) if options.compile else row_losses
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
@@ -75,7 +60,7 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
 
 
 def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
-    """The loss of a step of a supernet by its recipe; arguments as `text_loss`."""
+    """The loss of a step of a supernet by its recipe."""
     losses = torch.compile(distilled_loss) if options.compile else distilled_loss
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:

@@ -1,0 +1,128 @@
+"""The front: among all evaluated vectors, layer by layer, and in the terminal."""
+
+import itertools
+from collections.abc import Mapping
+
+import numpy as np
+import pandas as pd
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from nas.metrics import METRICS
+from nas.report.figure import COLOURS, GREY
+from nas.search.pareto import Objectives
+from nas.space import Vector, format_vector, parse_vector
+
+_TABLE = {  # heading and format of each column in the terminal
+    "loss_nats": ("loss\nnats", "{:.4f}"),
+    "tokens_per_s": ("tokens\n/s", "{:,.0f}"),
+    "decode_ms": ("decode\nms", "{:.3f}"),
+    "prefill_ms": ("prefill\nms", "{:.2f}"),
+    "ttft_ms": ("TTFT\nms", "{:.2f}"),
+    "kv_bytes_per_token": ("KV B\n/token", "{:,}"),
+    "latency_source": ("latency", "{}"),
+}
+
+
+def front_points(trials: pd.DataFrame, reference_vectors: Mapping[str, Vector]) -> pd.DataFrame:
+    """The trials with the names of the reference vectors: column ``name`` (empty for most) and ``uniform``."""
+    names: dict[str, list[str]] = {}
+    for name, vector in reference_vectors.items():
+        names.setdefault(format_vector(vector), []).append(name)
+    named = trials["vector"].map({vector: " = ".join(own) for vector, own in names.items()}).fillna("")
+    return trials.assign(name=named, uniform=named.str.startswith("uniform "))
+
+
+def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives) -> None:
+    """One panel for each pair of objectives."""
+    pairs = list(itertools.combinations(objectives.names, 2))
+    drawing.set_figwidth(6.4 if len(pairs) == 1 else 4.6 * len(pairs))
+    panels = drawing.subplots(1, len(pairs), squeeze=False)[0]
+    for panel, (y, x) in zip(panels, pairs, strict=True):
+        _draw_pair(panel, points, x, y, staircase=len(pairs) == 1)
+    panels[0].legend(loc="best", fontsize=8)
+
+
+def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool) -> None:
+    front = points[points["on_front"]].sort_values(x)
+    axes.scatter(points[x], points[y], s=14, color=GREY, label=f"evaluated ({len(points)})")
+    if staircase:
+        where = "pre" if METRICS[x].maximise else "post"  # the best y among points at least as good in x
+        axes.step(front[x], front[y], where=where, color=COLOURS[0], linewidth=1.2)  # type: ignore[arg-type]
+    axes.scatter(front[x], front[y], s=26, color=COLOURS[0], label=f"Pareto front ({len(front)})", zorder=3)
+    axes.margins(x=0.18)  # room for the names
+    left, up = (1 if METRICS[x].maximise else -1), (-1 if METRICS[y].maximise else 1)  # where no front point is
+    ha, va = ("right" if left > 0 else "left"), ("bottom" if up > 0 else "top")
+    known = ~points["uniform"] & (points["name"] != "")
+    marks = (("uniform", points["uniform"], "s", 70, COLOURS[1]), ("known", known, "*", 170, COLOURS[2]))
+    for label, chosen, marker, size, colour in marks:
+        rows = points[chosen]
+        if rows.empty:
+            continue
+        axes.scatter(rows[x], rows[y], size, marker=marker, facecolors="none", edgecolors=colour, label=label, zorder=4)
+        for _, row in rows.iterrows():
+            text = axes.annotate(row["name"], (row[x], row[y]), (-6 * left, 6 * up), textcoords="offset points")
+            text.set(fontsize=8, color=colour, ha=ha, va=va, zorder=2.5)
+            text.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
+    source = " and ".join(sorted(points["latency_source"].unique()))
+    for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
+        timed = METRICS[name].unit in ("ms", "tokens/s")
+        set_label(METRICS[name].label + (f" — {source}" if timed else ""))
+
+
+def group_matrix(front: pd.DataFrame) -> pd.DataFrame:
+    """Groups by layer (rows) and front point (columns, labelled with the loss), lowest loss first."""
+    ordered = front.sort_values("loss_nats")
+    vectors = np.array([parse_vector(text) for text in ordered["vector"]]).T
+    return pd.DataFrame(vectors, columns=[f"{loss:.4f}" for loss in ordered["loss_nats"]])
+
+
+def draw_groups(drawing: Figure, matrix: pd.DataFrame) -> None:
+    """Draws the heat map, with room for every cell; small ones carry their numbers."""
+    layers, points = matrix.shape
+    drawing.set_size_inches(max(5.0, 2.0 + 0.32 * points), max(4.2, 1.8 + 0.16 * layers))
+    axes = drawing.subplots()
+    choices = np.unique(matrix.to_numpy())
+    shades = np.linspace(0.15, 0.85, len(choices)) if len(choices) > 1 else np.array([0.5])
+    colours = ListedColormap(colormaps["Blues"](shades))
+    edges = np.concatenate(([choices[0] - 0.5], (choices[:-1] + choices[1:]) / 2, [choices[-1] + 0.5]))
+    norm = BoundaryNorm(edges, colours.N)
+    image = axes.imshow(matrix, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    axes.set(xlabel="front point, by loss (nats/token)", ylabel="layer")
+    axes.set_xticks(range(points), matrix.columns, rotation=60, ha="right", fontsize=7)
+    axes.set_yticks(range(0, layers, 1 if layers <= 16 else 4))
+    axes.grid(False)
+    if matrix.size <= 400:
+        for (layer, point), groups in np.ndenumerate(matrix.to_numpy()):
+            colour = "white" if shades[np.searchsorted(choices, groups)] > 0.5 else "black"
+            axes.text(point, layer, str(groups), ha="center", va="center", fontsize=7, color=colour)
+    bar = drawing.colorbar(image, ax=axes, ticks=choices, shrink=0.6, label="KV groups")
+    bar.ax.set_yticklabels(list(map(str, choices)))
+
+
+def front_table(front: pd.DataFrame) -> Table:
+    """The rows of front.csv, as far as it has these columns; vectors may have a ``name``."""
+    columns = [column for column in _TABLE if column in front]
+    table = Table()
+    table.add_column("vector", overflow="fold", min_width=12)
+    for column in columns:
+        table.add_column(_TABLE[column][0], justify="right", no_wrap=True)
+    for row in front.to_dict("records"):
+        vector = f"{row['vector']} ({row['name']})" if row.get("name") else row["vector"]
+        table.add_row(vector, *(_TABLE[column][1].format(row[column]) for column in columns))
+    return table
+
+
+def gain_sentence(gains: pd.DataFrame) -> str:
+    """`gains_over_uniform` for the uniform vector over which most bytes are saved, or most loss if none are."""
+    better = gains[(gains["bytes_saved"] > 0) | (gains["loss_gain_nats"] > 0)]
+    if better.empty:
+        return "No evaluated vector is better than a uniform one at its KV bytes, or smaller at its loss."
+    best = better.sort_values(["bytes_saved", "loss_gain_nats"]).iloc[-1]
+    return (
+        f"Beside uniform {best['vector'].split('-')[0]}: at its KV bytes the best evaluated vector's loss is "
+        f"{best['loss_gain_nats']:.4f} nats lower, and a loss as low takes {best['bytes_saved']:.1%} fewer KV bytes."
+    )
