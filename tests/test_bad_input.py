@@ -25,7 +25,6 @@ import pandas as pd
 import pytest
 import torch
 import zstandard
-from nas.stages.exported import open_checkpoint
 
 from nas.config import Fidelity, SupernetConfig, WorkloadConfig, build
 from nas.data import prepare_tokens, validation_windows
@@ -40,6 +39,7 @@ from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss, LossMemo
 from nas.space import SearchSpace, format_vector, load_space
 from nas.stages import fidelity
+from nas.stages.export import open_checkpoint
 from nas.stages.train import check_trainable
 from nas.training import window_length
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
