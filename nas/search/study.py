@@ -72,7 +72,7 @@ def search(
     Raises:
         UserError: The study cannot be reached, read or written, or was begun with other metadata.
     """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what goes wrong is in our own sentences
     space, limits = problem.space, problem.constraints
     known = list(filter(limits.keep, dict.fromkeys(known)))
     everything = limits.vectors() if budget.is_everything else ()
