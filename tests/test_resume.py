@@ -19,21 +19,25 @@ def last_metrics(run: Path) -> dict[tuple[int, ...], dict[str, float]]:
     return {(entry["step"], len(entry)): entry for entry in read_metrics(run)}
 
 
-def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Workspace) -> None:
+def test_training_goes_on_exactly_where_it_was_killed_though_a_line_of_metrics_was_cut_short(
+    nas: Nas, workspace: Workspace
+) -> None:
     arguments = [
         "train",
         *workspace.arguments[:-3],
-        "train.steps=400",
+        "train.steps=200",
         "train.checkpoint_every=7",
         "train.validate_every=50",
     ]
     killed, whole = workspace.runs / "train" / "killed", workspace.runs / "train" / "whole"
-    for step in (20, 200):  # killed twice
+    for step in (20, 70):  # killed twice
 
         def due(at: int = step) -> bool:
             return any(entry["step"] > at for entry in read_metrics(killed))
 
         kill_when([*arguments, "name=killed"], workspace.path, due)
+        with (killed / "metrics.jsonl").open("a") as stream:
+            stream.write('{"step": 3, "loss')
     assert not (killed / "complete.json").exists()
     assert nas(*arguments, "name=killed").code == 0
     assert nas(*arguments, "name=whole").code == 0
@@ -45,10 +49,10 @@ def test_training_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Works
 
 
 def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Workspace) -> None:
-    arguments = ["search", "--budget", "24", "sampler=nsga2", "sampler.population_size=6", *workspace.arguments]
+    arguments = ["search", "--budget", "16", "sampler=nsga2", "sampler.population_size=6", *workspace.arguments]
     memo = next((workspace.runs / "cache").glob("losses-*.jsonl"))
     before = len(memo.read_text().splitlines())
-    kill_when([*arguments, "name=killed"], workspace.path, lambda: len(memo.read_text().splitlines()) >= before + 5)
+    kill_when([*arguments, "name=killed"], workspace.path, lambda: len(memo.read_text().splitlines()) >= before + 4)
     killed, whole = workspace.runs / "search" / "killed", workspace.runs / "search" / "whole"
     assert not (killed / "complete.json").exists()
     assert nas(*arguments, "name=killed").code == 0
@@ -56,32 +60,21 @@ def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Works
     assert nas(*arguments, "name=whole").code == 0
 
     trials = pd.read_csv(whole / "trials.csv")
-    assert len(trials) == trials["vector"].nunique() == 24
+    assert len(trials) == trials["vector"].nunique() == 16
     for file in ("trials.csv", "front.csv"):
         assert (killed / file).read_bytes() == (whole / file).read_bytes()
-
-
-def test_a_line_of_metrics_that_was_cut_short_costs_only_itself(nas: Nas, workspace: Workspace) -> None:
-    arguments = ["train", *workspace.arguments[:-3], "train.steps=400", "name=cut"]
-    run = workspace.runs / "train" / "cut"
-    kill_when(arguments, workspace.path, lambda: len(read_metrics(run)) > 10)
-    with (run / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 3, "loss')
-    assert nas(*arguments).code == 0
-    assert [step for step, _ in sorted(last_metrics(run)) if step <= 12][-1] == 12
-    assert {step for step, _ in last_metrics(run)} == set(range(1, 401))
 
 
 def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["search", "--budget", "200", "seed=5", *workspace.arguments]
+    arguments = ["search", "--budget", "16", "seed=5", *workspace.arguments]
     memo = next((workspace.runs / "cache").glob("losses-*.jsonl"))
     before = len(memo.read_text().splitlines())
     kill_when([*arguments, "name=mine"], workspace.path, lambda: len(memo.read_text().splitlines()) >= before + 3)
     parents = json.loads((workspace.runs / "search" / "mine" / "run.json").read_text())["parents"]
     parts = workspace.arguments[:-3]
-    assert nas("measure", parts[0], *workspace.arguments[-3:], "name=newer").code == 0
+    assert nas("measure", parts[0], *workspace.arguments[-3:], "check=0", "name=newer").code == 0
     assert nas("train", *parts, "name=newer").code == 0
     with monkeypatch.context() as patch:
         patch.setitem(STEP_REVISION, "eager", 2)  # of the table more is said by now
@@ -95,7 +88,7 @@ def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(
 
 
 def test_another_search_takes_up_an_interrupted_training(nas: Nas, workspace: Workspace) -> None:
-    arguments = ["search", "--budget", "4", *workspace.arguments, "train.steps=400"]
+    arguments = ["search", "--budget", "4", *workspace.arguments, "train.steps=150"]
     known = set((workspace.runs / "train").iterdir())
 
     def due() -> bool:

@@ -66,15 +66,16 @@ def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(na
 
 
 def test_several_processes_share_one_search(nas: Nas, workspace: Workspace) -> None:
-    result = nas("search", "--budget", 24, "workers=3", "sampler=random", "name=shared", *workspace.arguments)
+    for memo in (workspace.runs / "cache").glob("losses-*"):
+        memo.unlink()
+    result = nas("search", "--budget", 24, "workers=2", "sampler=random", "name=shared", *workspace.arguments)
     assert result.code == 0, result.err
     assert result.err == ""
     shared = trials(workspace.runs / "search" / "shared")
     assert shared["vector"].nunique() == len(shared) == 24
-    assert nas("search", "--budget", 24, "sampler=random", "name=alone", *workspace.arguments).code == 0
-    losses = [trials(workspace.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "alone")]
+    losses = [trials(workspace.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "base")]
     both = pd.concat(losses, axis=1, join="inner")
-    assert len(both) > 10
+    assert len(both) >= 6  # of 9 and 24 among 27
     assert (both.iloc[:, 0] - both.iloc[:, 1]).abs().max() < 1e-5
 
 
@@ -151,15 +152,15 @@ def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(
         "hydra/launcher=submitit_local",
         "worker=0,1",
         "--budget",
-        12,
+        8,
         f"storage=sqlite:///{workspace.path}/db",
     )
     result = nas("search", *pool, "name=pool", *workspace.arguments)
     assert result.code == 0, result.err
     tables = [trials(workspace.runs / "search" / "pool" / f"worker-{number}") for number in (0, 1)]
-    assert tables[0]["vector"].nunique() == len(tables[0]) == 12
+    assert tables[0]["vector"].nunique() == len(tables[0]) == 8
     pd.testing.assert_frame_equal(tables[0], tables[1])
-    failed = nas("search", *pool, "name=other", "supernet=nowhere", *workspace.arguments)
+    failed = nas("search", *pool, "worker=0", "name=other", "supernet=nowhere", *workspace.arguments)
     assert failed.code == 1
     assert "nowhere is not a run directory" in failed.err
 
@@ -218,7 +219,9 @@ def test_a_loss_that_is_no_number_is_said(nas: Nas, workspace: Workspace, monkey
 def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, workspace: Workspace) -> None:
     limit = 0.03
     asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
-    result = nas("search", "--budget", 6, "workload.batch=max", f"workload.memory_gib={limit}", "name=max", *asked)
+    result = nas(
+        "search", "--budget", 6, "workload.batch=max", f"workload.memory_gib={limit}", "name=max", *asked, "check=0"
+    )
     assert result.code == 0, result.err
     assert "batch max in 0.03 GiB" in result.out
     table = trials(workspace.runs / "search" / "max")
@@ -236,14 +239,14 @@ def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one_but_not_i
 ) -> None:
     (measured,) = workspace.runs.glob("measure/*")
     space = workspace.arguments[0]
-    newer = ("workload.batch=3", "measure.batches=[1]", "measure.rounds=2", "name=newer")
+    newer = ("workload.batch=3", "measure.batches=[1]", "measure.rounds=2", "check=0", "name=newer")
     assert nas("measure", space, *newer).code == 0
     result = nas("search", "--budget", 3, "name=exact", *workspace.arguments)
     assert f"(runs/measure/{measured.name})" in result.out
     between = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     assert "(runs/measure/newer)" in nas("search", "--budget", 3, "name=other", *between, "workload.batch=3").out
     monkeypatch.setitem(STEP_REVISION, "eager", 2)
-    assert nas("measure", space, "measure.batches=[1,4]", *newer[:1], "measure.rounds=2", "name=present").code == 0
+    assert nas("measure", space, "measure.batches=[1,4]", *newer[:1], *newer[2:4], "name=present").code == 0
     present = nas("search", "--budget", 3, "name=present", *workspace.arguments)
     assert "(runs/measure/present)" in present.out
     assert "an earlier version" not in present.out

@@ -443,7 +443,7 @@ def test_the_spread_is_how_far_the_outer_fifths_are_apart() -> None:
 
 
 @given(st.integers(60, 500))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 def test_a_measurement_that_was_killed_goes_on_and_times_nothing_again(kill: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "samples.csv"

@@ -178,7 +178,7 @@ def test_a_worker_that_is_slow_is_not_taken_for_dead(tmp_path: Path) -> None:
     assert sorted(evaluated(tmp_path, "slow") + evaluated(tmp_path, "fast")) == sorted(vectors)
 
 
-@pytest.mark.parametrize(("sampler", "kills"), [("front", 12), ("nsga2", 8)])
+@pytest.mark.parametrize(("sampler", "kills"), [("front", 6), ("nsga2", 6)])
 def test_a_search_killed_many_times_equals_one_without_a_break(tmp_path: Path, sampler: str, kills: int) -> None:
     whole = start(Storage.file(tmp_path / "whole.db"), 16, tmp_path, "whole", sampler, "fail")
     storage, moments = Storage.file(tmp_path / "killed.db"), random.Random(sampler)
