@@ -1,4 +1,4 @@
-"""Measures a space: parts of its models over a grid, end-to-end models as a check, and their power."""
+"""Measures a space: its layers, embedding and head over a grid, end-to-end models as a check, and their power."""
 
 import math
 import time
@@ -77,11 +77,8 @@ def measure(
     if padded := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
         metadata["padded_batches"] = padded
     if uuid:
-        metadata |= {
-            "state_before": state,
-            "state_after": _state_at_work(pool, [heaviest, sentinel], uuid),
-            "idle_watts": watts,
-        }
+        state_after = _state_at_work(pool, [heaviest, sentinel], uuid)
+        metadata |= {"state_before": state, "state_after": state_after, "idle_watts": watts}
     return Measured(table, end_to_end_ms, energy, metadata)
 
 
@@ -130,10 +127,7 @@ def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str,
 def _energy(
     space: SearchSpace, grid: Grid, workload: Workload, config: MeasureConfig, pool: LayerPool, uuid: str
 ) -> pd.DataFrame | None:
-    """Power of uniform end-to-end models at the workload's context and the given batches, or the largest that fit.
-
-    None where NVML is silent.
-    """
+    """Power of uniform models at the workload's context and the given batches or the largest that fit, if known."""
     rows = []
     given = config.energy_batches or [grid.batches[0], grid.batches[-1]]
     for groups in sorted(set().union(*space.choices)):

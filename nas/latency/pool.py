@@ -20,15 +20,7 @@ from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.batching import padded_batches
 from nas.serving.cache import LayerCache, layer_caches
 from nas.serving.cuda import captured
-from nas.serving.layers import (
-    InputMajorLinear,
-    Position,
-    ServingLayer,
-    last_logits,
-    no_partials,
-    randomise,
-    run_layers,
-)
+from nas.serving.layers import InputMajorLinear, Position, ServingLayer, last_logits, no_partials, randomise, run_layers
 from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES, compile_layers
 from nas.space import SearchSpace, Vector
@@ -77,11 +69,7 @@ class LayerPool:
         self._prepared: dict[Point, tuple[Callable[[], Any], int]] = {}  # keeps that pool alive, too
 
     def prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
-        """What runs a point, and by how much its time is to be divided.
-
-        Raises:
-            torch.OutOfMemoryError: It does not fit.
-        """
+        """What runs a point, and by how much its time is to be divided; `torch.OutOfMemoryError` if it does not fit."""
         if point not in self._prepared:
             self._prepared[point] = self._prepare(point)
         return self._prepared[point]
@@ -100,16 +88,13 @@ class LayerPool:
 
     def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
         tokens_BT = self._tokens[: self._token_count(point)].view(self._rows(point), -1)
+        copies = self._embeddings_and_heads
         if point.part == "embedding":
-            return lambda: [embedding(tokens_BT) for embedding, _, _ in self._embeddings_and_heads], len(
-                self._embeddings_and_heads
-            )
+            return lambda: [embedding(tokens_BT) for embedding, _, _ in copies], len(copies)
         if point.part == "head":
             x_BTD, last = self._x_at(point), self._position(point)
             none = no_partials(x_BTD)
-            return lambda: [last_logits(x_BTD, none, *pair[1:], last) for pair in self._embeddings_and_heads], len(
-                self._embeddings_and_heads
-            )
+            return lambda: [last_logits(x_BTD, none, norm, head, last) for _, norm, head in copies], len(copies)
         if point.part == "layer":
             if not (depth := self.depth_of(point)):
                 raise _no_room(point)
@@ -117,7 +102,7 @@ class LayerPool:
             layer_body = self._body(point, point.groups * depth)
             return lambda: layer_body(x_BTD), depth
         body, last = self._body(point, point.groups), self._position(point)
-        embedding, norm, head = self._embeddings_and_heads[0]
+        embedding, norm, head = copies[0]
         return lambda: last_logits(*body(embedding(tokens_BT)), norm, head, last), 1
 
     def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -210,8 +195,8 @@ class LayerPool:
         fits = max(0, memory_bytes - held) // (2 * self._dtype.itemsize)
         most = max((sum(self._cache_size(p, g) for g in self._vector(p)) for p in points if p.groups), default=0)
         keys, values = (torch.empty(min(fits, most), device=self.device, dtype=self._dtype) for _ in range(2))
-        for part in (keys, values):  # never time zeros
-            part.normal_(generator=self._generator)
+        for cache in (keys, values):  # never time zeros
+            cache.normal_(generator=self._generator)
         return keys, values
 
     def _vector(self, point: Point) -> Vector:

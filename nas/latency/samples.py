@@ -44,11 +44,7 @@ class Samples:
 
     @classmethod
     def at(cls, path: Path) -> "Samples":
-        """Those that an interrupted measurement left at ``path``, or none.
-
-        Raises:
-            UserError: The file is corrupt.
-        """
+        """Those that an interrupted measurement left at ``path``, or none."""
         if not path.is_file():
             return cls(path)
         content = path.read_bytes()

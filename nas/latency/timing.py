@@ -104,9 +104,9 @@ def _loads(points: Iterable[Point], kind: Callable[[Point], Any], most: int, rng
         loads.setdefault(kind(point), []).append(point)
     for load in loads.values():
         rng.shuffle(load)
-    parts = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
-    rng.shuffle(parts)
-    return parts
+    segments = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
+    rng.shuffle(segments)
+    return segments
 
 
 @contextmanager
@@ -146,11 +146,7 @@ class _Stopwatch:
         return times
 
     def look_at(self, sentinel: Point) -> float:
-        """The median of a few samples of the sentinel.
-
-        Raises:
-            UserError: It does not fit into memory, now or any more.
-        """
+        """The median of a few samples of the sentinel, which has to fit into memory all the time."""
         self.make_ready(sentinel)
         self._keep_busy([sentinel], _REST_S)
         milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES[self._device]))

@@ -22,11 +22,7 @@ from nas.stages.measure import measure_space, table_of
 
 
 def find_latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> Predictor:
-    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated.
-
-    Raises:
-        UserError: The named table does not cover the workload, or the one that the search was begun with is gone.
-    """
+    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated."""
     runs_dir = Path(config.runs_dir)
     if config.latency:
         named = table_of(FinishedRun(Path(config.latency), "measure"))

@@ -71,11 +71,7 @@ def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path
 
 
 def table_of(run: FinishedRun) -> TableLatency:
-    """The table of a measure run.
-
-    Raises:
-        UserError: Its files are missing, changed or corrupt.
-    """
+    """The table of a measure run, whose files must be unchanged."""
     for name in (TABLE, META, CHECK, *({ENERGY} & run.artifacts)):
         run.artifact(name)
     return TableLatency(run.path)
@@ -84,11 +80,7 @@ def table_of(run: FinishedRun) -> TableLatency:
 def measure_space(
     config: LatencyParts, space: SearchSpace, device: Device, workload: Workload, path: Path
 ) -> TableLatency:
-    """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off.
-
-    Raises:
-        UserError: The grid is beyond the space's context, or the workload does not fit into memory.
-    """
+    """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off."""
     batches = batches_of(space, device, workload)
     grid = grid_for(config.measure, workload, batches, space.shape.max_position_embeddings)
     shapes = check_shapes(config.measure, grid, workload, batches)
@@ -99,9 +91,8 @@ def measure_space(
         )
     energy_batches = config.measure.energy_batches or ()
     if any(batch > grid.batches[-1] for batch in energy_batches):
-        raise UserError(
-            f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {grid.batches[-1]}"
-        )
+        most = grid.batches[-1]
+        raise UserError(f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {most}")
     if outside := [at for at in config.measure.check_at or () if not grid.surrounds(*at)]:
         raise UserError(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
