@@ -1,4 +1,4 @@
-"""What this machine calls itself: its processor, and what NVML says of one of its GPUs."""
+"""The names of this machine's processor and GPU, and what NVML reports of the GPU."""
 
 import platform
 import re

@@ -78,9 +78,8 @@ def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple
     of_phase = [summary for summary in summaries if summary["phase"] == phase]
     if not of_phase:
         return None
-    weights = [float(summary["n"]) for summary in of_phase]
-    mean = np.average([float(summary["mape"]) for summary in of_phase], weights=weights)
-    return float(mean), max(float(summary["worst"]) for summary in of_phase)
+    models, means, worst = np.array([[summary[key] for key in ("n", "mape", "worst")] for summary in of_phase], float).T
+    return float(np.average(means, weights=models)), float(worst.max())
 
 
 def _summary(rows: pd.DataFrame) -> dict[str, float | str]:

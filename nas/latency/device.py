@@ -50,7 +50,7 @@ class Device:
 
 
 def device_folders(slug: str) -> list[Path]:
-    """Where a device may be described: latency_models/ here in the working directory, then what ships."""
+    """Where a device may be described: latency_models/ in the working directory, then what ships."""
     return [root / slug for root in _roots()]
 
 

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -43,12 +42,6 @@ class Energy:
     calls: int  # how many they were
     watts: float  # mean power
     method: str  # ``energy counter``, or ``power × time`` where there is no such counter
-
-
-class _Reading(NamedTuple):
-    seconds: float
-    joules: float  # NaN where NVML did not answer; so is the next
-    watts: float
 
 
 def measure_energy(
@@ -124,18 +117,21 @@ def _warm_up(
 
 def _read(
     gpu: Gpu, seconds: float, enqueue: Callable[[], object], wait: Callable[[], object], clock: Callable[[], float]
-) -> list[_Reading]:
-    """Reads the sensors between ``enqueue`` and ``wait``, again and again: the GPU works while NVML takes its time."""
-    begun, readings = clock(), list[_Reading]()
+) -> list[list[float]]:
+    """Reads the sensors between ``enqueue`` and ``wait``, again and again: the GPU works while NVML takes its time.
+
+    A reading is seconds, joules and watts; these two are NaN where NVML did not answer.
+    """
+    begun, readings = clock(), list[list[float]]()
     while clock() - begun < seconds or len(readings) < _FEWEST_READINGS:
         enqueue()
         joules, now, watts = gpu.read("energy_joules"), clock(), gpu.read("power_watts")
-        readings.append(_Reading(now, *(math.nan if value is None else value for value in (joules, watts))))
+        readings.append([now, *(math.nan if value is None else value for value in (joules, watts))])
         wait()
     return readings
 
 
-def _mean_power(readings: Sequence[_Reading]) -> tuple[float, str] | None:
+def _mean_power(readings: list[list[float]]) -> tuple[float, str] | None:
     """Mean watts, and by which method."""
     times, joules, watts = np.array(readings).T
     moved = np.diff(joules)  # NaN beside a missing reading, which no comparison below lets through

@@ -6,9 +6,9 @@ is ``layer`` (one layer with ``groups`` KV groups), ``embedding`` or ``head`` (g
 versions, date, what the sentinel saw, and how far the predictor was from end-to-end models.
 
 Between points, times are interpolated where physics makes them straight. A decode step's time grows with the bytes that
-it moves: at one batch in proportion to the context, and from batch to batch likewise. A prefill chunk takes time with
-its operations: at one prompt length in proportion to its tokens, and at as many tokens linearly in the length. Outside
-the measured range nothing is said, unless that is asked for; then the outermost slopes are prolonged.
+it moves: at one batch linearly in the context, and from batch to batch likewise. A prefill chunk's time grows with its
+operations: at one prompt length linearly in its tokens, and at as many tokens linearly in the length. Outside the
+measured range there is no prediction, unless that is asked for; then the outermost slopes are prolonged.
 """
 
 import math
@@ -53,7 +53,7 @@ _DEFAULTS: dict[str, Any] = {
     "step_revision": 1,
 }
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
-_TOLD_SLOWER = 0.005
+_REPORTED_SLOWER = 0.005
 
 
 def layer_shape(shape: ModelShape) -> dict[str, int]:
@@ -64,7 +64,7 @@ def layer_shape(shape: ModelShape) -> dict[str, int]:
 
 def _matches(value: Any, schema: Any) -> bool:
     if isinstance(schema, dict):
-        return isinstance(value, dict) and all(_matches(value.get(key), part) for key, part in schema.items())
+        return isinstance(value, dict) and all(_matches(value.get(key), inner) for key, inner in schema.items())
     if isinstance(schema, list):
         return isinstance(value, list) and all(_matches(item, schema[0]) for item in value)
     return isinstance(value, schema)
@@ -111,15 +111,15 @@ class TableLatency(Predictor):
             words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
         if checks:
             errors = {phase: error for phase in PHASES if (error := phase_errors(checks, phase))}
-            told = ", ".join(f"{phase} {mean:.1%} (worst {worst:.1%})" for phase, (mean, worst) in errors.items())
+            by_phase = ", ".join(f"{phase} {mean:.1%} (worst {worst:.1%})" for phase, (mean, worst) in errors.items())
             where = "; ".join(
                 f"{phase} at " + ", ".join(f"{s['batch']} x {s['length']}" for s in checks if s["phase"] == phase)
                 for phase in errors
             )
             models = max(summary["n"] for summary in checks)
-            words.append(f"mean error {told} over {models} end-to-end models ({where} tokens)")
+            words.append(f"mean error {by_phase} over {models} end-to-end models ({where} tokens)")
         slower = max((load["ratio"] for load in meta["lasting_load"]), default=1.0) - 1
-        if slower >= _TOLD_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
+        if slower >= _REPORTED_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
             words.append(f"steps that follow one another for seconds took up to {slower:.1%} longer")
         drift = meta["drift"]
         if (beyond := drift["segments_beyond"]) > drift["segments"] / 2:  # too many to be timed again

@@ -98,22 +98,15 @@ def measure_space(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    shared = {
-        "workload": dataclasses.asdict(workload),
-        "measure": dataclasses.asdict(config.measure),
-        "step_revision": STEP_REVISION[workload.runtime],
-    }
-    identity = {
-        "space": {"name": space.name, **space.to_dict()},
-        "device": device.slug,
-        "check": config.check,
-        **shared,
-    }
+    shared: dict[str, Any] = {"workload": dataclasses.asdict(workload), "measure": dataclasses.asdict(config.measure)}
+    shared["step_revision"] = STEP_REVISION[workload.runtime]
+    identity = {"space": {"name": space.name, **space.to_dict()}, "device": device.slug, "check": config.check}
+    identity |= shared
     with start_run(path, "measure", identity, {"measure": config.measure.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
         _print_metadata(found)
-        meta = {
+        meta: dict[str, Any] = {
             "date": now(),
             "device": dataclasses.asdict(device),
             "shape": layer_shape(space.shape),
@@ -125,7 +118,7 @@ def measure_space(
             **shared,
             **found.metadata,
         }
-        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}"
+        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {meta['date'][:10]}"
         _write(path, found, meta, space.shape.num_hidden_layers, title)
         run.finish()
     return TableLatency(path)
