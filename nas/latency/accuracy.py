@@ -44,10 +44,10 @@ def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) ->
 
 
 def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
-    """For each workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one.
+    """Per workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one.
 
-    Where there are more models than choices of groups, ``kendall_tau_refitted`` is that of a sum whose layer times are
-    fitted, afterwards, to these very models: the rest is noise and the order of layers, which no sum can predict.
+    Where there are more models than choices of groups, ``kendall_tau_refitted`` is that of layer times fitted to these
+    very models: what it lacks to 1 is noise and the order of layers, which no sum can predict.
     """
     return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
 

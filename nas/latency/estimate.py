@@ -1,11 +1,9 @@
 """Analytic latency, for a device that nobody has measured: bytes and operations over the rates that a device reaches.
 
-A kernel that must move so many bytes and do so many floating-point operations takes at least
-max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson (2009). With data-sheet
-rates that is a lower bound, good for ranking vectors. Where device.json has a calibration, from published
-measurements, the same formula takes the rates that are reached in practice, rounds the corner where bytes and
-operations take equally long, and adds what kernels take however little they do; its interval then says how far such
-estimates were from measurements that they were not calibrated on. docs/a10g.md has the one that ships.
+A kernel takes at least max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson
+(2009). With data-sheet rates that is a lower bound, good for ranking vectors. Where device.json has a calibration from
+published measurements (docs/a10g.md), the same formula takes the rates that are reached in practice, rounds the corner
+where bytes and operations take equally long, and adds what kernels take however little they do.
 
 What is estimated is the time of the GPU. A serving engine's own work between the steps comes on top.
 """

@@ -74,10 +74,9 @@ def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") 
 
 
 class Predictor(ABC):
-    """Predicts what models take, for one device, layer shape, dtype and runtime.
+    """Predicts the times of models for one device, layer shape, dtype and runtime.
 
-    Layers of one shape take the same time wherever they stand, so an end-to-end model takes the sum of its layers, by
-    groups, and of its embedding and head.
+    A layer takes the same time wherever it stands, so a model takes the sum of its layers, embedding and head.
     """
 
     source: str  # ``measured`` or ``estimated``

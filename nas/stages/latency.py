@@ -72,11 +72,10 @@ def _measured(config: Search, space: SearchSpace, device: Device, workload: Work
 def fitting_tables(
     runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
 ) -> Iterator[TableLatency]:
-    """Measured tables that cover a workload: those measured for it first, as others may have to interpolate.
+    """Measured tables that cover a workload, and with ``extrapolate`` then those of its shape and runtime that do not.
 
-    Tables of an earlier decode step come after those of the present one. Of either kind this user's runs come first,
-    newest first, then those that ship. With ``extrapolate`` those of the same shape and runtime follow that do not
-    cover it. Unusable ones are passed over with a warning.
+    Those of the present decode step come first; among them those measured for this workload, as others may have to
+    interpolate; then this user's runs, newest first, before those that ship. Unusable ones are skipped with a warning.
     """
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
     published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]
