@@ -1,4 +1,4 @@
-"""What this machine calls itself: its processor, and what NVML says of one of its GPUs."""
+"""The names of this machine's processor and GPU, and what NVML reports of the GPU."""
 
 import platform
 import re
@@ -47,26 +47,18 @@ _QUERIES: dict[str, Callable[[Any], Any]] = {
     "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
     "throttle_reasons": _throttle_reasons,
     "temperature_celsius": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
-    "memory_in_use_bytes": lambda gpu: int(
-        pynvml.nvmlDeviceGetMemoryInfo(gpu).used
-    ),  # by all processes, and the driver
+    # By all processes, and the driver.
+    "memory_in_use_bytes": lambda gpu: int(pynvml.nvmlDeviceGetMemoryInfo(gpu).used),
     # Of the whole card since its driver was loaded, from Volta on; updated every 20 to 100 ms.
     "energy_joules": lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
     # Of the whole card now; from Ampere on (A100 apart) NVML gives the mean of the last second.
     "power_watts": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
 }
-_FACTS = ("nvml_name", "driver", "power_limit_watts", "ecc")
 _STATE = ("sm_clock_mhz", "memory_clock_mhz", "throttle_reasons", "temperature_celsius", "memory_in_use_bytes")
 
 
 class Gpu:
-    """A GPU as NVML knows it.
-
-    NVML may be absent, lack a sensor, or fail in the middle of a run: nothing here raises for that.
-
-    Args:
-        uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
-    """
+    """A GPU by its UUID in PyTorch, or NVML's first. NVML may be absent, lack a sensor or fail: nothing raises here."""
 
     def __init__(self, uuid: str | None = None) -> None:
         self._handle: Any = None
@@ -74,10 +66,10 @@ class Gpu:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlInit()
             self._open = True
-            by_index = uuid is None
-            self._handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(0) if by_index else pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            )
+            if uuid is None:
+                self._handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+            else:
+                self._handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
 
     def __enter__(self) -> Self:
         return self
@@ -99,7 +91,7 @@ class Gpu:
 
 def nvml_facts(uuid: str | None = None) -> dict[str, Any]:
     """Name, driver, power limit and whether ECC is on; whatever NVML does not answer is left out."""
-    return _answers(uuid, _FACTS)
+    return _answers(uuid, ("nvml_name", "driver", "power_limit_watts", "ecc"))
 
 
 def nvml_state(uuid: str | None = None) -> dict[str, Any]:

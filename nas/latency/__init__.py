@@ -3,11 +3,4 @@
 from nas.latency.device import Device, find_device, this_device
 from nas.latency.predictor import Predictor, Workload, resolve_workload
 
-__all__ = [
-    "Device",
-    "Predictor",
-    "Workload",
-    "find_device",
-    "resolve_workload",
-    "this_device",
-]
+__all__ = ["Device", "Predictor", "Workload", "find_device", "resolve_workload", "this_device"]

@@ -31,23 +31,23 @@ def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) ->
     """Sets the prediction beside each measured end-to-end model: `CHECK_COLUMNS`."""
     rows = [
         (
-            point.phase,
-            format_vector(point.groups),
-            point.batch,
-            point.length,
+            p.phase,
+            format_vector(p.groups),
+            p.batch,
+            p.length,
             ms,
-            predictor.forward_ms(point.phase, point.groups, point.batch, point.length),
+            predictor.forward_ms(p.phase, p.groups, p.batch, p.length),
         )
-        for point, ms in sorted(measured_ms.items())
+        for p, ms in sorted(measured_ms.items())
     ]
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
 
 def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
-    """For each workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one.
+    """Per workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one.
 
-    Where there are more models than choices of groups, ``kendall_tau_refitted`` is that of a sum whose layer times are
-    fitted, afterwards, to these very models: the rest is noise and the order of layers, which no sum can predict.
+    Where there are more models than choices of groups, ``kendall_tau_refitted`` is that of layer times fitted to these
+    very models: what it lacks to 1 is noise and the order of layers, which no sum can predict.
     """
     return [_summary(rows) for _, rows in check.groupby(WORKLOAD, sort=True)]
 
@@ -55,17 +55,11 @@ def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
 def lasting_load(
     energy: pd.DataFrame, table: pd.DataFrame, predictor: Predictor, layers: int
 ) -> list[dict[str, float]]:
-    """How long decode steps take that follow one another for seconds, over their prediction.
+    """How long decode steps that follow one another for seconds (``energy``) take, over their prediction.
 
     A GPU that reaches its power limit then is slower than in the short runs that a table is made of. Eager steps differ
-    for another reason: they take as long as the host, which other processes share, needs to launch them.
-
-    Args:
-        energy: `nas.latency.energy.ENERGY_COLUMNS`: what was run so long. Only what the table has measured counts:
-            between its points the prediction has an error of its own.
-        table: `nas.latency.table.COLUMNS`.
-        predictor: Of that table.
-        layers: Of the models.
+    for another reason: they take as long as the host, which other processes share, needs to launch them. Only points of
+    the table count, as between them the prediction has an error of its own.
     """
     layer_steps = table[(table["phase"] == "decode") & (table["part"] == "layer") & (table["n"] > 0)]
     measured = set(layer_steps[_ENERGY_KEYS].astype(int).itertuples(index=False, name=None))
@@ -84,9 +78,8 @@ def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple
     of_phase = [summary for summary in summaries if summary["phase"] == phase]
     if not of_phase:
         return None
-    weights = [float(summary["n"]) for summary in of_phase]
-    mean = np.average([float(summary["mape"]) for summary in of_phase], weights=weights)
-    return float(mean), max(float(summary["worst"]) for summary in of_phase)
+    models, means, worst = np.array([[summary[key] for key in ("n", "mape", "worst")] for summary in of_phase], float).T
+    return float(np.average(means, weights=models)), float(worst.max())
 
 
 def _summary(rows: pd.DataFrame) -> dict[str, float | str]:

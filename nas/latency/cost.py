@@ -55,11 +55,9 @@ class Prediction:
 
     @cached_property
     def decode_ms(self) -> float:
-        """Milliseconds of a decode step."""
         return self.predictor.decode_ms(self.vector, self.batch, self.workload.context)
 
     def prefill_ms(self, batch: int) -> float:
-        """Milliseconds of the prefill of so many of the workload's prompts."""
         return self.predictor.prefill_ms(self.vector, batch, self.workload.prompt)
 
     @property
@@ -72,7 +70,7 @@ class Prediction:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Between which milliseconds a decode step is to be expected; None if it was measured."""
+        """Between which milliseconds a decode step is to be expected; None if measured."""
         return self.predictor.interval(self.decode_ms)
 
     @property
@@ -93,14 +91,11 @@ class Prediction:
         at = {"batch": self.batch, "length": self.workload.context}
         layer_ms = partial(self.predictor.layer_ms, "decode", **at)
         rest_ms = self.predictor.embedding_and_head_ms("decode", **at)
-        return (
-            self.energy.joules_per_step(self.vector, **at, layer_ms=layer_ms, embedding_and_head_ms=rest_ms)
-            / self.batch
-        )
+        step_joules = self.energy.joules_per_step(self.vector, **at, layer_ms=layer_ms, embedding_and_head_ms=rest_ms)
+        return step_joules / self.batch
 
     @property
     def costs(self) -> dict[str, float]:
-        """Money and emissions."""
         return costs(self.tokens_per_s, self.joules_per_token, self.cost, self.predictor.idle_watts)
 
 
@@ -112,14 +107,9 @@ def predictions(
     cost: CostConfig,
     needed: Iterable[str] = (),
 ) -> Callable[[Vector], Metrics]:
-    """What gives a vector's metrics on a device, apart from its loss: all that is known of `nas.metrics`.
+    """A function of a vector that gives all of `nas.metrics` that is known on a device, apart from the loss.
 
-    Returns:
-        A function of a vector, which may raise what `batch_of` and the predictor raise. Vectors with the same counts
-        per choice, in whatever order, share their metrics.
-
-    Raises:
-        UserError: A needed metric is not known.
+    Vectors with the same counts per choice share their metrics. A needed metric that is not known is an error.
     """
     memory = MemoryModel(space.shape, workload, device.is_gpu)
     energy = predictor.energy(set().union(*space.choices))

@@ -1,7 +1,7 @@
 """What is known of a device: the one we run on, or one that latency_models/ describes.
 
 A device is named as NVML (or the CPU) names it, in lower case with dashes: ``nvidia-a10g``. Its folder in
-latency_models/ holds device.json with the facts that an estimate needs, and any measured tables.
+latency_models/ holds device.json with what an estimate needs, and any measured tables.
 """
 
 import dataclasses
@@ -23,22 +23,16 @@ _CUDA_CONTEXT = 3 * 2**28  # bytes: context, kernels' code and the driver's rese
 
 @dataclass(frozen=True)
 class Device:
-    """A device and its facts.
-
-    Attributes:
-        flops: Dense matrix rate by dtype name (``bf16``, ``fp32``) by data sheet; empty if unknown.
-        facts: Anything else worth recording: driver, clocks, power limit, source.
-        calibration: How an estimate is to be made better than the data sheet (nas/latency/estimate.py), or None.
-    """
+    """A device and what is known of it."""
 
     slug: str  # name of its folder, e.g. ``nvidia-a10g``
     name: str  # as the device names itself
     is_gpu: bool  # whether PyTorch reaches it through CUDA
     memory_bytes: int  # usable memory
     bandwidth_bytes_per_s: float | None = None  # memory bandwidth by data sheet, or None if unknown
-    flops: dict[str, float] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
-    calibration: dict[str, Any] | None = None
+    flops: dict[str, float] = field(default_factory=dict)  # dense matrix rate by dtype name, by data sheet
+    facts: dict[str, Any] = field(default_factory=dict)  # anything else worth recording: driver, power limit, source
+    calibration: dict[str, Any] | None = None  # for estimates better than the data sheet: nas/latency/estimate.py
 
     @property
     def usable_bytes(self) -> int:
@@ -56,7 +50,7 @@ class Device:
 
 
 def device_folders(slug: str) -> list[Path]:
-    """Where a device may be described: latency_models/ here in the working directory, then what ships."""
+    """Where a device may be described: latency_models/ in the working directory, then what ships."""
     return [root / slug for root in _roots()]
 
 
@@ -79,11 +73,7 @@ def this_device() -> Device:
 
 
 def find_device(reference: str) -> Device:
-    """``this``, or a device described in latency_models/.
-
-    Raises:
-        UserError: There is no such device, or its device.json is corrupt.
-    """
+    """``this``, or a device described in latency_models/."""
     if reference == "this":
         return this_device()
     files = [folder / DEVICE for folder in device_folders(reference) if (folder / DEVICE).is_file()]

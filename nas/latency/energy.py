@@ -1,8 +1,8 @@
 """The energy of decode steps: measured by NVML's counter while a GPU is kept busy, and a table of it.
 
-Two windows overlap: the calls are timed between two synchronisations, and the power is the mean between the first and
-the last time that the counter was seen to move. Joules per call are power times seconds per call. So the
-calls' window need not begin and end with updates of the counter, which come only every 20 to 100 ms.
+The calls are timed between two synchronisations; the power is the mean between the first and the last time that the
+counter was seen to move. Joules per call are power times seconds per call, so the calls need not begin and end with
+updates of the counter, which come only every 20 to 100 ms.
 
 energy.csv has one row per point: ``groups, batch, length, watts, joules_per_step, seconds, calls, method``, measured on
 end-to-end models with the same ``groups`` in every layer.
@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -45,12 +44,6 @@ class Energy:
     method: str  # ``energy counter``, or ``power × time`` where there is no such counter
 
 
-class _Reading(NamedTuple):
-    seconds: float
-    joules: float  # NaN where NVML did not answer; so is the next
-    watts: float
-
-
 def measure_energy(
     call: Callable[[], object],
     seconds: float,
@@ -60,17 +53,10 @@ def measure_energy(
     warm_up_s: float = 2.0,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Energy | None:
-    """Runs ``call`` back to back and measures what one takes.
+    """Runs ``call``, which need not wait for the GPU, back to back and measures what one takes.
 
-    Args:
-        call: Puts work on the GPU, such as the replay of a CUDA graph, and need not wait for it.
-        seconds: Run at least so long, and for at least 125 readings, which take 5 s or 125 calls.
-        uuid: Which GPU, as PyTorch gives its UUID; None is NVML's first.
-        synchronise: Waits until the GPU has done all calls.
-        warm_up_s: At least 1 s, as NVML's power may be the mean of the last second.
-
-    Returns:
-        None where NVML has neither an energy counter nor power, or both fail on the way.
+    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. The warm-up takes at least 1 s, as
+    NVML's power may be the mean of the last second. None where NVML has no sensor, or all fail on the way.
     """
     with Gpu(uuid) as gpu:
         if not _has_sensor(gpu):
@@ -130,23 +116,22 @@ def _warm_up(
 
 
 def _read(
-    gpu: Gpu,
-    seconds: float,
-    enqueue: Callable[[], object],
-    wait: Callable[[], object],
-    clock: Callable[[], float],
-) -> list[_Reading]:
-    """Reads the sensors between ``enqueue`` and ``wait``, again and again: the GPU works while NVML takes its time."""
-    begun, readings = clock(), list[_Reading]()
+    gpu: Gpu, seconds: float, enqueue: Callable[[], object], wait: Callable[[], object], clock: Callable[[], float]
+) -> list[list[float]]:
+    """Reads the sensors between ``enqueue`` and ``wait``, again and again: the GPU works while NVML takes its time.
+
+    A reading is seconds, joules and watts; these two are NaN where NVML did not answer.
+    """
+    begun, readings = clock(), list[list[float]]()
     while clock() - begun < seconds or len(readings) < _FEWEST_READINGS:
         enqueue()
         joules, now, watts = gpu.read("energy_joules"), clock(), gpu.read("power_watts")
-        readings.append(_Reading(now, *(math.nan if value is None else value for value in (joules, watts))))
+        readings.append([now, *(math.nan if value is None else value for value in (joules, watts))])
         wait()
     return readings
 
 
-def _mean_power(readings: Sequence[_Reading]) -> tuple[float, str] | None:
+def _mean_power(readings: list[list[float]]) -> tuple[float, str] | None:
     """Mean watts, and by which method."""
     times, joules, watts = np.array(readings).T
     moved = np.diff(joules)  # NaN beside a missing reading, which no comparison below lets through
@@ -166,14 +151,7 @@ def _spans(times: np.ndarray, known: np.ndarray) -> bool:
 
 
 class EnergyTable:
-    """Energy of vectors, put together from the power of uniform end-to-end models.
-
-    Args:
-        path: energy.csv.
-
-    Raises:
-        UserError: It is missing or corrupt.
-    """
+    """Energy of vectors, put together from the power of uniform end-to-end models in energy.csv."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -185,9 +163,8 @@ class EnergyTable:
         for groups, rows in table.groupby("groups"):
             grid = rows.pivot_table(index="batch", columns="length", values="watts")
             if grid.size != len(rows) or grid.isna().to_numpy().any():
-                raise UserError(
-                    f"{path} is corrupt ({groups:g} groups need every batch at every length once); restore it"
-                )
+                reason = f"{groups:g} groups need every batch at every length once"
+                raise UserError(f"{path} is corrupt ({reason}); restore it")
             self._grids[int(float(str(groups)))] = grid
 
     def knows(self, groups: Iterable[int]) -> bool:
@@ -199,9 +176,6 @@ class EnergyTable:
 
         Bilinear in batch and length. Beyond the measured range it is that of the nearest edge: power varies little
         from point to point, and no card exceeds its limit, so a clamp errs less than a slope would.
-
-        Raises:
-            UserError: These groups were not measured.
         """
         if groups not in self._grids:
             raise UserError(f"{self.path} has no power for {groups} groups; measure this space")
@@ -217,13 +191,9 @@ class EnergyTable:
         layer_ms: Callable[[int], float],
         embedding_and_head_ms: float,
     ) -> float:
-        """Energy of one decode step of an end-to-end model: one new token for every sequence of the batch.
+        """Energy of a decode step of a model: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
 
-        Each layer takes its time at the power of the uniform model of its groups, and embedding and head theirs at the
-        mean power of the layers: Σ watts(g) · layer_ms(g) + mean watts · embedding_and_head_ms.
-
-        Raises:
-            UserError: A number of groups was not measured.
+        Each layer takes its time at the power of the uniform model of its groups.
         """
         counts = sorted(Counter(vector).items())  # in one order: equal counts cost the same to the last bit
         watts = {groups: self.watts(groups, batch, length) for groups, _ in counts}

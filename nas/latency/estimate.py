@@ -1,11 +1,9 @@
 """Analytic latency, for a device that nobody has measured: bytes and operations over the rates that a device reaches.
 
-A kernel that must move so many bytes and do so many floating-point operations takes at least
-max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson (2009). With data-sheet
-rates that is a lower bound, good for ranking vectors. Where device.json has a calibration, from published
-measurements, the same formula takes the rates that are reached in practice, rounds the corner where bytes and
-operations take equally long, and adds what kernels take however little they do; its interval then says how far such
-estimates were from measurements that they were not calibrated on. docs/a10g.md has the one that ships.
+A kernel takes at least max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson
+(2009). With data-sheet rates that is a lower bound, good for ranking vectors. Where device.json has a calibration from
+published measurements (docs/a10g.md), the same formula takes the rates that are reached in practice, rounds the corner
+where bytes and operations take equally long, and adds what kernels take however little they do.
 
 What is estimated is the time of the GPU. A serving engine's own work between the steps comes on top.
 """
@@ -23,30 +21,20 @@ from nas.shape import LayerSpec, ModelShape
 
 @dataclass(frozen=True)
 class Constants:
-    """What kernels reach of a device's data sheet; the defaults are the data sheet itself.
-
-    Attributes:
-        elementwise_bandwidth: Share of it at which norms, rotary embeddings, activations and residuals move theirs.
-        overlap: How well bytes and operations of one kernel overlap: times t and u together take
-            (t^overlap + u^overlap)^(1/overlap), from 1 (their sum) to infinity (the longer one).
-    """
+    """What kernels reach of a device's data sheet; the defaults are the data sheet itself."""
 
     weight_bandwidth: float = 1.0  # share of the bandwidth at which the GEMMs read their weights
     cache_bandwidth: float = 1.0  # share of it at which decode attention reads the KV cache
-    elementwise_bandwidth: float = math.inf
+    elementwise_bandwidth: float = math.inf  # share of it that norms, rotary embeddings, activations, residuals reach
     compute: float = 1.0  # share of the matrix rate
-    overlap: float = math.inf
+    overlap: float = math.inf  # p: a kernel's times t and u take (t^p + u^p)^(1/p), from their sum to the longer one
     cache_ramp_tokens: float = 0.0  # each sequence's cache costs as if it were this many tokens longer
     attention_ms: float = 0.0  # what attention takes at least, per layer
     elementwise_ms: float = 0.0  # what the elementwise kernels take at least, per layer
 
 
 class RooflineLatency(Predictor):
-    """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration.
-
-    Raises:
-        UserError: The device's facts do not say how fast it is.
-    """
+    """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration."""
 
     source = "estimated"
 
@@ -59,36 +47,30 @@ class RooflineLatency(Predictor):
             self._calibration = calibration if calibration and dtype in calibration["dtypes"] else None
             self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"the calibration in device.json of {device.slug} is corrupt ({error}); restore it"
-            ) from None
+            message = f"the calibration in device.json of {device.slug} is corrupt ({error}); restore it"
+            raise UserError(message) from None
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         layer, new_tokens = self._shape.layer(groups), batch * (length if phase == "prefill" else 1)
-        weights = layer.parameters
         # Kernels run one after the other, so their times add up; only within one do bytes and operations overlap.
-        gemms_ms = self._kernel_ms(weights * self._bytes, 2 * new_tokens * weights, self._constants.weight_bandwidth)
-        moved_ms = self._moved_ms(new_tokens * self._bytes * elementwise_values(layer))
-        return (
-            gemms_ms + self._attention_ms(phase, layer, batch, length) + max(self._constants.elementwise_ms, moved_ms)
-        )
+        gemms_ms = self._gemms_ms(layer.parameters, new_tokens)
+        moved_ms = self._moved_ms(new_tokens * elementwise_values(layer))
+        attention_ms = self._attention_ms(phase, layer, batch, length)
+        return gemms_ms + attention_ms + max(self._constants.elementwise_ms, moved_ms)
 
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         new_tokens = batch * (length if phase == "prefill" else 1)
-        embedding_ms = self._moved_ms(
-            2 * new_tokens * self._shape.hidden_size * self._bytes
-        )  # a row is read, and written
-        return embedding_ms + self._head_ms(batch)
+        embedding_ms = self._moved_ms(2 * new_tokens * self._shape.hidden_size)  # a row is read, and written
+        # The head sees one position of each sequence.
+        return embedding_ms + self._gemms_ms(self._shape.vocab_size * self._shape.hidden_size, batch)
 
     def interval(self, ms: float) -> tuple[float, float]:
-        """Between which milliseconds the time of the GPU is to be expected, given the estimate ``ms``.
+        """With a calibration: within the factor in which the stated share of published measurements lay.
 
-        With a calibration: ``ms`` divided and multiplied by the factor within which the stated share of published
-        measurements lay, each predicted without its own source. Few of them were of the GPU's time alone, so this is
-        a rule of thumb, not a confidence interval. Without one: the estimate is a lower bound, and the upper end is
-        infinite.
+        Each was predicted without its own source, and few are of the GPU's time alone, so this is a rule of thumb, not
+        a confidence interval. Without a calibration the estimate is a lower bound.
         """
         if self._calibration is None:
             return ms, math.inf
@@ -112,12 +94,11 @@ class RooflineLatency(Predictor):
         cache_bytes = batch * (length + constants.cache_ramp_tokens) * layer.kv_values_per_token * self._bytes
         return constants.attention_ms + self._kernel_ms(cache_bytes, operations, constants.cache_bandwidth)
 
-    def _head_ms(self, batch: int) -> float:
-        weights = self._shape.vocab_size * self._shape.hidden_size  # it sees one position of each sequence
-        return self._kernel_ms(weights * self._bytes, 2 * batch * weights, self._constants.weight_bandwidth)
+    def _gemms_ms(self, weights: int, tokens: int) -> float:
+        return self._kernel_ms(weights * self._bytes, 2 * tokens * weights, self._constants.weight_bandwidth)
 
-    def _moved_ms(self, moved_bytes: float) -> float:
-        return 1e3 * moved_bytes / (self._bandwidth * self._constants.elementwise_bandwidth)
+    def _moved_ms(self, values: int) -> float:
+        return 1e3 * values * self._bytes / (self._bandwidth * self._constants.elementwise_bandwidth)
 
     def _kernel_ms(self, moved_bytes: float, operations: float, share: float) -> float:
         times_ms = 1e3 * moved_bytes / (self._bandwidth * share), 1e3 * operations / self._rate

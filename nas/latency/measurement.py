@@ -1,4 +1,4 @@
-"""Measures a space: parts of its models over a grid, end-to-end models as a check, and their power."""
+"""Measures a space: its layers, embedding and head over a grid, end-to-end models as a check, and their power."""
 
 import math
 import time
@@ -60,7 +60,17 @@ def measure(
     if uuid:
         torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
     watts = idle_watts(config.energy_s, uuid) if uuid and config.energy_s else None
-    pool = _pool(space, grid, workload, device, points)
+    torch_device = torch.device("cuda" if uuid else "cpu")
+    free_bytes = torch.cuda.mem_get_info()[0] if uuid else psutil.virtual_memory().available
+    try:
+        with memory_watched():
+            memory_bytes = int(_MOST_MEMORY * free_bytes)
+            pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, memory_bytes)
+    except torch.OutOfMemoryError:
+        raise UserError(
+            f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
+            f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
+        ) from None
     samples = Samples.at(samples_path) if samples_path else Samples()
     sentinel = Point("decode", "layer", (max(space.largest),), min(grid.batches), workload.context)
     heaviest = Point("decode", "layer", (max(space.largest),), max(grid.batches), workload.context)
@@ -77,24 +87,9 @@ def measure(
     if padded := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
         metadata["padded_batches"] = padded
     if uuid:
-        metadata |= {
-            "state_before": state,
-            "state_after": _state_at_work(pool, [heaviest, sentinel], uuid),
-            "idle_watts": watts,
-        }
+        state_after = _state_at_work(pool, [heaviest, sentinel], uuid)
+        metadata |= {"state_before": state, "state_after": state_after, "idle_watts": watts}
     return Measured(table, end_to_end_ms, energy, metadata)
-
-
-def _pool(space: SearchSpace, grid: Grid, workload: Workload, device: Device, points: list[Point]) -> LayerPool:
-    torch_device = torch.device("cuda" if device.is_gpu else "cpu")
-    try:
-        with memory_watched():
-            return LayerPool(space, workload.dtype, workload.runtime, torch_device, points, _free_bytes(device))
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
-            f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
-        ) from None
 
 
 def _summaries(taken: Iterable[tuple[Point, list[float]]]) -> tuple[pd.DataFrame, dict[Point, float]]:
@@ -111,7 +106,7 @@ def _summaries(taken: Iterable[tuple[Point, list[float]]]) -> tuple[pd.DataFrame
 
 
 def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str, Any]:
-    """The GPU's state while it runs the first point that fits: at rest it says nothing of what holds it back."""
+    """The GPU's state while it runs the first point that fits: at rest it does not show what limits it."""
     for point in points:
         with torch.inference_mode(), suppress(torch.OutOfMemoryError):
             call, _ = pool.prepare(point)
@@ -124,16 +119,13 @@ def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str,
             state = nvml_state(uuid)
             torch.cuda.synchronize()
             return state
-    return nvml_state(uuid)  # `time_points` says that nothing fits
+    return nvml_state(uuid)  # `time_points` reports that nothing fits
 
 
 def _energy(
     space: SearchSpace, grid: Grid, workload: Workload, config: MeasureConfig, pool: LayerPool, uuid: str
 ) -> pd.DataFrame | None:
-    """Power of uniform end-to-end models at the workload's context and the given batches, or the largest that fit.
-
-    None where NVML is silent.
-    """
+    """Power of uniform models at the workload's context and the given batches or the largest that fit, if known."""
     rows = []
     given = config.energy_batches or [grid.batches[0], grid.batches[-1]]
     for groups in sorted(set().union(*space.choices)):
@@ -150,9 +142,3 @@ def _energy(
             numbers = (found.watts, found.joules_per_call, found.seconds, found.calls, found.method)
             rows.append((groups, batch, workload.context, *numbers))
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None
-
-
-def _free_bytes(device: Device) -> int:
-    if device.is_gpu:
-        return int(_MOST_MEMORY * torch.cuda.mem_get_info()[0])
-    return int(_MOST_MEMORY * psutil.virtual_memory().available)

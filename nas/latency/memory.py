@@ -5,9 +5,7 @@ KV cache     every layer's own groups, times batch and length
 workspace    the activations that live at once: of a prefill chunk or a decode step, whichever is more
 library      what cuBLAS keeps for itself, and the blocks that PyTorch's allocator rounds up to
 
-The first two are exact, byte for byte. The workspace counts the tensors that `nas.serving` holds at its widest point.
-On a GPU the allocator's blocks are 2 MiB; what CUDA itself takes outside of PyTorch is not in here but in
-`Device.usable_bytes`.
+The first two are exact. What CUDA itself takes outside of PyTorch is in `Device.usable_bytes` instead.
 """
 
 import math
@@ -40,7 +38,6 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of them."""
         return self.weights + self.kv_cache + self.workspace + self.library
 
 
@@ -77,11 +74,10 @@ class MemoryModel:
         return fits
 
     def _live_bytes(self, layers: Iterable[LayerSpec], tokens: int, rows: int) -> int:
-        """Activations at the widest point, the residual stream and the logits.
+        """Activations at the widest point of `nas.serving`, the residual stream and the logits.
 
-        That is in the MLP (gate, up, their activation and product) or in the attention (queries as they come, rotated,
-        and three times in fp32 between). The norm's two fp32 copies were freed before the MLP, but the allocator cannot
-        use their blocks for larger tensors.
+        It is in the MLP (gate, up, their activation and product) or in the attention (queries, rotated queries, and
+        three fp32 copies). The norm's two fp32 copies are freed before the MLP, but larger tensors cannot use them.
         """
         hidden, widest = self._shape.hidden_size, 0
         for linears in (layer.linears for layer in layers):
@@ -91,11 +87,7 @@ class MemoryModel:
 
 
 def batch_of(workload: Workload, memory: MemoryModel, vector: Sequence[int]) -> int:
-    """The workload's batch; where that is `MAX`, the largest that fits.
-
-    Raises:
-        UserError: Not even one sequence fits.
-    """
+    """The workload's batch; where that is `MAX`, the largest that fits, which must be at least one sequence."""
     if workload.batch != MAX:
         return int(workload.batch)
     assert workload.memory_gib is not None
@@ -115,10 +107,9 @@ def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[i
 
 
 def check_memory(space: SearchSpace, device: Device, workload: Workload) -> None:
-    """Says it where the largest vector does not fit into the device's memory at the workload's batch.
+    """Warns where the largest vector does not fit into the device's memory at the workload's batch.
 
-    Raises:
-        UserError: Not even the smallest one does.
+    Where not even the smallest one does, that is an error.
     """
     if workload.batch == MAX:
         return
@@ -128,12 +119,9 @@ def check_memory(space: SearchSpace, device: Device, workload: Workload) -> None
         needed_gib = memory.at(vector, int(workload.batch)).total / 2**30
         if needed_gib <= usable_gib:
             continue
-        words = (
-            f"{format_vector(vector)} of {space.name} takes {needed_gib:.1f} GiB ({workload}) but {device.name} leaves "
-            f"{usable_gib:.1f}"
-        )
+        words = f"{format_vector(vector)} of {space.name} takes {needed_gib:.1f} GiB ({workload}) but {device.name} "
+        words += f"leaves {usable_gib:.1f}"
         if vector == space.smallest:
             raise UserError(f"{words}; lower workload.batch or .context, or take a smaller space")
-        console.warn(
-            f"{words}; in a search constraints.max_memory_gib={math.floor(10 * usable_gib) / 10} rules that out"
-        )
+        limit = math.floor(10 * usable_gib) / 10
+        console.warn(f"{words}; in a search constraints.max_memory_gib={limit} rules that out")

@@ -20,15 +20,11 @@ PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")
 
 @dataclass(frozen=True, order=True)
 class Point:
-    """What is timed at once.
-
-    Attributes:
-        groups: Of a layer, its KV groups alone; of an end-to-end model, its vector; of embedding and head, nothing.
-    """
+    """What is timed at once."""
 
     phase: Phase  # ``decode`` or ``prefill``
     part: str  # one of `PARTS`
-    groups: Vector
+    groups: Vector  # a layer's KV groups alone, an end-to-end model's vector, nothing for embedding and head
     batch: int  # rows
     length: int  # tokens of each row in the cache at a decode step, or of its prompt
 
@@ -76,13 +72,9 @@ class Grid:
 
 
 def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], limit: int) -> Grid:
-    """The config's grid with the workload added; at least two values per axis, as interpolation needs.
+    """The config's grid, with the workload's lengths and ``batches``; two values per axis, as interpolation needs.
 
-    Args:
-        config: The lists that the user gave, or null.
-        workload: Its context and prompt are of the grid.
-        batches: So are these; `batch=max` has the smallest and the largest.
-        limit: The space's context.
+    With `batch=max` these are the smallest and the largest batch. ``limit`` is the space's context.
     """
 
     def axis(given: Sequence[int] | None, own: Sequence[int], *defaults: int) -> tuple[int, ...]:
@@ -106,20 +98,16 @@ def check_shapes(
     between contexts, and one prompt halfway between prompts.
     """
     batch = min(batches)  # with batch=max, only the smallest vectors have more
-    here: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
-    here.append(("prefill", prefill_chunks(batch, workload.prompt)[0], workload.prompt))
+    shapes: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
+    shapes.append(("prefill", prefill_chunks(batch, workload.prompt)[0], workload.prompt))
     if config.check_at is not None:
-        more: list[tuple[Phase, int, int]] = [("decode", batch, context) for batch, context in config.check_at]
-        return list(dict.fromkeys(here + more))
-    between_batches = _halfway([size for size in grid.batches if size <= batch] or [batch])
-    between_contexts = _halfway(grid.contexts)
-    prompt = _halfway(grid.prompts)
-    others: list[tuple[Phase, int, int]] = [
-        ("decode", between_batches, between_contexts),
-        ("decode", batch, between_contexts),
-        ("prefill", prefill_chunks(batch, prompt)[0], prompt),
-    ]
-    return list(dict.fromkeys(here + others))
+        shapes += [("decode", batch, context) for batch, context in config.check_at]
+    else:
+        between_batches = _halfway([size for size in grid.batches if size <= batch] or [batch])
+        context, prompt = _halfway(grid.contexts), _halfway(grid.prompts)
+        shapes += [("decode", between_batches, context), ("decode", batch, context)]
+        shapes.append(("prefill", prefill_chunks(batch, prompt)[0], prompt))
+    return list(dict.fromkeys(shapes))
 
 
 def _halfway(axis: Sequence[int]) -> int:

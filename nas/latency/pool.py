@@ -1,11 +1,10 @@
 """A pool of real layers, from which every point of a table, and every end-to-end model, is put together.
 
-A layer timed alone would find its weights and cache in the processor's cache, where an end-to-end model never finds
+A layer timed alone would find its weights and KV cache in the processor's cache, where an end-to-end model never finds
 them. So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one
 after the other and divides. Layers of one position share what does not depend on their groups. All points share the
-memory of their caches; where it does not hold so many of a layer's, fewer layers are run, but never so few that a
-processor's cache could hold them. That is how the batches of ``batch=max`` are timed: many groups where most layers
-have few.
+memory of the KV caches; where it is too small for all layers (many groups at a batch of ``batch=max``), fewer are run,
+but never so few that a processor's cache could hold them.
 """
 
 import gc
@@ -20,15 +19,7 @@ from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.batching import padded_batches
 from nas.serving.cache import LayerCache, layer_caches
 from nas.serving.cuda import captured
-from nas.serving.layers import (
-    InputMajorLinear,
-    Position,
-    ServingLayer,
-    last_logits,
-    no_partials,
-    randomise,
-    run_layers,
-)
+from nas.serving.layers import InputMajorLinear, Position, ServingLayer, last_logits, no_partials, randomise, run_layers
 from nas.serving.rows import fastest_rows
 from nas.serving.runtime import DTYPES, compile_layers
 from nas.space import SearchSpace, Vector
@@ -61,7 +52,10 @@ class LayerPool:
             for groups in sorted(set().union(*space.choices)):
                 position[groups] = self._make_layer(groups, next(iter(position.values()), None))
             self._layers.append(position)
-        self._embeddings_and_heads = [self._make_embedding_and_head() for _ in range(self._copies())]
+        # So many that no copy is still in the processor's cache when its turn comes again.
+        head_bytes = shape.vocab_size * shape.hidden_size * self._dtype.itemsize
+        copies = max(2, min(_MOST_COPIES, -(-_BEYOND_CACHES // head_bytes)))
+        self._embeddings_and_heads = [self._make_embedding_and_head() for _ in range(copies)]
         self._rope = tuple(table.to(device) for table in rope_table(shape))
         if runtime == "compiled":
             compile_layers(layer for position in self._layers for layer in position.values())
@@ -77,39 +71,30 @@ class LayerPool:
         self._prepared: dict[Point, tuple[Callable[[], Any], int]] = {}  # keeps that pool alive, too
 
     def prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
-        """What runs a point, and by how much its time is to be divided.
-
-        Raises:
-            torch.OutOfMemoryError: It does not fit.
-        """
-        if point not in self._prepared:
-            self._prepared[point] = self._prepare(point)
-        return self._prepared[point]
-
-    def _prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
+        """What runs a point, and by how much its time is to be divided; `torch.OutOfMemoryError` if it does not fit."""
+        if point in self._prepared:
+            return self._prepared[point]
         try:
             call, divisor = self._call(point)
             call()  # compiles, where that is asked for
             captures = self._runtime != "eager" and point.phase == "decode"
-            return (captured(call, self._graphs) if captures else call), divisor
+            self._prepared[point] = (captured(call, self._graphs) if captures else call), divisor
         except torch.OutOfMemoryError:
             gc.collect()
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             raise
+        return self._prepared[point]
 
     def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
         tokens_BT = self._tokens[: self._token_count(point)].view(self._rows(point), -1)
+        copies = self._embeddings_and_heads
         if point.part == "embedding":
-            return lambda: [embedding(tokens_BT) for embedding, _, _ in self._embeddings_and_heads], len(
-                self._embeddings_and_heads
-            )
+            return lambda: [embedding(tokens_BT) for embedding, _, _ in copies], len(copies)
         if point.part == "head":
             x_BTD, last = self._x_at(point), self._position(point)
             none = no_partials(x_BTD)
-            return lambda: [last_logits(x_BTD, none, *pair[1:], last) for pair in self._embeddings_and_heads], len(
-                self._embeddings_and_heads
-            )
+            return lambda: [last_logits(x_BTD, none, norm, head, last) for _, norm, head in copies], len(copies)
         if point.part == "layer":
             if not (depth := self.depth_of(point)):
                 raise _no_room(point)
@@ -117,7 +102,7 @@ class LayerPool:
             layer_body = self._body(point, point.groups * depth)
             return lambda: layer_body(x_BTD), depth
         body, last = self._body(point, point.groups), self._position(point)
-        embedding, norm, head = self._embeddings_and_heads[0]
+        embedding, norm, head = copies[0]
         return lambda: last_logits(*body(embedding(tokens_BT)), norm, head, last), 1
 
     def _body(self, point: Point, vector: Vector) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -198,24 +183,17 @@ class LayerPool:
             self._make(head, shape.hidden_size, shape.vocab_size, bias=False),
         )
 
-    def _copies(self) -> int:
-        """So many that no copy is still in the processor's cache when its turn comes again."""
-        head = self._shape.vocab_size * self._shape.hidden_size * self._dtype.itemsize
-        return max(2, min(_MOST_COPIES, -(-_BEYOND_CACHES // head)))
-
     def _make_arena(self, points: Iterable[Point], memory_bytes: int) -> tuple[Tensor, Tensor]:
         """Memory for the keys and values of any point: what the largest takes, or as much as there is."""
         held = sum(parameter.nbytes for position in self._layers for parameter in _distinct(position.values()))
         held += sum(parameter.nbytes for modules in self._embeddings_and_heads for parameter in _distinct(modules))
         fits = max(0, memory_bytes - held) // (2 * self._dtype.itemsize)
-        most = max((sum(self._cache_size(p, g) for g in self._vector(p)) for p in points if p.groups), default=0)
+        vectors = {p: p.groups * self._depth if p.part == "layer" else p.groups for p in points if p.groups}
+        most = max((sum(self._cache_size(p, g) for g in vector) for p, vector in vectors.items()), default=0)
         keys, values = (torch.empty(min(fits, most), device=self.device, dtype=self._dtype) for _ in range(2))
-        for part in (keys, values):  # never time zeros
-            part.normal_(generator=self._generator)
+        for cache in (keys, values):  # never time zeros
+            cache.normal_(generator=self._generator)
         return keys, values
-
-    def _vector(self, point: Point) -> Vector:
-        return point.groups * self._depth if point.part == "layer" else point.groups
 
 
 def _no_room(point: Point) -> torch.OutOfMemoryError:

@@ -42,11 +42,7 @@ class Workload:
 
 
 def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) -> Workload:
-    """Fills in what the config leaves to the space and the device.
-
-    Raises:
-        UserError: A length is beyond the space's context, the memory beyond the device's, or the runtime needs a GPU.
-    """
+    """Fills in what the config leaves to the space and the device, and checks it against both."""
     limit = shape.max_position_embeddings
     context = config.context or limit
     prompt = config.prompt or max(1, context // 2)
@@ -70,11 +66,7 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
 
 
 def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") -> tuple[str, str]:
-    """What ``auto`` means on a device, for dtype and runtime, whose keys begin with ``prefix``.
-
-    Raises:
-        UserError: The runtime needs a GPU.
-    """
+    """What ``auto`` means on a device, for dtype and runtime, whose keys begin with ``prefix``."""
     if runtime not in ("auto", "eager") and not device.is_gpu:
         raise UserError(f"{prefix}runtime={runtime} needs a GPU but the device is {device.name}; use eager")
     dtype = dtype if dtype != "auto" else "bf16" if device.is_gpu else "fp32"
@@ -82,10 +74,9 @@ def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") 
 
 
 class Predictor(ABC):
-    """Predicts what models take, for one device, layer shape, dtype and runtime.
+    """Predicts the times of models for one device, layer shape, dtype and runtime.
 
-    Layers of one shape take the same time wherever they stand, so an end-to-end model takes the sum of its layers, by
-    groups, and of its embedding and head.
+    A layer takes the same time wherever it stands, so a model takes the sum of its layers, embedding and head.
     """
 
     source: str  # ``measured`` or ``estimated``
@@ -95,11 +86,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        """One layer with ``groups`` KV groups: a decode step at context ``length``, or prompts of that length.
-
-        Raises:
-            UserError: This is outside what the predictor covers.
-        """
+        """One layer: a decode step at context ``length``, or prompts of that length; `UserError` if not covered."""
 
     @abstractmethod
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:

@@ -44,19 +44,14 @@ class Samples:
 
     @classmethod
     def at(cls, path: Path) -> "Samples":
-        """Those that an interrupted measurement left at ``path``, or none.
-
-        Raises:
-            UserError: The file is corrupt.
-        """
+        """Those that an interrupted measurement left at ``path``, or none."""
         if not path.is_file():
             return cls(path)
         content = path.read_bytes()
-        if end := content.rfind(b"\n") + 1:
-            os.truncate(path, end)  # without a line that a kill or a full disk cut short
-        else:
+        if not (end := content.rfind(b"\n") + 1):
             path.unlink()
             return cls(path)
+        os.truncate(path, end)  # without a line that a kill or a full disk cut short
         frame = read_csv(path, SAMPLE_COLUMNS)
         good = positive_numbers(frame, SAMPLE_COLUMNS[1:3]) & counts(frame, ["segment", "batch", "length"])
         good &= frame["part"].isin(PARTS) & (pd.to_numeric(frame["ms"], errors="coerce") > 0)
@@ -110,7 +105,7 @@ def due_on_gpu(points: Iterable[Point], samples: Samples, config: MeasureConfig)
             return False
         return len(steady) < config.rounds or spread(steady) > config.spread
 
-    return [point for point in points if is_due(point)]
+    return list(filter(is_due, points))
 
 
 def due_on_cpu(points: Iterable[Point], samples: Samples, config: MeasureConfig) -> list[Point]:
@@ -123,7 +118,7 @@ def due_on_cpu(points: Iterable[Point], samples: Samples, config: MeasureConfig)
             return False
         return len(times) < 3 or times[1] > (1 + config.spread) * times[0]
 
-    return [point for point in points if is_due(point)]
+    return list(filter(is_due, points))
 
 
 def spread(times: Sequence[float]) -> float:
@@ -146,7 +141,7 @@ def used_on_cpu(samples: Samples) -> Iterator[tuple[Point, list[float]]]:
 
 
 def drift_report(samples: Samples, config: MeasureConfig) -> dict[str, Any]:
-    """What latency.json says of the sentinel."""
+    """The drift of the sentinel, for latency.json."""
     drifts = samples.drifts()
     affected = [segment for segment, drift in zip(samples.segments, drifts, strict=True) if drift > config.drift]
     redone = Counter(point for segment in affected for point in segment.samples)

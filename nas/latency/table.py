@@ -6,9 +6,9 @@ is ``layer`` (one layer with ``groups`` KV groups), ``embedding`` or ``head`` (g
 versions, date, what the sentinel saw, and how far the predictor was from end-to-end models.
 
 Between points, times are interpolated where physics makes them straight. A decode step's time grows with the bytes that
-it moves: at one batch in proportion to the context, and from batch to batch likewise. A prefill chunk takes time with
-its operations: at one prompt length in proportion to its tokens, and at as many tokens linearly in the length. Outside
-the measured range nothing is said, unless that is asked for; then the outermost slopes are prolonged.
+it moves: at one batch linearly in the context, and from batch to batch likewise. A prefill chunk's time grows with its
+operations: at one prompt length linearly in its tokens, and at as many tokens linearly in the length. Outside the
+measured range there is no prediction, unless that is asked for; then the outermost slopes are prolonged.
 """
 
 import math
@@ -53,33 +53,25 @@ _DEFAULTS: dict[str, Any] = {
     "step_revision": 1,
 }
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
-_TOLD_SLOWER = 0.005
+_REPORTED_SLOWER = 0.005
 
 
 def layer_shape(shape: ModelShape) -> dict[str, int]:
-    """The part of a shape that a table depends on: not the number of layers, nor the rotary embeddings' values."""
+    """What a table depends on of a shape: not the number of layers, nor the rotary embeddings' values."""
     features = [key for key in FEATURES if key != "rope_scaling" and getattr(shape, key)]
     return {key: getattr(shape, key) for key in (*_SHAPE_KEYS, *features)}
 
 
 def _matches(value: Any, schema: Any) -> bool:
     if isinstance(schema, dict):
-        return isinstance(value, dict) and all(_matches(value.get(key), part) for key, part in schema.items())
+        return isinstance(value, dict) and all(_matches(value.get(key), inner) for key, inner in schema.items())
     if isinstance(schema, list):
         return isinstance(value, list) and all(_matches(item, schema[0]) for item in value)
     return isinstance(value, schema)
 
 
 class TableLatency(Predictor):
-    """Predicts from a measured table.
-
-    Args:
-        folder: Holds table.csv and latency.json.
-        extrapolate: Answer outside the measured range too, which makes it an estimate.
-
-    Raises:
-        UserError: A file is missing or corrupt.
-    """
+    """Predicts from the measured table in a folder; with ``extrapolate`` outside its range too, as an estimate."""
 
     folder: Path
     digest: str
@@ -119,15 +111,15 @@ class TableLatency(Predictor):
             words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
         if checks:
             errors = {phase: error for phase in PHASES if (error := phase_errors(checks, phase))}
-            told = ", ".join(f"{phase} {mean:.1%} (worst {worst:.1%})" for phase, (mean, worst) in errors.items())
+            by_phase = ", ".join(f"{phase} {mean:.1%} (worst {worst:.1%})" for phase, (mean, worst) in errors.items())
             where = "; ".join(
                 f"{phase} at " + ", ".join(f"{s['batch']} x {s['length']}" for s in checks if s["phase"] == phase)
                 for phase in errors
             )
             models = max(summary["n"] for summary in checks)
-            words.append(f"mean error {told} over {models} end-to-end models ({where} tokens)")
+            words.append(f"mean error {by_phase} over {models} end-to-end models ({where} tokens)")
         slower = max((load["ratio"] for load in meta["lasting_load"]), default=1.0) - 1
-        if slower >= _TOLD_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
+        if slower >= _REPORTED_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
             words.append(f"steps that follow one another for seconds took up to {slower:.1%} longer")
         drift = meta["drift"]
         if (beyond := drift["segments_beyond"]) > drift["segments"] / 2:  # too many to be timed again
@@ -148,11 +140,7 @@ class TableLatency(Predictor):
         return bool(self.meta["step_revision"] >= STEP_REVISION.get(self.meta["runtime"], 1))
 
     def check(self) -> pd.DataFrame:
-        """The end-to-end models that the table was checked against: `CHECK_COLUMNS`.
-
-        Raises:
-            UserError: check.csv is missing or corrupt.
-        """
+        """The end-to-end models that the table was checked against: `CHECK_COLUMNS`."""
         check = read_csv(self.folder / CHECK, CHECK_COLUMNS)
         require(self.folder / CHECK, check, positive_numbers(check, CHECK_COLUMNS[2:]), "its numbers must be positive")
         return check
@@ -217,8 +205,7 @@ class _Surface:
         self._outer = rows[outer].unique()
         self._lines = {value: rows[rows[outer] == value][[inner, "median_ms"]].to_numpy().T for value in self._outer}
         if self._prefill:  # prompts so long that they go alone take the same time for each token
-            one = {value: np.insert(line, 0, 0, axis=1) for value, line in self._lines.items() if line.shape[1] == 1}
-            self._lines |= one
+            self._lines |= {at: np.insert(line, 0, 0, axis=1) for at, line in self._lines.items() if line.shape[1] == 1}
         # Outside the measured range a line of one point, left where memory ended, has no slope to prolong.
         self._sloped: Any = [value for value, line in self._lines.items() if line.shape[1] > 1] or self._outer
         extent = rows.groupby(outer).agg({inner: ["min", "max"], "batch": ["min", "max"]})
@@ -244,10 +231,8 @@ class _Surface:
     def range(self) -> str:
         """The measured range in words."""
         (outer, inner), low, high = self._axes, self._rows.min(), self._rows.max()
-        return (
-            f"{outer} {low[outer]:g} to {high[outer]:g} and {inner} {low[inner]:g} to {high[inner]:g} "
-            "(less where memory ended)"
-        )
+        ranges = [f"{axis} {low[axis]:g} to {high[axis]:g}" for axis in (outer, inner)]
+        return f"{' and '.join(ranges)} (less where memory ended)"
 
     def _coordinates(self, batch: int, length: int) -> tuple[float, float]:
         return (float(length), float(batch * length)) if self._prefill else (float(batch), float(length))
@@ -259,10 +244,7 @@ def _along(x: Any, y: Any, at: float) -> float:
 
 
 def summarise(times_ms: Sequence[float]) -> dict[str, Any]:
-    """Median, 20th and 80th percentile in milliseconds, how many, and whether it ever fitted into memory.
-
-    Infinite times are of attempts that found too little.
-    """
+    """Median, percentiles and count of the times that are not infinite, which is to say that fitted into memory."""
     fitted = [ms for ms in times_ms if ms < math.inf]
     if not fitted:
         return {"median_ms": np.nan, "p20_ms": np.nan, "p80_ms": np.nan, "n": 0, "status": OUT_OF_MEMORY}

@@ -1,7 +1,7 @@
 """Timing many points fairly: in rounds and shuffled, watched by a sentinel.
 
 A round's points come in segments, and between any two segments a *sentinel*, always the same point, is timed. Samples
-are written down a segment at a time, so a killed measurement loses no more than one.
+are saved per segment, so a killed measurement loses no more than one.
 
 On a GPU that nobody shares, wall time is what counts. Where the sentinel is off its own median by more than the
 tolerance, the machine was not itself, and the segments on both sides are timed again; so is a point that scatters. A
@@ -13,18 +13,17 @@ the sentinel, and each segment, begins with a warm-up under its own load. Nor do
 H200 ran evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on, every 1.2 s. What is timed is the even
 speed; how far a lasting load is below it is measured with the energy.
 
-On a CPU, which other programs share, wall time says more of them than of us, and threads that wait for a core spin. So
-everything runs on one thread, whose own CPU time is read: time in which others run does not count. What is left of them
-(caches and memory that they use, too) only ever adds, so a sample is the quickest of a few calls, and a point is done
-once it has three samples of which the two quickest agree. Such times are good for ratios between vectors. They are no
-latency: serving uses all cores, and shares them.
+On a CPU, which other programs share, everything runs on one thread, whose own CPU time is read: time in which others
+run does not count. What is left of them (caches and memory that they use, too) only ever adds, so a sample is the
+quickest of a few calls, and a point is done once it has three samples of which the two quickest agree. Such times are
+good for ratios between vectors. They are no latency: serving uses all cores, and shares them.
 """
 
 import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from operator import attrgetter
 from statistics import median
 from typing import Any
@@ -104,9 +103,9 @@ def _loads(points: Iterable[Point], kind: Callable[[Point], Any], most: int, rng
         loads.setdefault(kind(point), []).append(point)
     for load in loads.values():
         rng.shuffle(load)
-    parts = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
-    rng.shuffle(parts)
-    return parts
+    segments = [load[begin : begin + most] for load in loads.values() for begin in range(0, len(load), most)]
+    rng.shuffle(segments)
+    return segments
 
 
 @contextmanager
@@ -131,7 +130,13 @@ class _Stopwatch:
         """What takes a while and is done once; whether that was now."""
         if point in self._ready:
             return False
-        self._ready[point] = self._made_ready(point)
+        self._ready[point] = None  # until it is found to fit into memory
+        with suppress(torch.OutOfMemoryError), memory_watched(), torch.inference_mode():
+            (call, divisor), repeats = self._prepare(point), 1
+            if self._device == "cuda":
+                shortest = min([_gpu_seconds(call, 1) for _ in range(3)][1:])  # the first is a warm-up
+                repeats = max(1, math.ceil(_SHORTEST_S["cuda"] / max(shortest, 1e-7)))
+            self._ready[point] = call, repeats, divisor
         return True
 
     def burst(self, points: Sequence[Point]) -> dict[Point, float]:
@@ -146,11 +151,7 @@ class _Stopwatch:
         return times
 
     def look_at(self, sentinel: Point) -> float:
-        """The median of a few samples of the sentinel.
-
-        Raises:
-            UserError: It does not fit into memory, now or any more.
-        """
+        """The median of a few samples of the sentinel, which has to fit into memory all the time."""
         self.make_ready(sentinel)
         self._keep_busy([sentinel], _REST_S)
         milliseconds = median(self.sample(sentinel) for _ in range(_SENTINEL_SAMPLES[self._device]))
@@ -180,17 +181,6 @@ class _Stopwatch:
         for point in points if self._device == "cuda" else ():
             while time.perf_counter() < end and math.isfinite(self.sample(point)):
                 pass
-
-    def _made_ready(self, point: Point) -> tuple[Callable[[], Any], int, int] | None:
-        try:
-            with memory_watched(), torch.inference_mode():
-                call, divisor = self._prepare(point)
-                if self._device == "cpu":
-                    return call, 1, divisor
-                shortest = min([_gpu_seconds(call, 1) for _ in range(3)][1:])  # the first is a warm-up
-                return call, max(1, math.ceil(_SHORTEST_S["cuda"] / max(shortest, 1e-7))), divisor
-        except torch.OutOfMemoryError:
-            return None
 
 
 def _gpu_seconds(call: Callable[[], Any], repeats: int) -> float:

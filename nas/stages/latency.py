@@ -22,11 +22,7 @@ from nas.stages.measure import measure_space, table_of
 
 
 def find_latency(config: Search, path: Path, space: SearchSpace, device: Device, workload: Workload) -> Predictor:
-    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated.
-
-    Raises:
-        UserError: The named table does not cover the workload, or the one that the search was begun with is gone.
-    """
+    """Named, as an interrupted search was begun, found, measured now where the device is at hand, else estimated."""
     runs_dir = Path(config.runs_dir)
     if config.latency:
         named = table_of(FinishedRun(Path(config.latency), "measure"))
@@ -76,11 +72,10 @@ def _measured(config: Search, space: SearchSpace, device: Device, workload: Work
 def fitting_tables(
     runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
 ) -> Iterator[TableLatency]:
-    """Measured tables that cover a workload: those measured for it first, as others may have to interpolate.
+    """Measured tables that cover a workload, and with ``extrapolate`` then those of its shape and runtime that do not.
 
-    Tables of an earlier decode step come after those of the present one. Of either kind this user's runs come first,
-    newest first, then those that ship. With ``extrapolate`` those of the same shape and runtime follow that do not
-    cover it. Unusable ones are passed over with a warning.
+    Those of the present decode step come first; among them those measured for this workload, as others may have to
+    interpolate; then this user's runs, newest first, before those that ship. Unusable ones are skipped with a warning.
     """
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == device.slug]
     published = [meta.parent for folder in device_folders(device.slug) for meta in sorted(folder.glob(f"*/{META}"))]

@@ -71,11 +71,7 @@ def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path
 
 
 def table_of(run: FinishedRun) -> TableLatency:
-    """The table of a measure run.
-
-    Raises:
-        UserError: Its files are missing, changed or corrupt.
-    """
+    """The table of a measure run, whose files must be unchanged."""
     for name in (TABLE, META, CHECK, *({ENERGY} & run.artifacts)):
         run.artifact(name)
     return TableLatency(run.path)
@@ -84,11 +80,7 @@ def table_of(run: FinishedRun) -> TableLatency:
 def measure_space(
     config: LatencyParts, space: SearchSpace, device: Device, workload: Workload, path: Path
 ) -> TableLatency:
-    """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off.
-
-    Raises:
-        UserError: The grid is beyond the space's context, or the workload does not fit into memory.
-    """
+    """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off."""
     batches = batches_of(space, device, workload)
     grid = grid_for(config.measure, workload, batches, space.shape.max_position_embeddings)
     shapes = check_shapes(config.measure, grid, workload, batches)
@@ -99,30 +91,22 @@ def measure_space(
         )
     energy_batches = config.measure.energy_batches or ()
     if any(batch > grid.batches[-1] for batch in energy_batches):
-        raise UserError(
-            f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {grid.batches[-1]}"
-        )
+        most = grid.batches[-1]
+        raise UserError(f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {most}")
     if outside := [at for at in config.measure.check_at or () if not grid.surrounds(*at)]:
         raise UserError(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    shared = {
-        "workload": dataclasses.asdict(workload),
-        "measure": dataclasses.asdict(config.measure),
-        "step_revision": STEP_REVISION[workload.runtime],
-    }
-    identity = {
-        "space": {"name": space.name, **space.to_dict()},
-        "device": device.slug,
-        "check": config.check,
-        **shared,
-    }
+    shared: dict[str, Any] = {"workload": dataclasses.asdict(workload), "measure": dataclasses.asdict(config.measure)}
+    shared["step_revision"] = STEP_REVISION[workload.runtime]
+    identity = {"space": {"name": space.name, **space.to_dict()}, "device": device.slug, "check": config.check}
+    identity |= shared
     with start_run(path, "measure", identity, {"measure": config.measure.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
         _print_metadata(found)
-        meta = {
+        meta: dict[str, Any] = {
             "date": now(),
             "device": dataclasses.asdict(device),
             "shape": layer_shape(space.shape),
@@ -134,7 +118,7 @@ def measure_space(
             **shared,
             **found.metadata,
         }
-        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {now()[:10]}"
+        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {meta['date'][:10]}"
         _write(path, found, meta, space.shape.num_hidden_layers, title)
         run.finish()
     return TableLatency(path)
