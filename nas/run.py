@@ -259,11 +259,6 @@ def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> Finished
     return FinishedRun(path, stage)
 
 
-def identity(path: Path) -> str:
-    """The unique id of the run ``path``, which it keeps when it is moved or resumed."""
-    return str(read_json(path / _RUN).get("id", path.name))
-
-
 def recorded_config(path: Path) -> dict[str, Any]:
     """The config of an earlier attempt at the run ``path``; empty if there was none."""
     return (read_json(path / _RUN).get("config") or {}) if is_run(path) else {}
