@@ -174,7 +174,6 @@ class _Forecast:
         self._costs = costs
         losses = np.flatnonzero(np.isnan(costs(evaluated_NL[:1])[0]))
         self.models = {int(loss): LossModel(evaluated_NL, values_NO[:, loss], len(layers.levels_K)) for loss in losses}
-        self._means = {loss: model.mean() for loss, model in self.models.items()}
         first = int(losses[0]) if len(losses) else 0
         self._order = [first, *(objective for objective in range(values_NO.shape[1]) if objective != first)]
 
@@ -182,8 +181,8 @@ class _Forecast:
         """Expected objectives of vectors, or given ones, in the order described above."""
         if values_NO is None:
             values_NO = self._costs(vectors_NL) if len(vectors_NL) else np.empty((0, len(self._order)))
-            for loss, mean in self._means.items():
-                values_NO[:, loss] = mean.of(vectors_NL)
+            for loss, model in self.models.items():
+                values_NO[:, loss] = model.means(vectors_NL)
         return values_NO[:, self._order]
 
     def deviations(self, vectors_NL: Ints) -> Floats:

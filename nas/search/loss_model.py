@@ -1,10 +1,16 @@
-"""A Bayesian model of the loss of vectors: a sum over layers, coupled neighbours, and noise.
+"""A Bayesian model of the loss of vectors: a monotone function of a sum over layers, and what such a sum misses.
 
-Going down to choice t or below costs a layer a step, the same in all layers but for a deviation of its own; each pair
-of neighbours adds a coupling for their two choices; what is left is noise of each vector's own, so that the model is
-exact on what was evaluated. All of these are normal a priori, fewer groups being worse; how large deviations, couplings
-and noise are is learned from the losses by marginal likelihood. The posterior is that of a Gaussian process; it can be
-drawn from, and every draw is a set of penalties and couplings, for which `nas.search.exact` finds the best vectors.
+- The sum: going down to choice t or below costs a layer a step, the same in all layers but for a deviation of its own;
+  each pair of neighbours adds a coupling for their two choices. Fewer groups are expected to be worse.
+- The link: the loss is a monotone function of the sum, so losses that saturate, or explode, are a sum nevertheless. Two
+  exponents say how steep it is at either end of the evaluated losses (a warped Gaussian process: Snelson et al., 2003).
+- The residual: a Gaussian process over how many layers two vectors differ in, for layers that interact wherever they are,
+  and noise of each vector's own, so that the model is exact on what was evaluated.
+
+All of these are normal a priori. How large they are, and the link, are learned by marginal likelihood: the product of the
+probabilities of every evaluation given those before it, so that each is believed as far as it predicts. The posterior of
+the sum can be drawn from: every draw is a set of penalties and couplings, for which `nas.search.exact` finds the best
+vectors.
 
 Choices are numbered 0 … K - 1, fewest groups first. Shape suffixes: N vectors, L layers, K choices, M = L - 1 pairs of
 neighbours, P features.
@@ -12,19 +18,24 @@ neighbours, P features.
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.linalg import LinAlgError, cho_solve, cholesky, solve_triangular
+import torch
 from scipy.optimize import minimize
+from torch import Tensor
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_TYPICAL = {"step": 0.7, "coupling": 0.15, "noise": 0.05}  # expected, in units of a layer's mean penalty …
-_SPREAD = {"step": 0.7, "coupling": 1.0, "noise": 1.5}  # … and how far from that they may be, in natural logarithms
+_LINK = (0.0, 0.3)  # exponents of the link: expected, and how far from that they may be
+_TYPICAL = {"step": 0.7, "coupling": 0.15, "residual": 0.2, "decay": 0.1, "noise": 0.02}  # in a layer's mean penalty …
+_SPREAD = {"step": 0.7, "coupling": 1.0, "residual": 1.5, "decay": 1.0, "noise": 1.5}  # … and in natural logarithms
+_STARTS = ((0.0, 0.0), (-0.6, 0.0), (0.0, -0.8))  # exponents from which the most likely ones are looked for
 _LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
-_RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190)  # evaluations at which the hyperparameters are learned again
+_END = 3e-3  # of the evaluated range: keeps the link's slope finite at its ends
+_RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluations at which all that is learned again
 
 
 @dataclass(frozen=True)
@@ -51,11 +62,29 @@ class LayerLosses:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """Standard deviations a priori, in units of a layer's mean penalty."""
+    """What is learned by marginal likelihood; standard deviations a priori are in units of a layer's mean penalty.
 
-    step: tuple[float, ...]
-    coupling: float
-    noise: float
+    Attributes:
+        step: Deviation of a layer's own penalty, for each step.
+        coupling: Deviation of a coupling of neighbours.
+        residual: Deviation of the residual, per square root of the layers.
+        decay: How fast the residual's correlation falls with each layer in which vectors differ.
+        noise: Deviation of each vector's own noise.
+        link: The link's exponents at the least and at the largest loss; 0 and 0 is a straight line.
+    """
+
+    step: Tensor
+    coupling: Tensor
+    residual: Tensor
+    decay: Tensor
+    noise: Tensor
+    link: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> "Hyperparameters":
+        """From the logarithms of all but the link, and its exponents."""
+        scales = values[:-2].exp()
+        return cls(scales[:-4], scales[-4], scales[-3], scales[-2], scales[-1] + _LEAST_NOISE, values[-2:])
 
 
 class LossModel:
@@ -69,113 +98,186 @@ class LossModel:
 
     def __init__(self, vectors_NL: Ints, losses_N: Floats, choices: int) -> None:
         self._choices, self._layers = choices, vectors_NL.shape[1]
-        self._unit = max(float(np.ptp(losses_N)) / self._layers, 1e-12)
-        self._features_NP = _features(vectors_NL, choices)
+        self._low, self._range = losses_N.min(), max(float(np.ptp(losses_N)), 1e-12)
         count = max((number for number in _RETUNE if number <= len(losses_N)), default=0)
-        rows = (np.ascontiguousarray(vectors_NL[:count]), np.ascontiguousarray(losses_N[:count]))
-        evaluated = rows[0].tobytes(), rows[1].tobytes()
-        self.hyperparameters = _learned_hyperparameters(*evaluated, count, self._layers, choices)
-        self._variances_P = _variances(self.hyperparameters, self._layers, choices, self._unit)
-        self._expected_P = _expected(self._layers, choices, self._unit)
-        self._mean_loss = float((losses_N - self._features_NP @ self._expected_P).mean())
-        self._noise_variance = (self.hyperparameters.noise * self._unit) ** 2
-        kernel = (self._features_NP * self._variances_P) @ self._features_NP.T
-        kernel[np.diag_indices_from(kernel)] += self._noise_variance
-        self._root = cholesky(kernel, lower=True, overwrite_a=True)
-        self._residual_N = losses_N - self._mean_loss - self._features_NP @ self._expected_P
+        rows = np.ascontiguousarray(vectors_NL[:count]), np.ascontiguousarray(losses_N[:count])
+        self.hyperparameters = _learned(rows[0].tobytes(), rows[1].tobytes(), count, self._layers, choices)
+        self._evaluated = _Inputs(vectors_NL, choices)
+        self._variances_P = _variances(self.hyperparameters, self._layers, choices)
+        self._expected_P = _expected(self._layers, choices)
+        sums_N, _ = _sums((torch.from_numpy(losses_N) - self._low) / self._range, self.hyperparameters.link)
+        residual_N = sums_N * self._layers - self._evaluated.features @ self._expected_P
+        self._mean = residual_N.mean()
+        self._residual_N = residual_N - self._mean
+        self._root = torch.linalg.cholesky(_kernel(self.hyperparameters, self._evaluated, self._variances_P))
+        self._solved_N = self._solve(self._residual_N)
 
     def mean(self) -> LayerLosses:
-        """The posterior mean."""
-        return self._conditioned(np.zeros(len(self._variances_P)), np.zeros(len(self._residual_N)))
+        """The posterior mean of the sum, in units of a layer's mean penalty."""
+        return self._layer_losses(self._weights())
 
     def draw(self, rng: np.random.Generator) -> LayerLosses:
-        """A draw from the posterior: one from the prior, corrected by what it gets wrong (Matheron's rule)."""
-        weights_P = rng.normal(size=len(self._variances_P)) * np.sqrt(self._variances_P)
-        noise_N = rng.normal(size=len(self._residual_N)) * np.sqrt(self._noise_variance)
-        return self._conditioned(weights_P, noise_N)
+        """A draw from the posterior of the sum: one from the prior, corrected by what it gets wrong (Matheron's rule)."""
+        root = torch.from_numpy(rng.normal(size=len(self._variances_P)))
+        weights_P = root * self._variances_P.sqrt()
+        other = self.hyperparameters.noise**2 + self._layers * self.hyperparameters.residual**2
+        others_N = torch.from_numpy(rng.normal(size=len(self._residual_N))) * other.sqrt()
+        wrong = self._residual_N - self._evaluated.features @ weights_P - others_N
+        correction = self._evaluated.features.T @ self._solve(wrong)
+        return self._layer_losses(self._expected_P + weights_P + self._variances_P * correction)
+
+    def means(self, vectors_NL: Ints) -> Floats:
+        """Expected losses of vectors, shape (N,)."""
+        return self._losses(self._expected_sums(_Inputs(vectors_NL, self._choices)))
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Posterior standard deviations of the losses of vectors that were not evaluated, shape (N,)."""
-        features = _features(vectors_NL, self._choices)
-        scaled = features * self._variances_P
-        explained = solve_triangular(self._root, self._features_NP @ scaled.T, lower=True, check_finite=False)
-        variances = (scaled * features).sum(axis=1) + self._noise_variance - (explained**2).sum(axis=0)
-        return np.asarray(np.sqrt(np.maximum(variances, 0.0)))
+        vectors = _Inputs(vectors_NL, self._choices)
+        across = _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
+        explained = torch.linalg.solve_triangular(self._root, across.T, upper=False).square().sum(dim=0)
+        own = vectors.features.square() @ self._variances_P + self._layers * self.hyperparameters.residual**2
+        deviations = (own + self.hyperparameters.noise**2 - explained).clamp(min=0).sqrt()
+        sums = self._expected_sums(vectors)
+        return (self._losses(sums + deviations) - self._losses(sums - deviations)) / 2
 
-    def _conditioned(self, weights_P: Floats, noise_N: Floats) -> LayerLosses:
-        wrong = self._residual_N - self._features_NP @ weights_P - noise_N
-        correction = self._features_NP.T @ cho_solve((self._root, True), wrong, check_finite=False)
-        weights = self._expected_P + weights_P + self._variances_P * correction
+    def _expected_sums(self, vectors: "_Inputs") -> Tensor:
+        across = _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
+        return self._mean + vectors.features @ self._expected_P + across @ self._solved_N
+
+    def _losses(self, sums_N: Tensor) -> Floats:
+        losses = _losses(sums_N / self._layers, self.hyperparameters.link)
+        return np.asarray(self._low + self._range * losses.numpy())
+
+    def _solve(self, values_N: Tensor) -> Tensor:
+        return torch.cholesky_solve(values_N[:, None], self._root)[:, 0]
+
+    def _weights(self) -> Tensor:
+        return self._expected_P + self._variances_P * (self._evaluated.features.T @ self._solved_N)
+
+    def _layer_losses(self, weights_P: Tensor) -> LayerLosses:
         steps, layers = self._choices - 1, self._layers
+        weights = weights_P.numpy()
         offset, common = weights[0], weights[1 : 1 + steps]
         own_SL = weights[1 + steps :][: steps * layers].reshape(steps, layers)
         couplings = weights[1 + steps + steps * layers :].reshape(layers - 1, self._choices, self._choices)
         penalties = np.zeros((layers, self._choices))
         for step in range(steps):  # a choice pays for every step from the largest one down to it
             penalties[:, : step + 1] += (common[step] + own_SL[step])[:, None]
-        return LayerLosses(self._mean_loss + float(offset), penalties, couplings)
+        return LayerLosses(float(self._mean + offset), penalties, couplings)
 
 
-def _features(vectors_NL: Ints, choices: int) -> Floats:
-    """What a vector has of each weight, (N, P): 1; layers at or below each step; each of them; pairs of neighbours."""
-    rows, layers = vectors_NL.shape
-    below_NSL = vectors_NL[:, None, :] <= np.arange(choices - 1)[:, None]
-    pairs = vectors_NL[:, :-1] * choices + vectors_NL[:, 1:]
-    coupled = np.zeros((rows, layers - 1, choices**2))
-    np.put_along_axis(coupled, pairs[:, :, None], 1.0, axis=2)
-    blocks = [np.ones((rows, 1)), below_NSL.sum(axis=2), below_NSL.reshape(rows, -1), coupled.reshape(rows, -1)]
-    return np.concatenate(blocks, axis=1, dtype=float)
+class _Inputs:
+    """Vectors as the kernel takes them.
+
+    Attributes:
+        features: What a vector has of each weight, (N, P): 1; layers at or below each step; each of them; pairs of
+            neighbours.
+        onehot: Which choice each layer has, (N, L · K).
+    """
+
+    def __init__(self, vectors_NL: Ints, choices: int) -> None:
+        def flat(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return block.reshape(len(block), np.prod(block.shape[1:], dtype=int))
+
+        rows, layers = vectors_NL.shape
+        below_NSL = vectors_NL[:, None, :] <= np.arange(choices - 1)[:, None]
+        pairs = vectors_NL[:, :-1] * choices + vectors_NL[:, 1:]
+        coupled = np.zeros((rows, layers - 1, choices**2))
+        np.put_along_axis(coupled, pairs[:, :, None], 1.0, axis=2)
+        blocks = [np.ones((rows, 1)), below_NSL.sum(axis=2), *(flat(block) for block in (below_NSL, coupled))]
+        self.features = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=float))
+        self.onehot = torch.from_numpy(flat(vectors_NL[:, :, None] == np.arange(choices)).astype(float))
+        self.layers = layers
 
 
-def _variances(prior: Hyperparameters, layers: int, choices: int, unit: float) -> Floats:
+def _covariance(learned: Hyperparameters, rows: _Inputs, columns: _Inputs, variances_P: Tensor) -> Tensor:
+    """Prior covariance of the sums, with the residual but without noise."""
+    differing = rows.layers - rows.onehot @ columns.onehot.T
+    residual = rows.layers * learned.residual**2 * torch.exp(-learned.decay * differing)
+    return (rows.features * variances_P) @ columns.features.T + residual
+
+
+def _kernel(learned: Hyperparameters, evaluated: _Inputs, variances_P: Tensor) -> Tensor:
+    """Prior covariance of what was evaluated, with noise."""
+    kernel = _covariance(learned, evaluated, evaluated, variances_P)
+    return kernel + learned.noise**2 * torch.eye(len(kernel), dtype=kernel.dtype)
+
+
+def _variances(learned: Hyperparameters, layers: int, choices: int) -> Tensor:
     """Prior variance of each feature's weight, (P,)."""
-    own = np.repeat(np.square(prior.step), layers)
-    coupled = np.full((layers - 1) * choices**2, prior.coupling**2)
-    return np.concatenate(([layers**2], np.full(choices - 1, 4.0), own, coupled)) * unit**2
+    fixed = torch.tensor([layers**2, *[4.0] * (choices - 1)], dtype=torch.float64)
+    own = learned.step.square().repeat_interleave(layers)
+    return torch.cat((fixed, own, learned.coupling.square().repeat((layers - 1) * choices**2)))
 
 
-def _expected(layers: int, choices: int, unit: float) -> Floats:
+def _expected(layers: int, choices: int) -> Tensor:
     """Prior mean of each feature's weight, (P,): each step costs each layer its share of the whole range."""
     steps = choices - 1
     others = np.zeros(steps * layers + (layers - 1) * choices**2)
-    return np.concatenate(([0.0], np.full(steps, unit / max(steps, 1)), others))
+    return torch.from_numpy(np.concatenate(([0.0], np.full(steps, 1.0 / max(steps, 1)), others)))
+
+
+def _sums(losses: Tensor, link: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (0 … 1: the evaluated range) as sums in the same range, and the logarithm of the slope there.
+
+    The link is a power at the low end, then one at the high end: straight lines where the exponents are 0.
+    """
+    low, low_slope = _power(losses, link[0])
+    high, high_slope = _power(1 - low, link[1])
+    return 1 - high, low_slope + high_slope
+
+
+def _losses(sums: Tensor, link: Tensor) -> Tensor:
+    """The inverse of `_sums`; beyond 0 … 1 it goes on straight."""
+    inside = sums.clamp(0, 1)
+    losses = _inverse_power(1 - _inverse_power(1 - inside, link[1]), link[0])
+    return losses + (sums - inside) * torch.exp(-_sums(losses, link)[1])
+
+
+def _power(values: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
+    """0 … 1 mapped onto itself with a slope in proportion to (value + _END) ** exponent, and that slope's logarithm."""
+    power, logs = exponent + 1, torch.log(values + _END)
+    start, end = (torch.expm1(power * np.log(edge)) / power for edge in (_END, 1 + _END))
+    return (torch.expm1(power * logs) / power - start) / (end - start), exponent * logs - torch.log(end - start)
+
+
+def _inverse_power(values: Tensor, exponent: Tensor) -> Tensor:
+    power = exponent + 1
+    start, end = (torch.expm1(power * np.log(edge)) / power for edge in (_END, 1 + _END))
+    return torch.exp(torch.log1p(power * (start + values * (end - start))) / power) - _END
 
 
 @lru_cache(maxsize=64)
-def _learned_hyperparameters(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
+def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
     steps = choices - 1
-    typical = np.log([*[_TYPICAL["step"]] * steps, _TYPICAL["coupling"], _TYPICAL["noise"]])
-    spread = np.array([*[_SPREAD["step"]] * steps, _SPREAD["coupling"], _SPREAD["noise"]])
+    typical = torch.tensor([*[_TYPICAL["step"]] * steps, *list(_TYPICAL.values())[1:]], dtype=torch.float64).log()
+    spread = torch.tensor([*[_SPREAD["step"]] * steps, *list(_SPREAD.values())[1:]], dtype=torch.float64)
+    typical = torch.cat((typical, torch.full((2,), _LINK[0], dtype=torch.float64)))
+    spread = torch.cat((spread, torch.full((2,), _LINK[1], dtype=torch.float64)))
     if not count:
-        return _hyperparameters(typical)
-    vectors_NL = np.frombuffer(vectors, dtype=np.intp).reshape(count, layers)
-    losses_N = np.frombuffer(losses)
-    unit = max(float(np.ptp(losses_N)) / layers, 1e-12)
-    features = _features(vectors_NL, choices)
-    residual = losses_N / unit - features @ _expected(layers, choices, 1.0)
-    residual = residual - residual.mean()
-    cuts = np.cumsum([1 + steps, *[layers] * steps])
-    fixed, *own, coupled = np.split(features, cuts, axis=1)
-    base = (fixed * _variances(_hyperparameters(typical), layers, choices, 1.0)[: 1 + steps]) @ fixed.T
-    grams = [block @ block.T for block in (*own, coupled)]
+        return Hyperparameters.of(typical)
+    inputs = _Inputs(np.frombuffer(vectors, dtype=np.intp).reshape(count, layers), choices)
+    losses_N = torch.tensor(np.frombuffer(losses))
+    losses_N = (losses_N - losses_N.min()) / (losses_N.max() - losses_N.min()).clamp(min=1e-12)
+    expected_N = inputs.features @ _expected(layers, choices)
 
-    def negative_log_posterior(logs: Floats) -> float:
-        kernel = base + sum(np.exp(2 * log) * gram for log, gram in zip(logs[:-1], grams, strict=True))
-        kernel[np.diag_indices_from(kernel)] += _hyperparameters(logs).noise ** 2
-        try:
-            root = cholesky(kernel, lower=True, overwrite_a=True, check_finite=False)
-        except LinAlgError:
-            return np.inf
-        fit = solve_triangular(root, residual, lower=True, check_finite=False)
-        deviation = ((logs - typical) / spread) ** 2
-        return float(0.5 * fit @ fit + np.log(np.diag(root)).sum() + 0.5 * deviation.sum())
+    def negative_log_posterior(values: Floats) -> tuple[float, Floats]:
+        values_T = torch.tensor(values, requires_grad=True)
+        learned = Hyperparameters.of(values_T)
+        sums_N, log_slopes_N = _sums(losses_N, learned.link)
+        residual_N = sums_N * layers - expected_N
+        root, failed = torch.linalg.cholesky_ex(_kernel(learned, inputs, _variances(learned, layers, choices)))
+        if failed:
+            return np.inf, np.zeros_like(values)
+        fit = torch.linalg.solve_triangular(root, (residual_N - residual_N.mean())[:, None], upper=False)
+        value = fit.square().sum() / 2 + root.diagonal().log().sum() - log_slopes_N.sum()
+        value = value + ((values_T - typical) / spread).square().sum() / 2
+        value.backward()  # type: ignore[no-untyped-call]
+        return value.item(), values_T.grad.numpy()  # type: ignore[union-attr]
 
-    options = {"maxfev": 120, "xatol": 0.05, "fatol": 0.05}
-    found = minimize(negative_log_posterior, typical, method="Nelder-Mead", options=options)  # type: ignore[call-overload]
-    return _hyperparameters(found.x)
-
-
-def _hyperparameters(logs: Floats) -> Hyperparameters:
-    *step, coupling, noise = np.exp(logs)
-    return Hyperparameters(tuple(map(float, step)), float(coupling), max(float(noise), _LEAST_NOISE))
+    found = []
+    for link in _STARTS:
+        start = np.concatenate((typical.numpy()[:-2], link))
+        found.append(minimize(negative_log_posterior, start, jac=True, method="L-BFGS-B", options={"maxiter": 30}))
+    return Hyperparameters.of(torch.from_numpy(min(found, key=lambda one: float(one.fun)).x))
