@@ -6,15 +6,15 @@ extracted model, which is smaller. All are timed in turn, in shuffled order, so 
 all. `prefix_speedup`: all 6,561 vectors of tiny one by one over all of them together; one by one is timed on every
 81st, in stretches between the stretches of the whole. The losses of both are compared. The last line of stdout is JSON.
 
-python scripts/bench_evaluation.py [ROUNDS [CSV]]     # adds a line to the CSV
+    python scripts/bench_evaluation.py --rounds 15 --csv docs/benchmarks/evaluation.csv
 """
 
+import argparse
 import itertools
 import json
 import platform
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -102,4 +102,8 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 15, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--csv", type=Path, help="table to add a line to")
+    given = parser.parse_args()
+    main(given.rounds, given.csv)

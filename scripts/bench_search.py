@@ -1,29 +1,40 @@
 """How much of the exact front's hypervolume each sampler finds, by evaluations.
 
-Problems: `additive`, 32 layers whose losses add up; `adjacent`, the same with couplings of neighbouring layers; `real`,
-the losses of all 6,561 vectors of a supernet of `tiny` (docs/search/tiny_losses.csv; docs/search.md says how it came to
-be). Every search evaluates the uniform vectors first, and no vector twice, as `nas search` does. Shares are of the
-hypervolume over a reference point at 1.05 times the worst uniform vector's loss and cost. Real losses lie so near each
-other that even random vectors cover nearly all of that; `near` judges the same searches by the reference point of `nas
-report`. `front` draws nothing at random in so small a space: its ten searches there are one. Searches that are in the
-CSV already are not made again. The last line of stdout is JSON: median shares, and the milliseconds of its own that
-`front` takes a trial.
+Problems of 32 layers, drawn anew for each seed, whose exact fronts are known. What `front` assumes:
 
-    python scripts/bench_search.py [CSV [WORKERS]]      default: docs/search/bench.csv
-    python scripts/bench_search.py draw                 only the figure and the last line, from that CSV
+    additive     penalties of layers that add up, fewer groups being worse
+    adjacent     the same, with couplings of neighbouring layers
+
+and what it does not:
+
+    saturating   a sum as in `additive`, behind 1 - exp(-x)
+    exploding    the same behind a cube
+    distant      couplings as in `adjacent`, but of layers in a hidden order
+    together     hidden blocks of four layers that matter only together
+    signed       penalties that may favour fewer groups
+    noisy        `additive`, with noise as large as half a layer's mean penalty; judged by the true losses
+
+and `real`: the losses of all 6,561 vectors of a trained supernet of `tiny` (docs/search/tiny_losses.csv; docs/search.md
+says how it came to be). `near` is the same judged by the reference point of `nas report`: real losses lie so near each
+other that in the hypervolume of `real`, 5 % beyond the worst uniform vector, even random vectors cover nearly all.
+
+Nobody is told the costs. Every search evaluates the uniform vectors first, and no vector twice. `-int` samplers see the
+layers as whole numbers, the others as categories. `one-at-a-time` changes one layer at a time, adds the differences up,
+and evaluates the exact front of that sum. Searches that are in the CSV already are not made again. The last line of
+stdout is JSON: median shares, and the milliseconds of its own that each sampler takes per trial.
 """
 
+import argparse
 import functools
 import itertools
 import json
-import platform
+import os
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +44,27 @@ import numpy.typing as npt
 import optuna
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from nas.files import write_atomically
 from nas.hardware import cpu_name
+from nas.provenance import git_state, now
 from nas.report.figure import COLOURS, figure
 from nas.search import Objectives, reference_point
-from nas.search.exact import best_by_counts
+from nas.search.exact import best_by_counts, best_by_weights
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
-from nas.search.sampler import DistinctSampler
 from nas.space import SearchSpace, load_space, parse_vector
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "search"
-PROBLEMS, SAMPLERS = ("additive", "adjacent", "real"), ("front", "random", "nsga2", "tpe")
-PANELS = (*PROBLEMS, "near")
+PROBLEMS = ("additive", "adjacent", "saturating", "exploding", "distant", "together", "signed", "noisy", "real")
 BUDGETS, SEEDS = (50, 100, 200, 500), range(10)
 GROUPS = np.array([1, 2, 4])
+PENALTY = 0.02  # a layer's mean penalty from four groups to one
 
 
 @dataclass(frozen=True)
@@ -60,21 +73,30 @@ class Problem:
 
     Attributes:
         space: The search space.
-        loss: Loss of a vector of groups.
+        true: Losses of vectors of choices, (N, L) to (N,).
         front: Loss and cost of the exact front's points.
+        noise: Standard deviation of what is added to each loss that a sampler sees.
     """
 
     space: SearchSpace
-    loss: Callable[[tuple[int, ...]], float]
+    true: Callable[[Ints], Floats]
     front: Floats
+    noise: float = 0.0
 
     def references(self, name: str) -> dict[str, Floats]:
         """The hypervolume's reference points: one, for ``real`` also a near one, by the name of the panel."""
-        uniform = self.space.uniform_vectors()
-        columns = {"loss_nats": np.array(list(map(self.loss, uniform))), "decode_ms": costs_of(np.array(uniform))}
+        uniform = np.array(self.space.uniform_vectors())
+        columns = {"loss_nats": self.true(np.searchsorted(GROUPS, uniform)), "decode_ms": costs_of(uniform)}
         far = {name: 1.05 * np.array([values.max() for values in columns.values()])}
         near = {"near": reference_point(pd.DataFrame(columns), Objectives(tuple(columns)))}
         return far | near if name == "real" else far
+
+    def share(self, vectors_NL: Ints, seen_N: Floats, reference: Floats) -> float:
+        """What evaluated vectors of groups have of the exact front's hypervolume; if noisy, those that seem best."""
+        points = np.column_stack((seen_N, costs_of(vectors_NL)))
+        points = points[best := moocore.is_nondominated(points)]
+        points[:, 0] = self.true(np.searchsorted(GROUPS, vectors_NL[best]))
+        return float(moocore.hypervolume(points, ref=reference) / moocore.hypervolume(self.front, ref=reference))
 
 
 def costs_of(vectors_NL: Ints) -> Floats:
@@ -84,89 +106,213 @@ def costs_of(vectors_NL: Ints) -> Floats:
 
 @functools.lru_cache(maxsize=4)
 def problem(name: str, seed: int) -> Problem:
-    """A problem; the synthetic ones are drawn from the seed."""
+    """A problem; all but `real` are drawn from the seed."""
     if name == "real":
         table = pd.read_csv(DOCS / "tiny_losses.csv")
-        losses = {parse_vector(vector): loss for vector, loss in zip(table["vector"], table["loss_nats"], strict=True)}
-        points = np.column_stack((table["loss_nats"], costs_of(np.array(list(losses)))))
-        return Problem(load_space("tiny"), losses.__getitem__, points[moocore.is_nondominated(points)])
-    space = load_space("decilm-6b")
-    rng, layers = np.random.default_rng(seed), space.shape.num_hidden_layers
-    ones = rng.gamma(2.0, 0.01, layers)
+        vectors = np.searchsorted(GROUPS, [parse_vector(vector) for vector in table["vector"]])
+        losses = dict(zip(map(tuple, vectors.tolist()), table["loss_nats"], strict=True))
+        return Problem(
+            load_space("tiny"),
+            lambda some: np.array([losses[tuple(vector)] for vector in some.tolist()]),
+            nondominated(table["loss_nats"].to_numpy(), vectors),
+        )
+    space, rng = load_space("decilm-6b"), np.random.default_rng(seed)
+    layers = space.shape.num_hidden_layers
+    if name == "together":
+        return blocks(space, rng)
+    ones = rng.gamma(2.0, PENALTY / 2, layers)
     penalties = np.stack((ones, ones * rng.uniform(0.3, 0.7, layers), np.zeros(layers)), axis=1)
-    couplings = rng.normal(0.0, 0.005, (layers - 1, 3, 3)) * (name == "adjacent")
+    coupled = name in ("adjacent", "distant")
+    couplings = rng.normal(0.0, PENALTY / 4, (layers - 1, 3, 3)) * coupled
+    order = rng.permutation(layers) if name == "distant" else np.arange(layers)
+    if name == "signed":
+        penalties += rng.normal(0.0, PENALTY / 2, penalties.shape)
+    total = ones.sum()
+    link: Callable[[Floats], Floats] = {
+        "saturating": lambda sums: total / 2 * (1 - np.exp(-sums / (total / 5))),
+        "exploding": lambda sums: total * ((sums / total + 0.3) / 1.3) ** 3,
+    }.get(name, lambda sums: sums)
     truth, best = LayerLosses(0.0, penalties, couplings), best_by_counts(penalties, couplings)
-    points = np.column_stack((best.losses_T, costs_of(GROUPS[best.vectors_TL])))
+    return Problem(
+        space,
+        lambda vectors: link(truth.of(vectors[:, order])),
+        nondominated(link(best.losses_T), best.vectors_TL),
+        noise=PENALTY / 2 if name == "noisy" else 0.0,
+    )
 
-    def loss(vector: tuple[int, ...]) -> float:
-        return float(truth.of(np.searchsorted(GROUPS, [vector]))[0])
 
-    return Problem(space, loss, points[moocore.is_nondominated(points)])
+def blocks(space: SearchSpace, rng: np.random.Generator) -> Problem:
+    """Blocks of four layers, of which the cheap ones cost little until their weighted number passes a threshold."""
+    members = rng.permutation(space.shape.num_hidden_layers).reshape(-1, 4)
+    states = np.array(list(itertools.product(range(3), repeat=4)))
+    saved = (2 - states) / 2
+    tables = []
+    for _ in members:
+        weighted = saved @ rng.dirichlet(np.full(4, 2.0))
+        tables.append(rng.gamma(2.0, 2 * PENALTY) * (0.15 * weighted + np.maximum(1.5 * weighted - 0.5, 0)))
+    losses_BS, place = np.array(tables), 3 ** np.arange(3, -1, -1)
+    weights = np.stack(((states == 1).sum(axis=1), (states == 2).sum(axis=1)), axis=1)
+    best = best_by_weights(losses_BS, None, weights)
+    vectors = np.empty((len(best.losses_T), members.size), dtype=np.intp)
+    vectors[:, members] = states[best.vectors_TL]
+
+    def true(some: Ints) -> Floats:
+        return np.asarray(losses_BS[np.arange(len(members)), some[:, members] @ place].sum(axis=1))
+
+    return Problem(space, true, nondominated(true(vectors), vectors))
 
 
-def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """A sampler with the settings of conf/sampler."""
-    if name == "front":
-        sampler = FrontSampler(seed=seed)
-        sampler.costs = lambda groups: np.column_stack((np.full(len(groups), np.nan), costs_of(groups)))
-        return sampler
-    if name == "nsga2":
-        return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
-    if name == "tpe":
-        return optuna.samplers.TPESampler(seed=seed, n_startup_trials=10, constant_liar=False)
-    return optuna.samplers.RandomSampler(seed=seed)
+def nondominated(losses_N: Floats, vectors_NL: Ints) -> Floats:
+    """Loss and cost of the best of some vectors of choices."""
+    points = np.column_stack((losses_N, costs_of(GROUPS[vectors_NL])))
+    return np.asarray(points[moocore.is_nondominated(points)])
+
+
+class OneAtATime(optuna.samplers.BaseSampler):
+    """Each layer alone with each smaller choice, others at the largest; then the front of the sum of what that changed.
+
+    The points of that front are taken in an order that halves the largest gap between their costs each time.
+    """
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return optuna.search_space.intersection_search_space(study.get_trials(deepcopy=False))
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        done = {tuple(one.params.values()): one.values[0] for one in study.get_trials(states=(TrialState.COMPLETE,))}
+        layers, largest = len(search_space), (4,) * len(search_space)
+        if not layers:
+            return {}
+        single = {
+            (layer, choice): (*largest[:layer], groups, *largest[layer + 1 :])
+            for layer in range(layers)
+            for choice, groups in enumerate(GROUPS[:-1].tolist())
+        }
+        for vector in single.values():
+            if vector not in done:
+                return dict(zip(search_space, vector, strict=True))
+        penalties = np.zeros((layers, len(GROUPS)))
+        for place, vector in single.items():
+            penalties[place] = done[vector] - done[largest]
+        best = best_by_counts(penalties)
+        vectors, costs = GROUPS[best.vectors_TL], costs_of(GROUPS[best.vectors_TL])
+        on_front = moocore.is_nondominated(np.column_stack((best.losses_T, costs)))
+        known = np.array([tuple(vector) in done for vector in vectors.tolist()])
+        gaps = np.abs(costs[:, None] - costs[on_front & known]).min(axis=1, initial=np.inf)
+        place = np.lexsort((-gaps, ~on_front, known))[0]  # new ones first, of these the front's, of these the loneliest
+        return dict(zip(search_space, vectors[place].tolist(), strict=True))
+
+    def sample_independent(self, study: Any, trial: Any, param_name: str, param_distribution: Any) -> Any:
+        return 4
+
+
+SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
+    "front": lambda seed: FrontSampler(seed=seed),
+    "one-at-a-time": lambda _: OneAtATime(),
+    "tpe": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "tpe-int": lambda seed: optuna.samplers.TPESampler(seed=seed),
+    "tpe-multivariate": lambda seed: optuna.samplers.TPESampler(seed=seed, multivariate=True),
+    "nsga2": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "nsga2-int": lambda seed: optuna.samplers.NSGAIISampler(seed=seed, population_size=20),
+    "nsga3": lambda seed: optuna.samplers.NSGAIIISampler(seed=seed, population_size=20),
+    "gp": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "gp-int": lambda seed: optuna.samplers.GPSampler(seed=seed),
+    "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
+}
+LIMITED = {"gp": 100, "gp-int": 100}  # evaluations, of samplers that take seconds per trial
 
 
 def searched(name: str, sampler: str, seed: int) -> list[dict[str, Any]]:
-    """One search: its share of the hypervolume after each budget, and the sampler's own time a trial so far."""
+    """One search: its share of the hypervolume after each budget, and the sampler's own time per trial so far."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    task = problem(name, seed)
-    first = task.space.uniform_vectors()
-    distinct = DistinctSampler(functools.partial(make_sampler, sampler), task.space, seed, first)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=distinct)
-    points, seconds, rows = [], [], []
-    for count in range(1, max(BUDGETS) + 1):
+    warnings.simplefilter("ignore")
+    task, noise = problem(name, seed), np.random.default_rng([seed, 1])
+    layers = [f"layer_{layer:02d}" for layer in range(task.space.shape.num_hidden_layers)]
+    whole = sampler.endswith("-int")
+    distribution = IntDistribution(0, 2) if whole else CategoricalDistribution(GROUPS.tolist())
+    distributions: dict[str, BaseDistribution] = dict.fromkeys(layers, distribution)
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=SAMPLERS[sampler](seed))
+    for vector in task.space.uniform_vectors():
+        values = np.searchsorted(GROUPS, vector).tolist() if whole else vector
+        study.enqueue_trial(dict(zip(layers, values, strict=True)))
+    vectors: list[tuple[int, ...]] = []
+    seen, seconds, rows = [], [], []
+    for count in range(1, LIMITED.get(sampler, max(BUDGETS)) + 1):
         begin = time.perf_counter()
-        trial = study.ask()
-        vector = tuple(trial.suggest_categorical(layer, groups) for layer, groups in distinct.choices.items())
+        trial, vector = distinct(study, distributions, vectors, np.random.default_rng([seed, count]))
         seconds.append(time.perf_counter() - begin)
-        points.append((task.loss(vector), float(costs_of(np.array([vector]))[0])))
-        study.tell(trial, points[-1])
+        loss = float(task.true(np.searchsorted(GROUPS, [vector]))[0] + task.noise * noise.normal())
+        vectors.append(vector)
+        seen.append(loss)
+        study.tell(trial, (loss, float(costs_of(np.array([vector]))[0])))
         for panel, reference in task.references(name).items() if count in BUDGETS else ():
-            found, most = (moocore.hypervolume(np.array(some), ref=reference) for some in (points, task.front))
-            row = {"problem": panel, "sampler": sampler, "seed": seed, "evaluations": count, "share": found / most}
+            row = {"problem": panel, "sampler": sampler, "seed": seed, "evaluations": count}
+            row["share"] = task.share(np.array(vectors), np.array(seen), reference)
             rows.append(row | {"sampler_ms": 1e3 * statistics.median(seconds)})
     return rows
 
 
-def missing(table: pd.DataFrame) -> Iterator[tuple[str, str, int]]:
-    """The searches that a table does not have."""
+def distinct(
+    study: optuna.Study,
+    distributions: dict[str, BaseDistribution],
+    known: Sequence[tuple[int, ...]],
+    rng: np.random.Generator,
+) -> tuple[optuna.Trial, tuple[int, ...]]:
+    """A trial whose vector is new: the sampler's, or if it proposes nothing new 20 times, a random one."""
+    for attempt in itertools.count():
+        if attempt >= 20:
+            study.enqueue_trial({name: rng.choice(values_of(one)).item() for name, one in distributions.items()})
+        trial = study.ask(distributions)
+        whole = isinstance(next(iter(distributions.values())), IntDistribution)
+        values = list(trial.params.values())
+        vector = tuple(GROUPS[values].tolist() if whole else values)
+        if vector not in known:
+            return trial, vector
+        study.tell(trial, state=TrialState.FAIL)
+    raise AssertionError
+
+
+def values_of(distribution: BaseDistribution) -> list[int]:
+    """What a layer may be."""
+    return [0, 1, 2] if isinstance(distribution, IntDistribution) else GROUPS.tolist()
+
+
+def missing(table: pd.DataFrame, samplers: Sequence[str], seeds: int) -> Iterator[tuple[str, str, int]]:
+    """The searches that a table does not have, the first seeds first."""
     done = set(zip(table["problem"], table["sampler"], table["seed"], strict=True))
-    everything = itertools.product(PROBLEMS, SAMPLERS, SEEDS)
-    return (search for search in everything if search not in done)
+    everything = itertools.product(range(seeds), PROBLEMS, samplers)
+    return ((name, sampler, seed) for seed, name, sampler in everything if (name, sampler, seed) not in done)
 
 
-def measure(file: Path, workers: int) -> None:
+def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> None:
     """Makes the searches that the CSV lacks."""
-    columns = ["problem", "sampler", "seed", "evaluations", "share", "sampler_ms", "cpu", "date"]
+    columns = ["problem", "sampler", "seed", "evaluations", "share", "sampler_ms", "cpu", "optuna", "commit", "date"]
     table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=columns)
-    facts = {"cpu": cpu_name(), "date": datetime.now(UTC).date().isoformat()}
+    origin = {
+        "cpu": cpu_name(),
+        "optuna": optuna.__version__,
+        "commit": (git_state() or {}).get("commit"),
+        "date": now(),
+    }
     with ProcessPoolExecutor(workers) as pool:
-        for rows in pool.map(searched, *zip(*missing(table), strict=True)):
-            table = pd.concat([table.dropna(how="all"), pd.DataFrame(rows).assign(**facts)])
+        for search in as_completed([pool.submit(searched, *search) for search in missing(table, samplers, seeds)]):
+            rows = search.result()
+            table = pd.concat([table.dropna(how="all"), pd.DataFrame(rows).assign(**origin)])
             write_atomically(file, functools.partial(table.to_csv, index=False))
             shares = [round(row["share"], 4) for row in rows]
             print(*(rows[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
 
 
-def draw(table: pd.DataFrame) -> None:
-    """One panel a problem: median and quartiles of the share by evaluations."""
-    with figure(DOCS / "bench", width=12.6, height=3.9) as drawing:
-        for axes, name in zip(drawing.subplots(1, len(PANELS)), PANELS, strict=True):
-            for sampler, colour in zip(SAMPLERS, COLOURS, strict=False):
+def draw(table: pd.DataFrame, file: Path) -> None:
+    """One panel per problem: median and quartiles of the share by evaluations."""
+    shown = [name for name in (*PROBLEMS, "near") if name in set(table["problem"])]
+    with figure(file.with_suffix(""), width=12.6, height=6.4) as drawing:
+        for axes, name in zip(drawing.subplots(2, -(-len(shown) // 2)).flat, shown, strict=False):
+            for sampler, colour in zip(SAMPLERS, itertools.cycle(COLOURS), strict=False):
                 rows = table[(table["problem"] == name) & (table["sampler"] == sampler)]
                 shares = rows.groupby("evaluations")["share"]
-                low, middle, high = (shares.quantile(part) for part in (0.25, 0.5, 0.75))
+                low, middle, high = (shares.quantile(quantile) for quantile in (0.25, 0.5, 0.75))
                 axes.plot(middle.index, middle, marker="o", markersize=3, color=colour, label=sampler)
                 axes.fill_between(middle.index, low, high, color=colour, alpha=0.2, linewidth=0)
             axes.set(title=name, xlabel="evaluated vectors", xscale="log")
@@ -177,26 +323,48 @@ def draw(table: pd.DataFrame) -> None:
         drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SAMPLERS))
 
 
+def markdown(table: pd.DataFrame) -> str:
+    """Median and quartiles of all searches, in per cent, as the table of docs/search.md."""
+    lines = []
+    for name, of_problem in table.groupby("problem", sort=False):
+        for count, rows in of_problem.groupby("evaluations"):
+            quartiles = rows.groupby("sampler")["share"].quantile([0.25, 0.5, 0.75]).unstack() * 100
+            cells = [
+                "{1:.2f} ({0:.2f}–{2:.2f})".format(*quartiles.loc[one]) if one in quartiles.index else "–"
+                for one in SAMPLERS
+            ]
+            lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    head = f"| problem | evaluations | {' | '.join(SAMPLERS)} |\n|{' --- |' * (len(SAMPLERS) + 2)}"
+    return "\n".join([head, *lines])
+
+
 def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Median shares, and what `front` takes."""
+    """Median shares, and each sampler's own time per trial over all problems of 32 layers."""
     medians = table.groupby(["problem", "sampler", "evaluations"], as_index=False)["share"].median()
     shares = {"_".join(map(str, row[:3])): round(row[3], 4) for row in medians.itertuples(index=False)}
-    last = table[(table["sampler"] == "front") & (table["evaluations"] == max(BUDGETS))]
-    own = {f"front_ms_{name}": round(rows["sampler_ms"].median(), 2) for name, rows in last.groupby("problem")}
-    versions = {"optuna": optuna.__version__, "python": platform.python_version()}
-    return {**shares, **own, **versions, "cpu": table["cpu"].iloc[-1], "date": table["date"].iloc[-1]}
+    large = table[~table["problem"].isin(("real", "near"))]
+    return shares | {f"{name}_ms": round(rows.median(), 2) for name, rows in large.groupby("sampler")["sampler_ms"]}
 
 
-def main(arguments: list[str]) -> None:
+def main() -> None:
     """Measures unless told not to, and draws."""
-    only_draw = arguments[:1] == ["draw"]
-    file = DOCS / "bench.csv" if only_draw or not arguments else Path(arguments[0])
-    if not only_draw:
-        measure(file, int(arguments[1]) if len(arguments) > 1 else 1)
-    table = pd.read_csv(file)
-    draw(table)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "csv", type=Path, help="table of searches, made or continued; docs/search/bench.csv is the shipped one"
+    )
+    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser.add_argument("--seeds", type=int, default=len(SEEDS), help="searches of each problem and sampler")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--draw", action="store_true", help="no searches: only figure, table and summary of the CSV")
+    given = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not given.draw:
+        measure(given.csv, given.samplers, given.seeds, given.workers)
+    table = pd.read_csv(given.csv)
+    draw(table, given.csv)
+    print(markdown(table))
     print(json.dumps(summary(table)))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -3,13 +3,13 @@
 Steps are interleaved, so that a slow moment of the machine meets all kinds alike; the figures are ratios of medians.
 On a CPU the space is tiny, in fp32; on a GPU it is small, compiled, in bf16. The last line of stdout is JSON.
 
-python scripts/bench_training_step.py [ROUNDS [CSV]]     # adds a line to the CSV
+    python scripts/bench_training_step.py --rounds 40 --csv docs/benchmarks/training_step.csv
 """
 
+import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -95,4 +95,8 @@ def main(rounds: int, table: Path | None) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 40, Path(sys.argv[2]) if len(sys.argv) > 2 else None)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--csv", type=Path, help="table to add a line to")
+    given = parser.parse_args()
+    main(given.rounds, given.csv)

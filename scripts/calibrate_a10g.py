@@ -9,6 +9,7 @@ docs/a10g.md. The same CSVs give the same numbers.
     python scripts/calibrate_a10g.py
 """
 
+import argparse
 import math
 import re
 from collections.abc import Mapping
@@ -245,9 +246,12 @@ def draw(errors: pd.DataFrame, path: Path) -> None:
         drawing.legend(loc="outside upper center", ncol=len(kinds), fontsize=8)
 
 
-def main() -> None:
-    """Writes the calibration, the errors, their figure and their table."""
+def main(write: bool) -> None:
+    """Prints the calibration's check; writes the calibration, the errors, their figure and their table."""
     calibration, errors = calibrate()
+    print(calibration["check"])
+    if not write:
+        return
     device = read_json(FACTS / "device.json")
     write_json(FACTS / "device.json", device | {"calibration": calibration})
     write_atomically(ERRORS, lambda path: errors.to_csv(path, index=False))
@@ -257,8 +261,9 @@ def main() -> None:
         r"(?<=<!-- errors -->\n).*?(?=\n<!-- /errors -->)", lambda _: markdown(errors), page, flags=re.DOTALL
     )
     write_atomically(PAGE, lambda path: path.write_text(filled, encoding="utf-8"))
-    print(calibration["check"])
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="print the errors and write nothing")
+    main(write=not parser.parse_args().check)

@@ -5,6 +5,7 @@
 One row per step: ``step, one, ddp, fsdp`` (nats per token, fp32), and the machine. Prints the largest differences.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -42,4 +43,8 @@ def main(text: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", help="data.path")
+    parser.add_argument("csv", type=Path, help="written")
+    given = parser.parse_args()
+    main(given.text, given.csv)

@@ -9,7 +9,7 @@ share the work (start one a GPU, or two, with INDEX 0, 1, …) and each writes t
 on.
 """
 
-import sys
+import argparse
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -136,7 +136,12 @@ def draw() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
-        run(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]) if len(sys.argv) > 4 else 0)
-    else:
-        draw()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train, compare, and write OUT/*.csv")
+    running.add_argument("text", help="data.path")
+    running.add_argument("out", type=Path)
+    running.add_argument("index", type=int, nargs="?", default=0, help="of this process")
+    commands.add_parser("draw", help="figure and tables from the CSVs in docs/fidelity, which it rewrites")
+    given = parser.parse_args()
+    draw() if given.command == "draw" else run(given.text, given.out, given.index)

@@ -6,6 +6,7 @@ and then larger ones are tried until one does not. Writes docs/memory/batch_max.
     python scripts/memory_check.py
 """
 
+import argparse
 import itertools
 from functools import partial
 from pathlib import Path
@@ -75,4 +76,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     main()

@@ -8,9 +8,9 @@ GPU; lines that are there already are kept, and several processes can share the 
     python scripts/recipe_study.py show                              docs/fidelity/recipes.csv with gaps, as a table
 """
 
+import argparse
 import math
 import os
-import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -150,7 +150,12 @@ def show() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
-        run(sys.argv[2], Path(sys.argv[3]), *map(int, sys.argv[4:]))
-    else:
-        show()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="train, and add lines to a CSV")
+    running.add_argument("text", help="data.path")
+    running.add_argument("csv", type=Path)
+    running.add_argument("share", type=int, nargs="*", metavar="INDEX COUNT", help="only every COUNT-th line")
+    commands.add_parser("show", help="print the table of docs/fidelity/recipes.csv, with gaps")
+    given = parser.parse_args()
+    show() if given.command == "show" else run(given.text, given.csv, *given.share)

@@ -7,9 +7,9 @@ of uniform and mixed vectors with the model's own weights, and after the trainin
 python scripts/stories260k.py SRC OUT      # SRC holds the two files; OUT gets model/, stories.jsonl and runs/
 """
 
+import argparse
 import json
 import struct
-import sys
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -215,4 +215,8 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="folder with the two files")
+    parser.add_argument("out", type=Path, help="gets model/, stories.jsonl and runs/")
+    given = parser.parse_args()
+    main(given.source, given.out)

@@ -3,9 +3,9 @@
 python scripts/update_readme_demo.py NAME      # the name that the demo printed, e.g. demo-20261123-120000
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,4 +27,6 @@ def main(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the search, as the demo printed it")
+    main(parser.parse_args().name)

@@ -1,9 +1,9 @@
 """FrontSampler: learns what each layer loses, solves exactly for the best vectors, and asks for the most promising one.
 
-Each proposal takes four steps:
+The first vectors have one layer at its smallest choice each, and all others at their largest, unless there are fewer
+than two evaluations per layer. Each later proposal takes four steps:
 
-1. `nas.search.loss_model` learns from all finished trials what each layer, and each pair of neighbours, adds to the
-   loss;
+1. `nas.search.loss_model` learns from all finished trials what each layer adds to the loss, and what a sum misses;
 2. `nas.search.exact` finds the best vector for every combination of counts, under the model's mean and under posterior
    samples;
 3. for those that are not evaluated yet, the expected hypervolume improvement follows from the model's mean and
@@ -34,6 +34,7 @@ from nas.search.loss_model import LossModel
 
 _ENUMERATED = 10_000  # vectors; a space no larger is looked at as a whole
 _CONSIDERED = 100  # candidates whose own uncertainty is worked out
+_DESIGN = 2  # evaluations per layer that a search must have for the first to change one layer at a time
 _MARGIN = 0.1  # of the evaluated range: how far the reference point lies beyond its worst
 _COST_ERROR = 1e-3  # of its range; what counts explain better than that is a cost
 
@@ -98,6 +99,9 @@ class FrontSampler(InformedSampler):
         """
         running = np.isnan(values_NO).any(axis=1)
         new = self._filter(layers, vectors_NL)
+        enough = _DESIGN * len(layers.allowed_LK)
+        if len(vectors_NL) < enough <= (self.evaluations or enough) and len(design := new(layers.one_at_a_time())):
+            return np.asarray(self._rng.choice(design))
         evaluated, values = vectors_NL[~running], values_NO[~running]
         enough = self._startup if costs else len(layers.levels_K) + 2
         if len(evaluated) < max(enough, 2):

@@ -26,11 +26,13 @@ class InformedSampler(BaseSampler):
         costs: The objectives that are known beforehand; None: none.
         permitted: What may be proposed; None: everything.
         taken: Vectors that must not be proposed, beside those of the study's trials.
+        evaluations: How many the search will have; None: unknown.
     """
 
     costs: Costs | None = None
     permitted: Permitted | None = None
     taken: Set[tuple[int, ...]] = frozenset()
+    evaluations: int | None = None
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters of the last finished trial."""
@@ -79,6 +81,11 @@ class Layers:
         """Every vector, (N, L), in lexicographic order."""
         axes = np.meshgrid(*map(np.flatnonzero, self.allowed_LK), indexing="ij")
         return np.stack([axis.ravel() for axis in axes], axis=1)
+
+    def one_at_a_time(self) -> Ints:
+        """The L vectors in which one layer has its smallest choice and all others have their largest, (L, L)."""
+        smallest, largest = self.allowed_LK.argmax(1), len(self.levels_K) - 1 - self.allowed_LK[:, ::-1].argmax(1)
+        return np.where(np.eye(len(smallest), dtype=bool), smallest, largest)
 
     def random(self, count: int, rng: np.random.Generator) -> Ints:
         """Random vectors, (count, L)."""

@@ -2,15 +2,15 @@
 
 - The sum: going down to choice t or below costs a layer a step, the same in all layers but for a deviation of its own;
   each pair of neighbours adds a coupling for their two choices. Fewer groups are expected to be worse.
-- The link: the loss is a monotone function of the sum, so losses that saturate, or explode, are a sum nevertheless. Two
-  exponents say how steep it is at either end of the evaluated losses (a warped Gaussian process: Snelson et al., 2003).
-- The residual: a Gaussian process over how many layers two vectors differ in, for layers that interact wherever they are,
-  and noise of each vector's own, so that the model is exact on what was evaluated.
+- The link: the loss is a monotone function of the sum, so losses that saturate or explode are a sum all the same. Two
+  factors say how bent it is at either end of the evaluated losses (a warped Gaussian process, Snelson et al. 2003).
+- The residual: a Gaussian process over the number of layers in which two vectors differ, for layers that interact
+  wherever they are; and noise of each vector's own, so that the model is exact on what was evaluated.
 
-All of these are normal a priori. How large they are, and the link, are learned by marginal likelihood: the product of the
-probabilities of every evaluation given those before it, so that each is believed as far as it predicts. The posterior of
-the sum can be drawn from: every draw is a set of penalties and couplings, for which `nas.search.exact` finds the best
-vectors.
+All of these are normal a priori. How large they are, and the link, is learned by marginal likelihood: the product of
+the probabilities of every evaluation given those before it, so that each is believed as far as it predicts. The
+posterior of the sum can be drawn from: every draw is a set of penalties and couplings, for which `nas.search.exact`
+finds the best vectors.
 
 Choices are numbered 0 … K - 1, fewest groups first. Shape suffixes: N vectors, L layers, K choices, M = L - 1 pairs of
 neighbours, P features.
@@ -29,12 +29,10 @@ from torch import Tensor
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_LINK = (0.0, 0.3)  # exponents of the link: expected, and how far from that they may be
-_TYPICAL = {"step": 0.7, "coupling": 0.15, "residual": 0.2, "decay": 0.1, "noise": 0.02}  # in a layer's mean penalty …
-_SPREAD = {"step": 0.7, "coupling": 1.0, "residual": 1.5, "decay": 1.0, "noise": 1.5}  # … and in natural logarithms
-_STARTS = ((0.0, 0.0), (-0.6, 0.0), (0.0, -0.8))  # exponents from which the most likely ones are looked for
+_TYPICAL = {"step": 0.7, "coupling": 0.15, "residual": 0.2, "decay": 0.1, "noise": 0.02, "bend": 0.3}  # expected …
+_SPREAD = {"step": 0.7, "coupling": 1.0, "residual": 1.5, "decay": 1.0, "noise": 1.5, "bend": 2.0}  # … and its logarithms'
+_STARTS = ((0.1, 0.1), (10.0, 0.1), (0.1, 10.0))  # bends from which the most likely ones are looked for
 _LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
-_END = 3e-3  # of the evaluated range: keeps the link's slope finite at its ends
 _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluations at which all that is learned again
 
 
@@ -70,7 +68,7 @@ class Hyperparameters:
         residual: Deviation of the residual, per square root of the layers.
         decay: How fast the residual's correlation falls with each layer in which vectors differ.
         noise: Deviation of each vector's own noise.
-        link: The link's exponents at the least and at the largest loss; 0 and 0 is a straight line.
+        bends: How much steeper the sum is as a function of the loss at its least and largest, as a factor less 1.
     """
 
     step: Tensor
@@ -78,13 +76,13 @@ class Hyperparameters:
     residual: Tensor
     decay: Tensor
     noise: Tensor
-    link: Tensor
+    bends: Tensor
 
     @classmethod
     def of(cls, values: Tensor) -> "Hyperparameters":
-        """From the logarithms of all but the link, and its exponents."""
-        scales = values[:-2].exp()
-        return cls(scales[:-4], scales[-4], scales[-3], scales[-2], scales[-1] + _LEAST_NOISE, values[-2:])
+        """From the logarithms of all, in this order."""
+        scales = values.exp()
+        return cls(scales[:-6], *scales[-6:-3], scales[-3] + _LEAST_NOISE, scales[-2:])
 
 
 class LossModel:
@@ -105,7 +103,7 @@ class LossModel:
         self._evaluated = _Inputs(vectors_NL, choices)
         self._variances_P = _variances(self.hyperparameters, self._layers, choices)
         self._expected_P = _expected(self._layers, choices)
-        sums_N, _ = _sums((torch.from_numpy(losses_N) - self._low) / self._range, self.hyperparameters.link)
+        sums_N, _ = _sums((torch.from_numpy(losses_N) - self._low) / self._range, self.hyperparameters.bends)
         residual_N = sums_N * self._layers - self._evaluated.features @ self._expected_P
         self._mean = residual_N.mean()
         self._residual_N = residual_N - self._mean
@@ -117,9 +115,8 @@ class LossModel:
         return self._layer_losses(self._weights())
 
     def draw(self, rng: np.random.Generator) -> LayerLosses:
-        """A draw from the posterior of the sum: one from the prior, corrected by what it gets wrong (Matheron's rule)."""
-        root = torch.from_numpy(rng.normal(size=len(self._variances_P)))
-        weights_P = root * self._variances_P.sqrt()
+        """A draw from the posterior of the sum: one from the prior, corrected by its errors (Matheron's rule)."""
+        weights_P = torch.from_numpy(rng.normal(size=len(self._variances_P))) * self._variances_P.sqrt()
         other = self.hyperparameters.noise**2 + self._layers * self.hyperparameters.residual**2
         others_N = torch.from_numpy(rng.normal(size=len(self._residual_N))) * other.sqrt()
         wrong = self._residual_N - self._evaluated.features @ weights_P - others_N
@@ -145,7 +142,7 @@ class LossModel:
         return self._mean + vectors.features @ self._expected_P + across @ self._solved_N
 
     def _losses(self, sums_N: Tensor) -> Floats:
-        losses = _losses(sums_N / self._layers, self.hyperparameters.link)
+        losses = _losses(sums_N / self._layers, self.hyperparameters.bends)
         return np.asarray(self._low + self._range * losses.numpy())
 
     def _solve(self, values_N: Tensor) -> Tensor:
@@ -217,44 +214,37 @@ def _expected(layers: int, choices: int) -> Tensor:
     return torch.from_numpy(np.concatenate(([0.0], np.full(steps, 1.0 / max(steps, 1)), others)))
 
 
-def _sums(losses: Tensor, link: Tensor) -> tuple[Tensor, Tensor]:
-    """Losses (0 … 1: the evaluated range) as sums in the same range, and the logarithm of the slope there.
-
-    The link is a power at the low end, then one at the high end: straight lines where the exponents are 0.
-    """
-    low, low_slope = _power(losses, link[0])
-    high, high_slope = _power(1 - low, link[1])
-    return 1 - high, low_slope + high_slope
+def _sums(losses: Tensor, bends: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses (0 … 1: the evaluated range) as sums in the same range, and the logarithm of the slope there."""
+    low, low_slopes = _bent(losses, bends[0])
+    high, high_slopes = _bent(1 - low, bends[1])
+    return 1 - high, low_slopes + high_slopes
 
 
-def _losses(sums: Tensor, link: Tensor) -> Tensor:
+def _losses(sums: Tensor, bends: Tensor) -> Tensor:
     """The inverse of `_sums`; beyond 0 … 1 it goes on straight."""
     inside = sums.clamp(0, 1)
-    losses = _inverse_power(1 - _inverse_power(1 - inside, link[1]), link[0])
-    return losses + (sums - inside) * torch.exp(-_sums(losses, link)[1])
+    losses = _straightened(1 - _straightened(1 - inside, bends[1]), bends[0])
+    return losses + (sums - inside) * torch.exp(-_sums(losses, bends)[1])
 
 
-def _power(values: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """0 … 1 mapped onto itself with a slope in proportion to (value + _END) ** exponent, and that slope's logarithm."""
-    power, logs = exponent + 1, torch.log(values + _END)
-    start, end = (torch.expm1(power * np.log(edge)) / power for edge in (_END, 1 + _END))
-    return (torch.expm1(power * logs) / power - start) / (end - start), exponent * logs - torch.log(end - start)
+def _bent(values: Tensor, bend: Tensor) -> tuple[Tensor, Tensor]:
+    """0 … 1 mapped onto itself, at 0 steeper than at 1 by a factor of 1 + bend, and the slope's logarithm."""
+    end = torch.log1p(bend)
+    return torch.log1p(bend * values) / end, torch.log(bend / end) - torch.log1p(bend * values)
 
 
-def _inverse_power(values: Tensor, exponent: Tensor) -> Tensor:
-    power = exponent + 1
-    start, end = (torch.expm1(power * np.log(edge)) / power for edge in (_END, 1 + _END))
-    return torch.exp(torch.log1p(power * (start + values * (end - start))) / power) - _END
+def _straightened(values: Tensor, bend: Tensor) -> Tensor:
+    return torch.expm1(values * torch.log1p(bend)) / bend
 
 
 @lru_cache(maxsize=64)
 def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
     steps = choices - 1
-    typical = torch.tensor([*[_TYPICAL["step"]] * steps, *list(_TYPICAL.values())[1:]], dtype=torch.float64).log()
-    spread = torch.tensor([*[_SPREAD["step"]] * steps, *list(_SPREAD.values())[1:]], dtype=torch.float64)
-    typical = torch.cat((typical, torch.full((2,), _LINK[0], dtype=torch.float64)))
-    spread = torch.cat((spread, torch.full((2,), _LINK[1], dtype=torch.float64)))
+    repeats = torch.tensor([steps, 1, 1, 1, 1, 2])
+    typical = torch.tensor(list(_TYPICAL.values()), dtype=torch.float64).log().repeat_interleave(repeats)
+    spread = torch.tensor(list(_SPREAD.values()), dtype=torch.float64).repeat_interleave(repeats)
     if not count:
         return Hyperparameters.of(typical)
     inputs = _Inputs(np.frombuffer(vectors, dtype=np.intp).reshape(count, layers), choices)
@@ -265,7 +255,7 @@ def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: in
     def negative_log_posterior(values: Floats) -> tuple[float, Floats]:
         values_T = torch.tensor(values, requires_grad=True)
         learned = Hyperparameters.of(values_T)
-        sums_N, log_slopes_N = _sums(losses_N, learned.link)
+        sums_N, log_slopes_N = _sums(losses_N, learned.bends)
         residual_N = sums_N * layers - expected_N
         root, failed = torch.linalg.cholesky_ex(_kernel(learned, inputs, _variances(learned, layers, choices)))
         if failed:
@@ -277,7 +267,7 @@ def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: in
         return value.item(), values_T.grad.numpy()  # type: ignore[union-attr]
 
     found = []
-    for link in _STARTS:
-        start = np.concatenate((typical.numpy()[:-2], link))
-        found.append(minimize(negative_log_posterior, start, jac=True, method="L-BFGS-B", options={"maxiter": 30}))
+    for bends in _STARTS:
+        start = np.concatenate((typical.numpy()[:-2], np.log(bends)))
+        found.append(minimize(negative_log_posterior, start, jac=True, method="L-BFGS-B", options={"maxiter": 40}))
     return Hyperparameters.of(torch.from_numpy(min(found, key=lambda one: float(one.fun)).x))
