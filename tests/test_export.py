@@ -338,3 +338,5 @@ def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_
         open_checkpoint(str(tmp_path / "models" / "one"), HfExporter())
     with pytest.raises(UserError, match=r"checkpoint nowhere does not exist or has no config.json; .*'nas export'"):
         open_checkpoint("nowhere", HfExporter())
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_checkpoint("", HfExporter())
