@@ -31,7 +31,7 @@ def training_device() -> torch.device:
 
 
 def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Moves ``model`` to its device and returns what a training step calls: the model, or a wrapper that shares it out."""
+    """Moves ``model`` to its device; returns what a training step calls: the model, or a wrapper that shares it out."""
     if config.compile:
         check_compiler("train.compile=false")
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
