@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ class TextCorpus:
 
     def _files(self) -> list[Path]:
         named = Path(_expanded(self.path))
-        candidates = named.rglob("*") if named.is_dir() else [named]
+        candidates: Iterable[Path] = named.rglob("*") if named.is_dir() else [named]
         if not named.exists():  # Path.glob takes no absolute pattern
             candidates = map(Path, glob.glob(str(named), recursive=True))  # noqa: PTH207
         files = sorted(file for file in candidates if file.is_file() and _TEXT_FILE.search(file.name))
