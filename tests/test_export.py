@@ -25,7 +25,8 @@ from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Vector
 from nas.stages.export import open_checkpoint, select
-from tests.conftest import FAST, Nas, random_supernet
+from tests.conftest import Nas, random_supernet
+from tests.helpers import TRAINING
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]
 
@@ -274,13 +275,10 @@ def test_what_cannot_be_selected_is_refused(micro: SearchSpace, choice: str, wor
         select(choice, trials, trials, Objectives(("loss_nats", "tokens_per_s")), micro)
 
 
-TRAINING = (*(argument for argument in FAST if argument.startswith("train.")), "data=text")
-
-
 def test_finetuning_an_export_lowers_its_loss_and_exports_again(
     nas: Nas, exported_once: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    data = (*TRAINING, f"data.path={text_file}")
+    data = (*TRAINING, "data=text", f"data.path={text_file}")
     result = nas("finetune", f"checkpoint={exported_once}", "name=more", "train.learning_rate=1e-3", *data)
     assert result.code == 0, result.err
     before, after = (float(result.out.split(word)[0].split()[-1]) for word in (" before", " after;"))

@@ -78,7 +78,7 @@ class TextCorpus:
                 _readable(str(path), "restore it, convert it to UTF-8, or leave it out"),
                 LocalFileSystem().open(path, "rt", compression="infer", encoding="utf-8-sig") as lines,
             ):
-                if _TEXT_FILE.sub(r"\1", path.name).lower().endswith(".txt"):
+                if _TEXT_FILE.sub(r"\1", path.name).lower().endswith(".txt"):  # leaving aside its compression
                     yield _document(lines.read())
                     continue
                 for number, line in enumerate(lines, start=1):

@@ -130,7 +130,10 @@ def fit(
                 run.log(step=step, loss_nats=loss, gradient_norm=norm, learning_rate=learning_rate_at(step - 1, config))
                 bar.update(step, f"loss {loss:.3f}")
             if step % config.validate_every == 0 or last:
-                validated = _validated(model, validate)
+                model.eval()
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # shapes differ: not worth a graph
+                    validated = validate()
+                model.train()
                 run.log(step=step, **validated)
             if checkpoint_due:
                 _save(checkpoint, model, optimizer, step)
@@ -161,12 +164,3 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.stack((torch.stack(losses).sum(), norm.full_tensor() if isinstance(norm, DTensor) else norm))
-
-
-@torch.no_grad()
-def _validated(model: nn.Module, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # its shapes differ, and are not worth a graph
-        values = validate()
-    model.train()
-    return values
