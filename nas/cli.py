@@ -137,14 +137,14 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
     code = 1
     if isinstance(error, KeyboardInterrupt):
         sentence = f"interrupted; {error}"
+    elif lacks := [*filter(is_out_of_memory, causes(error))]:  # first: readers take it for a fault of their file
+        what = in_short(lacks[-1]).partition(". ")[0]
+        fix = _LESS_MEMORY.get(stage, "end other programs that use it, or take a smaller space")
+        sentence = f"memory ran out ({what}); {fix}, or use a machine with more"
     elif isinstance(error, UserError):
         sentence = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = _of_hydra(stage, error)
-    elif is_out_of_memory(error):
-        what = in_short(error).partition(". ")[0]
-        fix = _LESS_MEMORY.get(stage, "end other programs that use it, or take a smaller space")
-        sentence = f"memory ran out ({what}); {fix}, or use a machine with more"
     elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE):
         what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
         sentence = (

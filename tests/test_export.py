@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
-from nas.export.hf import HfExporter, engine_ffn_width, hf_config
+from nas.export.hf import HfExporter, hf_config, padded_ffn_width
 from nas.model import Supernet
 from nas.search import Objectives
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
-from nas.space import SearchSpace, Vector, load_space, shipped_spaces
+from nas.space import SearchSpace, Vector
 from nas.stages.export import open_checkpoint, select
-from tests.conftest import FAST, Nas, random_supernet
+from tests.conftest import Nas, random_supernet
+from tests.helpers import TRAINING
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]
 
@@ -61,6 +62,11 @@ def exported_once(supernet: Supernet, text_file: Path, tmp_path_factory: pytest.
     train_tokenizer([text_file.read_text()], 320).save(str(folder / "tokenizer.json"))
     HfExporter().write(supernet.extract((4, 1, 2)), folder / "tokenizer.json", folder / "4-1-2", {})
     return folder / "4-1-2"
+
+
+def engine_ffn_width(ffn_mult: float, hidden_size: int) -> int:
+    """The FFN width that inference engines compute for a nemotron-nas block."""
+    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / 256) * 256
 
 
 def test_transformers_computes_the_sub_networks_logits(exported: tuple[Vector, Path], supernet: Supernet) -> None:
@@ -167,17 +173,12 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("name", list(shipped_spaces()))
-def test_engines_compute_the_ffn_width_of_every_shipped_shape(name: str) -> None:
-    shape = load_space(name).shape
-    config = hf_config(shape, shape.layers((1,) * shape.num_hidden_layers))
-    assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], shape.hidden_size) == shape.intermediate_size
-
-
-@given(st.integers(1, 80), st.integers(1, 300))
-def test_any_width_that_is_a_multiple_of_256_survives_the_engines_formula(multiple: int, hidden: int) -> None:
-    width, hidden_size = 256 * multiple, 32 * hidden
-    assert engine_ffn_width(3 * width / (2 * hidden_size), hidden_size) == width
+@given(st.integers(1, 20_000), st.integers(1, 10_000))
+def test_engines_compute_the_width_at_which_any_ffn_is_stored(width: int, hidden_size: int) -> None:
+    shape = ModelShape(1, hidden_size, 4, 8, width, 280, 32)
+    config = hf_config(shape, shape.layers((1,)))
+    assert config["intermediate_size"] == padded_ffn_width(width) >= width
+    assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], hidden_size) == config["intermediate_size"]
 
 
 def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_path: Path) -> None:
@@ -274,13 +275,10 @@ def test_what_cannot_be_selected_is_refused(micro: SearchSpace, choice: str, wor
         select(choice, trials, trials, Objectives(("loss_nats", "tokens_per_s")), micro)
 
 
-TRAINING = (*(argument for argument in FAST if argument.startswith("train.")), "data=text")
-
-
 def test_finetuning_an_export_lowers_its_loss_and_exports_again(
     nas: Nas, exported_once: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    data = (*TRAINING, f"data.path={text_file}")
+    data = (*TRAINING, "data=text", f"data.path={text_file}")
     result = nas("finetune", f"checkpoint={exported_once}", "name=more", "train.learning_rate=1e-3", *data)
     assert result.code == 0, result.err
     before, after = (float(result.out.split(word)[0].split()[-1]) for word in (" before", " after;"))
@@ -338,3 +336,5 @@ def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_
         open_checkpoint(str(tmp_path / "models" / "one"), HfExporter())
     with pytest.raises(UserError, match=r"checkpoint nowhere does not exist or has no config.json; .*'nas export'"):
         open_checkpoint("nowhere", HfExporter())
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_checkpoint("", HfExporter())
