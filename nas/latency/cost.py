@@ -91,8 +91,7 @@ class Prediction:
         at = {"batch": self.batch, "length": self.workload.context}
         layer_ms = partial(self.predictor.layer_ms, "decode", **at)
         rest_ms = self.predictor.embedding_and_head_ms("decode", **at)
-        step_joules = self.energy.joules_per_step(self.vector, **at, layer_ms=layer_ms, embedding_and_head_ms=rest_ms)
-        return step_joules / self.batch
+        return self.energy.joules_per_step(self.vector, self.batch, layer_ms, rest_ms) / self.batch
 
     @property
     def costs(self) -> dict[str, float]:
