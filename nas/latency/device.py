@@ -31,7 +31,8 @@ class Device:
     memory_bytes: int  # usable memory
     bandwidth_bytes_per_s: float | None = None  # memory bandwidth by data sheet, or None if unknown
     flops: dict[str, float] = field(default_factory=dict)  # dense matrix rate by dtype name, by data sheet
-    facts: dict[str, Any] = field(default_factory=dict)  # anything else worth recording: driver, power limit, source
+    source: str = "as the device reports; data-sheet rates unknown"  # of these numbers
+    facts: dict[str, Any] = field(default_factory=dict)  # anything else worth recording: driver, power limit
     calibration: dict[str, Any] | None = None  # for estimates better than the data sheet: nas/latency/estimate.py
 
     @property
@@ -41,12 +42,8 @@ class Device:
 
     def description(self) -> dict[str, Any]:
         """The contents of its device.json."""
-        values = dataclasses.asdict(self)
-        source = values.pop("facts").get("source", "as the device reports; data-sheet rates unknown")
-        del values["slug"]
-        if values["calibration"] is None:
-            del values["calibration"]
-        return values | {"source": source}
+        hidden = {"slug", "facts"} | (set() if self.calibration else {"calibration"})
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in hidden}
 
 
 def device_folders(slug: str) -> list[Path]:
@@ -80,21 +77,14 @@ def find_device(reference: str) -> Device:
     if not files:
         known = sorted({path.parent.name for root in _roots() for path in root.glob(f"*/{DEVICE}")})
         raise UserError(f"there is no device '{reference}'; use this, {', '.join(known)}")
-    values = read_json(files[0])
     try:
-        return Device(
-            slug=reference,
-            name=str(values["name"]),
-            is_gpu=bool(values["is_gpu"]),
-            memory_bytes=int(values["memory_bytes"]),
-            bandwidth_bytes_per_s=values["bandwidth_bytes_per_s"] and float(values["bandwidth_bytes_per_s"]),
-            flops={dtype: float(rate) for dtype, rate in values["flops"].items()},
-            facts={"source": values["source"]},
-            calibration=values.get("calibration"),
-        )
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{files[0]} is corrupt ({reason}); restore it") from None
+        device = Device(reference, **read_json(files[0]))
+        numbers = [device.memory_bytes, device.bandwidth_bytes_per_s or 1, *device.flops.values()]
+        if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+            raise ValueError("memory_bytes, bandwidth_bytes_per_s and flops must be positive numbers")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{files[0]} is corrupt ({error}); restore it") from None
+    return device
 
 
 def _slug(name: str) -> str:

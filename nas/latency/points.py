@@ -7,7 +7,7 @@ the look-up of the tokens, ``head`` final norm and output head at the last posit
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from nas.config import MeasureConfig
 from nas.latency.predictor import MAX, PHASES, Phase, Workload
@@ -29,13 +29,14 @@ class Point:
     length: int  # tokens of each row in the cache at a decode step, or of its prompt
 
     def row(self) -> list[Any]:
-        """Plain values for a CSV; `point_of` reads them back."""
+        """Plain values for a CSV."""
         return [self.phase, self.part, format_vector(self.groups) or "0", self.batch, self.length]
 
-
-def point_of(phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Point:
-    """Reads back what `Point.row` wrote."""
-    return Point(phase, part, () if part in EMBEDDING_AND_HEAD else parse_vector(str(groups)), int(batch), int(length))
+    @classmethod
+    def of_row(cls, phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Self:
+        """Reads back what `row` wrote."""
+        vector = () if part in EMBEDDING_AND_HEAD else parse_vector(str(groups))
+        return cls(phase, part, vector, int(batch), int(length))
 
 
 @dataclass(frozen=True)
@@ -53,18 +54,15 @@ class Grid:
     def shapes(self, phase: Phase) -> Iterator[tuple[int, int]]:
         """Batch and length of every point. Of prompts that is at most one prefill chunk."""
         if phase == "decode":
-            yield from itertools.product(self.batches, self.contexts)
-            return
-        for prompt in self.prompts:
-            rows = prefill_chunks(max(self.batches), prompt)[0]
-            yield from ((batch, prompt) for batch in sorted({1, rows}))
+            return itertools.product(self.batches, self.contexts)
+        most = max(self.batches)
+        return ((rows, prompt) for prompt in self.prompts for rows in sorted({1, prefill_chunks(most, prompt)[0]}))
 
     def points(self, space: SearchSpace) -> list[Point]:
         """All parts at all shapes; of a decode step, embedding and head depend on the batch alone."""
-        points: list[Point] = []
+        choices, points = sorted(set().union(*space.choices)), list[Point]()
         for phase in PHASES:
             shapes = list(self.shapes(phase))
-            choices = sorted(set().union(*space.choices))
             points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
             outside = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
             points += [Point(phase, part, (), *shape) for shape in outside for part in EMBEDDING_AND_HEAD]
@@ -98,17 +96,18 @@ def check_shapes(
     between contexts, and one prompt halfway between prompts.
     """
     batch = min(batches)  # with batch=max, only the smallest vectors have more
-    shapes: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
-    shapes.append(("prefill", prefill_chunks(batch, workload.prompt)[0], workload.prompt))
+    steps, prompts = [(batch, workload.context)], [workload.prompt]
     if config.check_at is not None:
-        shapes += [("decode", batch, context) for batch, context in config.check_at]
+        steps += [(rows, context) for rows, context in config.check_at]
     else:
-        between_batches = _halfway([size for size in grid.batches if size <= batch] or [batch])
-        context, prompt = _halfway(grid.contexts), _halfway(grid.prompts)
-        shapes += [("decode", between_batches, context), ("decode", batch, context)]
-        shapes.append(("prefill", prefill_chunks(batch, prompt)[0], prompt))
+        context = _halfway(grid.contexts)
+        steps += [(_halfway([rows for rows in grid.batches if rows <= batch]), context), (batch, context)]
+        prompts.append(_halfway(grid.prompts))
+    shapes: list[tuple[Phase, int, int]] = [("decode", *step) for step in steps]
+    shapes += [("prefill", prefill_chunks(batch, prompt)[0], prompt) for prompt in prompts]
     return list(dict.fromkeys(shapes))
 
 
 def _halfway(axis: Sequence[int]) -> int:
-    return (axis[-1] + axis[max(0, len(axis) - 2)]) // 2
+    """Between the two largest values."""
+    return sum(axis[-2:]) // len(axis[-2:])
