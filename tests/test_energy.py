@@ -37,8 +37,7 @@ class FakeGpu:
     call_s: float = 3e-3
     update_s: float = 0.02  # the energy counter moves only so often
     reset_s: float = NEVER  # then the counter starts again from zero
-    energy_until_s: float = NEVER  # the sensors fail then
-    power_until_s: float = NEVER
+    energy_until_s: float = NEVER  # the counter fails then
     read_s: float = 5e-4
     now: float = 0.0
     queued_s: float = 0.0
@@ -67,20 +66,16 @@ class FakeGpu:
     def measure(self, seconds: float = 5.0) -> Energy | None:
         return measure_energy(self.call, seconds, None, self.synchronise)
 
-    def _read(self, until_s: float) -> None:
+    def millijoules(self, _: object) -> int:
         self.now += self.read_s
         self.queued_s = max(0.0, self.queued_s - self.read_s)
-        if self.now >= until_s:
+        if self.now >= self.energy_until_s:
             raise pynvml.NVMLError_GpuIsLost()
-
-    def millijoules(self, _: object) -> int:
-        self._read(self.energy_until_s)
         time = self.now // self.update_s * self.update_s
         time -= self.reset_s if time >= self.reset_s else 0.0
         return int(1e3 * (self.watts * time + self.watts_per_s * time**2 / 2))
 
     def milliwatts(self, _: object) -> int:
-        self._read(self.power_until_s)
         return round(1e3 * (self.watts + self.watts_per_s * self.now))
 
     def open(self) -> None:
@@ -141,7 +136,6 @@ def test_constant_power_is_found_to_a_hundredth_whatever_the_counter_and_the_cal
     gpu = plug(FakeGpu(call_s=call_s, update_s=update_s))
     energy = gpu.measure()
     assert energy is not None
-    assert energy.method == "energy counter"
     assert energy.watts == pytest.approx(300, rel=0.01)
     assert energy.joules_per_call == pytest.approx(300 * call_s, rel=0.01)
     assert energy.seconds >= 5
@@ -182,35 +176,17 @@ def test_the_warm_up_does_not_count(plug: Plug) -> None:
     ],
     ids=["missing", "fails", "stuck", "reset"],
 )
-def test_power_stands_in_for_a_counter_that_cannot_be_used(plug: Plug, change: dict[str, float]) -> None:
-    gpu = plug(replace(FakeGpu(watts_per_s=20), **change))  # type: ignore[arg-type]
-    energy = gpu.measure()
-    assert energy is not None
-    assert energy.method == "power × time"
-    assert energy.watts == pytest.approx(300 + 20 * (gpu.now - energy.seconds / 2), rel=0.01)
-    assert energy.joules_per_call == pytest.approx(energy.watts * gpu.call_s)
-
-
-def test_a_counter_alone_is_enough(plug: Plug) -> None:
-    energy = plug(FakeGpu(power_until_s=0)).measure()
-    assert energy is not None
-    assert energy.method == "energy counter"
+def test_a_counter_that_cannot_be_used_is_no_energy(plug: Plug, change: dict[str, float]) -> None:
+    gpu = plug(replace(FakeGpu(), **change))  # type: ignore[arg-type]
+    assert gpu.measure() is None
+    assert (gpu.calls == 0) == (change == {"energy_until_s": 0})  # nothing is run in vain
+    assert gpu.opened == 0
 
 
 def test_a_counter_that_fails_at_the_very_end_counts(plug: Plug) -> None:
     energy = plug(FakeGpu(energy_until_s=6.8)).measure()
     assert energy is not None
-    assert energy.method == "energy counter"
     assert energy.watts == pytest.approx(300, rel=0.01)
-
-
-@pytest.mark.parametrize("until_s", [0, 4])
-def test_no_sensor_no_energy(plug: Plug, until_s: float) -> None:
-    gpu = plug(FakeGpu(energy_until_s=until_s, power_until_s=until_s))
-    assert gpu.measure() is None
-    assert (gpu.calls > 0) == (until_s > 0)  # nothing is run in vain
-    assert gpu.opened == 0
-    assert idle_watts(5, None) is None
 
 
 def test_without_nvml_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,9 +204,8 @@ def test_nvml_is_let_go_when_a_call_fails(plug: Plug) -> None:
     assert gpu.opened == 0
 
 
-@pytest.mark.parametrize("energy_until_s", [0, NEVER])
-def test_idle_power(plug: Plug, energy_until_s: float) -> None:
-    gpu = plug(FakeGpu(watts=70, update_s=0.1, energy_until_s=energy_until_s))
+def test_idle_power(plug: Plug) -> None:
+    gpu = plug(FakeGpu(watts=70, update_s=0.1))
     assert idle_watts(8, "u") == pytest.approx(70, rel=0.01)
     assert 8 <= gpu.now < 8.2
     assert gpu.asked_for == ["GPU-u"]
@@ -443,7 +418,7 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
 ) -> None:
     def planted(call: Callable[[], torch.Tensor], *_: object) -> Energy:
         rows = len(call())
-        return Energy(300.0, 2.0 * rows, 1.0, 5, "energy counter")
+        return Energy(300.0, 2.0 * rows, 1.0, 5)
 
     monkeypatch.setattr("nas.latency.measurement.measure_energy", planted)
     grid, workload = Grid((1, 6), (4, 16), (2, 4)), Workload(6, 16, 4, "fp32", "eager")

@@ -1,8 +1,7 @@
 """The energy of decode steps: measured by NVML's counter while a GPU is kept busy, and a table of it.
 
 The calls are timed between two synchronisations; the power is the mean between the first and the last time that the
-counter was seen to move. Joules per call are power times seconds per call, so the calls need not begin and end with
-updates of the counter, which come only every 20 to 100 ms.
+counter was seen to move, every 20 to 100 ms. Joules per call are power times seconds per call.
 """
 
 import math
@@ -13,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.integrate import trapezoid
 
 from nas.csv_files import positive_numbers, read_csv, require
 from nas.hardware import Gpu
@@ -25,7 +23,7 @@ ENERGY_COLUMNS = ["groups", "batch", "length", "watts", "joules_per_step", "seco
 # readings, so the mean power is off by less than 1 %.
 _BETWEEN_READINGS_S = 0.04
 _FEWEST_READINGS = 125
-_SPANNED_SHARE = 0.9  # of all readings; a sensor that answers for less than that does not count
+_SPANNED_SHARE = 0.9  # of all readings; a counter that moves for less than that does not count
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class Energy:
     joules_per_call: float
     seconds: float  # how long the calls took together
     calls: int
-    method: str  # ``energy counter``, or ``power × time`` where there is no such counter
 
 
 def measure_energy(
@@ -48,33 +45,35 @@ def measure_energy(
 ) -> Energy | None:
     """Runs ``call``, which need not wait for the GPU, back to back and measures what one takes.
 
-    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. The warm-up takes at least 1 s, as
-    NVML's power may be the mean of the last second. None where NVML has no sensor, or all fail on the way.
+    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter
+    (it has from Volta on), or that stands still, is reset or fails on the way.
     """
     with Gpu(uuid) as gpu:
-        if gpu.read("energy_joules") is None and gpu.read("power_watts") is None:
+        if gpu.read("energy_joules") is None:
             return None
         repeats = _warm_up(call, synchronise, warm_up_s)
-        begun, readings = time.perf_counter(), list[tuple[float, float | None, float | None]]()
+        begun, readings = time.perf_counter(), list[tuple[float, float | None]]()
         while time.perf_counter() - begun < seconds or len(readings) < _FEWEST_READINGS:
             for _ in range(repeats):
                 call()
-            # Before the synchronisation: the GPU works while NVML takes its time.
-            joules, now, watts = gpu.read("energy_joules"), time.perf_counter(), gpu.read("power_watts")
-            readings.append((now, joules, watts))
+            joules = gpu.read("energy_joules")  # while the GPU works
+            readings.append((time.perf_counter(), joules))
             synchronise()
         elapsed, calls = time.perf_counter() - begun, repeats * len(readings)
-    if (power := _mean_power(np.array(readings, float))) is None:  # NaN where NVML did not answer
+    at, counter = np.array(readings, float).T
+    moved = np.diff(counter)  # NaN beside a missing reading, which no comparison lets through
+    updates = 1 + np.flatnonzero(moved > 0)
+    if (moved < 0).any() or len(updates) < 2 or np.ptp(at[updates]) < _SPANNED_SHARE * np.ptp(at):
         return None
-    mean_watts, method = power
-    return Energy(mean_watts, mean_watts * elapsed / calls, elapsed, calls, method)
+    watts = float(np.ptp(counter[updates]) / np.ptp(at[updates]))
+    return Energy(watts, watts * elapsed / calls, elapsed, calls)
 
 
 def idle_watts(seconds: float, uuid: str | None) -> float | None:
-    """Mean power of a GPU that does nothing, over at least ``seconds`` and 5 s; None where NVML does not tell.
+    """Mean power of a GPU that does nothing; None where NVML does not tell.
 
-    A card with an open CUDA context draws more than one without. The first is what serving pays for between
-    requests, so ask once the context is open and before anything runs.
+    A card with an open CUDA context draws more than one without, and that is what serving pays for between requests:
+    ask once the context is open and before anything runs.
     """
     idle = measure_energy(lambda: time.sleep(_BETWEEN_READINGS_S), seconds, uuid, lambda: None, warm_up_s=0)
     return idle and idle.watts
@@ -92,24 +91,6 @@ def _warm_up(call: Callable[[], object], synchronise: Callable[[], object], seco
         repeats = max(1, min(2 * repeats, round(fitting)))  # no leap: a first call tells little
         if time.perf_counter() - begun >= seconds:
             return repeats
-
-
-def _mean_power(readings: np.ndarray) -> tuple[float, str] | None:
-    """Mean watts, and by which method."""
-    times, joules, watts = readings.T
-    moved = np.diff(joules)  # NaN beside a missing reading, which no comparison below lets through
-    updates = 1 + np.flatnonzero(moved > 0)
-    if not (moved < 0).any() and _spans(times, updates):  # it falls when the driver is loaded anew
-        first, last = updates[[0, -1]]
-        return float((joules[last] - joules[first]) / (times[last] - times[first])), "energy counter"
-    known = np.flatnonzero(watts > 0)
-    if _spans(times, known):
-        return float(trapezoid(watts[known], times[known]) / np.ptp(times[known])), "power × time"
-    return None
-
-
-def _spans(times: np.ndarray, known: np.ndarray) -> bool:
-    return len(known) > 1 and bool(np.ptp(times[known]) >= _SPANNED_SHARE * np.ptp(times))
 
 
 class EnergyTable:

@@ -125,5 +125,5 @@ def _energy(
                 found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
                 if found is None:
                     return None
-                rows.append([groups, batch, workload.context, *astuple(found)])
+                rows.append([groups, batch, workload.context, *astuple(found), "energy counter"])
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None
