@@ -46,27 +46,24 @@ class Device:
         return {key: value for key, value in dataclasses.asdict(self).items() if key not in hidden}
 
 
-def device_folders(slug: str) -> list[Path]:
-    """Where a device may be described: latency_models/ in the working directory, then what ships."""
-    return [root / slug for root in _roots()]
-
-
-def _roots() -> list[Path]:
-    return list(dict.fromkeys((Path("latency_models").resolve(), shipped("latency_models").resolve())))
+def device_folders(slug: str = "") -> list[Path]:
+    """Where a device, or without one any, may be described: latency_models/ in the working directory, then shipped."""
+    roots = dict.fromkeys((Path("latency_models").resolve(), shipped("latency_models").resolve()))
+    return [root / slug for root in roots]
 
 
 def this_device() -> Device:
     """The first GPU that PyTorch sees, else this machine's CPU."""
     import torch  # here, so that reading a named device needs no PyTorch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        name = properties.name
-        return Device(_slug(name), name, True, properties.total_memory, facts=nvml_facts(str(properties.uuid)))
-    name = cpu_name()
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
-    facts = {"cores": cores, "threads": torch.get_num_threads()}
-    return Device(_slug(f"cpu {name} {cores} cores"), name, False, psutil.virtual_memory().total, facts=facts)
+    if is_gpu := torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        name, label, memory_bytes, facts = gpu.name, gpu.name, gpu.total_memory, nvml_facts(str(gpu.uuid))
+    else:
+        cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+        name, memory_bytes = cpu_name(), psutil.virtual_memory().total
+        label, facts = f"cpu {name} {cores} cores", {"cores": cores, "threads": torch.get_num_threads()}
+    return Device(re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-"), name, is_gpu, memory_bytes, facts=facts)
 
 
 def find_device(reference: str) -> Device:
@@ -75,7 +72,7 @@ def find_device(reference: str) -> Device:
         return this_device()
     files = [folder / DEVICE for folder in device_folders(reference) if (folder / DEVICE).is_file()]
     if not files:
-        known = sorted({path.parent.name for root in _roots() for path in root.glob(f"*/{DEVICE}")})
+        known = sorted({path.parent.name for root in device_folders() for path in root.glob(f"*/{DEVICE}")})
         raise UserError(f"there is no device '{reference}'; use this, {', '.join(known)}")
     try:
         device = Device(reference, **read_json(files[0]))
@@ -85,7 +82,3 @@ def find_device(reference: str) -> Device:
     except (AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{files[0]} is corrupt ({error}); restore it") from None
     return device
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

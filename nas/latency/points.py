@@ -1,8 +1,4 @@
-"""What `nas measure` times: points, and the grid that they make up.
-
-A point is a part of a model at a phase, batch and length. ``layer`` is one layer with so many KV groups, ``embedding``
-the look-up of the tokens, ``head`` final norm and output head at the last position, ``whole`` an end-to-end model.
-"""
+"""What `nas measure` times: points, each a part of a model at a phase, batch and length, and the grid they make up."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -14,15 +10,15 @@ from nas.latency.predictor import MAX, PHASES, Phase, Workload
 from nas.serving.batching import prefill_chunks
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
-EMBEDDING_AND_HEAD = ("embedding", "head")
-PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")
+EMBEDDING_AND_HEAD = ("embedding", "head")  # the look-up of the tokens; final norm and output head at the last position
+PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")  # one layer, and an end-to-end model
 
 
 @dataclass(frozen=True, order=True)
 class Point:
     """What is timed at once."""
 
-    phase: Phase  # ``decode`` or ``prefill``
+    phase: Phase
     part: str  # one of `PARTS`
     groups: Vector  # a layer's KV groups alone, an end-to-end model's vector, nothing for embedding and head
     batch: int  # rows
@@ -55,7 +51,7 @@ class Grid:
         """Batch and length of every point. Of prompts that is at most one prefill chunk."""
         if phase == "decode":
             return itertools.product(self.batches, self.contexts)
-        most = max(self.batches)
+        most = self.batches[-1]
         return ((rows, prompt) for prompt in self.prompts for rows in sorted({1, prefill_chunks(most, prompt)[0]}))
 
     def points(self, space: SearchSpace) -> list[Point]:
@@ -75,26 +71,21 @@ def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], 
     With `batch=max` these are the smallest and the largest batch. ``limit`` is the space's context.
     """
 
-    def axis(given: Sequence[int] | None, own: Sequence[int], *defaults: int) -> tuple[int, ...]:
-        values = {*own, *(given if given is not None else defaults)}
+    def axis(given: Sequence[int] | None, own: Sequence[int], *shares: int) -> tuple[int, ...]:
+        values = {*own, *(given if given is not None else (max(1, max(own) // share) for share in shares))}
         return tuple(sorted(values if len(values) > 1 else {*own, own[0] // 2 or min(2, limit)}))
 
-    most, context, prompt = max(batches), workload.context, workload.prompt
     return Grid(
-        axis(config.batches, batches, *([] if workload.batch == MAX else [max(1, most // 4)]), max(1, most // 2)),
-        axis(config.contexts, [context], max(1, context // 4), max(1, context // 2)),
-        axis(config.prompts, [prompt], max(1, prompt // 2)),
+        axis(config.batches, batches, 2, *([] if workload.batch == MAX else [4])),
+        axis(config.contexts, [workload.context], 2, 4),
+        axis(config.prompts, [workload.prompt], 2),
     )
 
 
 def check_shapes(
     config: MeasureConfig, grid: Grid, workload: Workload, batches: Sequence[int]
 ) -> list[tuple[Phase, int, int]]:
-    """Where end-to-end models are timed: at the workload, and at others that need not be on the grid.
-
-    Without `measure.check_at` these are one decode step halfway between grid points in both directions, one halfway
-    between contexts, and one prompt halfway between prompts.
-    """
+    """Where end-to-end models are timed: at the workload, and at `measure.check_at` or halfway between grid points."""
     batch = min(batches)  # with batch=max, only the smallest vectors have more
     steps, prompts = [(batch, workload.context)], [workload.prompt]
     if config.check_at is not None:

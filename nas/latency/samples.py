@@ -9,7 +9,6 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -27,11 +26,11 @@ SAMPLE_COLUMNS = ["segment", "sentinel_before_ms", "sentinel_after_ms", *_POINT,
 
 @dataclass(frozen=True)
 class Segment:
-    """Samples taken one after another, and what the sentinel took before and after them."""
+    """Samples taken one after another, in milliseconds."""
 
-    before: float  # milliseconds of the sentinel
-    after: float  # the same
-    samples: dict[Point, float]  # milliseconds by point; infinite for one that does not fit into memory
+    before: float  # the sentinel
+    after: float  # the sentinel
+    samples: dict[Point, float]  # infinite for a point that does not fit into memory
 
 
 @dataclass
@@ -65,17 +64,17 @@ class Samples:
         rows = [[len(self.segments), segment.before, segment.after, *p.row(), ms] for p, ms in segment.samples.items()]
         self.segments.append(segment)
         if self.path:
+            frame, begins = pd.DataFrame(rows, columns=SAMPLE_COLUMNS), not self.path.is_file()
             try:
-                pd.DataFrame(rows, columns=SAMPLE_COLUMNS).to_csv(
-                    self.path, mode="a", index=False, header=not self.path.is_file()
-                )
+                frame.to_csv(self.path, mode="a", index=False, header=begins)
             except OSError as error:  # which does not say where
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def drifts(self) -> list[float]:
         """By which share each segment's sentinel was off its median over all, at the worse of both sides."""
-        usual = median([ms for segment in self.segments for ms in (segment.before, segment.after)] or [math.nan])
-        return [max(abs(ms / usual - 1) for ms in (segment.before, segment.after)) for segment in self.segments]
+        seen = np.array([(segment.before, segment.after) for segment in self.segments]).reshape(-1, 2)
+        drifts: list[float] = np.abs(seen / (np.median(seen) if len(seen) else 1) - 1).max(axis=1).tolist()
+        return drifts
 
     def by_point(self, tolerance: float = math.inf) -> dict[Point, list[float]]:
         """Samples of each point, without those of segments in which the sentinel drifted more than ``tolerance``."""
@@ -91,8 +90,7 @@ class Samples:
         """Points that need another sample.
 
         On a GPU those with too few steady samples or too wide a spread, until they have twice as many as there are
-        rounds. On a CPU those without three of which the two quickest agree, until they have as many as there are
-        rounds.
+        rounds; on a CPU those without three of which the two quickest agree, until they have as many.
         """
         taken, steady = self.by_point(), self.by_point(config.drift)
 
@@ -109,27 +107,25 @@ class Samples:
     def used(self, config: MeasureConfig, on_gpu: bool) -> dict[Point, list[float]]:
         """Each point's samples that count.
 
-        On a GPU the steady ones, or all where drift has left few. On a CPU the two quickest, as other programs only
+        On a GPU the steady ones, or all where drift has left few; on a CPU the two quickest, as other programs only
         ever make a sample longer.
         """
-        taken, steady = self.by_point(), self.by_point(config.drift)
+        taken, steady, few = self.by_point(), self.by_point(config.drift), config.rounds // 2
         if not on_gpu:
             return {point: sorted(times)[:2] for point, times in taken.items()}
-        enough = config.rounds // 2
-        return {point: steady[point] if len(steady[point]) > enough else times for point, times in taken.items()}
+        return {point: steady[point] if len(steady[point]) > few else times for point, times in taken.items()}
 
     def drift_report(self, config: MeasureConfig) -> dict[str, Any]:
         """The drift of the sentinel, for latency.json."""
         drifts, steady = self.drifts(), self.by_point(config.drift)
         beyond = [segment for segment, drift in zip(self.segments, drifts, strict=True) if drift > config.drift]
-        affected = {point for segment in beyond for point in segment.samples}
         return {
             "tolerance": config.drift,
             "worst": round(max(drifts, default=0.0), 5),
             "segments": len(drifts),
             "segments_beyond": len(beyond),
-            "points_affected": len(affected),
-            "points_left_unsteady": sum(not steady[point] for point in affected),
+            "points_affected": len({point for segment in beyond for point in segment.samples}),
+            "points_left_unsteady": sum(not times for times in steady.values()),
         }
 
 
