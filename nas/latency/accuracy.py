@@ -1,6 +1,5 @@
 """Predicted against measured: end-to-end models of vectors that the table has not seen."""
 
-from collections import Counter
 from contextlib import suppress
 
 import numpy as np
@@ -10,7 +9,7 @@ from scipy.stats import kendalltau
 from nas.errors import UserError
 from nas.latency.points import Point
 from nas.latency.predictor import Phase, Predictor
-from nas.space import SearchSpace, Vector, format_vector, parse_vector
+from nas.space import SearchSpace, Vector, format_vector
 
 CHECK = "check.csv"
 CHECK_COLUMNS = ["phase", "vector", "batch", "length", "measured_ms", "predicted_ms"]
@@ -37,25 +36,15 @@ def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) ->
 
 
 def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
-    """Per workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one.
-
-    Where there are more models than choices of groups, ``kendall_tau_refitted`` is that of layer times fitted to these
-    very models: what it lacks to 1 is noise and the order of layers, which no sum can predict.
-    """
-    return [_summary(rows) for _, rows in check.groupby(WORKLOAD)]
-
-
-def _summary(rows: pd.DataFrame) -> dict[str, float | str]:
-    predicted_ms, measured_ms = rows["predicted_ms"], rows["measured_ms"]
-    errors = (predicted_ms / measured_ms - 1).abs()
-    summary = rows[WORKLOAD].to_dict("records")[0] | {"n": len(rows), "mape": errors.mean(), "worst": errors.max()}
-    taus = {"kendall_tau": kendalltau(predicted_ms, measured_ms).statistic} if len(rows) > 1 else {}
-    counts = pd.DataFrame([Counter(parse_vector(vector)) for vector in rows["vector"]], rows.index).fillna(0)
-    if len(rows) > counts.shape[1]:
-        layer_ms, *_ = np.linalg.lstsq(counts, measured_ms)
-        sums = (counts @ layer_ms).round(9)  # equal counts tie, whatever their last bit
-        taus["kendall_tau_refitted"] = kendalltau(sums, measured_ms).statistic
-    return summary | {name: float(tau) for name, tau in taus.items() if np.isfinite(tau)}  # none where predictions tie
+    """Per workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one."""
+    summaries = []
+    for _, rows in check.groupby(WORKLOAD):
+        predicted_ms, measured_ms = rows["predicted_ms"], rows["measured_ms"]
+        errors = (predicted_ms / measured_ms - 1).abs()
+        summary = rows[WORKLOAD].to_dict("records")[0] | {"n": len(rows), "mape": errors.mean(), "worst": errors.max()}
+        tau = kendalltau(predicted_ms, measured_ms).statistic if len(rows) > 1 else np.nan
+        summaries.append(summary | ({"kendall_tau": tau} if np.isfinite(tau) else {}))  # none where predictions tie
+    return summaries
 
 
 def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple[float, float] | None:
