@@ -37,13 +37,9 @@ class Energy:
 
 
 def measure_energy(
-    call: Callable[[], object],
-    seconds: float,
-    uuid: str | None,
-    synchronise: Callable[[], object],
-    warm_up_s: float = 2.0,
+    call: Callable[[], object], seconds: float, uuid: str | None, wait: Callable[[], object], warm_up_s: float = 2.0
 ) -> Energy | None:
-    """Runs ``call``, which need not wait for the GPU, back to back and measures what one takes.
+    """Runs ``call``, for which the host need not ``wait``, back to back and measures what one takes.
 
     It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter
     (it has from Volta on), or that stands still, is reset or fails on the way.
@@ -51,14 +47,14 @@ def measure_energy(
     with Gpu(uuid) as gpu:
         if gpu.read("energy_joules") is None:
             return None
-        repeats = _warm_up(call, synchronise, warm_up_s)
+        repeats = _warm_up(call, wait, warm_up_s)
         begun, readings = time.perf_counter(), list[tuple[float, float | None]]()
         while time.perf_counter() - begun < seconds or len(readings) < _FEWEST_READINGS:
             for _ in range(repeats):
                 call()
             joules = gpu.read("energy_joules")  # while the GPU works
             readings.append((time.perf_counter(), joules))
-            synchronise()
+            wait()
         elapsed, calls = time.perf_counter() - begun, repeats * len(readings)
     at, counter = np.array(readings, float).T
     moved = np.diff(counter)  # NaN beside a missing reading, which no comparison lets through
@@ -76,17 +72,17 @@ def idle_watts(seconds: float, uuid: str | None) -> float | None:
     ask once the context is open and before anything runs.
     """
     idle = measure_energy(lambda: time.sleep(_BETWEEN_READINGS_S), seconds, uuid, lambda: None, warm_up_s=0)
-    return idle and idle.watts
+    return idle.watts if idle else None
 
 
-def _warm_up(call: Callable[[], object], synchronise: Callable[[], object], seconds: float) -> int:
+def _warm_up(call: Callable[[], object], wait: Callable[[], object], seconds: float) -> int:
     """Keeps the GPU busy, and finds out how many calls it takes from one reading to the next."""
     begun, repeats = time.perf_counter(), 1
     while True:
         start = time.perf_counter()
         for _ in range(repeats):
             call()
-        synchronise()
+        wait()
         fitting = repeats * _BETWEEN_READINGS_S / max(time.perf_counter() - start, 1e-9)
         repeats = max(1, min(2 * repeats, round(fitting)))  # no leap: a first call tells little
         if time.perf_counter() - begun >= seconds:

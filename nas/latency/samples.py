@@ -52,7 +52,8 @@ class Samples:
         try:
             if not (frame["part"].isin(PARTS) & (frame[[*SAMPLE_COLUMNS[1:3], "ms"]] > 0).all(axis=1)).all():
                 raise ValueError("a part is unknown, or a time not positive")
-            for (_, before, after), rows in frame.groupby(SAMPLE_COLUMNS[:3]):
+            for _, rows in frame.groupby("segment"):
+                before, after = rows[SAMPLE_COLUMNS[1:3]].to_numpy()[0].tolist()
                 points = [Point.of_row(*row) for row in rows[_POINT].itertuples(index=False)]
                 segments.append(Segment(before, after, dict(zip(points, rows["ms"].tolist(), strict=True))))
         except (ValueError, TypeError, UserError) as error:
