@@ -23,7 +23,7 @@ from nas.latency.accuracy import CHECK_COLUMNS, lasting_load, phase_errors, rand
 from nas.latency.cost import predictions
 from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.estimate import RooflineLatency
-from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
+from nas.latency.points import Grid, Point, check_shapes, grid_for
 from nas.latency.predictor import STEP_REVISION, Phase
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.metrics import COLUMNS as METRIC_COLUMNS
@@ -178,9 +178,7 @@ def test_a_prompt_so_long_that_it_goes_alone_does_not_flatten_what_is_between(
     workload = dataclasses.replace(WORKLOAD, context=8192, prompt=4096)
     grid = grid_for(MeasureConfig(), workload, [4], 8192)
     table = TableLatency(write_table(tmp_path, micro, points=grid.points(micro)), extrapolate=True)
-    (between,) = (
-        length for phase, _, length in check_shapes(MeasureConfig(), grid, workload, [4])[2:] if phase != "decode"
-    )
+    *_, (_, _, between) = check_shapes(MeasureConfig(), grid, workload, [4])
     assert between not in grid.prompts
     assert table.layer_ms("prefill", 1, 1, between) == pytest.approx(affine(layer("prefill", 1, 1, between)))
 
@@ -466,9 +464,10 @@ def test_a_time_without_end_is_one_sentence(micro: SearchSpace, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("is_gpu", None, "it lacks 'is_gpu'"),
-        ("memory_bytes", "much", "much"),
-        ("flops", 7, "items"),
+        ("is_gpu", None, "'is_gpu'"),
+        ("memory_bytes", "much", "must be positive numbers"),
+        ("bandwidth_bytes_per_s", -1, "must be positive numbers"),
+        ("flops", 7, "values"),
         ("calibration", {"dtypes": ["bf16"], "constants": {"magic": 1}}, "magic"),
     ],
 )
@@ -528,7 +527,7 @@ def test_a_point_comes_back_from_a_csv_as_it_was(some: list[Point]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pd.DataFrame([point.row() for point in some], columns=COLUMNS[:5]).to_csv(f"{folder}/points.csv", index=False)
         frame = pd.read_csv(f"{folder}/points.csv")
-    assert [point_of(*row) for row in frame.itertuples(index=False)] == some
+    assert [Point.of_row(*row) for row in frame.itertuples(index=False)] == some
 
 
 @st.composite
@@ -589,7 +588,7 @@ def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int,
     grid = grid_for(MeasureConfig(), workload, [batch], 8192)
     shapes = check_shapes(MeasureConfig(), grid, workload, [batch])
     assert len(shapes) == len(set(shapes))
-    assert shapes[:2] == [("decode", batch, context), ("prefill", prefill_chunks(batch, prompt)[0], prompt)]
+    assert {("decode", batch, context), ("prefill", prefill_chunks(batch, prompt)[0], prompt)} <= set(shapes)
     off = [shape for shape in shapes if shape[1:] not in set(grid.shapes(shape[0]))]
     assert any(phase == "decode" for phase, _, _ in off)
     if prompt >= 3:
@@ -603,7 +602,7 @@ def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int,
 def test_the_check_goes_where_it_is_told() -> None:
     config = MeasureConfig(check_at=[[3, 10], [2, 16], [4, 7]])
     shapes = check_shapes(config, grid_for(config, WORKLOAD, [2, 4], 32), WORKLOAD, [2, 4])
-    assert shapes == [("decode", 2, 16), ("prefill", 2, 8), ("decode", 3, 10), ("decode", 4, 7)]
+    assert shapes == [("decode", 2, 16), ("decode", 3, 10), ("decode", 4, 7), ("prefill", 2, 8)]
 
 
 def test_the_check_is_at_batches_that_every_vector_has() -> None:
@@ -651,22 +650,6 @@ def test_check_summaries_measure_relative_errors_by_workload() -> None:
         assert summary == {key: pytest.approx(value) for key, value in expected.items()}
     assert phase_errors(summaries, "decode") == pytest.approx(((0.65 + 0.5) / 5, 0.5))
     assert phase_errors(summaries[:2], "prefill") is None
-
-
-def test_a_check_says_how_a_sum_fitted_to_the_models_themselves_would_order_them() -> None:
-    layer_ms, order_ms = {1: 1.0, 2: 2.0, 4: 5.0}, {"2-1": 0.1}
-    vectors = ["1-1", "1-2", "2-1", "2-2", "1-4", "4-4"]
-    sums = {vector: sum(layer_ms[int(groups)] for groups in vector.split("-")) for vector in vectors}
-
-    def taus(measured: dict[str, float]) -> tuple[Any, Any]:
-        rows = [("decode", vector, 4, 8, ms, -ms) for vector, ms in measured.items()]
-        (summary,) = summarise_check(pd.DataFrame(rows, index=range(7, 13), columns=CHECK_COLUMNS))
-        return summary["kendall_tau"], summary["kendall_tau_refitted"]
-
-    assert taus(sums) == (pytest.approx(-1.0), pytest.approx(1.0))
-    # A sum has 1-2 and 2-1 tied, which leaves 14 of 15 pairs.
-    ordered = {vector: ms + order_ms.get(vector, 0.0) for vector, ms in sums.items()}
-    assert taus(ordered)[1] == pytest.approx(14 / math.sqrt(14 * 15))
 
 
 def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpace) -> None:
@@ -746,4 +729,4 @@ def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> N
     assert {summary["phase"] for summary in summaries} == {"decode", "prefill"}
     assert len(summaries) == len(table.meta["check"])
     for summary, told in zip(summaries, table.meta["check"], strict=True):
-        assert summary == {key: pytest.approx(value) for key, value in told.items()}
+        assert summary == {key: pytest.approx(told[key]) for key in summary}

@@ -477,9 +477,9 @@ def test_the_pool_sends_as_many_rows_through_as_the_runner(monkeypatch: pytest.M
 
     monkeypatch.setattr("nas.latency.pool.fastest_rows", rows)
     monkeypatch.setattr("nas.latency.pool.padded_batches", lambda batch, _: [batch, batch + 3])
-    points = [Point("decode", "layer", (2,), 5, 16), Point("prefill", "layer", (2,), 2, 4)]
+    points = [Point("decode", "embedding", (), 5, 1), Point("prefill", "embedding", (), 2, 4)]
     pool = LayerPool(SearchSpace("one", SHAPE, ((2,),) * 3), "fp32", "eager", torch.device("cpu"), points, 2**30)
-    assert [len(pool._x_at(point)) for point in points] == [8, 2]
+    assert [len(pool.prepare(point)[0]()[0]) for point in points] == [8, 2]
     assert (asked, pool.step_rows) == ([(5, "eager")], {5: 8})
 
 

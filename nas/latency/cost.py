@@ -88,11 +88,10 @@ class Prediction:
         """Energy of the card while it decodes."""
         if self.energy is None:
             return None
-        at = {"batch": self.batch, "length": self.workload.context}
-        layer_ms = partial(self.predictor.layer_ms, "decode", **at)
-        rest_ms = self.predictor.embedding_and_head_ms("decode", **at)
-        step_joules = self.energy.joules_per_step(self.vector, **at, layer_ms=layer_ms, embedding_and_head_ms=rest_ms)
-        return step_joules / self.batch
+        batch, length = self.batch, self.workload.context
+        layer_ms = partial(self.predictor.layer_ms, "decode", batch=batch, length=length)
+        rest_ms = self.predictor.embedding_and_head_ms("decode", batch, length)
+        return self.energy.joules_per_step(self.vector, batch, layer_ms, rest_ms) / batch
 
     @property
     def costs(self) -> dict[str, float]:
