@@ -1,11 +1,13 @@
 """Predicted against measured: end-to-end models of vectors that the table has not seen."""
 
 from collections import Counter
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
+from nas.errors import UserError
 from nas.latency.points import Point
 from nas.latency.predictor import Phase, Predictor
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
@@ -28,18 +30,12 @@ def random_vectors(space: SearchSpace, count: int, seed: int) -> list[Vector]:
 
 
 def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) -> pd.DataFrame:
-    """Sets the prediction beside each measured end-to-end model: `CHECK_COLUMNS`."""
-    rows = [
-        (
-            p.phase,
-            format_vector(p.groups),
-            p.batch,
-            p.length,
-            ms,
-            predictor.forward_ms(p.phase, p.groups, p.batch, p.length),
-        )
-        for p, ms in sorted(measured_ms.items())
-    ]
+    """Sets the prediction beside each measured end-to-end model that has one: `CHECK_COLUMNS`."""
+    rows = []
+    for point, ms in sorted(measured_ms.items()):
+        with suppress(UserError):  # an end-to-end model may fit where memory ended for some of the grid around it
+            predicted_ms = predictor.forward_ms(point.phase, point.groups, point.batch, point.length)
+            rows.append((point.phase, format_vector(point.groups), point.batch, point.length, ms, predicted_ms))
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
 

@@ -42,13 +42,9 @@ class RooflineLatency(Predictor):
         if device.bandwidth_bytes_per_s is None or dtype not in device.flops:
             raise UserError(f"{device.name} has neither a measured table nor data-sheet rates for {dtype}; measure it")
         self._device, self._shape, self._bytes = device, shape, DTYPE_BYTES[dtype]
-        calibration = device.calibration
-        try:
-            self._calibration = calibration if calibration and dtype in calibration["dtypes"] else None
-            self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
-        except (KeyError, TypeError) as error:
-            message = f"the calibration in device.json of {device.slug} is corrupt ({error}); restore it"
-            raise UserError(message) from None
+        calibration = device.calibration or {"dtypes": []}
+        self._calibration = calibration if dtype in calibration["dtypes"] else None
+        self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
 
@@ -67,10 +63,9 @@ class RooflineLatency(Predictor):
         return embedding_ms + self._gemms_ms(self._shape.vocab_size * self._shape.hidden_size, batch)
 
     def interval(self, ms: float) -> tuple[float, float]:
-        """With a calibration: within the factor in which the stated share of published measurements lay.
+        """Within the factor in which most published measurements lay, each predicted without its own source.
 
-        Each was predicted without its own source, and few are of the GPU's time alone, so this is a rule of thumb, not
-        a confidence interval. Without a calibration the estimate is a lower bound.
+        Few of them are of the GPU's time alone, so this is a rule of thumb. Without a calibration, a lower bound.
         """
         if self._calibration is None:
             return ms, math.inf

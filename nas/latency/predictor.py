@@ -46,11 +46,9 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
     limit = shape.max_position_embeddings
     context = config.context or limit
     prompt = config.prompt or max(1, context // 2)
-    for key, value in (("context", context), ("prompt", prompt)):
-        if value > limit:
-            raise UserError(f"workload.{key} is {value} but the space's context is {limit}; lower it")
-    if prompt > context:
-        raise UserError(f"workload.prompt is {prompt} but the cache's context is {context}; lower it")
+    for key, value, whose, most in (("context", context, "space", limit), ("prompt", prompt, "cache", context)):
+        if value > most:
+            raise UserError(f"workload.{key} is {value} but the {whose}'s context is {most}; lower it")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
     if config.batch != MAX:
         if config.memory_gib is not None:
@@ -109,7 +107,7 @@ class Predictor(ABC):
         return None
 
     def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
-        """Milliseconds of one decode step of an end-to-end model: one new token for every sequence of the batch."""
+        """Milliseconds of one decode step of an end-to-end model."""
         return self.forward_ms("decode", vector, batch, context)
 
     def prefill_ms(self, vector: Sequence[int], batch: int, prompt: int) -> float:
@@ -118,7 +116,7 @@ class Predictor(ABC):
         return math.fsum(times * self.forward_ms("prefill", vector, rows, prompt) for rows, times in chunks)
 
     def forward_ms(self, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
-        """Milliseconds of one decode step, or of one prefill chunk, of an end-to-end model."""
+        """The same of one decode step or one prefill chunk."""
         counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
         layers = math.fsum(count * self.layer_ms(phase, groups, batch, length) for groups, count in counts)
         return layers + self.embedding_and_head_ms(phase, batch, length)
