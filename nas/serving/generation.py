@@ -19,19 +19,11 @@ def generate(
     stop_token: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Continues prompts.
+    """Continues prompts of one length, and returns what it added, BN.
 
-    Args:
-        runner: Its cache must have as many rows, and hold prompt and new tokens.
-        tokens_BT: The prompts.
-        new_tokens: How many tokens to add to each, at most.
-        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn by the seed.
-        seed: Of the drawing.
-        stop_token: Generation ends when every row has produced it.
-        progress: Called with the number of new tokens so far, after each one.
-
-    Returns:
-        The new tokens, BN; a row that has produced ``stop_token`` goes on with whatever follows.
+    Temperature 0 takes the likeliest token each time; otherwise tokens are drawn by the seed. It ends when every row
+    has produced ``stop_token``; until then all go on with whatever follows. ``progress`` is called with the number
+    of new tokens so far, after each one.
     """
     prompt = tokens_BT.shape[1]
     generator = torch.Generator(tokens_BT.device).manual_seed(seed)
