@@ -23,7 +23,7 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter
 from nas.latency.device import this_device
-from nas.latency.memory import MemoryModel, batch_of
+from nas.latency.memory import MemoryModel
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import DTYPE_BYTES, Workload
@@ -216,7 +216,7 @@ def test_the_largest_batch_is_the_last_that_fits(vector: list[int], memory_bytes
 def test_a_memory_in_which_nothing_fits_is_one_sentence() -> None:
     workload = Workload("max", 20, 10, "fp32", "eager", 1e-6)
     with pytest.raises(UserError, match=r"not one sequence of 1-1-1 .* fits into workload\.memory_gib=1e-06"):
-        batch_of(workload, MemoryModel(SHAPE, workload, on_gpu=False), (1, 1, 1))
+        MemoryModel(SHAPE, workload, on_gpu=False).batch((1, 1, 1))
 
 
 @settings(max_examples=25)
@@ -226,9 +226,9 @@ def test_the_batch_is_the_given_one_or_the_largest_that_fits(vector: list[int], 
         Workload(batch, 20, 10, "fp32", "eager"),
         Workload("max", 20, 10, "fp32", "eager", 0.15),
     )
-    assert batch_of(given_batch, MemoryModel(SHAPE, given_batch, on_gpu), vector) == batch
+    assert MemoryModel(SHAPE, given_batch, on_gpu).batch(vector) == batch
     model = MemoryModel(SHAPE, largest, on_gpu)
-    found = batch_of(largest, model, vector)
+    found = model.batch(vector)
     assert model.at(vector, found).total <= 0.15 * 2**30 < model.at(vector, found + 1).total
 
 

@@ -8,7 +8,7 @@ from nas.config import CostConfig
 from nas.errors import UserError
 from nas.latency.device import Device
 from nas.latency.energy import EnergyTable
-from nas.latency.memory import Memory, MemoryModel, batch_of
+from nas.latency.memory import Memory, MemoryModel
 from nas.latency.predictor import DTYPE_BYTES, Predictor, Workload
 from nas.metrics import METRICS, Metrics
 from nas.shape import ModelShape
@@ -109,11 +109,11 @@ def predictions(
     Vectors with the same counts per choice share their metrics. A needed metric that is not known is an error.
     """
     memory = MemoryModel(space.shape, workload, device.is_gpu)
-    energy = predictor.energy(set().union(*space.choices))
+    energy = predictor.energy if predictor.energy and predictor.energy.knows(set().union(*space.choices)) else None
 
     @cache
     def metrics(vector: Vector) -> Metrics:
-        batch = batch_of(workload, memory, vector)
+        batch = memory.batch(vector)
         predicted = Prediction(vector, batch, space.shape, workload, predictor, memory.at(vector, batch), energy, cost)
         values = {name: metric.derive(predicted) for name, metric in METRICS.items() if metric.derive}
         known: Metrics = {name: value for name, value in values.items() if value is not None}

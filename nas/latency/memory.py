@@ -1,11 +1,6 @@
 """What serving takes of a device's memory, and the largest batch that fits.
 
-weights      every parameter, and the rotary table
-KV cache     every layer's own groups, times batch and length
-workspace    the activations that live at once: of a prefill chunk or a decode step, whichever is more
-library      what cuBLAS keeps for itself, and the blocks that PyTorch's allocator rounds up to
-
-The first two are exact. What CUDA itself takes outside of PyTorch is in `Device.usable_bytes` instead.
+What CUDA itself takes outside of PyTorch is in `Device.usable_bytes` instead.
 """
 
 import math
@@ -29,12 +24,12 @@ _FRAGMENTS = 2**25  # of the allocator, freed but in pieces; without them one of
 
 
 class Memory(NamedTuple):
-    """Bytes by purpose."""
+    """Bytes by purpose. The first two are exact."""
 
-    weights: int
-    kv_cache: int
-    workspace: int
-    library: int
+    weights: int  # every parameter, and the rotary table
+    kv_cache: int  # every layer's own groups, times batch and length
+    workspace: int  # the activations that live at once: of a prefill chunk or a decode step, whichever is more
+    library: int  # what cuBLAS keeps for itself, and the blocks that PyTorch's allocator rounds up to
 
     @property
     def total(self) -> int:
@@ -61,6 +56,20 @@ class MemoryModel:
         library = _LIBRARY + unused + _SMALL + _FRAGMENTS if self._on_gpu else 0
         return Memory(weights, batch * self._cache_bytes(vector), workspace, library)
 
+    def batch(self, vector: Sequence[int]) -> int:
+        """The workload's batch; where that is `MAX`, the largest that fits, which must be at least one sequence."""
+        workload = self._workload
+        if workload.batch != MAX:
+            return int(workload.batch)
+        assert workload.memory_gib is not None
+        if batch := self.largest_batch(vector, workload.memory_gib * 2**30):
+            return batch
+        raise UserError(
+            f"not one sequence of {format_vector(vector)} at context {workload.context} fits into workload.memory_gib="
+            f"{workload.memory_gib:g}; it takes {self.at(vector, 1).total / 2**30:.3g} GiB, so raise it or lower "
+            "workload.context"
+        )
+
     def largest_batch(self, vector: Sequence[int], memory_bytes: float) -> int:
         """The most sequences that fit; 0 if not even one does."""
         most = int(memory_bytes // self._cache_bytes(vector))
@@ -83,24 +92,10 @@ class MemoryModel:
         return tokens * (widest + self._bytes * 3 * hidden) + rows * self._shape.vocab_size * self._bytes
 
 
-def batch_of(workload: Workload, memory: MemoryModel, vector: Sequence[int]) -> int:
-    """The workload's batch; where that is `MAX`, the largest that fits, which must be at least one sequence."""
-    if workload.batch != MAX:
-        return int(workload.batch)
-    assert workload.memory_gib is not None
-    if batch := memory.largest_batch(vector, workload.memory_gib * 2**30):
-        return batch
-    needed = memory.at(vector, 1).total / 2**30
-    raise UserError(
-        f"not one sequence of {format_vector(vector)} at context {workload.context} fits into workload.memory_gib="
-        f"{workload.memory_gib:g}; it takes {needed:.3g} GiB, so raise it or lower workload.context"
-    )
-
-
 def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[int]:
     """The smallest and the largest batch that any vector of a space has."""
     memory = MemoryModel(space.shape, workload, device.is_gpu)
-    return sorted({batch_of(workload, memory, vector) for vector in (space.largest, space.smallest)})
+    return sorted({memory.batch(vector) for vector in (space.largest, space.smallest)})
 
 
 def check_memory(space: SearchSpace, device: Device, workload: Workload) -> None:

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -78,9 +78,10 @@ class Predictor(ABC):
     """
 
     source: str  # ``measured`` or ``estimated``
-    folder: Path | None = None  # where a measured table lies; None for an estimate, as are the next two
+    folder: Path | None = None  # where a measured table lies; None for an estimate, as are the next three
     digest: str | None = None  # the hash of its times
     idle_watts: float | None = None  # power of the idle device, if it was measured
+    energy: EnergyTable | None = None  # the power of decode steps, if it was measured
 
     @abstractmethod
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
@@ -96,10 +97,6 @@ class Predictor(ABC):
 
     def check(self) -> pd.DataFrame | None:
         """Measured end-to-end models beside their predictions, if there are any."""
-        return None
-
-    def energy(self, groups: Iterable[int]) -> EnergyTable | None:  # noqa: ARG002
-        """The power of decode steps, if it was measured for all of these groups."""
         return None
 
     def interval(self, ms: float) -> tuple[float, float] | None:  # noqa: ARG002

@@ -1,14 +1,12 @@
 """A measured latency table: a CSV of times and a JSON that says what they mean.
 
-table.csv has one row per point: ``phase, part, groups, batch, length, median_ms, p20_ms, p80_ms, n, status``. ``part``
-is ``layer`` (one layer with ``groups`` KV groups), ``embedding`` or ``head`` (groups 0); status is ``ok``, or
-``out_of_memory`` for a point that did not fit and has no times. latency.json holds the device, shape, dtype, runtime,
-versions, date, what the sentinel saw, and how far the predictor was from end-to-end models.
+table.csv has a row (`COLUMNS`) for each point: one layer with so many KV groups, ``embedding`` or ``head`` (groups 0).
+One that did not fit into memory has no times. latency.json has the device, shape, dtype, runtime, versions, date, what
+the sentinel saw, and how far the predictor was from end-to-end models.
 
-Between points, times are interpolated where physics makes them straight. A decode step's time grows with the bytes that
-it moves: at one batch linearly in the context, and from batch to batch likewise. A prefill chunk's time grows with its
-operations: at one prompt length linearly in its tokens, and at as many tokens linearly in the length. Outside the
-measured range there is no prediction.
+Times are interpolated where physics makes them straight. A decode step's grow with the bytes that it moves: at one
+batch linearly in the context, and from batch to batch likewise. A prefill chunk's grow with its operations: at one
+prompt length linearly in its tokens, and at as many tokens linearly in the length.
 """
 
 import math
@@ -69,7 +67,7 @@ class TableLatency(Predictor):
         require(folder / TABLE, table, good, "a number is not positive, or a point is there twice")
         keys = ["phase", "part", "groups"]
         self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
-        self._energy = EnergyTable(folder / ENERGY) if (folder / ENERGY).is_file() else None
+        self.energy = EnergyTable(folder / ENERGY) if (folder / ENERGY).is_file() else None
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         return self._at(phase, "layer", groups, batch, length)
@@ -85,9 +83,6 @@ class TableLatency(Predictor):
         check = read_csv(self.folder / CHECK, CHECK_COLUMNS)
         require(self.folder / CHECK, check, positive_numbers(check, CHECK_COLUMNS[2:]), "its numbers must be positive")
         return check
-
-    def energy(self, groups: Iterable[int]) -> EnergyTable | None:
-        return self._energy if self._energy and self._energy.knows(groups) else None
 
     def fits(self, device: str, space: SearchSpace, workload: Workload, batches: Iterable[int]) -> bool:
         """Whether the table is of a device, shape and runtime, and covers batches of a workload."""

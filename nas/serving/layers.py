@@ -194,18 +194,14 @@ class ServingModel(nn.Module):
             model.norm.weight.copy_(decoder.model.norm.weight)
         return model
 
-    @property
-    def rope(self) -> Rope:
-        """The rotary table of all positions."""
-        return self.rope_cos, self.rope_sin
-
     def serving_layers(self) -> Iterator[ServingLayer]:
         """The layers, typed."""
         yield from self.layers  # type: ignore[misc]
 
     def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: Position = None) -> Tensor:
         """Logits BV of the last position; see `ServingLayer.forward`."""
-        x_BTD, partials_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), self.rope, caches, last)
+        rope = self.rope_cos, self.rope_sin
+        x_BTD, partials_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), rope, caches, last)
         return last_logits(x_BTD, partials_NBTD, self.norm, self.lm_head, last)
 
 
