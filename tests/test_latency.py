@@ -19,7 +19,14 @@ from hypothesis import strategies as st
 from nas.config import ConstraintsConfig, CostConfig, MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Predictor, Workload, find_device, resolve_workload, this_device
-from nas.latency.accuracy import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
+from nas.latency.accuracy import (
+    CHECK_COLUMNS,
+    lasting_load,
+    phase_errors,
+    predict_end_to_end,
+    random_vectors,
+    summarise_check,
+)
 from nas.latency.cost import predictions
 from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.estimate import RooflineLatency
@@ -35,14 +42,14 @@ from nas.space import SearchSpace, load_space, parse_vector
 WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
 GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, flops={"fp32": 1e14})
 GRID = Grid(batches=(2, 3, 6), contexts=(4, 20, 32), prompts=(4, 8, 16))
-PASSES = [(batch, prompt) for prompt in GRID.prompts for batch in (1, 3, 6)]  # what is measured of prefill
+CHUNKS = [(batch, prompt) for prompt in GRID.prompts for batch in (1, 3, 6)]  # what is measured of prefill
 CORNER = ("decode", 6, 32)
 GROUPS = (1, 2, 4)
 Times = Callable[[Point], float]
 
 
 def affine(point: Point, a: float = 0.5, b: float = 0.1, c: float = 0.01) -> float:
-    """Times that grow with the bytes of a decode step, and with the operations of a pass of prompts."""
+    """Times that grow with the bytes of a decode step, and with the operations of a prefill chunk."""
     groups = sum(point.groups)
     if point.phase == "decode":
         return a + b * point.batch + c * groups * point.batch * point.length
@@ -51,9 +58,9 @@ def affine(point: Point, a: float = 0.5, b: float = 0.1, c: float = 0.01) -> flo
 
 def table_points() -> list[Point]:
     points = [Point("decode", "layer", (g,), batch, length) for g in GROUPS for batch, length in GRID.shapes("decode")]
-    points += [Point("prefill", "layer", (g,), *shape) for g in GROUPS for shape in PASSES]
+    points += [Point("prefill", "layer", (g,), *shape) for g in GROUPS for shape in CHUNKS]
     points += [Point("decode", part, (), batch, 1) for part in ("embedding", "head") for batch in GRID.batches]
-    return points + [Point("prefill", part, (), *shape) for part in ("embedding", "head") for shape in PASSES]
+    return points + [Point("prefill", part, (), *shape) for part in ("embedding", "head") for shape in CHUNKS]
 
 
 def write_table(
@@ -93,7 +100,7 @@ def layer(phase: Phase, groups: int, batch: int, length: int) -> Point:
 
 
 def covered(phase: Phase, batch: int, length: int, corner_lost: bool) -> bool:
-    """Whether measured points surround a decode step (batch, length), or a pass of prompts by its rows or tokens."""
+    """Whether measured points surround a decode step (batch, length), or a prefill chunk by its rows or tokens."""
     if phase == "decode":
         beyond = batch > 3 and length > 20 if corner_lost else False
         return 2 <= batch <= 6 and 4 <= length <= 32 and not beyond
@@ -168,18 +175,18 @@ def test_a_table_without_a_number_of_groups_says_so(micro: SearchSpace, tmp_path
         table.layer_ms("decode", 2, 4, 16)
 
 
-def test_a_vector_costs_the_sum_of_its_layers_and_the_ends(micro: SearchSpace, tmp_path: Path) -> None:
+def test_a_vector_costs_the_sum_of_its_layers_and_embedding_and_head(micro: SearchSpace, tmp_path: Path) -> None:
     table = TableLatency(write_table(tmp_path, micro))
     layers = sum(affine(layer("decode", groups, 4, 16)) for groups in (4, 1, 1))
     assert table.decode_ms((4, 1, 1), 4, 16) == pytest.approx(layers + 2 * affine(Point("decode", "head", (), 4, 1)))
     layers = sum(affine(layer("prefill", groups, 4, 8)) for groups in (4, 1, 1))
-    ends = 2 * affine(Point("prefill", "head", (), 4, 8))
-    assert table.prefill_ms((4, 1, 1), 4, 8) == pytest.approx(layers + ends)
+    embedding_and_head = 2 * affine(Point("prefill", "head", (), 4, 8))
+    assert table.prefill_ms((4, 1, 1), 4, 8) == pytest.approx(layers + embedding_and_head)
     assert table.decode_ms((4, 1, 1), 4, 16) == table.decode_ms((1, 4, 1), 4, 16)  # to the last bit
 
 
 @given(st.integers(1, 3000), st.integers(1, 2 * PREFILL_TOKENS))
-def test_passes_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int, prompt: int) -> None:
+def test_prefill_chunks_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int, prompt: int) -> None:
     parts = prefill_chunks(batch, prompt)
     assert sum(parts) == batch
     assert min(parts) >= 1
@@ -189,7 +196,7 @@ def test_passes_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int,
 
 
 class Recorded(Predictor):
-    """A latency model whose layers and ends take other milliseconds at any other shape; it lists what it was asked."""
+    """Takes other milliseconds at any other shape, and lists the shapes that embedding and head were asked for."""
 
     source = "measured"
 
@@ -265,7 +272,7 @@ def test_columns_objectives_and_limits_are_the_contracts() -> None:
     assert METRICS["parameters"].label == "parameters"
 
 
-def test_prompts_go_through_in_passes_whose_times_add_up() -> None:
+def test_prompts_go_through_in_chunks_whose_times_add_up() -> None:
     model = Recorded()
     third = PREFILL_TOKENS // 3
     assert prefill_chunks(8, third) == [3, 3, 2]
@@ -331,6 +338,15 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
         assert old.describe() == f"{unchecked.describe()}; {caution}"
     del changes["step_revision"]
     assert "an earlier version" in TableLatency(write_table(tmp_path, micro, **changes)).describe()
+
+
+def test_an_end_to_end_model_is_no_check_where_memory_ended_for_its_layers(micro: SearchSpace, tmp_path: Path) -> None:
+    table = TableLatency(write_table(tmp_path, micro, lost=[CORNER]))
+    known, beyond = (Point("decode", "whole", (1, 2, 4), batch, 25) for batch in (3, 5))
+    check = predict_end_to_end({known: 1.0, beyond: 2.0}, table)
+    assert check[["batch", "measured_ms", "predicted_ms"]].to_numpy().tolist() == [
+        [3, 1.0, table.decode_ms((1, 2, 4), 3, 25)]
+    ]
 
 
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(

@@ -30,7 +30,11 @@ def generate(
     stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     logits_BV, produced = runner.prefill(tokens_BT), []
     for step in range(new_tokens):
-        tokens_B = _next(logits_BV, temperature, generator)
+        if temperature < _COLDEST:
+            tokens_B = logits_BV.argmax(-1)
+        else:
+            shares_BV = (logits_BV.float() / temperature).softmax(-1)
+            tokens_B = torch.multinomial(shares_BV, 1, generator=generator)[:, 0]
         produced.append(tokens_B)
         if stop_token is not None:
             stopped_B |= tokens_B == stop_token
@@ -40,9 +44,3 @@ def generate(
             break
         logits_BV = runner.decode(tokens_B, prompt + step)
     return torch.stack(produced, dim=1)
-
-
-def _next(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature < _COLDEST:
-        return logits_BV.argmax(-1)
-    return torch.multinomial((logits_BV.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]

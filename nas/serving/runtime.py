@@ -64,8 +64,7 @@ class Runner:
     @torch.inference_mode()
     def decode(self, tokens_B: Tensor, position: int) -> Tensor:
         """One more token for every row, at ``position``; logits BV, which the next step overwrites."""
-        assert len(tokens_B) == self.cache.batch
-        assert 0 <= position < self.cache.length
+        assert len(tokens_B) == self.cache.batch and 0 <= position < self.cache.length
         if self.runtime == "eager":
             return self.model(tokens_B[:, None], self.cache.layers, position)  # type: ignore[no-any-return]
         self._tokens_B1[: len(tokens_B)] = tokens_B[:, None]
