@@ -159,7 +159,6 @@ class Search(LatencyParts, SupernetParts):
     """nas search"""
 
     budget: str = "60"
-    extrapolate: bool = False  # use a latency table beyond what it measured; the costs are then estimates
     cost: CostConfig = field(default_factory=CostConfig)
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)

@@ -18,10 +18,8 @@ from nas.latency.points import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.batching import padded_batches
 from nas.serving.cache import layer_caches
-from nas.serving.cuda import captured
 from nas.serving.layers import InputMajorLinear, Position, ServingLayer, last_logits, no_partials, randomise, run_layers
-from nas.serving.rows import fastest_rows
-from nas.serving.runtime import DTYPES, compile_layers
+from nas.serving.runtime import DTYPES, captured, compile_layers, fastest_rows
 from nas.space import SearchSpace, Vector
 
 _BEYOND_CACHES = 2**28  # bytes: more than any processor's own cache holds

@@ -27,7 +27,7 @@ from nas.config import MeasureConfig
 from nas.errors import UserError
 from nas.latency.points import EMBEDDING_AND_HEAD, Point
 from nas.latency.samples import Samples, Segment
-from nas.serving.cuda import milliseconds
+from nas.serving.runtime import milliseconds
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
 

@@ -26,12 +26,12 @@ def find_latency(config: Search, path: Path, space: SearchSpace, device: Device,
     runs_dir = Path(config.runs_dir)
     if config.latency:
         named = table_of(FinishedRun(Path(config.latency), "measure"))
-        if table := _covering(named, config.extrapolate, device, space, workload):
-            return table
+        if _covers(named, device, space, workload):
+            return named
         raise UserError(
             f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
         )
-    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload, config.extrapolate)
+    begun, tables = recorded_config(path), fitting_tables(runs_dir, device, space, workload)
     if begun and begun["latency_table"]:
         same = (table for table in tables if table.digest == begun["latency_table"])
         if found := next(same, None):
@@ -42,21 +42,16 @@ def find_latency(config: Search, path: Path, space: SearchSpace, device: Device,
     if begun or config.device != "this":
         return RooflineLatency(device, space.shape, workload.dtype)
     measured = _measured(config, space, device, workload)
-    if table := _covering(measured, config.extrapolate, device, space, workload):
-        return table
+    if _covers(measured, device, space, workload):
+        return measured
     raise UserError(
         f"{measured.folder} was measured, but memory ended before it covered {space.name} at {workload}; lower "
-        f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}, or give extrapolate=true"
+        f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
     )
 
 
-def _covering(
-    table: TableLatency, extrapolate: bool, device: Device, space: SearchSpace, workload: Workload
-) -> TableLatency | None:
-    """The table, or if allowed and need be the table prolonged; None where neither covers the workload."""
-    batches = batches_of(space, device, workload)
-    candidates = [table, table.extrapolating()] if extrapolate else [table]
-    return next((some for some in candidates if some.fits(device.slug, space, workload, batches)), None)
+def _covers(table: TableLatency, device: Device, space: SearchSpace, workload: Workload) -> bool:
+    return table.fits(device.slug, space, workload, batches_of(space, device, workload))
 
 
 def _measured(config: Search, space: SearchSpace, device: Device, workload: Workload) -> TableLatency:
@@ -69,10 +64,8 @@ def _measured(config: Search, space: SearchSpace, device: Device, workload: Work
     return table_of(find_or_make(path, "measure", make))
 
 
-def fitting_tables(
-    runs_dir: Path, device: Device, space: SearchSpace, workload: Workload, extrapolate: bool = False
-) -> Iterator[TableLatency]:
-    """Measured tables that cover a workload, and with ``extrapolate`` then those of its shape and runtime that do not.
+def fitting_tables(runs_dir: Path, device: Device, space: SearchSpace, workload: Workload) -> Iterator[TableLatency]:
+    """Measured tables that cover a workload.
 
     Those of the present decode step come first; among them those measured for this workload, as others may have to
     interpolate; then this user's runs, newest first, before those that ship. Unusable ones are skipped with a warning.
@@ -89,8 +82,5 @@ def fitting_tables(
             continue
         tables.append(table)
     wanted = dataclasses.asdict(workload)
-    covering = [table for table in tables if _covering(table, False, device, space, workload)]
-    yield from sorted(covering, key=lambda table: (not table.is_current, table.meta["workload"] != wanted))
-    if extrapolate:
-        others = (table for table in tables if table not in covering)
-        yield from filter(None, (_covering(table, True, device, space, workload) for table in others))
+    covering = [table for table in tables if _covers(table, device, space, workload)]
+    yield from sorted(covering, key=lambda table: (not table.is_current, table.meta.get("workload") != wanted))

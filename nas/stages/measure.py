@@ -129,7 +129,7 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
     if found.energy is not None:
         write_atomically(path / ENERGY, partial(found.energy.to_csv, index=False))
     write_json(path / META, meta)
-    predictor = TableLatency(path, extrapolate=True)
+    predictor = TableLatency(path)
     check = predict_end_to_end(found.end_to_end_ms, predictor)
     write_atomically(path / CHECK, partial(check.to_csv, index=False))
     results: dict[str, Any] = {"check": summarise_check(check)}
