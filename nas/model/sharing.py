@@ -4,24 +4,30 @@ K and V heads are linear in a layer's input, so any rule is a matrix: choice ``g
 the S heads in store. A new rule is one class and one entry in `SHARING_RULES`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class SharingRule(Protocol):
-    """How the choices of one layer share stored K/V heads. Choices are ascending."""
+class SharingRule(ABC):
+    """How the choices of one layer share stored K/V heads: those of the largest choice, unless a rule says otherwise.
+
+    Choices are ascending.
+    """
 
     def stored_heads(self, choices: Sequence[int]) -> int:
         """S, the number of K/V heads that a layer with these choices keeps as weights."""
+        return max(choices)
 
+    @abstractmethod
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         """The (groups, S) matrix that makes the heads of choice ``groups`` out of the stored ones."""
 
     def from_largest(self, choices: Sequence[int]) -> Tensor:
         """The (S, C) matrix that makes the stored heads out of a plain layer's C = max(choices) K/V heads."""
+        return torch.eye(max(choices))
 
 
 def pooling(heads: int, groups: int) -> Tensor:
@@ -55,37 +61,25 @@ def mix_heads(mixture: Tensor, stacked: Tensor) -> Tensor:
     return mixed.flatten(0, 1)
 
 
-class Sliced:
+class Sliced(SharingRule):
     """The heads of a choice are an evenly spaced subset of the largest choice's heads.
 
     With choices 1, 2 and 4: head 0; heads 0 and 2; all four.
     """
 
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return max(choices)
-
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         stored = self.stored_heads(choices)
         return torch.eye(stored)[[group * stored // groups for group in range(groups)]]
 
-    def from_largest(self, choices: Sequence[int]) -> Tensor:
-        return torch.eye(max(choices))
 
-
-class Pooled:
+class Pooled(SharingRule):
     """The heads of a choice are means of neighbouring heads of the largest choice."""
-
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return max(choices)
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         return pooling(max(choices), groups)
 
-    def from_largest(self, choices: Sequence[int]) -> Tensor:
-        return torch.eye(max(choices))
 
-
-class Separate:
+class Separate(SharingRule):
     """Every choice has K/V heads of its own: with choices 1, 2 and 4, seven are stored."""
 
     def stored_heads(self, choices: Sequence[int]) -> int:
