@@ -9,7 +9,7 @@ The first two are exact. What CUDA itself takes outside of PyTorch is in `Device
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nas import console
@@ -17,7 +17,7 @@ from nas.errors import UserError
 from nas.latency.device import Device
 from nas.latency.predictor import DTYPE_BYTES, MAX, Workload
 from nas.serving.batching import padded_batches, prefill_chunks
-from nas.shape import LayerSpec, ModelShape
+from nas.shape import ModelShape
 from nas.space import SearchSpace, format_vector
 
 _FP32 = 4
@@ -47,6 +47,7 @@ class MemoryModel:
     def __init__(self, shape: ModelShape, workload: Workload, on_gpu: bool) -> None:
         self._shape, self._workload, self._bytes = shape, workload, DTYPE_BYTES[workload.dtype]
         self._on_gpu = on_gpu
+        self._layers = set(shape.layers([1] * shape.num_hidden_layers))  # whose groups activations do not depend on
 
     def at(self, vector: Sequence[int], batch: int) -> Memory:
         """What a vector takes at a batch."""
@@ -56,8 +57,7 @@ class MemoryModel:
         kv_cache = batch * workload.context * shape.kv_bytes_per_token(vector, self._bytes)
         rows = prefill_chunks(batch, workload.prompt)[0]
         step = padded_batches(batch, workload.runtime)[-1]
-        layers = shape.layers(sorted(set(vector)))
-        workspace = max(self._live_bytes(layers, rows * workload.prompt, rows), self._live_bytes(layers, step, step))
+        workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
         workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out
         unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices per layer, half a block each
         library = _LIBRARY + unused + _SMALL + _FRAGMENTS if self._on_gpu else 0
@@ -73,14 +73,14 @@ class MemoryModel:
             fits, beyond = (middle, beyond) if self.at(vector, middle).total <= memory_bytes else (fits, middle)
         return fits
 
-    def _live_bytes(self, layers: Iterable[LayerSpec], tokens: int, rows: int) -> int:
+    def _live_bytes(self, tokens: int, rows: int) -> int:
         """Activations at the widest point of `nas.serving`, the residual stream and the logits.
 
         It is in the MLP (gate, up, their activation and product) or in the attention (queries, rotated queries, and
         three fp32 copies). The norm's two fp32 copies are freed before the MLP, but larger tensors cannot use them.
         """
         hidden, widest = self._shape.hidden_size, 0
-        for linears in (layer.linears for layer in layers):
+        for linears in (layer.linears for layer in self._layers):
             mlp = self._bytes * 4 * linears["gate_proj"].outputs + 2 * _FP32 * hidden
             widest = max(widest, mlp, (self._bytes * 2 + _FP32 * 3) * linears["q_proj"].outputs)
         return tokens * (widest + self._bytes * 3 * hidden) + rows * self._shape.vocab_size * self._bytes
