@@ -52,8 +52,7 @@ class TrainConfig:
 class SupernetConfig(TrainConfig):
     """What only a supernet's training has."""
 
-    # Which K/V heads the choices of a layer share: sliced | pooled | separate; auto: separate with init, else sliced
-    sharing: str = "auto"
+    sharing: str = "auto"  # a rule of nas/model/sharing.py; auto: separate with init, else sliced
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector

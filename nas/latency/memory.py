@@ -42,6 +42,7 @@ class MemoryModel:
     def __init__(self, shape: ModelShape, workload: Workload, on_gpu: bool) -> None:
         self._shape, self._workload, self._bytes = shape, workload, DTYPE_BYTES[workload.dtype]
         self._on_gpu = on_gpu
+        self._layers = set(shape.layers([1] * shape.num_hidden_layers))  # whose groups activations do not depend on
 
     def at(self, vector: Sequence[int], batch: int) -> Memory:
         """What a vector takes at a batch."""
@@ -50,7 +51,7 @@ class MemoryModel:
         weights = shape.parameters(vector) * self._bytes + rope
         rows = prefill_chunks(batch, workload.prompt)[0]
         step = padded_batches(batch, workload.runtime)[-1]
-        workspace = max(self._live_bytes(vector, rows * workload.prompt, rows), self._live_bytes(vector, step, step))
+        workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
         workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out
         unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices per layer, half a block each
         library = _LIBRARY + unused + _SMALL + _FRAGMENTS if self._on_gpu else 0
@@ -79,14 +80,14 @@ class MemoryModel:
         """Of one sequence."""
         return self._workload.context * self._shape.kv_bytes_per_token(vector, self._bytes)
 
-    def _live_bytes(self, vector: Sequence[int], tokens: int, rows: int) -> int:
+    def _live_bytes(self, tokens: int, rows: int) -> int:
         """Activations at the widest point of `nas.serving`, the residual stream and the logits.
 
         It is in the MLP (gate, up, their activation and product) or in the attention (queries, rotated queries, and
         three fp32 copies). The norm's two fp32 copies are freed before the MLP, but larger tensors cannot use them.
         """
         hidden, widest = self._shape.hidden_size, 0
-        for linears in (layer.linears for layer in self._shape.layers(sorted(set(vector)))):
+        for linears in (layer.linears for layer in self._layers):
             mlp = self._bytes * 4 * linears["gate_proj"].outputs + 2 * _FP32 * hidden
             widest = max(widest, mlp, (self._bytes * 2 + _FP32 * 3) * linears["q_proj"].outputs)
         return tokens * (widest + self._bytes * 3 * hidden) + rows * self._shape.vocab_size * self._bytes

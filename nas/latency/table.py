@@ -36,7 +36,7 @@ _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_s
 _REPORTED_SLOWER = 0.005
 
 
-def layer_shape(shape: ModelShape) -> dict[str, int]:
+def layer_shape(shape: ModelShape) -> dict[str, Any]:
     """What a table depends on of a shape: not the number of layers, nor the rotary embeddings' values."""
     features = [key for key in FEATURES if key != "rope_scaling" and getattr(shape, key)]
     return {key: getattr(shape, key) for key in (*_SHAPE_KEYS, *features)}
