@@ -1,8 +1,4 @@
-"""The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper.
-
-The YAML files of ``data``, ``sampler`` and ``export`` in conf/ name a class, and `build` makes it. That class only ever
-comes from the configuration of the running command, never from a file of an earlier run.
-"""
+"""The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper."""
 
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
@@ -133,15 +129,12 @@ class LatencyParts(StageConfig):
     check: int = 4  # whole models of random vectors timed against the predictor, at each of a few workloads
 
 
-@dataclass
 class Train(SupernetParts):
     """nas train"""
 
 
 @dataclass
 class Measure(LatencyParts):
-    """nas measure"""
-
     space: str = "tiny"  # a name, a .yaml file, or a checkpoint's directory
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
@@ -156,8 +149,6 @@ class ConstraintsConfig(_Limits):  # type: ignore[misc, valid-type]
 
 @dataclass
 class Search(LatencyParts, SupernetParts):
-    """nas search"""
-
     budget: str = "60"
     extrapolate: bool = False  # use a latency table beyond what it measured; the costs are then estimates
     cost: CostConfig = field(default_factory=CostConfig)
@@ -176,16 +167,12 @@ class Search(LatencyParts, SupernetParts):
 
 @dataclass
 class Report(StageConfig):
-    """nas report"""
-
     run: str = MISSING
     reference: str | None = None  # a search whose front the others are measured by, such as an exhaustive one
 
 
 @dataclass
 class Export(StageConfig):
-    """nas export"""
-
     run: str = MISSING
     select: str = "all"
     export: dict[str, Any] = MISSING
@@ -193,8 +180,6 @@ class Export(StageConfig):
 
 @dataclass
 class Finetune(StageConfig):
-    """nas finetune"""
-
     checkpoint: str = MISSING
     from_scratch: bool = False
     data: dict[str, Any] = MISSING
@@ -204,8 +189,6 @@ class Finetune(StageConfig):
 
 @dataclass
 class Generate(StageConfig):
-    """nas generate"""
-
     checkpoint: str = MISSING  # a directory that nas export or nas finetune wrote
     prompt: str = MISSING
     new_tokens: int = 64
@@ -237,8 +220,6 @@ class AloneConfig:
 
 @dataclass
 class Fidelity(StageConfig):
-    """nas fidelity"""
-
     supernet: str = MISSING
     data: dict[str, Any] = MISSING  # the text that the supernet was trained on
     init: str | None = None  # the checkpoint that it started from, if it did: the models trained alone start there too
@@ -251,16 +232,9 @@ class Fidelity(StageConfig):
     alone: AloneConfig = field(default_factory=AloneConfig)
 
 
-STAGES: dict[str, type[StageConfig]] = {
-    "train": Train,
-    "measure": Measure,
-    "search": Search,
-    "report": Report,
-    "export": Export,
-    "finetune": Finetune,
-    "generate": Generate,
-    "fidelity": Fidelity,
-}
+_STAGES: list[type[StageConfig]] = [Train, Measure, Search, Report, Export, Finetune, Generate, Fidelity]
+STAGES = {stage.__name__.lower(): stage for stage in _STAGES}
+"""The schemas by command."""
 
 
 def register() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from nas.compiler import check_compiler
+from nas.hardware import check_compiler
 from nas.serving.batching import prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.cuda import captured
