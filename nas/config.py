@@ -46,8 +46,6 @@ class TrainConfig:
 
 @dataclass
 class SupernetConfig(TrainConfig):
-    """What only a supernet's training has."""
-
     # Which K/V heads the choices of a layer share: sliced | pooled | separate; auto: separate with init, else sliced
     sharing: str = "auto"
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
@@ -109,8 +107,8 @@ class StageConfig:
 
 
 @dataclass
-class SupernetParts(StageConfig):
-    """What the commands have that may train a supernet."""
+class Train(StageConfig):
+    """nas train, and what a search has that may train a supernet first."""
 
     space: str | None = None  # a name, a .yaml file, or a checkpoint's directory; null: that of init, else tiny
     init: str | None = None  # directory of a trained Hugging Face checkpoint to start from; null: random weights
@@ -129,10 +127,6 @@ class LatencyParts(StageConfig):
     check: int = 4  # whole models of random vectors timed against the predictor, at each of a few workloads
 
 
-class Train(SupernetParts):
-    """nas train"""
-
-
 @dataclass
 class Measure(LatencyParts):
     space: str = "tiny"  # a name, a .yaml file, or a checkpoint's directory
@@ -148,7 +142,7 @@ class ConstraintsConfig(_Limits):  # type: ignore[misc, valid-type]
 
 
 @dataclass
-class Search(LatencyParts, SupernetParts):
+class Search(LatencyParts, Train):
     budget: str = "60"
     extrapolate: bool = False  # use a latency table beyond what it measured; the costs are then estimates
     cost: CostConfig = field(default_factory=CostConfig)

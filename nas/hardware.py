@@ -13,17 +13,17 @@ import pynvml
 
 from nas.errors import UserError
 
-# Bits of NVML's clocks event reasons, once called throttle reasons. Not 0x1: a GPU that idles is not held back.
-_THROTTLE_REASONS = {
-    0x2: "application clocks",
-    0x4: "software power cap",
-    0x8: "hardware slowdown",
-    0x10: "sync boost",
-    0x20: "software thermal slowdown",
-    0x40: "hardware thermal slowdown",
-    0x80: "hardware power brake",
-    0x100: "display clock",
-}
+# By NVML's bits from 0x2 on; 0x1 is not here, for a GPU that idles is not held back.
+_THROTTLE_REASONS = [
+    "application clocks",
+    "software power cap",
+    "hardware slowdown",
+    "sync boost",
+    "software thermal slowdown",
+    "hardware thermal slowdown",
+    "hardware power brake",
+    "display clock",
+]
 
 
 def cpu_name() -> str:
@@ -51,11 +51,8 @@ def check_compiler(instead: str) -> None:
 
 
 def _throttle_reasons(gpu: Any) -> list[str]:
-    try:
-        bits = pynvml.nvmlDeviceGetCurrentClocksEventReasons(gpu)
-    except (pynvml.NVMLError, AttributeError):  # a binding or driver from before NVML renamed them
-        bits = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)
-    return [name for bit, name in _THROTTLE_REASONS.items() if bits & bit]
+    bits = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(gpu)  # by its older name, which all drivers know
+    return [name for bit, name in enumerate(_THROTTLE_REASONS, start=1) if bits >> bit & 1]
 
 
 _Queries = dict[str, Callable[[Any], Any]]

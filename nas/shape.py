@@ -141,8 +141,9 @@ class ModelShape:
 
 
 def _check_kind(name: str, value: Any, kind: type) -> None:
-    types = (int, float) if kind is float else kind
-    if not isinstance(value, types) or isinstance(value, bool) != (kind is bool) or (kind is not bool and value <= 0):
+    numbers = int if kind is int else (int, float)
+    positive = isinstance(value, numbers) and not isinstance(value, bool) and value > 0
+    if not (isinstance(value, bool) if kind is bool else positive):
         raise ValueError(f"{name} is {value!r} but must be {_KINDS[kind]}")
 
 

@@ -168,7 +168,8 @@ def load_space(reference: str) -> SearchSpace:
             "a trained model's directory"
         )
     try:
-        values = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))  # reads 1e-5 as a number
+        # OmegaConf's YAML reads 1e-5 as a number, as JSON does
+        values: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping of keys to values; see the shipped ones")
         return space_from_dict(path.stem, values)

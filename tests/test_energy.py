@@ -247,7 +247,7 @@ def describe(monkeypatch: pytest.MonkeyPatch) -> None:
         "PowerManagementLimit": 700_000,
         "EccMode": [1, 0],
         "MemoryInfo": Memory,
-        "CurrentClocksEventReasons": 0x1 | 0x4 | 0x40,
+        "CurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
         "Temperature": 61,
     }
     for key, value in answers.items():
@@ -279,17 +279,8 @@ def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pyt
 @pytest.mark.parametrize("reasons", [0, 1])
 def test_a_gpu_that_idles_is_not_throttled(plug: Plug, monkeypatch: pytest.MonkeyPatch, reasons: int) -> None:
     plug(FakeGpu())
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda _: reasons)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: reasons)
     assert nvml_state()["throttle_reasons"] == []
-
-
-@pytest.mark.parametrize("old", ["binding", "driver"])
-def test_reasons_have_an_older_name(plug: Plug, monkeypatch: pytest.MonkeyPatch, old: str) -> None:
-    plug(FakeGpu())
-    if old == "binding":
-        monkeypatch.delattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x8)
-    assert nvml_state()["throttle_reasons"] == ["hardware slowdown"]
 
 
 def test_what_nvml_refuses_is_left_out(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
