@@ -21,13 +21,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from nas import __version__, console
+from nas import __version__, console, shipped
 from nas.config import STAGES, register, to_stage
 from nas.distributed import SIZE, broadcast, leave, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
 from nas.files import without_passwords
 from nas.overrides import is_sweep, to_hydra
-from nas.resources import shipped
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
 

@@ -17,8 +17,6 @@ FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; 
 
 @dataclass
 class TrainConfig:
-    """How to train any model: a supernet, or a finetuned one."""
-
     steps: int = 500
     batch: int = 8  # rows per step
     length: int | None = None  # tokens per row; null: the model's whole context
@@ -100,8 +98,6 @@ class MeasureConfig:
 
 @dataclass
 class StageConfig:
-    """What every command has."""
-
     name: str = MISSING
     runs_dir: str = "runs"
 
@@ -228,14 +224,12 @@ class Fidelity(StageConfig):
 
 _STAGES: list[type[StageConfig]] = [Train, Measure, Search, Report, Export, Finetune, Generate, Fidelity]
 STAGES = {stage.__name__.lower(): stage for stage in _STAGES}
-"""The schemas by command."""
 
 
 def register() -> None:
     """Makes the schemas known to Hydra as ``<stage>_schema``."""
-    store = ConfigStore.instance()
     for stage, schema in STAGES.items():
-        store.store(name=f"{stage}_schema", node=schema)
+        ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
 
 
 def to_stage(config: DictConfig) -> Any:
@@ -248,11 +242,7 @@ def to_stage(config: DictConfig) -> Any:
 
 
 def build(spec: dict[str, Any], **more: Any) -> Any:
-    """Makes the object that the YAML of a group in conf/ describes.
-
-    Raises:
-        UserError: Its class refuses the values.
-    """
+    """Makes the object that the YAML of a group in conf/ describes."""
     try:
         return hydra.utils.instantiate(spec, _convert_="all", **more)
     except InstantiationException as error:

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -81,9 +82,10 @@ _QUERIES = _FACTS | _STATE | _SENSORS
 class Gpu:
     """A GPU by its UUID in PyTorch, or NVML's first. NVML may be absent, lack a sensor or fail: nothing raises here."""
 
+    _handle: Any = None
+
     def __init__(self, uuid: str | None = None) -> None:
         self._uuid = uuid
-        self._handle: Any = None
 
     def __enter__(self) -> Self:
         with suppress(pynvml.NVMLError):
@@ -104,16 +106,11 @@ class Gpu:
         return None
 
 
-def nvml_facts(uuid: str | None = None) -> dict[str, Any]:
-    """Name, driver, power limit and whether ECC is on; whatever NVML does not answer is left out."""
-    return _answers(uuid, _FACTS)
-
-
-def nvml_state(uuid: str | None = None) -> dict[str, Any]:
-    """What changes while a GPU runs, to be recorded before and after; whatever NVML does not answer is left out."""
-    return _answers(uuid, _STATE)
-
-
-def _answers(uuid: str | None, queries: _Queries) -> dict[str, Any]:
+def _answers(queries: _Queries, uuid: str | None = None) -> dict[str, Any]:
+    """What NVML answers; what it does not is left out."""
     with Gpu(uuid) as gpu:
         return {query: answer for query in queries if (answer := gpu.read(query)) is not None}
+
+
+nvml_facts = partial(_answers, _FACTS)
+nvml_state = partial(_answers, _STATE)  # to be recorded before and after a GPU works

@@ -16,8 +16,8 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from nas import shipped
 from nas.config import STAGES
-from nas.resources import shipped
 
 _SWEEPS = {"-m", "--multirun"}
 _PROMPT = "prompt"

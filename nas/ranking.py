@@ -19,8 +19,7 @@ from numpy.random import Generator
 from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
 
 from nas.errors import UserError
-from nas.space import SearchSpace, Vector
-from nas.totals import Totals
+from nas.space import SearchSpace, Totals, Vector
 
 Floats = npt.NDArray[np.float64]
 
