@@ -91,7 +91,7 @@ def _hydra(stage: str, overrides: list[str]) -> int:
     def run(config: DictConfig) -> None:
         nonlocal failed
         try:
-            _run_stage(config)
+            _run_stage(stage, config)
         except BaseException as error:
             if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):  # libraries may cover it up
                 raise KeyboardInterrupt(f"the same command with name={config.name} finishes it") from None
@@ -162,10 +162,8 @@ def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
     return f"{where}{first}; nas {stage} --help lists the keys", 1 if isinstance(cause, ValidationError) else 2
 
 
-def _run_stage(config: DictConfig) -> None:
-    hydra_config = HydraConfig.get()
-    path = Path(os.path.relpath(hydra_config.runtime.output_dir))
-    stage = hydra_config.job.config_name
+def _run_stage(stage: str, config: DictConfig) -> None:
+    path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     if SIZE > 1 and stage not in _MANY_PROCESSES:
         raise UserError(f"nas {stage} is one process; use torchrun with nas {' and nas '.join(_MANY_PROCESSES)} only")
     try:
