@@ -28,7 +28,7 @@ from nas.latency import find_device, resolve_workload, this_device
 from nas.model import Supernet
 from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss, LossMemo
-from nas.space import SearchSpace, format_vector, load_space
+from nas.space import SearchSpace, format_vector
 from nas.stages import fidelity
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
 from tests.helpers import TEXT, TIMING, TRAINING, Damage, check_refusal, flipped, harm, started, to
@@ -182,40 +182,6 @@ def test_a_bad_run_of_a_sweep_does_not_stop_the_others(nas: Nas, tmp_path: Path)
     outcome = nas("train", "-m", *DEFAULTS["train"], "train.sharing=stolen,sliced", "name=sweep")
     check_refusal(outcome, ["'stolen'"])
     assert [mark.parent.name for mark in tmp_path.rglob("complete.json")] == ["train.sharing-sliced"]
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "words"),
-    [
-        ("[1, 2, 4]", "[1, 3]", ["3", "layer 0", "1, 2, 4"]),
-        ("[1, 2, 4]", "[]", ["kv_groups is []", "list"]),
-        ("[1, 2, 4]", "4", ["kv_groups is 4", "list"]),
-        ("[1, 2, 4]", "[1, two]", ["'two'", "whole numbers"]),
-        ("[1, 2, 4]", "[1, [2]]", ["[2]", "whole numbers"]),
-        ("[1, 2, 4]", "[[1], [1, [2]], [1]]", ["[2]", "whole numbers"]),
-        ("[1, 2, 4]", "[[1], [2]]", ["2 layers", "num_hidden_layers is 3"]),
-        ("head_dim: 8\n", "", ["head_dim is missing", "add it"]),
-        ("head_dim: 8\n", "head_dim: 8\ncolour: red\n", ["unknown key colour", "num_hidden_layers"]),
-        ("head_dim: 8\n", "head_dim: 8\n1: red\n", ["unknown key 1", "num_hidden_layers"]),
-        ("head_dim: 8\n", "head_dim: 7\n", ["head_dim is 7", "even"]),
-        ("hidden_size: 32\n", "hidden_size: wide\n", ["hidden_size is 'wide'", "positive integer"]),
-        ("hidden_size: 32\n", "hidden_size: -32\n", ["hidden_size is -32", "positive integer"]),
-        ("4-1-2", "4-1", ["favourite", "4-1 has 2 layers", "3"]),
-        ("4-1-2", "4-1-3", ["favourite", "3 groups in layer 2", "1, 2, 4"]),
-        ("favourite: 4-1-2", "- 4-1-2", ["known_vectors", "by name"]),
-        ("[1, 2, 4]", "[1, 2", ["not valid YAML", "kv_groups"]),
-        (MICRO, "words", ["not a mapping", "shipped"]),
-        (MICRO, b"\xff\xfe\x00", ["not valid YAML"]),
-        (MICRO, "", ["not a mapping", "shipped"]),
-    ],
-)
-def test_a_wrong_space_is_named_with_its_fix(tmp_path: Path, old: str, new: str | bytes, words: list[str]) -> None:
-    assert old in MICRO
-    path = tmp_path / "mine.yaml"
-    path.write_bytes(new if isinstance(new, bytes) else MICRO.replace(old, new).encode())
-    with pytest.raises(UserError) as refusal:
-        load_space(str(path))
-    assert all(word in str(refusal.value) for word in ["mine.yaml", *words]), refusal.value
 
 
 @pytest.mark.parametrize("command", ["measure", "search device=nvidia-a10g"])

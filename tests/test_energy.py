@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nas.config import CostConfig, MeasureConfig
 from nas.errors import UserError
-from nas.hardware import Gpu, nvml_facts, nvml_state
+from nas.hardware import nvml_facts, nvml_state
 from nas.latency.cost import costs
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
 from nas.latency.measurement import _energy
@@ -225,7 +225,7 @@ def describe(monkeypatch: pytest.MonkeyPatch) -> None:
         "PowerManagementLimit": 700_000,
         "EccMode": [1, 0],
         "MemoryInfo": Memory,
-        "CurrentClocksEventReasons": 0x1 | 0x4 | 0x40,
+        "CurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
         "Temperature": 61,
     }
     for key, value in answers.items():
@@ -257,17 +257,8 @@ def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pyt
 @pytest.mark.parametrize("reasons", [0, 1])
 def test_a_gpu_that_idles_is_not_throttled(plug: Plug, monkeypatch: pytest.MonkeyPatch, reasons: int) -> None:
     plug(FakeGpu())
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda _: reasons)
-    assert Gpu().read("throttle_reasons") == []
-
-
-@pytest.mark.parametrize("old", ["binding", "driver"])
-def test_reasons_have_an_older_name(plug: Plug, monkeypatch: pytest.MonkeyPatch, old: str) -> None:
-    plug(FakeGpu())
-    if old == "binding":
-        monkeypatch.delattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x8)
-    assert Gpu().read("throttle_reasons") == ["hardware slowdown"]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: reasons)
+    assert nvml_state()["throttle_reasons"] == []
 
 
 def test_what_nvml_refuses_is_left_out(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -285,14 +276,6 @@ def test_a_gpu_that_nvml_does_not_know_answers_nothing(plug: Plug, monkeypatch: 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByUUID", refuse)
     assert nvml_facts("other") == {}
     assert gpu.opened == 0
-
-
-def test_a_closed_gpu_answers_nothing_more(plug: Plug) -> None:
-    fake = plug(FakeGpu())
-    with Gpu() as gpu:
-        assert gpu.read("power_watts") == 300
-    assert gpu.read("power_watts") is None
-    assert fake.opened == 0
 
 
 # The table

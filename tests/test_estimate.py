@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas import shipped
 from nas.files import read_json
 from nas.latency import Device, find_device
 from nas.latency.estimate import RooflineLatency, elementwise_values
 from nas.latency.predictor import PHASES, Phase
-from nas.resources import shipped
 from nas.space import SearchSpace, load_space
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "calibrate_a10g.py"

@@ -16,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas import shipped
 from nas.config import ConstraintsConfig, CostConfig, MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Predictor, Workload, find_device, resolve_workload, this_device
@@ -35,7 +36,6 @@ from nas.latency.predictor import STEP_REVISION, Phase
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.metrics import COLUMNS as METRIC_COLUMNS
 from nas.metrics import LIMITS, METRICS, OBJECTIVES
-from nas.resources import shipped
 from nas.serving.batching import PREFILL_TOKENS, prefill_chunks
 from nas.space import SearchSpace, load_space, parse_vector
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
 from nas.run import Run
-from nas.space import SearchSpace, Vector, load_space
-from nas.totals import Totals
+from nas.space import SearchSpace, Totals, Vector, load_space
 from nas.training import check_memory, fit
 from nas.training.loop import Microbatch, learning_rate_at
 from nas.training.recipes import check_recipe, distilled_loss, step_plan

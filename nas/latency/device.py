@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
+from nas import shipped
 from nas.errors import UserError
 from nas.files import read_json
 from nas.hardware import cpu_name, nvml_facts
-from nas.resources import shipped
 
 DEVICE = "device.json"
 _CUDA_CONTEXT = 3 * 2**28  # bytes: context, kernels' code and the driver's reserve, a little above what an H100 showed

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.compiler import check_compiler
+from nas.hardware import check_compiler
 from nas.serving.batching import padded_batches, prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.layers import ServingLayer, ServingModel, split_k_linear

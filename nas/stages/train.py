@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from nas import console
-from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, SupernetParts, Train, build
+from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, Train, build
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, broadcast
 from nas.files import value_hash
@@ -24,7 +24,7 @@ from nas.training import check_memory, fit, full_state_dict, supernet_loss, trai
 from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import check_recipe
 
-Parts = TypeVar("Parts", bound=SupernetParts)
+Parts = TypeVar("Parts", bound=Train)
 
 _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
 
@@ -57,15 +57,13 @@ def resolve(config: Parts) -> tuple[Parts, SearchSpace, Checkpoint | None]:
     return dataclasses.replace(config, train=options, tokenizer=tokenizer), space, init
 
 
-def supernet_data(config: SupernetParts, space: SearchSpace) -> TokenData:
+def supernet_data(config: Train, space: SearchSpace) -> TokenData:
     """The tokens that a supernet of ``space`` is trained and validated on."""
     vocabulary = space.shape.vocab_size
     return prepare_tokens(build(config.data), config.tokenizer, vocabulary, Path(config.runs_dir) / "cache")
 
 
-def supernet_config(
-    config: SupernetParts, space: SearchSpace, init: Checkpoint | None, data: TokenData
-) -> dict[str, Any]:
+def supernet_config(config: Train, space: SearchSpace, init: Checkpoint | None, data: TokenData) -> dict[str, Any]:
     """What a train run records; ``config`` is resolved."""
     return {
         "space": {"name": space.name, **space.to_dict()},
@@ -111,7 +109,7 @@ def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_di
 
 
 def train_supernet(
-    config: SupernetParts,
+    config: Train,
     space: SearchSpace,
     init: Checkpoint | None,
     data: TokenData,

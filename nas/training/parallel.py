@@ -16,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nas.compiler import check_compiler
 from nas.config import TrainConfig
 from nas.distributed import SIZE
+from nas.hardware import check_compiler
 from nas.model import Supernet
 from nas.model.decoder import Layer
 

@@ -13,8 +13,7 @@ from torch import Tensor
 from nas.config import SupernetConfig
 from nas.errors import UserError
 from nas.quality import row_losses
-from nas.space import SearchSpace, Vector
-from nas.totals import Totals
+from nas.space import SearchSpace, Totals, Vector
 
 Plan = list[list[Vector]]  # for each text of a step, the vectors that it runs at: as many for each text
 Recipe = Callable[[SearchSpace, SupernetConfig, np.random.Generator], Plan]
