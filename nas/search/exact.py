@@ -22,12 +22,7 @@ _CELLS = 50_000  # of the table of counts; a larger one takes too long
 
 @dataclass(frozen=True)
 class BestVectors:
-    """The best vector for each of many totals.
-
-    Attributes:
-        vectors_TL: The vectors, as choices.
-        losses_T: Their losses.
-    """
+    """The best vector for each of many totals, as choices, and its loss."""
 
     vectors_TL: Ints
     losses_T: Floats
@@ -42,9 +37,6 @@ def best_by_counts(penalties_LK: Floats, couplings_MKK: Floats | None = None) ->
     Args:
         penalties_LK: Penalty of each choice in each layer; infinite where a layer does not have that choice.
         couplings_MKK: Coupling of each pair of neighbours' choices, M = L - 1.
-
-    Returns:
-        One vector for each combination of counts that some vector has.
 
     Raises:
         ValueError: The shapes do not go together, or a value is NaN.
@@ -64,16 +56,7 @@ def best_by_counts(penalties_LK: Floats, couplings_MKK: Floats | None = None) ->
 
 
 def best_by_weights(penalties_LK: Floats, couplings_MKK: Floats | None, weights_KW: Ints) -> BestVectors:
-    """As `best_by_counts`, for every total of the layers' weights instead of every combination of counts.
-
-    Args:
-        penalties_LK: Penalty of each choice in each layer.
-        couplings_MKK: Coupling of each pair of neighbours' choices.
-        weights_KW: What each choice adds to the totals: whole numbers, not negative.
-
-    Raises:
-        ValueError: The shapes do not go together, or a value is NaN.
-    """
+    """As `best_by_counts`, for every total of weights: whole numbers, not negative, that each choice adds to it."""
     layers, choices = penalties_LK.shape
     couplings = np.zeros((layers - 1, choices, choices)) if couplings_MKK is None else couplings_MKK
     if couplings.shape != (layers - 1, choices, choices):
@@ -101,15 +84,9 @@ def best_by_weights(penalties_LK: Floats, couplings_MKK: Floats | None, weights_
 
 
 def best_vectors(penalties_LK: Floats, couplings_MKK: Floats | None, levels_K: Ints) -> Ints:
-    """The vectors of `best_by_counts`, or where counts are too many, the best one for every total of groups.
+    """The vectors (T, L) of `best_by_counts`, or where counts are too many, the best one for every total of groups.
 
-    Args:
-        penalties_LK: Penalty of each choice in each layer.
-        couplings_MKK: Coupling of each pair of neighbours' choices.
-        levels_K: Groups of each choice.
-
-    Returns:
-        Vectors as choices, (T, L).
+    ``levels_K`` are the groups of each choice.
     """
     if (len(penalties_LK) + 1) ** (len(levels_K) - 1) <= _CELLS:
         return best_by_counts(penalties_LK, couplings_MKK).vectors_TL

@@ -22,10 +22,7 @@ def expected_hypervolume_improvement(
         deviations_N: Its standard deviation; 0 is certainty.
         costs_NC: Costs of each candidate.
         front: Loss and costs of the front's points, (F, 1 + C).
-        reference: The reference point, (1 + C,).
-
-    Returns:
-        The product of the objectives' units, shape (N,).
+        reference: The hypervolume's reference point, (1 + C,).
     """
     ordered = front[np.argsort(front[:, 0], kind="stable")]
     edges_E = np.concatenate((ordered[:, 0], reference[:1]))  # the upper end of each slice of losses
