@@ -114,7 +114,8 @@ class FrontSampler(InformedSampler):
     def _candidates(self, layers: Layers, models: Iterable[LossModel]) -> Ints:
         """All vectors of a small space; of a large one the best for all counts, by the model's mean and a sample."""
         if np.prod(layers.allowed_LK.sum(axis=1), dtype=float) <= _ENUMERATED:
-            return layers.all_vectors()
+            axes = np.meshgrid(*map(np.flatnonzero, layers.allowed_LK), indexing="ij")
+            return np.stack([axis.ravel() for axis in axes], axis=1)
         forbidden = np.where(layers.allowed_LK, 0.0, np.inf)
         losses = [loss for model in models for loss in (model.mean(), model.draw(self._rng))]
         best = [best_vectors(forbidden + loss.penalties_LK, loss.couplings_MKK, layers.levels_K) for loss in losses]

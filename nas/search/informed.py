@@ -51,8 +51,3 @@ class Layers:
         """Vectors of groups as choices, (N, L)."""
         groups = np.array([list(vector) for vector in vectors], dtype=np.intp).reshape(-1, len(self.allowed_LK))
         return np.searchsorted(self.levels_K, groups)
-
-    def all_vectors(self) -> Ints:
-        """Every vector, (N, L), in lexicographic order."""
-        axes = np.meshgrid(*map(np.flatnonzero, self.allowed_LK), indexing="ij")
-        return np.stack([axis.ravel() for axis in axes], axis=1)

@@ -1,6 +1,5 @@
 """Fronts and hypervolume, by moocore, over data frames whose columns are metrics."""
 
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import moocore
@@ -13,7 +12,6 @@ from nas.metrics import METRICS, OBJECTIVES
 
 Floats = npt.NDArray[np.float64]
 _REFERENCE_MARGIN = 0.1  # of the reference vectors' range
-_BYTES = "kv_bytes_per_token"
 
 
 @dataclass(frozen=True)
@@ -69,20 +67,6 @@ def front_distance(points: Floats, best: Floats, objectives: Objectives) -> floa
     """How far points stay behind those of a reference front: IGD+, each objective scaled to that front's range."""
     points, best = _scaled(points, best), _scaled(best, best)
     return float(moocore.igd_plus(points, best, maximise=objectives.maximise))
-
-
-def gains_over_uniform(trials: pd.DataFrame, uniform: Collection[str]) -> pd.DataFrame:
-    """What the best vectors gain over each evaluated uniform one.
-
-    ``loss_gain_nats`` is by how much the best loss at no more KV bytes is lower; ``bytes_saved``, which part of its KV
-    bytes is not needed for a loss as low.
-    """
-    rows = []
-    for vector, loss, size in trials.loc[trials["vector"].isin(uniform), ["vector", "loss_nats", _BYTES]].to_numpy():
-        at_its_bytes = trials.loc[trials[_BYTES] <= size, "loss_nats"].min()
-        at_its_loss = trials.loc[trials["loss_nats"] <= loss, _BYTES].min()
-        rows.append((vector, float(loss - at_its_bytes), 1.0 - float(at_its_loss) / size))
-    return pd.DataFrame(rows, columns=["vector", "loss_gain_nats", "bytes_saved"])
 
 
 def knee(front: pd.DataFrame, objectives: Objectives) -> int:

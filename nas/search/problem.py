@@ -26,11 +26,8 @@ _TOLERANCE = 1e-8  # of a limit, which is given with no more digits than are pri
 class Problem:
     """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted.
 
-    Args:
-        space: The search space.
-        objectives: What to optimise.
-        costs: All metrics of a vector but its loss; must depend on the sorted vector alone.
-        limits: Bounds on costs by their keys in `nas.metrics.LIMITS`; None is no limit.
+    ``costs`` gives all metrics of a vector but its loss, and must depend on the sorted vector alone. ``limits`` are
+    bounds on them by their keys in `nas.metrics.LIMITS`; None is no limit.
 
     Raises:
         UserError: No vector keeps all limits.
@@ -50,7 +47,7 @@ class Problem:
 
     def keeps_limits(self, vector: Vector) -> bool:
         """Whether a vector may be evaluated."""
-        return not self._limits or all(self._excess(key, self.costs(vector)) <= 0 for key in self._limits)
+        return all(self._excess(key, self.costs(vector)) <= 0 for key in self._limits)
 
     def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Which of many vectors keep all limits."""

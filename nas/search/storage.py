@@ -26,7 +26,7 @@ from nas.search.pareto import Objectives
 
 _BEATS_OF_GRACE = 6  # so many heartbeats may fail to arrive before a worker counts as dead
 _CONNECT = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}  # seconds; SQLite's: for a lock
-_DRIVERS = {"postgresql": "postgresql+psycopg2"}  # SQLAlchemy's own choice depends on its version
+_POSTGRESQL = "postgresql+psycopg2"  # SQLAlchemy's own choice of a driver depends on its version
 _ATTEMPTS = 20
 _METADATA = "metadata"  # the study's user attribute that all workers must have in common
 
@@ -58,11 +58,7 @@ class Storage:
         return f"study {self.study} in {without_passwords(self.url)}"
 
     def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
-        """The study, made if it is not there yet.
-
-        Raises:
-            UserError: It was begun with other metadata.
-        """
+        """The study, made if it is not there yet; refused if it was begun with other metadata."""
         study = optuna.create_study(
             storage=self._connect(),
             study_name=self.study,
@@ -99,11 +95,7 @@ class Storage:
 
     @contextmanager
     def in_reach(self) -> Iterator[None]:
-        """Turns what goes wrong between us and the database into one sentence, and Optuna's remarks into none.
-
-        Raises:
-            UserError: It cannot be reached, read or written.
-        """
+        """Turns what goes wrong between us and the database into one sentence, and Optuna's remarks into none."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, names of metrics
@@ -147,8 +139,8 @@ class Storage:
     def _parsed(self) -> URL:
         with suppress(ArgumentError, ValueError):  # ValueError: a port that is no number
             url = make_url(self.url)
-            driver = _DRIVERS.get(url.drivername, url.drivername)
-            if url.database and driver in ("sqlite", *_DRIVERS.values()) and "@" not in (url.host or ""):
+            driver = _POSTGRESQL if url.drivername == "postgresql" else url.drivername
+            if url.database and driver in ("sqlite", _POSTGRESQL) and "@" not in (url.host or ""):  # of the password
                 return url.set(drivername=driver)
         raise UserError(  # does not repeat what it was given: who knows where in it the password is
             "storage is not the URL of a PostgreSQL database; give postgresql://USER@HOST/DATABASE, a password's "

@@ -54,14 +54,13 @@ def search(
 ) -> pd.DataFrame:
     """Evaluates vectors until the budget or the space is used up; goes on with what ``storage`` holds.
 
+    ``loss`` is in nats per token; ``make_sampler`` makes an Optuna sampler from a ``seed``.
+
     ``known`` vectors, whose loss is known from an earlier search, come first and are no part of the budget; then come
     the space's reference vectors, ``proposed`` ones, and what the sampler proposes. No vector is evaluated that breaks
     a limit. Returns when all other workers' evaluations are finished too.
 
     Args:
-        problem: What is searched.
-        loss: Loss of a vector in nats per token.
-        make_sampler: Makes the Optuna sampler from a ``seed``.
         budget: When to stop; a duration is that in which any worker was at work.
         running: What becomes of trials that run already. ``fail``: no other worker lives, so they are half-done ones
             of a killed one, and are made again. ``wait``: until each is finished, or its heartbeat has stopped, since
@@ -86,10 +85,12 @@ def search(
         worker = _Worker(study, sampler, problem, loss, evaluations, budget.seconds)
         if running == "fail":
             for trial in worker.trials(TrialState.RUNNING):
-                study.tell(trial.number, state=TrialState.FAIL)
+                with suppress(UpdateFinishedTrialError):  # it ended at this very moment
+                    study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
         with console.progress_bar("Evaluating vectors", budget.seconds or evaluations, worker.spent()) as bar:
-            if running == "wait":
-                worker.wait_for_running()
+            awaited = worker.running() if running == "wait" else set()
+            while awaited & worker.running():
+                time.sleep(_POLL_S)
             while worker.may_go_on(bar):
                 worker.evaluate_next(bar)
         frame = pd.DataFrame([trial.user_attrs for trial in worker.finished().values()])
@@ -120,16 +121,10 @@ class _Worker:
         """Evaluations that all workers have finished, or seconds, whichever is limited."""
         return len(self.finished()) if self.seconds is None else time.monotonic() - self._begun
 
-    def wait_for_running(self) -> None:
-        """Returns when all trials that run at this moment have ended."""
-        awaited = self._running()
-        while awaited & self._running():
-            time.sleep(_POLL_S)
-
     def may_go_on(self, bar: Bar) -> bool:
         """Whether there is something left to evaluate; waits while what others evaluate may decide that."""
         while True:
-            running, finished = self._running(), self.finished()
+            running, finished = self.running(), self.finished()
             in_time = self.seconds is None or self.spent() < self.seconds
             if in_time and len(finished) + len(running) < self.evaluations:
                 return True
@@ -166,7 +161,7 @@ class _Worker:
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)
 
-    def _running(self) -> set[int]:
+    def running(self) -> set[int]:
         """The numbers of the trials that run, after those were failed whose heartbeat has stopped."""
         fail_stale_trials(self.study)
         running = {trial.number: trial for trial in self.trials(TrialState.RUNNING)}
