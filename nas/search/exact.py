@@ -31,12 +31,8 @@ class BestVectors:
 def best_by_counts(penalties_LK: Floats, couplings_MKK: Floats | None = None) -> BestVectors:
     """The vector of least loss for every combination of counts: how many layers have each choice.
 
-    The loss of vector v is the sum over layers of ``penalties[l, v[l]]``, plus, where there are couplings, the sum over
-    neighbouring layers of ``couplings[l, v[l], v[l + 1]]``.
-
-    Args:
-        penalties_LK: Penalty of each choice in each layer; infinite where a layer does not have that choice.
-        couplings_MKK: Coupling of each pair of neighbours' choices, M = L - 1.
+    The loss of vector v is the sum over layers of ``penalties[l, v[l]]``, infinite where a layer lacks that choice,
+    plus, where there are couplings, the sum over the M = L - 1 pairs of neighbours of ``couplings[l, v[l], v[l + 1]]``.
 
     Raises:
         ValueError: The shapes do not go together, or a value is NaN.

@@ -10,18 +10,14 @@ from optuna.samplers import BaseSampler
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
-Costs = Callable[[Ints], Floats]
-"""Objectives (N, O) of vectors of groups (N, L), as far as they are known without evaluation; NaN where not. They
-depend only on how many layers have each number of groups."""
-Permitted = Callable[[Ints], npt.NDArray[np.bool_]]
-"""Which of some vectors of groups (N, L) may be proposed."""
+Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN for what is not known beforehand
 
 
 class InformedSampler(BaseSampler):
     """A sampler of whole vectors that makes use of more than a study's trials, where it is told."""
 
     costs: Costs | None = None
-    permitted: Permitted | None = None  # None: everything
+    permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None  # which vectors of groups (N, L); None: all
     taken: Set[tuple[int, ...]] = frozenset()  # must not be proposed, beside the vectors of the study's trials
 
 
@@ -34,11 +30,7 @@ class Layers:
 
     @classmethod
     def of(cls, distributions: Iterable[BaseDistribution]) -> "Layers":
-        """From the distributions of a study's parameters, one per layer.
-
-        Raises:
-            ValueError: One is not categorical over whole numbers.
-        """
+        """From the distributions of a study's parameters, one per layer."""
         allowed = []
         for distribution in distributions:
             allowed.append(getattr(distribution, "choices", [None]))

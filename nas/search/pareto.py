@@ -21,11 +21,10 @@ class Objectives:
     names: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        for name in self.names:
-            if name not in OBJECTIVES:
-                raise UserError(f"objective '{name}' is none; use two or three of {', '.join(OBJECTIVES)}")
-        if not 2 <= len(set(self.names)) == len(self.names) <= 3:
-            raise UserError(f"objectives is [{', '.join(self.names)}]; give two or three different metrics")
+        different = set(self.names).intersection(OBJECTIVES)
+        if not 2 <= len(different) == len(self.names) <= 3:
+            names, known = ", ".join(self.names), ", ".join(OBJECTIVES)
+            raise UserError(f"objectives is [{names}]; give two or three different ones of {known}")
 
     @property
     def maximise(self) -> list[bool]:

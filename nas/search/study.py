@@ -27,7 +27,6 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas import console
 from nas.budget import Budget
-from nas.console import Bar
 from nas.errors import UserError
 from nas.metrics import COLUMNS, OPTIONAL_COLUMNS
 from nas.search.pareto import on_front
@@ -54,11 +53,9 @@ def search(
 ) -> pd.DataFrame:
     """Evaluates vectors until the budget or the space is used up; goes on with what ``storage`` holds.
 
-    ``loss`` is in nats per token; ``make_sampler`` makes an Optuna sampler from a ``seed``.
-
     ``known`` vectors, whose loss is known from an earlier search, come first and are no part of the budget; then come
-    the space's reference vectors, ``proposed`` ones, and what the sampler proposes. No vector is evaluated that breaks
-    a limit. Returns when all other workers' evaluations are finished too.
+    the space's reference vectors, ``proposed`` ones, and what the sampler that ``make_sampler`` makes from a ``seed``
+    proposes. No vector is evaluated that breaks a limit. Returns when all other workers are finished too.
 
     Args:
         budget: When to stop; a duration is that in which any worker was at work.
@@ -121,7 +118,7 @@ class _Worker:
         """Evaluations that all workers have finished, or seconds, whichever is limited."""
         return len(self.finished()) if self.seconds is None else time.monotonic() - self._begun
 
-    def may_go_on(self, bar: Bar) -> bool:
+    def may_go_on(self, bar: console.Bar) -> bool:
         """Whether there is something left to evaluate; waits while what others evaluate may decide that."""
         while True:
             running, finished = self.running(), self.finished()
@@ -133,7 +130,7 @@ class _Worker:
             bar.update(self.spent())
             time.sleep(_POLL_S)
 
-    def evaluate_next(self, bar: Bar) -> None:
+    def evaluate_next(self, bar: console.Bar) -> None:
         """Evaluates one vector, unless another worker turns out to have it."""
         trial = self.study.ask()
         with (
