@@ -51,6 +51,8 @@ class Problem:
 
     def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Which of many vectors keep all limits."""
+        if not self._limits:
+            return np.ones(len(vectors_NL), dtype=bool)
         return np.asarray(_by_counts(self.keeps_limits, vectors_NL), dtype=bool)
 
     @cached_property
@@ -94,8 +96,10 @@ class Problem:
 
 def _by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
     """A function of many vectors that depends only on the sorted vector, and is called once for each of these."""
-    different, which = np.unique(np.sort(vectors_NL, axis=1), axis=0, return_inverse=True)
-    return np.array([function(tuple(counts)) for counts in different.tolist()])[which.ravel()]
+    rows_NL = np.ascontiguousarray(np.sort(vectors_NL, axis=1))
+    keys_N = rows_NL.view(f"V{rows_NL.itemsize * rows_NL.shape[1]}").ravel()  # far faster to sort than rows
+    _, first, which_N = np.unique(keys_N, return_index=True, return_inverse=True)
+    return np.array([function(tuple(row)) for row in rows_NL[first].tolist()])[which_N]
 
 
 def ways_by_counts(space: SearchSpace) -> Counter[Vector]:

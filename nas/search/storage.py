@@ -74,11 +74,7 @@ class Storage:
         return study
 
     def check(self, metadata: Mapping[str, str]) -> None:
-        """Compares what is known of a search so far with what the study was begun with, if it was.
-
-        Raises:
-            UserError: The storage cannot be reached, or the search was begun with other metadata.
-        """
+        """Refuses a study that was begun with other metadata, and a storage that cannot be reached."""
         with self.in_reach():
             storage = self._connect()
             begun = {study.study_name: study.user_attrs for study in storage.get_all_studies()}
