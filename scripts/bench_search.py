@@ -41,6 +41,7 @@ from nas.search import Objectives, reference_point
 from nas.search.exact import best_by_counts
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
+from nas.search.problem import Problem as SearchProblem
 from nas.search.sampler import DistinctSampler
 from nas.space import SearchSpace, load_space, parse_vector
 
@@ -107,9 +108,7 @@ def problem(name: str, seed: int) -> Problem:
 def make_sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
     """A sampler with the settings of conf/sampler."""
     if name == "front":
-        sampler = FrontSampler(seed=seed)
-        sampler.costs = lambda groups: np.column_stack((np.full(len(groups), np.nan), costs_of(groups)))
-        return sampler
+        return FrontSampler(seed=seed)
     if name == "nsga2":
         return optuna.samplers.NSGAIISampler(seed=seed, population_size=20)
     if name == "tpe":
@@ -121,8 +120,10 @@ def searched(name: str, sampler: str, seed: int) -> list[dict[str, Any]]:
     """One search: its share of the hypervolume after each budget, and the sampler's own time a trial so far."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     task = problem(name, seed)
-    first = task.space.uniform_vectors()
-    distinct = DistinctSampler(functools.partial(make_sampler, sampler), task.space, seed, first)
+    objectives, first = Objectives(("loss_nats", "decode_ms")), task.space.uniform_vectors()
+    costs = functools.cache(lambda vector: {"decode_ms": costs_of(np.array([vector]))[0]})  # as a predictor does
+    asked = SearchProblem(task.space, objectives, costs, {})
+    distinct = DistinctSampler(functools.partial(make_sampler, sampler), asked, seed, first)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=distinct)
     points, seconds, rows = [], [], []
     for count in range(1, max(BUDGETS) + 1):

@@ -104,7 +104,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("measure publish=text.txt", ["text.txt", "fix that path"]),
         ("search objectives=loss_nats", ["objectives", "list"]),
         ("search --budget -3", ["'-3'", "200", "30m"]),
-        ("search +sampler.draws=-1", ["FrontSampler", "draws is -1", "at least 0"]),
+        ("search sampler=nsga2 sampler.population_size=1", ["NSGAIISampler", "population_size", "equal to 2"]),
         (
             "search constraints.max_kv_bytes_per_token=95 device=nvidia-a10g",
             ["constraints.max_kv_bytes_per_token is 95", "closest", "is 96"],

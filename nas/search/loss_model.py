@@ -29,15 +29,9 @@ _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190)  # evaluations at which t
 
 @dataclass(frozen=True)
 class LayerLosses:
-    """A loss that is a sum over layers and neighbours, as `nas.search.exact.best_by_counts` takes it.
+    """A loss that is a sum over layers and neighbours, as `nas.search.exact.best_by_counts` takes it."""
 
-    Attributes:
-        offset: The loss of a vector without penalties.
-        penalties_LK: By layer and choice.
-        couplings_MKK: By pair of neighbours and their choices.
-    """
-
-    offset: float
+    offset: float  # the loss of a vector without penalties
     penalties_LK: Floats
     couplings_MKK: Floats
 
@@ -59,13 +53,7 @@ class Hyperparameters:
 
 
 class LossModel:
-    """The model, given the losses of some vectors.
-
-    Args:
-        vectors_NL: Evaluated vectors, as choices; at least two.
-        losses_N: Their losses.
-        choices: K.
-    """
+    """The model, given the losses of some vectors; at least two."""
 
     def __init__(self, vectors_NL: Ints, losses_N: Floats, choices: int) -> None:
         self._choices, self._layers = choices, vectors_NL.shape[1]

@@ -28,7 +28,7 @@ from nas.metrics import LIMITS
 from nas.model.pretrained import Checkpoint
 from nas.quality import InheritedLoss
 from nas.run import FinishedRun, check_begun, find_or_make, find_runs, is_run
-from nas.search import Constraints, Objectives, Problem, Storage, search
+from nas.search import Objectives, Problem, Storage, search
 from nas.space import SearchSpace
 from nas.stages.latency import find_latency
 from nas.stages.train import (
@@ -73,6 +73,7 @@ class Prepared:
         """Works on the study until it is done; returns all evaluated vectors. ``running`` is as for `search`."""
         return search(
             self.problem,
+            self.loss,
             self.make_sampler,
             self.budget,
             self.seed,
@@ -126,7 +127,7 @@ def prepare(config: Search, path: Path) -> Prepared:
     limits = dataclasses.asdict(config.constraints)
     needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
     costs = predictions(space, device, latency, workload, config.cost, needed)
-    constraints = Constraints(limits, space, costs)
+    problem = Problem(space, objectives, costs, limits)
     metadata["latency"] = f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}"
     if config.storage:
         storage.check(metadata)
@@ -154,7 +155,6 @@ def prepare(config: Search, path: Path) -> Prepared:
         "latency": latency.describe(),
         "latency_table": latency.digest,
     }
-    problem = Problem(space, objectives, loss, costs, constraints)
     return Prepared(
         problem, loss, make_sampler, budget, config.seed, storage, warm, latency, recorded, parents, metadata
     )

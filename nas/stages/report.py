@@ -23,7 +23,7 @@ from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
 from nas.run import FinishedRun, is_run, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
-from nas.search.pareto import front_distance, gains_over_uniform
+from nas.search.pareto import front_distance
 from nas.space import format_vector, space_from_config
 
 Floats = npt.NDArray[np.float64]
@@ -80,7 +80,7 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
 
     console.print(front_table(front))
     uniform = set(map(format_vector, space.uniform_vectors()))
-    console.print(gain_sentence(gains_over_uniform(everything, uniform)))
+    console.print(gain_sentence(everything, uniform))
     known = pd.concat([everything, *(_trials(search, objectives) for search in others)])
     best = moocore.filter_dominated(objectives.points(known), maximise=objectives.maximise)
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]

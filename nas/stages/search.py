@@ -27,11 +27,11 @@ def run(config: Search, path: Path) -> None:
     problem = prepared.problem
     try:
         with start_run(path, "search", prepared.recorded, {"search": config.seed}, prepared.parents, decisive) as run:
-            kept = f"{problem.constraints.size:,} of " if problem.constraints.size < problem.space.size else ""
+            kept = f"{problem.size:,} of " if problem.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
             if prepared.budget.is_everything and not config.storage:
-                prepared.loss.of(list(problem.constraints.vectors()))  # together, far faster than one by one
+                prepared.loss.of(list(problem.vectors()))  # together, far faster than one by one
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
                 trials = prepared.search("wait" if config.storage else "fail")
