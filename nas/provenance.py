@@ -19,7 +19,6 @@ def now() -> str:
 
 
 def provenance() -> dict[str, Any]:
-    """Git state, versions and device, for run.json."""
     versions = {"gqa-nas": nas.__version__, "python": platform.python_version()}
     versions |= {package: metadata.version(package) for package in _PACKAGES}
     device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}

@@ -40,7 +40,7 @@ def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, workspace: W
 def test_a_space_too_large_for_all_of_it_is_refused(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.stages.prepare._MOST", 26)
+    monkeypatch.setattr("nas.stages.search._MOST", 26)
     result = nas("search", "budget=all", "name=all", *workspace.arguments)
     assert result.code == 1
     assert "budget=all is too much for the 27 vectors of micro; give a number" in result.err
@@ -263,7 +263,7 @@ def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_traini
         return prepare(pool, point)
 
     monkeypatch.setattr(LayerPool, "prepare", short)
-    monkeypatch.setattr("nas.stages.prepare.train_supernet", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("nas.stages.train.Training.make", lambda *_: pytest.fail("trained"))
     asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     command = ("search", "--budget", 4, *asked, "workload.batch=4", "measure.batches=[1,2]")
     for attempt in ("once", "twice"):
