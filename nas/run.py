@@ -11,21 +11,26 @@ A run directory knows nothing of what a stage does. Reading an artifact of a fin
 
 import json
 import os
+import platform
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from nas import console
+from nas import __version__, console
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError
 from nas.files import end_cut_line, file_hash, read_json, without_passwords, write_json
-from nas.provenance import now, provenance
+from nas.hardware import cpu_name, nvml_facts
 
+_PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
 _POLL_S = 2.0
 
@@ -151,8 +156,34 @@ def start_run(
         else:
             argv = [without_passwords(word) for word in sys.orig_argv]
             info = {"stage": stage, "started": now(), "argv": argv, "config": config}
-            write_json(path / _RUN, info | {"seeds": dict(seeds or {}), "parents": origins} | provenance())
+            write_json(path / _RUN, info | {"seeds": dict(seeds or {}), "parents": origins} | _provenance())
         yield Run(path)
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {"gqa-nas": __version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in _PACKAGES}
+    device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
+    return {"git": git_state(), "versions": versions, "device": device}
+
+
+def now() -> str:
+    """UTC in ISO format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_state() -> dict[str, object] | None:
+    """Commit of the checkout that the package runs from, or None for an installed wheel."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "run.py")  # fails in a checkout of something else
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def check_begun(path: Path, stage: str, config: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,10 +34,9 @@ from nas.latency.predictor import MAX, STEP_REVISION
 from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.model.pretrained import resolve_space
-from nas.provenance import git_state, now
 from nas.report.figure import figure
 from nas.report.predicted import draw_check
-from nas.run import FinishedRun, find_or_make, find_runs, start_run
+from nas.run import FinishedRun, find_or_make, find_runs, git_state, now, start_run
 from nas.space import SearchSpace
 
 _FIGURE = "check"

@@ -36,7 +36,7 @@ def run(config: Train, path: Path) -> None:
 
 
 class Training:
-    """A command's supernet: its space, the checkpoint that it starts from, and options and tokenizer as they suit both."""
+    """A command's supernet: its space, the checkpoint it starts from, and options and tokenizer that suit both."""
 
     def __init__(self, config: SupernetParts) -> None:
         self.init = init = read_checkpoint(Path(config.init)) if config.init else None
