@@ -121,17 +121,9 @@ def start_run(
     parents: Mapping[str, FinishedRun] | None = None,
     free: Collection[str] = (),
 ) -> Iterator[Run]:
-    """Begins a run, or goes on with an unfinished one of the same name and config.
+    """Begins a run, or goes on with an unfinished one of the same name, parents by role and config but for free keys.
 
     Of several processes under torchrun the first one keeps the run; to the others it is write-protected.
-
-    Args:
-        path: The run directory, made if needed.
-        stage: Name of the stage.
-        config: The resolved config, recorded as plain values.
-        seeds: Every seed that the stage draws from.
-        parents: The finished runs that the stage builds on, by role.
-        free: The keys of the config in which a resumed run may differ.
     """
     if not IS_MAIN:
         yield Run(path)

@@ -40,8 +40,8 @@ from nas.quality import InheritedLoss, LossMemo
 from nas.space import SearchSpace, format_vector, load_space
 from nas.stages import fidelity
 from nas.stages.export import open_checkpoint
-from nas.stages.train import check_trainable
-from nas.training import window_length
+from nas.training import check_memory, window_length
+from nas.training.recipes import check_recipe
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
 from tests.helpers import TEXT, TIMING, TRAINING, Damage, check_refusal, flipped, halved, harm, set_config, started, to
 
@@ -153,14 +153,17 @@ def test_a_wrong_value_is_named_with_its_fix(refused: Refused, command: str, wor
         ),
         (lambda _: window_length(SupernetConfig(length=33), 32), ["train.length is 33", "32"]),
         (lambda space: Supernet(space, "stolen"), ["train.sharing", "'stolen'", "sliced"]),
-        (lambda space: check_trainable(SupernetConfig(batch=10**12), space), ["1000000000000 rows", "train.batch"]),
-        (lambda space: check_trainable(SupernetConfig(recipe="secret"), space), ["'secret'", "mixed, sandwich"]),
         (
-            lambda space: check_trainable(SupernetConfig(recipe="sandwich", vectors_per_text=3, batch=4), space),
+            lambda space: check_memory("it", SupernetConfig(batch=10**12), space.shape, space.largest),
+            ["1000000000000 rows", "train.batch"],
+        ),
+        (lambda _: check_recipe(SupernetConfig(recipe="secret")), ["'secret'", "mixed, sandwich"]),
+        (
+            lambda _: check_recipe(SupernetConfig(recipe="sandwich", vectors_per_text=3, batch=4)),
             ["vectors_per_text is 3", "train.batch, 4"],
         ),
         (
-            lambda space: check_trainable(SupernetConfig(largest_share=0.8, smallest_share=0.3), space),
+            lambda _: check_recipe(SupernetConfig(largest_share=0.8, smallest_share=0.3)),
             ["largest_share 0.8", "smallest_share 0.3", "lower"],
         ),
         (lambda _: fidelity.run(Fidelity(vectors=1), Path("x")), ["vectors is 1", "two or more"]),

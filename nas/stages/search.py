@@ -33,7 +33,7 @@ from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Constraints, Objectives, Problem, Storage, search
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 from nas.stages.measure import find_latency
-from nas.stages.train import Training, check_trainable, find_supernet, inherited_loss, supernet_identity
+from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
 from nas.stages.workers import more_workers
 
 _INCIDENTAL = ("name", "runs_dir", "workers", "worker", "latency")  # a search may go on with others
@@ -46,9 +46,10 @@ def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
     prepared = _prepare(config, path)
     space, limits = prepared.problem.space, prepared.problem.constraints
-    origin = prepared.recorded, {"search": config.seed}, prepared.parents
     try:
-        with start_run(path, "search", *origin, free=("latency",)) as run:
+        with start_run(
+            path, "search", prepared.recorded, {"search": config.seed}, prepared.parents, ["latency"]
+        ) as run:
             kept = f"{limits.size:,} of " if limits.size < space.size else ""
             vectors = f"{kept}{space.size:,} vectors of {space.name}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
@@ -123,7 +124,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     begun = check_begun(path, "search", recorded)
     supernet = _find_supernet(config, training)
     if not supernet:
-        check_trainable(training.options, space)
+        training.check_memory()
     latency = find_latency(config, begun, space, device, workload)  # takes minutes at most, so before any training
     described = f"{latency.describe()} ({latency.folder})" if latency.folder else latency.describe()
     console.print(f"Latency on {device.name} ({workload}): {described}")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nas import console
-from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, SupernetParts, Train, build
+from nas.config import TRAINED_LEARNING_RATE, SupernetParts, Train, build
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, broadcast
 from nas.files import value_hash
@@ -20,7 +20,6 @@ from nas.model.pretrained import read_checkpoint, resolve_space
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
-from nas.space import SearchSpace
 from nas.training import check_memory, fit, full_state_dict, supernet_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import check_recipe
@@ -31,7 +30,7 @@ _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoi
 def run(config: Train, path: Path) -> None:
     """Trains a supernet into ``path``."""
     training = Training(config)
-    check_trainable(training.options, training.space)
+    training.check_memory()
     training.make(path)
 
 
@@ -51,7 +50,12 @@ class Training:
         sharing = (INIT_SHARING if init else DEFAULT_SHARING) if given.sharing == "auto" else given.sharing
         rate = TRAINED_LEARNING_RATE if init and given.learning_rate is None else given.peak_learning_rate
         self.options = dataclasses.replace(given, sharing=sharing, learning_rate=rate)
+        check_recipe(self.options)
         self._data, self._cache = config.data, Path(config.runs_dir) / "cache"
+
+    def check_memory(self) -> None:
+        """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
+        check_memory(f"space {self.space.name}", self.options, self.space.shape, self.space.largest)
 
     @cached_property
     def data(self) -> TokenData:
@@ -72,7 +76,7 @@ class Training:
     def make(self, path: Path, free: Collection[str] = ()) -> None:
         """Trains into ``path``, or goes on with an unfinished run there; ``free`` is as in `start_run`."""
         space, options, init, device = self.space, self.options, self.init, training_device()
-        check_trainable(options, space)
+        self.check_memory()
         length = window_length(options, space.shape.max_position_embeddings)
         windows = validation_windows(self.data.validation, options.validation_windows, length).to(device)
         with start_run(path, "train", self.recorded, {"train": options.seed}, free=free) as run:
@@ -100,12 +104,6 @@ class Training:
                 shutil.copy(self.data.tokenizer, path / "tokenizer.json")
             run.finish(scaffold=path / CHECKPOINT)
         broadcast(None)  # that it is finished
-
-
-def check_trainable(options: SupernetConfig, space: SearchSpace) -> None:
-    """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
-    check_recipe(options)
-    check_memory(f"space {space.name}", options, space.shape, space.largest)
 
 
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
