@@ -678,12 +678,17 @@ def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_pat
         ({"new_tokens": 4}, [], "prompt has 0 tokens .* takes 1 to 24 together; change either"),
         ({"new_tokens": 20}, [1] * 5, "prompt has 5 tokens and new_tokens is 20"),
         ({"new_tokens": 1}, [1, 97], "the prompt has token 97 but the model knows 97 tokens; give it its own"),
+        (
+            {"new_tokens": 9, "batch": 10**10},
+            [1],
+            "10000000000 continuations of 10 tokens .* lower batch or new_tokens",
+        ),
     ],
 )
 def test_what_cannot_be_generated_is_one_sentence(changes: dict[str, Any], tokens: list[int], words: str) -> None:
     config = Generate(checkpoint="model", prompt="", runtime="eager", dtype="fp32", **changes)
     with pytest.raises(UserError, match=words):
-        workload_of(config, tokens, SHAPE, this_device())
+        workload_of(config, tokens, SHAPE, [4, 1, 2], this_device())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run graphs")

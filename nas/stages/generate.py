@@ -4,6 +4,7 @@ generated.txt  the text, prompt included; of several continuations one after the
 """
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from nas.errors import UserError
 from nas.export import Exporter
 from nas.files import write_atomically
 from nas.latency import Device, Workload, this_device
+from nas.latency.memory import MemoryModel
 from nas.latency.predictor import resolve_runtime
 from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
@@ -30,7 +32,7 @@ def run(config: Generate, path: Path) -> None:
     model, tokenizer = exporter.read(source), load_tokenizer(str(source))
     stop, prompt = end_of_text_id(tokenizer), tokenizer.encode(config.prompt).ids
     shape, vector, device = model.shape, model.kv_heads, this_device()
-    workload = workload_of(config, prompt, shape, device)
+    workload = workload_of(config, prompt, shape, vector, device)
     kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")
     resolved = {name: getattr(config, name) for name in kept} | {"workload": str(workload)}
     with start_run(path, "generate", resolved, {"generate": config.seed}, parents) as run:
@@ -56,8 +58,10 @@ def run(config: Generate, path: Path) -> None:
     console.print(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
 
 
-def workload_of(config: Generate, prompt: list[int], shape: ModelShape, device: Device) -> Workload:
-    """What the model is to serve; a UserError if prompt and model do not go together."""
+def workload_of(
+    config: Generate, prompt: list[int], shape: ModelShape, vector: Sequence[int], device: Device
+) -> Workload:
+    """What the model is to serve; a UserError if prompt, model and memory do not go together."""
     limit, length = shape.max_position_embeddings, len(prompt) + config.new_tokens
     if not prompt or length > limit:
         raise UserError(
@@ -70,4 +74,11 @@ def workload_of(config: Generate, prompt: list[int], shape: ModelShape, device: 
             "give it its own tokenizer.json"
         )
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device)
-    return Workload(config.batch, length, len(prompt), dtype, runtime)
+    workload = Workload(config.batch, length, len(prompt), dtype, runtime)
+    needed = MemoryModel(shape, workload, device.is_gpu).at(vector, config.batch).total
+    if needed > device.usable_bytes:
+        raise UserError(
+            f"{config.batch} continuations of {length} tokens take {needed / 2**30:.1f} GiB but {device.name} has "
+            f"{device.usable_bytes / 2**30:.1f}; lower batch or new_tokens"
+        )
+    return workload

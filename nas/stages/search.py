@@ -45,11 +45,9 @@ _MOST = 200_000  # vectors that budget=all may mean
 def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
     prepared = _prepare(config, path)
-    space, limits = prepared.problem.space, prepared.problem.constraints
+    space, limits, parents = prepared.problem.space, prepared.problem.constraints, prepared.parents
     try:
-        with start_run(
-            path, "search", prepared.recorded, {"search": config.seed}, prepared.parents, ["latency"]
-        ) as run:
+        with start_run(path, "search", prepared.recorded, {"search": config.seed}, parents, free=["latency"]) as run:
             kept = f"{limits.size:,} of " if limits.size < space.size else ""
             vectors = f"{kept}{space.size:,} vectors of {space.name}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
