@@ -121,7 +121,7 @@ def start_run(
     parents: Mapping[str, FinishedRun] | None = None,
     free: Collection[str] = (),
 ) -> Iterator[Run]:
-    """Begins a run, or goes on with an unfinished one of the same name, parents by role and config but for free keys.
+    """Begins a run, or goes on with an unfinished one of the same name, parents and config, apart from ``free`` keys.
 
     Of several processes under torchrun the first one keeps the run; to the others it is write-protected.
     """
