@@ -1,6 +1,7 @@
 """nas search by the command line: whole spaces, limits, several processes, and what earlier searches leave."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,6 +251,14 @@ def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one_but_not_i
     present = nas("search", "--budget", 3, "name=present", *workspace.arguments)
     assert "(runs/measure/present)" in present.out
     assert "an earlier version" not in present.out
+
+
+def test_a_search_does_not_go_on_without_the_table_that_it_was_begun_with(nas: Nas, workspace: Workspace) -> None:
+    (workspace.runs / "search" / "base" / "complete.json").unlink()
+    shutil.rmtree(workspace.runs / "measure")
+    refused = nas("search", "--budget", 9, "name=base", *workspace.arguments)
+    assert refused.code == 1
+    assert "the latency table that this search was begun with is gone; restore it" in refused.err
 
 
 def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training_or_extrapolated(
