@@ -46,10 +46,12 @@ def run(config: Report, path: Path) -> None:
 
 
 def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> None:
-    """Draws the searches; all that is known makes the best known front."""
+    """Draws the searches. The ``known`` ones, which begin with them, make the best known front."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
-    trials = [_trials(search, objectives) for search in searches]
+    columns = ["vector", "loss_nats", "on_front", *objectives.names]
+    known_trials = [read_csv(search.artifact("trials.csv"), columns) for search in known]
+    trials = known_trials[: len(searches)]
     space = space_from_config(first.config["space"])
     reference_vectors, name = space.reference_vectors(), space.name
     everything = pd.concat(trials).drop_duplicates("vector")
@@ -80,8 +82,7 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     console.print(front_table(front))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(gains_over_uniform(everything, uniform)))
-    points_known = objectives.points(pd.concat([_trials(search, objectives) for search in known]))
-    best = moocore.filter_dominated(points_known, maximise=objectives.maximise)
+    best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
     write_csv(path / "metrics.csv", metrics)
@@ -95,10 +96,6 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
             f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
-
-
-def _trials(search: FinishedRun, objectives: Objectives) -> pd.DataFrame:
-    return read_csv(search.artifact("trials.csv"), ["vector", "loss_nats", "on_front", *objectives.names])
 
 
 def front_metrics(
