@@ -349,7 +349,7 @@ def test_a_ctrl_c_that_a_library_swallows_comes_again(refused: Refused, monkeypa
         raise AssertionError("never interrupted")
 
     monkeypatch.setattr("nas.cli._INSIST_S", 0.2)
-    monkeypatch.setattr("nas.stages.train.train_supernet", swallow)
+    monkeypatch.setattr("nas.stages.train.Training.make", swallow)
     refused(["train", *DEFAULTS["train"], "name=mine"], ["interrupted", "same command", "name=mine"])
 
 

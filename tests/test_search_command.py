@@ -1,6 +1,7 @@
 """nas search by the command line: whole spaces, limits, several processes, and what earlier searches leave."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, workspace: W
 def test_a_space_too_large_for_all_of_it_is_refused(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.stages.prepare._MOST", 26)
+    monkeypatch.setattr("nas.stages.search._MOST", 26)
     result = nas("search", "budget=all", "name=all", *workspace.arguments)
     assert result.code == 1
     assert "budget=all is too much for the 27 vectors of micro; give a number" in result.err
@@ -139,7 +140,7 @@ def test_a_supernet_that_another_process_finishes_at_that_moment_is_taken(
         if aside.exists():
             aside.rename(finished)
 
-    monkeypatch.setattr("nas.stages.train.check_trainable", others_finish)
+    monkeypatch.setattr("nas.stages.train.check_memory", others_finish)
     result = nas("search", "--budget", 5, "name=late", *workspace.arguments)
     assert result.code == 0, result.err
     assert len(trials(workspace.runs / "search" / "late")) == 5
@@ -251,6 +252,14 @@ def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one_but_not_i
     assert "an earlier version" not in present.out
 
 
+def test_a_search_does_not_go_on_without_the_table_that_it_was_begun_with(nas: Nas, workspace: Workspace) -> None:
+    (workspace.runs / "search" / "base" / "complete.json").unlink()
+    shutil.rmtree(workspace.runs / "measure")
+    refused = nas("search", "--budget", 9, "name=base", *workspace.arguments)
+    assert refused.code == 1
+    assert "the latency table that this search was begun with is gone; restore it" in refused.err
+
+
 def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,7 +271,7 @@ def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_traini
         return prepare(pool, point)
 
     monkeypatch.setattr(LayerPool, "prepare", short)
-    monkeypatch.setattr("nas.stages.prepare.train_supernet", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("nas.stages.train.Training.make", lambda *_: pytest.fail("trained"))
     asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     command = ("search", "--budget", 4, *asked, "workload.batch=4", "measure.batches=[1,2]")
     for attempt in ("once", "twice"):
