@@ -21,13 +21,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from nas import __version__, console
+from nas import __version__, console, shipped
 from nas.config import STAGES, register, to_stage
 from nas.distributed import SIZE, broadcast, leave, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
 from nas.files import without_passwords
 from nas.overrides import is_sweep, to_hydra
-from nas.resources import shipped
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
 
@@ -46,7 +45,7 @@ torchrun --nproc-per-node 8 -m nas train … trains on many GPUs.
 eval "$(nas -sc install=bash)" switches tab completion on."""
 
 _MANY_PROCESSES = ("train", "finetune")
-_INSIST_S = 5.0
+_INSIST_S = 5.0  # an interrupt that comes amid a library's import may be swallowed, so it comes again
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _LESS_MEMORY = {
@@ -75,41 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in STAGES:
         console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
-    code = _guarded(arguments[0], to_hydra(arguments[0], arguments[1:]))
+    code = _hydra(arguments[0], to_hydra(arguments[0], arguments[1:]))
     return code if SIZE == 1 else leave(code)
 
 
 def _interrupt(*_: object) -> None:
-    """Ends a command, and insists a little later: an exception that comes amid a library's import may be swallowed."""
     signal.signal(signal.SIGALRM, _interrupt)
     signal.setitimer(signal.ITIMER_REAL, _INSIST_S)
     raise KeyboardInterrupt
 
 
-def _guarded(stage: str, overrides: list[str]) -> int:
-    """Runs a stage and turns what the user can fix into one sentence and an exit code."""
-    try:
-        return _hydra(stage, overrides)
-    except SystemExit as exit_:
-        return exit_.code if isinstance(exit_.code, int) else 1
-    except BaseException as error:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        return _explain(stage, error)
-
-
 def _hydra(stage: str, overrides: list[str]) -> int:
-    """Hands over to Hydra; returns 1 if a run failed by the user's mistake (the others of a sweep still run)."""
-    if is_sweep(overrides) and any(without_passwords(word) != word for word in overrides):
-        raise UserError(
-            "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
-            "PGPASSWORD or ~/.pgpass instead"
-        )
+    """Hands over to Hydra, and turns what the user can fix into one sentence and an exit code."""
     failed, home = False, os.getpid()
 
     def run(config: DictConfig) -> None:
         nonlocal failed
         try:
-            _run_stage(config)
+            _run_stage(stage, config)
         except BaseException as error:
             if any(isinstance(cause, KeyboardInterrupt) for cause in causes(error)):  # libraries may cover it up
                 raise KeyboardInterrupt(f"the same command with name={config.name} finishes it") from None
@@ -119,17 +101,26 @@ def _hydra(stage: str, overrides: list[str]) -> int:
             _explain(stage, error, config.runs_dir)
             if os.getpid() != home:  # a launcher sent this job elsewhere, and tells of its failure at home
                 raise
-            failed = True
+            failed = True  # and the other runs of a sweep still run
 
     register()
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach _guarded
-    argv = sys.argv
-    sys.argv = ["nas", *overrides]
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach us
+    argv, sys.argv = sys.argv, ["nas", *overrides]
     try:
+        if is_sweep(overrides) and any(without_passwords(word) != word for word in overrides):
+            raise UserError(
+                "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
+                "PGPASSWORD or ~/.pgpass instead"
+            )
         hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=stage)(run)()
+        return int(failed)
+    except SystemExit as exit_:
+        return exit_.code if isinstance(exit_.code, int) else 1
+    except BaseException as error:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return _explain(stage, error)
     finally:
         sys.argv = argv
-    return int(failed)
 
 
 def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
@@ -137,21 +128,19 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
     code = 1
     if isinstance(error, KeyboardInterrupt):
         sentence = f"interrupted; {error}"
+    elif lacks := [*filter(is_out_of_memory, causes(error))]:  # first: readers take it for a fault of their file
+        what = in_short(lacks[-1]).partition(". ")[0]
+        fix = _LESS_MEMORY.get(stage, "end other programs that use it, or take a smaller space")
+        sentence = f"memory ran out ({what}); {fix}, or use a machine with more"
     elif isinstance(error, UserError):
         sentence = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = _of_hydra(stage, error)
-    elif is_out_of_memory(error):
-        what = in_short(error).partition(". ")[0]
-        fix = _LESS_MEMORY.get(stage, "end other programs that use it, or take a smaller space")
-        sentence = f"memory ran out ({what}); {fix}, or use a machine with more"
     elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE):
         what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
-        sentence = (
-            f"cannot write {what}; free some space and run the same command again"
-            if error.errno in _FULL_DISK
-            else f"cannot use {what}; fix that path, or choose another runs_dir= or name="
-        )
+        sentence = f"cannot use {what}; fix that path, or choose another runs_dir= or name="
+        if error.errno in _FULL_DISK:
+            sentence = f"cannot write {what}; free some space and run the same command again"
     else:
         raise error
     console.warn(f"nas {stage}: {sentence}")
@@ -161,22 +150,20 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
 def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
     """The sentence about a mistake that Hydra or OmegaConf found, and the exit code."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    lines = str(cause).splitlines()
+    first, *more = str(cause).splitlines()
     if isinstance(error, MissingConfigException):
-        options = itertools.takewhile(lambda line: line.startswith("\t"), lines[3:])
-        return f"{lines[0]}; use {', '.join(option.strip() for option in options)}", 1
-    if ambiguous := re.match("Ambiguous value for argument '(.*)'", lines[0]):
-        key, _, text = ambiguous[1].partition("=")
+        options = [line.strip() for line in itertools.takewhile(lambda line: line.startswith("\t"), more[2:])]
+        return f"{first}; use {', '.join(options)}", 1
+    if ambiguous := re.match("Ambiguous value for argument '(.*?)=(.*)'", first):
+        key, text = ambiguous.groups()
         return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2
     key = str(getattr(cause, "full_key", None) or "")
-    where = f"{key}: " if key and key not in lines[0] else ""
-    return f"{where}{lines[0]}; nas {stage} --help lists the keys", 1 if isinstance(cause, ValidationError) else 2
+    where = f"{key}: " if key and key not in first else ""
+    return f"{where}{first}; nas {stage} --help lists the keys", 1 if isinstance(cause, ValidationError) else 2
 
 
-def _run_stage(config: DictConfig) -> None:
-    hydra_config = HydraConfig.get()
-    path = Path(os.path.relpath(hydra_config.runtime.output_dir))
-    stage = hydra_config.job.config_name
+def _run_stage(stage: str, config: DictConfig) -> None:
+    path = Path(os.path.relpath(HydraConfig.get().runtime.output_dir))
     if SIZE > 1 and stage not in _MANY_PROCESSES:
         raise UserError(f"nas {stage} is one process; use torchrun with nas {' and nas '.join(_MANY_PROCESSES)} only")
     try:
@@ -190,9 +177,10 @@ def _run_stage(config: DictConfig) -> None:
 def _complete(arguments: list[str]) -> int:
     """Tab completion: the stage is ours, everything after it is Hydra's."""
     words = os.environ.get("COMP_LINE", "").split()
+    stage = words[1] if len(words) > 1 else ""
     if arguments[1:2] == ["query=bash"]:
-        if len(words) < 2 or words[1] not in STAGES:
+        if stage not in STAGES:
             print(" ".join(STAGES))
             return 0
-        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f" {words[1]}", "", 1)
-    return _guarded(words[1] if len(words) > 1 else "search", arguments)
+        os.environ["COMP_LINE"] = os.environ["COMP_LINE"].replace(f" {stage}", "", 1)
+    return _hydra(stage or "search", arguments)

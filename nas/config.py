@@ -1,8 +1,4 @@
-"""The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper.
-
-The YAML files of ``data``, ``sampler`` and ``export`` in conf/ name a class, and `build` makes it. That class only ever
-comes from the configuration of the running command, never from a file of an earlier run.
-"""
+"""The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper."""
 
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
@@ -21,8 +17,6 @@ FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; 
 
 @dataclass
 class TrainConfig:
-    """How to train any model: a supernet, or a finetuned one."""
-
     steps: int = 500
     batch: int = 8  # rows per step
     length: int | None = None  # tokens per row; null: the model's whole context
@@ -50,10 +44,7 @@ class TrainConfig:
 
 @dataclass
 class SupernetConfig(TrainConfig):
-    """What only a supernet's training has."""
-
-    # Which K/V heads the choices of a layer share: sliced | pooled | separate; auto: separate with init, else sliced
-    sharing: str = "auto"
+    sharing: str = "auto"  # a rule of nas/model/sharing.py; auto: separate with init, else sliced
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
@@ -106,15 +97,13 @@ class MeasureConfig:
 
 @dataclass
 class StageConfig:
-    """What every command has."""
-
     name: str = MISSING
     runs_dir: str = "runs"
 
 
 @dataclass
-class SupernetParts(StageConfig):
-    """What the commands have that may train a supernet."""
+class Train(StageConfig):
+    """nas train, and what a search has that may train a supernet first."""
 
     space: str | None = None  # a name, a .yaml file, or a checkpoint's directory; null: that of init, else tiny
     init: str | None = None  # directory of a trained Hugging Face checkpoint to start from; null: random weights
@@ -134,14 +123,7 @@ class LatencyParts(StageConfig):
 
 
 @dataclass
-class Train(SupernetParts):
-    """nas train"""
-
-
-@dataclass
 class Measure(LatencyParts):
-    """nas measure"""
-
     space: str = "tiny"  # a name, a .yaml file, or a checkpoint's directory
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
@@ -155,11 +137,8 @@ class ConstraintsConfig(_Limits):  # type: ignore[misc, valid-type]
 
 
 @dataclass
-class Search(LatencyParts, SupernetParts):
-    """nas search"""
-
+class Search(LatencyParts, Train):
     budget: str = "60"
-    extrapolate: bool = False  # use a latency table beyond what it measured; the costs are then estimates
     cost: CostConfig = field(default_factory=CostConfig)
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
@@ -176,16 +155,12 @@ class Search(LatencyParts, SupernetParts):
 
 @dataclass
 class Report(StageConfig):
-    """nas report"""
-
     run: str = MISSING
     reference: str | None = None  # a search whose front the others are measured by, such as an exhaustive one
 
 
 @dataclass
 class Export(StageConfig):
-    """nas export"""
-
     run: str = MISSING
     select: str = "all"
     export: dict[str, Any] = MISSING
@@ -193,8 +168,6 @@ class Export(StageConfig):
 
 @dataclass
 class Finetune(StageConfig):
-    """nas finetune"""
-
     checkpoint: str = MISSING
     from_scratch: bool = False
     data: dict[str, Any] = MISSING
@@ -204,8 +177,6 @@ class Finetune(StageConfig):
 
 @dataclass
 class Generate(StageConfig):
-    """nas generate"""
-
     checkpoint: str = MISSING  # a directory that nas export or nas finetune wrote
     prompt: str = MISSING
     new_tokens: int = 64
@@ -237,8 +208,6 @@ class AloneConfig:
 
 @dataclass
 class Fidelity(StageConfig):
-    """nas fidelity"""
-
     supernet: str = MISSING
     data: dict[str, Any] = MISSING  # the text that the supernet was trained on
     init: str | None = None  # the checkpoint that it started from, if it did: the models trained alone start there too
@@ -251,23 +220,14 @@ class Fidelity(StageConfig):
     alone: AloneConfig = field(default_factory=AloneConfig)
 
 
-STAGES: dict[str, type[StageConfig]] = {
-    "train": Train,
-    "measure": Measure,
-    "search": Search,
-    "report": Report,
-    "export": Export,
-    "finetune": Finetune,
-    "generate": Generate,
-    "fidelity": Fidelity,
-}
+_STAGES: list[type[StageConfig]] = [Train, Measure, Search, Report, Export, Finetune, Generate, Fidelity]
+STAGES = {stage.__name__.lower(): stage for stage in _STAGES}
 
 
 def register() -> None:
     """Makes the schemas known to Hydra as ``<stage>_schema``."""
-    store = ConfigStore.instance()
     for stage, schema in STAGES.items():
-        store.store(name=f"{stage}_schema", node=schema)
+        ConfigStore.instance().store(name=f"{stage}_schema", node=schema)
 
 
 def to_stage(config: DictConfig) -> Any:
@@ -280,11 +240,7 @@ def to_stage(config: DictConfig) -> Any:
 
 
 def build(spec: dict[str, Any], **more: Any) -> Any:
-    """Makes the object that the YAML of a group in conf/ describes.
-
-    Raises:
-        UserError: Its class refuses the values.
-    """
+    """Makes the object that the YAML of a group in conf/ describes."""
     try:
         return hydra.utils.instantiate(spec, _convert_="all", **more)
     except InstantiationException as error:

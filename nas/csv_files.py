@@ -1,24 +1,27 @@
-"""CSV tables read back."""
+"""CSV tables: written so that they never look finished when they are not, and checked when they are read back."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from nas.errors import UserError
+from nas.files import write_atomically
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    """Writes the table without its index, atomically."""
+    write_atomically(path, partial(frame.to_csv, index=False))
 
 
 def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Reads a CSV that must have at least ``columns``.
-
-    Raises:
-        UserError: It is missing, no CSV, or lacks a column.
-    """
+    """Reads a CSV that must have at least ``columns``; a UserError if it is missing, no CSV, or lacks one."""
     try:
         frame = pd.read_csv(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the stage that writes it") from None
-    except (ValueError, UnicodeDecodeError) as error:  # pandas' parser errors are ValueErrors
+    except ValueError as error:  # as pandas' parser errors are
         raise UserError(f"{path} is not a valid CSV ({' '.join(str(error).split())}); restore it") from None
     if missing := [column for column in columns if column not in frame.columns]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; restore it or run its stage again")
@@ -26,11 +29,7 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
 
 
 def require(path: Path, frame: pd.DataFrame, good: "pd.Series[bool]", rule: str) -> None:
-    """Refuses a table for its first row that is not good.
-
-    Raises:
-        UserError: There is one; the sentence has its line in the file, and the rule that it breaks.
-    """
+    """Refuses a table for its first row that is not good, with the row's line in the file."""
     if not good.all():
         raise UserError(f"{path} is corrupt (row {frame.index[~good][0] + 2}: {rule}); restore it or measure again")
 

@@ -1,7 +1,6 @@
-"""Several processes that train one model: their ranks under torchrun, and a broadcast.
+"""Several processes that train one model under torchrun: only the first (rank 0) writes files and prints.
 
-Only the first process (rank 0) writes files and prints; the others compute. Without torchrun there is one process, and
-everything here does nothing.
+Without torchrun there is one process, and everything here does nothing.
 """
 
 import os
@@ -10,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-RANK, LOCAL_RANK, SIZE = (
-    int(os.environ.get(name, one)) for name, one in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1))
-)
+RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MAIN = RANK == 0
 
 
@@ -26,7 +23,7 @@ def process_group() -> Iterator[None]:
     import torch.distributed as dist
 
     if torch.cuda.is_available():
-        torch.cuda.set_device(LOCAL_RANK)
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     try:
         yield
@@ -46,11 +43,7 @@ def broadcast(value: Any) -> Any:
 
 
 def leave(code: int) -> NoReturn:
-    """Ends one of several processes at once, leaving out the interpreter's own clean-up.
-
-    gloo's threads outlive their process group; one that frees a tensor while the interpreter shuts down aborts the
-    process.
-    """
+    """Ends one of several processes without the interpreter's clean-up, in which gloo's threads may abort it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -1,9 +1,9 @@
-"""The exceptions for everything that the user can fix, and what stands behind an exception."""
+"""The exceptions for what the user can fix, and what stands behind an exception."""
 
 import re
 from collections.abc import Iterator
 
-_OUT_OF_MEMORY = r"out of memory|can(not|'t) allocate memory|ALLOC_FAILED"
+_OUT_OF_MEMORY = re.compile(r"out of memory|can(not|'t) allocate memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class UserError(Exception):
@@ -38,6 +38,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     return any(
         isinstance(cause, MemoryError)
         or type(cause).__name__ == "OutOfMemoryError"
-        or (isinstance(cause, RuntimeError | OSError) and re.search(_OUT_OF_MEMORY, str(cause), re.IGNORECASE))
+        or (isinstance(cause, RuntimeError | OSError) and _OUT_OF_MEMORY.search(str(cause)))
         for cause in causes(error)
     )

@@ -1,7 +1,4 @@
-"""Files that never look finished when they are not: written beside their name and renamed; and hashes of content.
-
-No password gets into a file: `without_passwords`.
-"""
+"""Files that never look finished when they are not: written beside their name and renamed; and hashes of content."""
 
 import errno
 import hashlib
@@ -18,8 +15,7 @@ from nas.errors import UserError, causes
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Calls ``write`` with a temporary path beside ``path`` and renames the result into place.
 
-    Raises:
-        OSError: The system refuses, a full disk for one; it names ``path``, whatever library did the writing.
+    An OSError, such as a full disk, names ``path``, whatever library did the writing.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -30,8 +26,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)
         temporary.replace(path)
     except Exception as error:
-        number = _system_error(error)
-        if number is None:
+        if (number := _system_error(error)) is None:
             raise
         raise OSError(number, os.strerror(number), str(path)) from error
     finally:
@@ -58,17 +53,12 @@ def end_cut_line(file: Path) -> None:
 
 
 def write_json(path: Path, value: object) -> None:
-    """Writes ``value`` as indented JSON, atomically."""
     text = json.dumps(value, indent=2, default=str) + "\n"
     write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object.
-
-    Raises:
-        UserError: The file is missing or is not a JSON object.
-    """
+    """Reads a JSON object; a UserError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -81,7 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256, in hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -10,21 +10,15 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from nas.latency.cost import Prediction  # which imports the config, whose limits are made from this registry
 
-Metrics = Mapping[str, float | int | str]
-"""Values by column."""
+Metrics = Mapping[str, float | int | str]  # values by column
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A column.
-
-    Attributes:
-        derive: Its value from what is predicted of a vector, None where that is unknown; the loss alone is evaluated.
-    """
-
     name: str  # of the column and the objective
     title: str  # in words, for figures
     unit: str  # empty for a plain number
+    # Its value from what is predicted of a vector, None where that is unknown; the loss alone is evaluated
     derive: "Callable[[Prediction], float | int | None] | None"
     maximise: bool = False  # larger is better
     objective: bool = False  # can be optimised
@@ -68,10 +62,8 @@ _WHERE_KNOWN = (
 
 METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}
 OBJECTIVES = [name for name, metric in METRICS.items() if metric.objective]
-LIMITS = {metric.limit_key: metric for metric in METRICS.values() if metric.limit}
-"""Metrics by their keys in ``constraints``."""
+LIMITS = {metric.limit_key: metric for metric in METRICS.values() if metric.limit}  # by their keys in ``constraints``
 
+# What every trials.csv has, also of earlier versions (no reader may need more), and what follows where it is known.
 COLUMNS = ["vector", *(metric.name for metric in _ALWAYS), "on_front", "latency_source"]
-"""What every trials.csv has, also of earlier versions: no reader may need more."""
 OPTIONAL_COLUMNS = [metric.name for metric in _WHERE_KNOWN]
-"""Columns that follow where they are known; an estimate's interval is ``decode_ms_low`` to ``decode_ms_high``."""

@@ -1,28 +1,27 @@
 """What the words of a command line mean, before Hydra reads them.
 
-In Hydra's language ``2025_11_28`` and ``1e3`` are numbers and ``[data]`` is a list. Here the type of a key decides: the
-value of a text stays as it was typed, and a whole number may be written as ``1e3``.
+In Hydra's language ``2025_11_28`` and ``1e3`` are numbers and ``[data]`` is a list. Here the key decides: the value of
+a text stays as it was typed, and an integer may be written as ``1e3``.
 """
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import hydra.utils
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
+from nas import shipped
 from nas.config import STAGES
-from nas.resources import shipped
 
 _SWEEPS = {"-m", "--multirun"}
 _PROMPT = "prompt"
+_DECIMALS = re.compile(r"[][\d,+ -]*[.eE][][\d,+ .eE-]*")  # a number, or a list of some, not all written as integers
 
 
 def is_sweep(words: Sequence[str]) -> bool:
@@ -41,26 +40,22 @@ def _expand_budget(words: Sequence[str]) -> Iterator[str]:
     """``--budget 200`` and ``--budget=200`` are sugar for ``budget=200``."""
     following = iter(words)
     for word in following:
-        if word == "--budget":
-            yield f"budget={next(following, '')}"
-        else:
-            yield word.removeprefix("--") if word.startswith("--budget=") else word
+        yield f"budget={next(following, '')}" if word == "--budget" else re.sub("^--budget=", "budget=", word)
 
 
 def _typed_sweep(stage: str, word: str) -> str:
     """As `_typed`, for each of the values that are swept over."""
     key, _, text = word.partition("=")
-    if key == _PROMPT or re.search(r"""["'\[({]""", text):
+    if key == _PROMPT or not text or re.search(r"""["'\[({]""", text):
         return _typed(stage, word)
-    values = (_typed(stage, f"{key}={value}").partition("=")[2] for value in text.split(","))
-    return f"{key}={','.join(values)}" if text else word
+    return f"{key}=" + ",".join(_typed(stage, f"{key}={value}").partition("=")[2] for value in text.split(","))
 
 
 def _typed(stage: str, word: str) -> str:
     """An override whose value Hydra reads as the type of its key.
 
-    Text is quoted where Hydra would read anything else, and so is what Hydra's language does not know at all. A prompt
-    is always text as it is. ``~`` at the beginning is the home directory, as a shell has it only before a word.
+    Text is quoted where Hydra would read anything else or nothing at all. A prompt is always text as it is. ``~`` at
+    the beginning is the home directory, as a shell has it only before a word.
     """
     key, equals, text = word.partition("=")
     if not equals or word.startswith(("-", "~")):
@@ -70,24 +65,20 @@ def _typed(stage: str, word: str) -> str:
     try:
         override = OverridesParser.create().parse_override(word)
     except HydraException:
-        quoted = f"{key}={_quoted(str(Path(text).expanduser()) if text.startswith('~') else text)}"
-        return quoted if _is_hydras(quoted) else word
+        return f"{key}={_quoted(str(Path(text).expanduser()) if text.startswith('~') else text)}"
     value: Any = override.value()
     if override.is_sweep_override() or isinstance(value, str):
         return word
-    types = _types(stage, key.lstrip("+"))
-    if "str" in types:
-        return word if value is None and "None" in types else f"{key}={_quoted(text)}"
-    if not types.isdisjoint(("int", "Any")):
-        if isinstance(value, float):
-            return f"{key}={_whole(value)}"
-        if isinstance(value, list) and any(isinstance(number, float) for number in value):
-            return f"{key}={list(map(_whole, value))}"
-    return word
+    expected = _type(stage, key.lstrip("+"))
+    if expected is str or (expected == str | None and value is not None):
+        return f"{key}={_quoted(text)}"
+    return f"{key}={_integers(value)}" if _DECIMALS.fullmatch(text) else word
 
 
-def _whole(number: object) -> object:
-    return int(number) if isinstance(number, float) and number.is_integer() else number
+def _integers(value: Any) -> Any:
+    if isinstance(value, list):
+        return list(map(_integers, value))
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _quoted(text: str) -> str:
@@ -95,39 +86,23 @@ def _quoted(text: str) -> str:
     return QuotedString(literal, Quote.double).with_quotes()
 
 
-def _is_hydras(word: str) -> bool:
-    with suppress(HydraException):
-        OverridesParser.create().parse_override(word)
-        return True
-    return False
-
-
-def _types(stage: str, key: str) -> set[str]:
-    """Names of the types that a key's value may have, by the schema or by the classes that a group of conf/ offers."""
+def _type(stage: str, key: str) -> Any:
+    """The type of a key by the schema. A key of a group of conf/ is text unless its default is a number."""
     group, _, name = key.partition(".")
-    annotations: list[Any] = []
-    for file in (shipped("conf") / group).glob("*.yaml"):
-        if target := OmegaConf.select(OmegaConf.load(file), "_target_"):
-            parameters = inspect.signature(hydra.utils.get_class(target)).parameters
-            annotations += [parameters[name].annotation] if name in parameters else []
-    kind: Any = STAGES[stage]
-    for name in key.split("."):
-        kind = next((f.type for f in dataclasses.fields(kind) if f.name == name), None) if _is_schema(kind) else None
-    annotations += [kind] if kind else []
-    types = set(re.findall(r"\w+", " ".join(map(inspect.formatannotation, annotations))))
-    return set() if "dict" in types else types - {"str"} if "list" in types else types
-
-
-def _is_schema(kind: object) -> bool:
-    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    if not name:
+        return next((field.type for field in dataclasses.fields(STAGES[stage]) if field.name == key), None)
+    files = [OmegaConf.to_container(OmegaConf.load(file)) for file in (shipped("conf") / group).glob("*.yaml")]
+    defaults = [file[name] for file in files if isinstance(file, dict) and name in file]
+    return str | None if defaults and not any(isinstance(default, int | float) for default in defaults) else None
 
 
 def _name_sweep_by_what_it_varies(words: list[str]) -> list[str]:
     """Keeps overrides that are the same in all runs of a sweep out of the names of their folders."""
-    given = [word for word in words if "=" in word and not word.startswith("-")]
-    with suppress(HydraException):  # Hydra says what is wrong with an override
-        overrides = OverridesParser.create().parse_overrides(given)
-        fixed = [override.key_or_group for override in overrides if not override.is_sweep_override()]
-        at = words.index(given[0]) if given else len(words)  # Hydra wants all overrides together
-        return [*words[:at], f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]", *words[at:]]
-    return words
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    fixed = []
+    for override in overrides:
+        with suppress(HydraException):  # Hydra says what is wrong with an override
+            parsed = OverridesParser.create().parse_override(override)
+            fixed += [] if parsed.is_sweep_override() else [parsed.key_or_group]
+    flags = [word for word in words if word not in overrides]  # Hydra wants all overrides together
+    return [*flags, *overrides, f"hydra.job.config.override_dirname.exclude_keys=[{','.join(fixed)}]"]

@@ -1,7 +1,7 @@
 """The loss of vectors on a fixed set of validation windows, remembered on disk by vector."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -26,10 +26,7 @@ def row_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 
 @torch.no_grad()
 def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
-    """Mean loss of a model in nats per token, on windows of T + 1 ids: inputs and the targets one to the right.
-
-    ``logits_of`` maps token ids (rows, T) to logits (rows, T, V).
-    """
+    """Mean loss (nats per token), on windows of T + 1 ids, of a model from ids (rows, T) to logits (rows, T, V)."""
     rows = _rows_at_once(windows_NT)
     losses = [row_losses(logits_of(windows[:, :-1]), windows[:, 1:]) for windows in windows_NT.split(rows)]
     return float(torch.cat(losses).double().mean())
@@ -43,9 +40,8 @@ def vector_losses(supernet: Supernet, vectors: Sequence[Vector], windows_NT: Ten
     """
     losses: dict[Vector, float] = {}
     for batch in _batches(vectors, windows_NT):
-        rows = max(1, _rows_at_once(windows_NT) // len(batch))
         losses_VN = []
-        for windows in windows_NT.split(rows):
+        for windows in windows_NT.split(max(1, _rows_at_once(windows_NT) // len(batch))):
             logits_VNTW = supernet.shared_forward(windows[:, :-1], batch)
             targets = windows[:, 1:].repeat(len(batch), 1)
             losses_VN.append(row_losses(logits_VNTW.flatten(0, 1), targets).view(len(batch), -1))
@@ -57,7 +53,7 @@ def _rows_at_once(windows_NT: Tensor) -> int:
     return max(1, _TOKENS // windows_NT.shape[1])
 
 
-def _batches(vectors: Sequence[Vector], windows_NT: Tensor) -> Iterator[list[Vector]]:
+def _batches(vectors: Iterable[Vector], windows_NT: Tensor) -> Iterator[list[Vector]]:
     """The distinct vectors in lexicographic order, as many at a time as go through the model together."""
     ordered, most = sorted(set(vectors)), _rows_at_once(windows_NT)
     return (ordered[at : at + most] for at in range(0, len(ordered), most))
@@ -89,9 +85,9 @@ class LossMemo(dict[str, float]):
 
 
 class InheritedLoss:
-    """Inherited loss of vectors: the supernet's, with no further training, on validation windows of T + 1 tokens.
+    """Inherited loss of vectors in nats per token, on validation windows of T + 1 tokens and the supernet's device.
 
-    The supernet runs on the device where it is; ``memo`` must belong to this supernet and these windows alone.
+    ``memo`` must belong to this supernet and these windows alone.
     """
 
     def __init__(self, supernet: Supernet, windows_NT: Tensor, memo: LossMemo) -> None:
@@ -100,16 +96,15 @@ class InheritedLoss:
         self.memo = memo
 
     def __call__(self, vector: Vector) -> float:
-        """Loss in nats per token."""
         if format_vector(vector) not in self.memo:
             self._evaluate([vector])
         return self.memo[format_vector(vector)]
 
     def of(self, vectors: Sequence[Vector]) -> list[float]:
         """Losses of many vectors, far faster than one by one if they share their first layers."""
-        missing = [vector for vector in vectors if format_vector(vector) not in self.memo]
+        missing = {vector for vector in vectors if format_vector(vector) not in self.memo}
         before = len(self.memo)
-        with console.progress_bar("Evaluating vectors", len(set(missing))) as bar:
+        with console.progress_bar("Evaluating vectors", len(missing)) as bar:
             for batch in _batches(missing, self.windows):
                 self._evaluate(batch)
                 bar.update(len(self.memo) - before)

@@ -1,6 +1,6 @@
 """Can inherited losses be trusted to rank vectors? Which vectors to compare, and what their trained losses say.
 
-All functions here are pure: the trainings happen in the stage. A *measurement* is one loss of one vector, a row with
+The trainings happen in the stage. A *measurement* is one loss of one vector, a row with
 
     vector, total     the vector and its total of groups
     equal_total       whether it is of the set in which all have the same total
@@ -11,16 +11,15 @@ All functions here are pure: the trainings happen in the stage. A *measurement* 
 
 import itertools
 import warnings
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from numpy.random import Generator
 from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
 
 from nas.errors import UserError
-from nas.space import SearchSpace, Vector
-from nas.totals import Totals
+from nas.space import SearchSpace, Totals, Vector
 
 Floats = npt.NDArray[np.float64]
 
@@ -35,7 +34,6 @@ def choose_vectors(space: SearchSpace, count: int, equal_total: int, seed: int) 
     """Two sets of distinct vectors, ``count`` in all, ``equal_total`` of them in the second.
 
     The totals of the first set ascend from the smallest vector's to the largest's; the second has one total between.
-    A UserError if the space does not have that many.
     """
     totals, rng = Totals(space.choices), np.random.default_rng(seed)
     reachable: list[int] = totals.reachable.tolist()
@@ -46,19 +44,19 @@ def choose_vectors(space: SearchSpace, count: int, equal_total: int, seed: int) 
             f"at most {max(map(totals.count, reachable)):.0f} of one total; lower them"
         )
     middle = min(enough, key=lambda total: abs(2 * total - reachable[0] - reachable[-1]))
-    equal = _distinct(lambda: totals.draw(np.full(equal_total, middle), rng), equal_total, set())
-    places = np.linspace(0, len(totals.reachable) - 1, count - equal_total).round().astype(int)
-    spread = _distinct(lambda: totals.draw(totals.reachable[places], rng), count - equal_total, set(equal))
-    return sorted(spread, key=sum), equal
+    places = np.linspace(0, len(reachable) - 1, count - equal_total).round().astype(int)
+    equal = _distinct(totals, np.full(equal_total, middle), [], rng)
+    return sorted(_distinct(totals, totals.reachable[places], equal, rng), key=sum), equal
 
 
-def _distinct(draw: Callable[[], list[Vector]], count: int, taken: set[Vector]) -> list[Vector]:
+def _distinct(totals: Totals, wanted: npt.NDArray[np.int64], taken: list[Vector], rng: Generator) -> list[Vector]:
+    """As many vectors as ``wanted`` totals, none of them ``taken``; a second draw takes the place of a repetition."""
     chosen: dict[Vector, None] = {}
     for _ in range(_ATTEMPTS):
-        if len(chosen) >= count:
-            return list(chosen)[:count]
-        chosen |= dict.fromkeys(vector for vector in draw() if vector not in taken)
-    raise UserError(f"could not draw {count} different vectors; lower vectors or equal_total")
+        chosen |= dict.fromkeys(vector for vector in totals.draw(wanted, rng) if vector not in taken)
+        if len(chosen) >= len(wanted):
+            return list(chosen)[: len(wanted)]
+    raise UserError(f"could not draw {len(wanted)} different vectors; lower vectors or equal_total")
 
 
 def choose_some(spread: list[Vector], equal: list[Vector], count: int) -> list[Vector]:
@@ -80,27 +78,26 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     inherited = by_kind["inherited"]
     for truth in (kind for kind in TRUTHS if kind in by_kind):
         losses = by_kind[truth].pivot_table("loss_nats", "vector", "seed")
-        for among, chosen in (("all", slice(None)), ("equal total", inherited.loc[losses.index, "equal_total"])):
-            true = losses.loc[chosen]
-            if true.empty:
-                continue
-            predicted = inherited.loc[true.index]
+        predicted = inherited.loc[losses.index]
+        for among, chosen in (("all", slice(None)), ("equal total", predicted["equal_total"])):
+            true = losses.loc[chosen].to_numpy()
             for predictor, values in (("inherited", predicted["loss_nats"]), ("total", -predicted["total"])):
-                pair = values.to_numpy(float), true.mean(axis=1).to_numpy()
-                tau, interval, ceiling = kendall(*pair), bootstrap_interval(*pair, seed), noise_ceiling(true.to_numpy())
-                rows.append((truth, among, predictor, len(true), tau, *interval, ceiling))
+                pair = values.loc[chosen].to_numpy(float), true.mean(axis=1)
+                if len(true):
+                    numbers = kendall(*pair), *bootstrap_interval(*pair, seed), noise_ceiling(true)
+                    rows.append((truth, among, predictor, len(true), *numbers))
     return pd.DataFrame(rows, columns=["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"])
 
 
 def kendall(predicted: Floats, true: Floats) -> float:
     """Kendall's τ-b; NaN where one side is constant."""
-    return float(kendalltau(predicted, true).statistic) if len(true) > 1 else float("nan")
+    return float(kendalltau(predicted, true).statistic) if len(true) > 1 else np.nan
 
 
 def bootstrap_interval(predicted: Floats, true: Floats, seed: int) -> tuple[float, float]:
     """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined."""
     if np.isnan(kendall(predicted, true)):
-        return float("nan"), float("nan")
+        return np.nan, np.nan
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DegenerateDataWarning)  # constant resamples, which nanpercentile leaves out
         pairs = (predicted, true)
@@ -115,9 +112,8 @@ def noise_ceiling(losses_VS: Floats) -> float:
     This is how well one measurement predicts another; a predictor that is compared with the mean over all seeds, which
     is less noisy than a half, can do better. NaN for a single seed.
     """
-    seeds = losses_VS.shape[1]
-    if seeds == 1:
-        return float("nan")
+    if (seeds := losses_VS.shape[1]) == 1:
+        return np.nan
     halves = map(list, itertools.combinations(range(seeds), seeds // 2))
     taus = [kendall(losses_VS[:, half].mean(1), np.delete(losses_VS, half, axis=1).mean(1)) for half in halves]
     return float(np.mean(taus))

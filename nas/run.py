@@ -11,22 +11,26 @@ A run directory knows nothing of what a stage does. Reading an artifact of a fin
 
 import json
 import os
+import platform
+import subprocess
 import sys
 import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from nas import console
+from nas import __version__, console
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError
 from nas.files import end_cut_line, file_hash, read_json, without_passwords, write_json
-from nas.provenance import now, provenance
+from nas.hardware import cpu_name, nvml_facts
 
+_PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
 _RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
 _POLL_S = 2.0
 
@@ -34,77 +38,51 @@ _POLL_S = 2.0
 class FinishedRun:
     """A finished run that another stage builds on; it must be of ``stage``, unless that is None.
 
-    Raises:
-        UserError: It is no run directory, another stage's, or unfinished.
+    ``info`` is what run.json holds, with ``config`` and ``parents``; ``artifacts`` are hashes by name.
     """
 
     def __init__(self, path: Path, stage: str | None = None) -> None:
-        if not (path / _RUN).is_file():
+        if not is_run(path):
             raise UserError(f"{path} is not a run directory (it has no {_RUN}); give the directory of a finished run")
-        self.path = path
-        self.info = read_json(path / _RUN)
-        if stage is not None and self.info.get("stage") != stage:
-            raise UserError(
-                f"{path} was written by 'nas {self.info.get('stage')}', not by 'nas {stage}'; give a {stage} run"
-            )
+        self.path, self.info = path, read_json(path / _RUN)
+        own = self.info.get("stage")
+        if stage not in (None, own):
+            raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give a {stage} run")
         if not (path / _COMPLETE).is_file():
-            name = _name(path, str(self.info.get("stage")))
+            name = path.as_posix().rpartition(f"{own}/")[2]  # with the sweep that it is of
             raise UserError(f"{path} is unfinished; run its command again with name={name} to finish it")
-        self._hashes: dict[str, str] = read_json(path / _COMPLETE).get("artifacts", {})
-        if not all(
-            isinstance(some, dict) for some in (self._hashes, self.info.get("config"), self.info.get("parents"))
-        ):
-            raise UserError(f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again")
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """The resolved config of the run."""
-        return dict(self.info["config"])
-
-    @property
-    def artifacts(self) -> set[str]:
-        """Their names."""
-        return set(self._hashes)
+        try:
+            self.config: dict[str, Any] = dict(self.info["config"])
+            self.parents: dict[str, dict[str, str]] = dict(self.info["parents"])
+            self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(
+                f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
+            ) from None
 
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""
         return file_hash(self.path / _COMPLETE)
 
     def artifact(self, name: str) -> Path:
-        """Path of an artifact, its content verified against the hash taken when the run finished.
-
-        Raises:
-            UserError: It is missing or was changed since.
-        """
+        """Path of an artifact, whose content must be what it was when the run finished."""
         path = self.path / name
         if not path.is_file():
-            raise UserError(f"{path} is missing; run 'nas {self.info.get('stage')}' again under a new name")
-        if file_hash(path) != self._hashes.get(name):
+            raise UserError(f"{path} is missing; run 'nas {self.info['stage']}' again under a new name")
+        if file_hash(path) != self.artifacts.get(name):
             raise UserError(
                 f"{path} is corrupt: it changed after the run finished; restore it, or remove {self.path} and run "
-                f"'nas {self.info.get('stage')}' again"
+                f"'nas {self.info['stage']}' again"
             )
         return path
 
     def parent(self, role: str) -> "FinishedRun":
-        """The run that this one was built on, by its role.
-
-        Raises:
-            UserError: It is gone, or is not what it was.
-        """
-        recorded = self.info["parents"][role]
-        path = Path(os.path.normpath(self.path / recorded["path"]))
-        parent = FinishedRun(path)
+        """The run that this one was built on, by its role; it must be what it was then."""
+        recorded = self.parents[role]
+        parent = FinishedRun(Path(os.path.normpath(self.path / recorded["path"])))
         if parent.digest() != recorded["hash"]:
-            raise UserError(f"{path} is not the {role} that {self.path} was made from; run that again")
+            raise UserError(f"{parent.path} is not the {role} that {self.path} was made from; run that again")
         return parent
-
-
-def _name(path: Path, stage: str) -> str:
-    """What ``name=`` makes a run directory: the path below its stage's folder, with the sweep that it is of."""
-    *folders, own = path.parts
-    below = folders[len(folders) - folders[::-1].index(stage) :] if stage in folders else []
-    return "/".join([*below, own])
 
 
 class Run:
@@ -115,10 +93,9 @@ class Run:
 
     def log(self, **values: object) -> None:
         """Appends one line to metrics.jsonl."""
-        if not IS_MAIN:
-            return
-        with (self.path / _METRICS).open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(values) + "\n")
+        if IS_MAIN:
+            with (self.path / _METRICS).open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(values) + "\n")
 
     def finish(self, scaffold: Path | None = None) -> None:
         """Writes the completion mark, and only then removes the ``scaffold``, such as a checkpoint."""
@@ -127,9 +104,8 @@ class Run:
         artifacts = {
             str(path.relative_to(self.path)): file_hash(path)
             for path in sorted(self.path.rglob("*"))
-            if path.is_file() and path.name not in (_RUN, _COMPLETE)
-            if not any(part.startswith(".") for part in path.relative_to(self.path).parts)
-            if path != scaffold
+            if path.is_file() and path.name not in (_RUN, _COMPLETE) and path != scaffold
+            if not any(folder.startswith(".") for folder in path.relative_to(self.path).parts)
         }
         write_json(self.path / _COMPLETE, {"finished": now(), "artifacts": artifacts})
         if scaffold:
@@ -143,41 +119,27 @@ def start_run(
     config: Mapping[str, Any],
     seeds: Mapping[str, int] | None = None,
     parents: Mapping[str, FinishedRun] | None = None,
-    decisive: Callable[[dict[str, Any]], dict[str, Any]] = dict,
+    free: Collection[str] = (),
 ) -> Iterator[Run]:
-    """Begins a run, or goes on with an unfinished one of the same name and config.
+    """Begins a run, or goes on with an unfinished one of the same name, parents and config, apart from ``free`` keys.
 
     Of several processes under torchrun the first one keeps the run; to the others it is write-protected.
-
-    Args:
-        path: The run directory, made if needed.
-        stage: Name of the stage.
-        config: The resolved config, recorded as plain values.
-        seeds: Every seed that the stage draws from.
-        parents: The finished runs that the stage builds on, by role.
-        decisive: The part of a config in which a resumed run must not differ.
-
-    Raises:
-        UserError: The directory holds a finished run or a run of another config.
-        InUseError: Another process is writing it.
     """
     if not IS_MAIN:
         yield Run(path)
         return
     path.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(path / _LOCK)
     try:
-        lock.acquire(blocking=False)
+        lock = filelock.FileLock(path / _LOCK).acquire(blocking=False)
     except filelock.Timeout:
         raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
-    try:
-        plain: dict[str, Any] = json.loads(json.dumps(config, default=str))
+    with lock:
         origins = {
             role: {"path": os.path.relpath(run.path, path), "hash": run.digest()}
             for role, run in (parents or {}).items()
         }
         if is_run(path):
-            check_begun(path, stage, decisive(plain), decisive)
+            check_begun(path, stage, {key: value for key, value in config.items() if key not in free})
             if read_json(path / _RUN).get("parents") != origins:
                 raise UserError(f"{path} was begun from other parent runs; give another name=")
             if (path / _COMPLETE).is_file():
@@ -185,42 +147,56 @@ def start_run(
             end_cut_line(path / _METRICS)
         else:
             argv = [without_passwords(word) for word in sys.orig_argv]
-            info = {"stage": stage, "id": uuid.uuid4().hex, "started": now(), "argv": argv, "config": plain}
-            write_json(path / _RUN, info | {"seeds": dict(seeds or {}), "parents": origins} | provenance())
+            info = {"stage": stage, "started": now(), "argv": argv, "config": config}
+            write_json(path / _RUN, info | {"seeds": dict(seeds or {}), "parents": origins} | _provenance())
         yield Run(path)
-    finally:
-        lock.release()
 
 
-def check_begun(
-    path: Path,
-    stage: str,
-    config: Mapping[str, Any],
-    decisive: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-) -> None:
-    """Refuses to go on with the run ``path``, if there is one, in another way than it was begun.
+def _provenance() -> dict[str, Any]:
+    versions = {"gqa-nas": __version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in _PACKAGES}
+    device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
+    return {"git": git_state(), "versions": versions, "device": device}
 
-    ``config`` has keys of the resolved config as they are now; it need not be all of them, so that a mistake is found
-    before expensive work. ``decisive`` is as in `start_run`.
 
-    Raises:
-        UserError: The run is another stage's, or has another value of one of the keys.
+def now() -> str:
+    """UTC in ISO format, to the second."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def git_state() -> dict[str, object] | None:
+    """Commit of the checkout that the package runs from, or None for an installed wheel."""
+
+    def git(*arguments: str) -> str:
+        here = Path(__file__).resolve().parent
+        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "run.py")  # fails in a checkout of something else
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def check_begun(path: Path, stage: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config that the run ``path`` was begun with, empty if there is no such run.
+
+    Refuses a run of another stage, or with another value of a key that ``config`` has. That need not be all keys: so a
+    mistake is found before expensive work.
     """
     if not is_run(path):
-        return
-    before = read_json(path / _RUN)
-    if before.get("stage") != stage:
-        raise UserError(f"{path} belongs to 'nas {before.get('stage')}'; give another name=")
-    recorded, given = decisive(before.get("config", {})), json.loads(json.dumps(config, default=str))
+        return {}
+    begun = read_json(path / _RUN)
+    if begun.get("stage") != stage:
+        raise UserError(f"{path} belongs to 'nas {begun.get('stage')}'; give another name=")
+    recorded: dict[str, Any] = begun.get("config", {})
+    given = json.loads(json.dumps(config, default=str))
     if changed := [line for key in given for line in _differences(recorded.get(key), given[key], key)]:
-        raise begun_otherwise(path, f"config ({'; '.join(changed[:3])})")
-
-
-def begun_otherwise(path: Path, what: str) -> UserError:
-    """The refusal to resume a run with another ``what`` than it was begun with."""
-    return UserError(
-        f"{path} was begun with another {what}; repeat the first command to resume it, or give another name="
-    )
+        raise UserError(
+            f"{path} was begun with another config ({'; '.join(changed[:3])}); repeat the first command to resume it, "
+            "or give another name="
+        )
+    return recorded
 
 
 def _differences(before: Any, after: Any, key: str) -> list[str]:
@@ -259,13 +235,8 @@ def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> Finished
     return FinishedRun(path, stage)
 
 
-def recorded_config(path: Path) -> dict[str, Any]:
-    """The config of an earlier attempt at the run ``path``; empty if there was none."""
-    return (read_json(path / _RUN).get("config") or {}) if is_run(path) else {}
-
-
 def runs_in(folder: Path) -> list[Path]:
-    """The run directories below ``folder``, finished or not; a sweep's may be nested."""
+    """``folder`` if it is a run directory, and those below it, finished or not; a sweep's may be nested."""
     return sorted(file.parent for file in folder.rglob(_RUN))
 
 

@@ -14,6 +14,7 @@ from typing import Any
 FEATURES = ("qkv_bias", "o_bias", "mlp_bias", "qk_norm", "rope_scaling")
 
 _KINDS = {int: "a positive integer", float: "a positive number", bool: "true or false"}
+_ROPE_KINDS = {"original_max_position_embeddings": int, "truncate": bool}  # and all others positive numbers
 _NEEDS_ORIGINAL = ("factor", "original_max_position_embeddings")
 ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by rope_type: what it needs, what it may have
     "linear": (("factor",), ()),
@@ -122,7 +123,6 @@ class ModelShape:
         return {}
 
     def layers(self, vector: Sequence[int]) -> list[LayerSpec]:
-        """The descriptions of all layers, first layer first."""
         return [self.layer(groups) for groups in vector]
 
     def parameters(self, vector: Sequence[int]) -> int:
@@ -140,13 +140,10 @@ class ModelShape:
         return {key: value for key, value in values.items() if value or key not in FEATURES}
 
 
-def _check_kind(name: str, value: object, kind: type) -> None:
-    if kind is bool:
-        valid = isinstance(value, bool)
-    else:
-        number_types = int if kind is int else (int, float)
-        valid = isinstance(value, number_types) and not isinstance(value, bool) and value > 0
-    if not valid:
+def _check_kind(name: str, value: Any, kind: type) -> None:
+    numbers = int if kind is int else (int, float)
+    positive = isinstance(value, numbers) and not isinstance(value, bool) and value > 0
+    if not (isinstance(value, bool) if kind is bool else positive):
         raise ValueError(f"{name} is {value!r} but must be {_KINDS[kind]}")
 
 
@@ -157,8 +154,8 @@ def _check_rope_scaling(scaling: object) -> None:
     needed, optional = ROPE_KEYS[kind]
     if missing := [key for key in needed if key not in scaling]:
         raise ValueError(f"rope_scaling of rope_type {kind} lacks {', '.join(missing)}; add it")
-    if unknown := [str(key) for key in scaling if key not in (*needed, *optional, "rope_type")]:
-        raise ValueError(f"rope_scaling of rope_type {kind} has an unknown key {', '.join(unknown)}; remove it")
-    for key in [key for key in (*needed, *optional) if key in scaling]:
-        whole = key == "original_max_position_embeddings"
-        _check_kind(f"rope_scaling.{key}", scaling[key], bool if key == "truncate" else int if whole else float)
+    for key, value in scaling.items():
+        if key not in (*needed, *optional, "rope_type"):
+            raise ValueError(f"rope_scaling of rope_type {kind} has an unknown key {key}; remove it")
+        if key != "rope_type":
+            _check_kind(f"rope_scaling.{key}", value, _ROPE_KINDS.get(key, float))

@@ -6,16 +6,19 @@ shape and the groups that each layer may have.
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from nas import shipped
 from nas.errors import UserError
-from nas.resources import shipped
 from nas.shape import ModelShape
 
 Vector = tuple[int, ...]
@@ -24,6 +27,14 @@ Vector = tuple[int, ...]
 def format_vector(vector: Sequence[int]) -> str:
     """``(4, 2, 1)`` -> ``"4-2-1"``."""
     return "-".join(map(str, vector))
+
+
+def parse_vector(text: str) -> Vector:
+    """``"4-2-1"`` -> ``(4, 2, 1)``."""
+    try:
+        return tuple(map(int, text.split("-")))
+    except ValueError:
+        raise UserError(f"'{text}' is not a vector; write one number of groups per layer, such as 4-2-2-1") from None
 
 
 @dataclass(frozen=True)
@@ -39,21 +50,15 @@ class SearchSpace:
         layers, heads = self.shape.num_hidden_layers, self.shape.num_attention_heads
         if len(self.choices) != layers:
             raise ValueError(f"kv_groups lists {len(self.choices)} layers but num_hidden_layers is {layers}")
+        divisors = [groups for groups in range(1, heads + 1) if heads % groups == 0]
         for layer, allowed in enumerate(self.choices):
-            if not allowed:
-                raise ValueError(f"kv_groups of layer {layer} is empty; list at least one number of groups")
-            for groups in allowed:
-                if isinstance(groups, bool) or not isinstance(groups, int) or groups < 1 or heads % groups:
-                    divisors = ", ".join(str(g) for g in range(1, heads + 1) if heads % g == 0)
-                    raise ValueError(
-                        f"kv_groups has {groups!r} in layer {layer}, which does not divide the {heads} attention "
-                        f"heads; use any of {divisors}"
-                    )
-        for name, vector in self.known_vectors.items():
-            try:
-                self.check(vector)
-            except UserError as error:
-                raise ValueError(f"known vector {name}: {error}") from None
+            if wrong := set(allowed).difference(divisors):
+                raise ValueError(
+                    f"kv_groups has {min(wrong)} in layer {layer}, which does not divide the {heads} attention heads; "
+                    f"use any of {', '.join(map(str, divisors))}"
+                )
+        for vector in self.known_vectors.values():
+            self.check(vector)
 
     @property
     def largest(self) -> Vector:
@@ -73,26 +78,22 @@ class SearchSpace:
     @property
     def size(self) -> int:
         """How many vectors the space holds."""
-        return math.prod(len(allowed) for allowed in self.choices)
+        return math.prod(map(len, self.choices))
 
     def uniform_vectors(self) -> list[Vector]:
         """The vectors with the same groups in every layer, fewest first."""
-        common = set(self.choices[0]).intersection(*self.choices[1:])
+        common = set(self.choices[0]).intersection(*self.choices)
         return [(groups,) * len(self.choices) for groups in sorted(common)]
 
     def reference_vectors(self) -> dict[str, Vector]:
         """The vectors that every search evaluates first, by name: smallest, uniform, largest, then known ones."""
-        named = {"smallest": self.smallest, "largest": self.largest}
-        named = {name: vector for name, vector in named.items() if vector not in self.uniform_vectors()}
-        named |= {f"uniform {vector[0]}": vector for vector in self.uniform_vectors()}
-        return named | dict(self.known_vectors)
+        uniform = {f"uniform {vector[0]}": vector for vector in self.uniform_vectors()}
+        extremes = {"smallest": self.smallest, "largest": self.largest}
+        extremes = {name: vector for name, vector in extremes.items() if vector not in uniform.values()}
+        return extremes | uniform | dict(self.known_vectors)
 
     def check(self, vector: Sequence[int]) -> Vector:
-        """Returns ``vector`` as a tuple.
-
-        Raises:
-            UserError: Its length or one of its entries is not of this space.
-        """
+        """Returns ``vector`` as a tuple, or refuses it if it is not of this space."""
         if len(vector) != len(self.choices):
             raise UserError(
                 f"vector {format_vector(vector)} has {len(vector)} layers but space {self.name} has "
@@ -107,18 +108,11 @@ class SearchSpace:
         return tuple(vector)
 
     def choice_indices(self, vectors: Iterable[Vector]) -> list[list[int]]:
-        """For each vector, the number of its choice in every layer.
-
-        Raises:
-            UserError: One of them is not of this space.
-        """
-        return [
-            [allowed.index(g) for g, allowed in zip(self.check(vector), self.choices, strict=True)]
-            for vector in vectors
-        ]
+        """For each vector, which of a layer's choices it has in every layer; checks the vectors."""
+        return [[self.choices[layer].index(g) for layer, g in enumerate(self.check(vector))] for vector in vectors]
 
     def parse(self, text: str) -> Vector:
-        """Parses ``4-2-2-1`` and checks it against the space; see `check`."""
+        """Parses ``4-2-2-1`` and checks it."""
         return self.check(parse_vector(text))
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,16 +124,43 @@ class SearchSpace:
         }
 
 
-def parse_vector(text: str) -> Vector:
-    """``"4-2-1"`` -> ``(4, 2, 1)``.
+class Totals:
+    """Vectors by their total of groups: how many there are of each total, and uniform draws among them.
 
-    Raises:
-        UserError: The text is not numbers joined by dashes.
+    Layers drawn with equal odds crowd around the middle total; drawing the total first spreads vectors over the range.
     """
-    try:
-        return tuple(int(part) for part in text.split("-"))
-    except ValueError:
-        raise UserError(f"'{text}' is not a vector; write one number of groups per layer, such as 4-2-2-1") from None
+
+    def __init__(self, choices: Sequence[Vector]) -> None:
+        self._choices = choices
+        # ways[l][t]: in how many ways layers l, l + 1, … add up to t; floats, as 3^32 and more are odds to us
+        self._ways = np.zeros((len(choices) + 1, sum(map(max, choices)) + 1))
+        self._ways[-1, 0] = 1
+        for layer in reversed(range(len(choices))):
+            for groups in choices[layer]:
+                self._ways[layer, groups:] += self._ways[layer + 1, :-groups]
+        self.reachable = np.flatnonzero(self._ways[0])  # ascending totals that some vector has
+
+    def count(self, total: int) -> float:
+        """How many vectors have this total."""
+        return float(self._ways[0, total])
+
+    def draw(self, totals: npt.ArrayLike, rng: np.random.Generator) -> list[Vector]:
+        """One vector for each of n reachable ``totals``, uniform among the vectors of that total."""
+        left = np.array(totals)
+        columns = []
+        for allowed, ways in zip(self._choices, self._ways[1:], strict=True):
+            groups = np.array(allowed)
+            remaining = left[:, None] - groups  # (n, choices)
+            odds = np.cumsum(np.where(remaining >= 0, ways[remaining], 0.0), axis=1)
+            picked = groups[(rng.random((len(left), 1)) * odds[:, -1:] >= odds).sum(axis=1).clip(max=len(groups) - 1)]
+            left = left - picked
+            columns.append(picked.tolist())
+        return list(zip(*columns, strict=True))
+
+    def draw_stratified(self, vectors: int, rng: np.random.Generator) -> list[Vector]:
+        """Vectors whose totals lie one in each of ``vectors`` equal stretches of the range."""
+        places = (np.arange(vectors) + rng.random(vectors)) / max(vectors, 1) * len(self.reachable)
+        return self.draw(self.reachable[places.astype(int)], rng)
 
 
 def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
@@ -149,36 +170,28 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
         ValueError, UserError: A value is missing, unknown or out of range; the message names it.
     """
     fields = {field.name: field for field in dataclasses.fields(ModelShape)}
-    if unknown := values.keys() - fields.keys() - {"kv_groups", "known_vectors"}:
-        names = ", ".join(sorted(map(str, unknown)))
-        raise ValueError(f"unknown key {names}; known are {', '.join(fields)}, kv_groups, known_vectors")
-    required = {field.name for field in fields.values() if field.default is dataclasses.MISSING} | {"kv_groups"}
-    if missing := required - values.keys():
-        raise ValueError(f"{', '.join(sorted(missing))} is missing; add it")
+    known = [*fields, "kv_groups", "known_vectors"]
+    if unknown := [str(key) for key in values if key not in known]:
+        raise ValueError(f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
+    required = ["kv_groups", *(key for key, field in fields.items() if field.default is dataclasses.MISSING)]
+    if missing := [key for key in required if key not in values]:
+        raise ValueError(f"{', '.join(missing)} is missing; add it")
     shape = ModelShape(**{key: values[key] for key in values if key in fields})
     stated = values["kv_groups"]
     nested = isinstance(stated, list) and any(isinstance(allowed, list) for allowed in stated)
-    per_layer = stated if nested else [stated] * shape.num_hidden_layers
-    lists = bool(stated) and all(isinstance(allowed, list) for allowed in per_layer)
-    if not lists or not all(isinstance(groups, int) for allowed in per_layer for groups in allowed):
+    choices = stated if nested else [stated] * shape.num_hidden_layers
+    if not all(isinstance(allowed, list) and allowed and {type(g) for g in allowed} == {int} for allowed in choices):
         raise ValueError(f"kv_groups is {stated!r}; give a list of whole numbers, or one such list per layer")
     named = values.get("known_vectors") or {}
     if not isinstance(named, dict):
         raise ValueError(f"known_vectors is {named!r}; give a vector such as 4-2-2-1 by name")
-    known = {str(name): parse_vector(str(text)) for name, text in named.items()}
-    return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in per_layer), known)
+    vectors = {str(name): parse_vector(str(text)) for name, text in named.items()}
+    return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in choices), vectors)
 
 
 def space_from_config(values: Mapping[str, Any]) -> SearchSpace:
     """The space of a run, as its config records it: `SearchSpace.to_dict` and the name."""
     return space_from_dict(values["name"], {key: value for key, value in values.items() if key != "name"})
-
-
-class _YamlLoader(yaml.SafeLoader):
-    """YAML in which 1e-5 is a number, as it is in JSON, and not only 1.0e-5."""
-
-
-_YamlLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def shipped_spaces() -> Iterator[str]:
@@ -187,11 +200,7 @@ def shipped_spaces() -> Iterator[str]:
 
 
 def load_space(reference: str) -> SearchSpace:
-    """Loads a space by the name of a shipped one or by the path of a YAML file.
-
-    Raises:
-        UserError: There is no such space, or its file is not valid.
-    """
+    """Loads a space by the name of a shipped one or by the path of a YAML file."""
     is_path = reference.endswith((".yaml", ".yml"))
     path = Path(reference) if is_path else shipped("search_spaces") / f"{reference}.yaml"
     if not path.is_file() or (not is_path and "/" in reference):
@@ -200,12 +209,12 @@ def load_space(reference: str) -> SearchSpace:
             "a trained model's directory"
         )
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), _YamlLoader)  # safe: it makes plain values only
+        # OmegaConf's YAML reads 1e-5 as a number, as JSON does
+        values: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
         if not isinstance(values, dict):
             raise ValueError("it is not a mapping of keys to values; see the shipped ones")
         return space_from_dict(path.stem, values)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"search space {path} is not valid YAML: {problem}") from None
-    except (ValueError, TypeError, UserError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OmegaConfBaseException, AssertionError) as error:
+        raise UserError(f"search space {path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (ValueError, UserError) as error:
         raise UserError(f"search space {path}: {error}") from None

@@ -49,8 +49,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.files import write_atomically
 from nas.hardware import cpu_name
-from nas.provenance import git_state, now
 from nas.report.figure import COLOURS, figure
+from nas.run import git_state, now
 from nas.search import Objectives, reference_point
 from nas.search.exact import best_by_counts, best_by_weights
 from nas.search.front_sampler import FrontSampler

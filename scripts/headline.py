@@ -25,8 +25,8 @@ from nas.hardware import nvml_facts
 from nas.latency.energy import measure_energy
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
-from nas.provenance import now
 from nas.report.figure import COLOURS, figure
+from nas.run import now
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 

@@ -21,7 +21,7 @@ from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
-from nas.provenance import now
+from nas.run import now
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 

@@ -11,9 +11,8 @@ from torch import Tensor
 from nas.latency.predictor import Workload
 from nas.serving.batching import prefill_chunks
 from nas.serving.cache import KVCache
-from nas.serving.cuda import captured, milliseconds
 from nas.serving.layers import ServingModel, randomise
-from nas.serving.runtime import DTYPES, Runner
+from nas.serving.runtime import DTYPES, Runner, captured, milliseconds
 from nas.shape import ModelShape
 
 _COPIED_BYTES = (2**29, 2**31)

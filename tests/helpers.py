@@ -1,6 +1,5 @@
 """What several test modules need: damage to files, commands that are killed, and how a refusal looks."""
 
-import json
 import subprocess
 import sys
 import time
@@ -32,19 +31,9 @@ def flipped(content: bytes) -> bytes:
     return content[:at] + bytes(byte ^ 0xFF for byte in content[at : at + 8]) + content[at + 8 :]
 
 
-def halved(content: bytes) -> bytes:
-    """The first half of the content."""
-    return content[: len(content) // 2]
-
-
 def to(content: str) -> Damage:
     """Damage that puts something else in place of the content."""
     return lambda _: content.encode()
-
-
-def set_config(**values: object) -> Damage:
-    """Damage that changes keys of a JSON file."""
-    return lambda content: json.dumps(json.loads(content) | values).encode()
 
 
 def harm(path: Path, damage: Damage) -> None:

@@ -14,8 +14,7 @@ import sqlalchemy
 
 from nas.budget import Budget
 from nas.metrics import Metrics
-from nas.search import Constraints, Objectives, Problem, Storage, search
-from nas.search.exhaustive import ExhaustiveSampler
+from nas.search import Objectives, Problem, Storage, search
 from nas.search.front_sampler import FrontSampler
 from nas.space import SearchSpace, Vector, format_vector, load_space
 
@@ -24,18 +23,20 @@ SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {
     "tpe": functools.partial(optuna.samplers.TPESampler, n_startup_trials=5),
     "random": optuna.samplers.RandomSampler,
     "front": FrontSampler,
-    "exhaustive": ExhaustiveSampler,
 }
 TWO = Objectives(("loss_nats", "tokens_per_s"))
 PENALTIES = {1: 0.05, 2: 0.02, 4: 0.0}
 
 
-def additive(vector: Vector) -> Metrics:
-    """A loss that is a sum over layers, later layers mattering more, and costs that depend on the sum of groups."""
-    loss = 3 + sum(PENALTIES[groups] * (layer + 1) for layer, groups in enumerate(vector))
+def additive_loss(vector: Vector) -> float:
+    """A loss that is a sum over layers, later layers mattering more."""
+    return 3 + sum(PENALTIES[groups] * (layer + 1) for layer, groups in enumerate(vector))
+
+
+def costs(vector: Vector) -> Metrics:
+    """Costs that depend on the sum of groups."""
     decode_ms = 1 + 0.1 * sum(vector)
     return {
-        "loss_nats": loss,
         "decode_ms": decode_ms,
         "prefill_ms": 5.0,
         "tokens_per_s": 1e3 / decode_ms,
@@ -46,18 +47,9 @@ def additive(vector: Vector) -> Metrics:
     }
 
 
-def problem(
-    space: SearchSpace,
-    evaluate: Callable[[Vector], Metrics] = additive,
-    objectives: Objectives = TWO,
-    limits: Mapping[str, float] | None = None,
-) -> Problem:
-    """The problem of a space, with the losses that ``evaluate`` returns."""
-
-    def loss(vector: Vector) -> float:
-        return float(evaluate(vector)["loss_nats"])
-
-    return Problem(space, objectives, loss, additive, Constraints(limits or {}, space, additive))
+def problem(space: SearchSpace, objectives: Objectives = TWO, limits: Mapping[str, float] | None = None) -> Problem:
+    """The problem of a space with these costs."""
+    return Problem(space, objectives, costs, limits or {})
 
 
 def work(
@@ -75,11 +67,11 @@ def work(
     It kills itself right after so many transactions of its own as ``dies_at`` says.
     """
 
-    def evaluate(vector: Vector) -> Metrics:
+    def loss(vector: Vector) -> float:
         with (folder / f"{name}.log").open("a") as log:
             log.write(f"{format_vector(vector)}\n")
         time.sleep(pause_s)
-        return additive(vector)
+        return additive_loss(vector)
 
     if dies_at is not None:
         commits = itertools.count(1)
@@ -89,7 +81,5 @@ def work(
             if next(commits) == dies_at + 1:  # the event comes before the commit
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    table = search(
-        problem(load_space("tiny"), evaluate), SAMPLERS[sampler], Budget(budget), 0, storage, running=running
-    )
+    table = search(problem(load_space("tiny")), loss, SAMPLERS[sampler], Budget(budget), 0, storage, running=running)
     table.to_csv(folder / f"{name}.csv", index=False)

@@ -12,9 +12,9 @@ import pandas as pd
 import pytest
 from hydra import compose, initialize_config_dir
 
+from nas import shipped
 from nas.config import STAGES, register, to_stage
 from nas.latency import this_device
-from nas.resources import shipped
 from nas.run import FinishedRun
 from nas.search import COLUMNS
 from tests.conftest import Nas, Workspace

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from nas.config import CostConfig, MeasureConfig
 from nas.errors import UserError
-from nas.hardware import Gpu, nvml_facts, nvml_state
+from nas.hardware import nvml_facts, nvml_state
 from nas.latency.cost import costs
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
 from nas.latency.measurement import _energy
@@ -36,8 +37,7 @@ class FakeGpu:
     call_s: float = 3e-3
     update_s: float = 0.02  # the energy counter moves only so often
     reset_s: float = NEVER  # then the counter starts again from zero
-    energy_until_s: float = NEVER  # the sensors fail then
-    power_until_s: float = NEVER
+    energy_until_s: float = NEVER  # the counter fails then
     read_s: float = 5e-4
     now: float = 0.0
     queued_s: float = 0.0
@@ -64,22 +64,18 @@ class FakeGpu:
         self.queued_s = 0.0
 
     def measure(self, seconds: float = 5.0) -> Energy | None:
-        return measure_energy(self.call, seconds, None, self.synchronise, clock=self.clock)
-
-    def _read(self, until_s: float) -> None:
-        self.now += self.read_s
-        self.queued_s = max(0.0, self.queued_s - self.read_s)
-        if self.now >= until_s:
-            raise pynvml.NVMLError_GpuIsLost()
+        return measure_energy(self.call, seconds, None, self.synchronise)
 
     def millijoules(self, _: object) -> int:
-        self._read(self.energy_until_s)
+        self.now += self.read_s
+        self.queued_s = max(0.0, self.queued_s - self.read_s)
+        if self.now >= self.energy_until_s:
+            raise pynvml.NVMLError_GpuIsLost()
         time = self.now // self.update_s * self.update_s
         time -= self.reset_s if time >= self.reset_s else 0.0
         return int(1e3 * (self.watts * time + self.watts_per_s * time**2 / 2))
 
     def milliwatts(self, _: object) -> int:
-        self._read(self.power_until_s)
         return round(1e3 * (self.watts + self.watts_per_s * self.now))
 
     def open(self) -> None:
@@ -101,6 +97,8 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Plug:
     """Puts a fake GPU where NVML finds it; it answers what is set here and NotSupported to all else."""
 
     def install(gpu: FakeGpu) -> FakeGpu:
+        clock = SimpleNamespace(perf_counter=gpu.clock, sleep=gpu.sleep)
+        monkeypatch.setattr("nas.latency.energy.time", clock)
         for name in [name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")]:
             monkeypatch.setattr(pynvml, name, refuse)
         answers: dict[str, Any] = {
@@ -138,7 +136,6 @@ def test_constant_power_is_found_to_a_hundredth_whatever_the_counter_and_the_cal
     gpu = plug(FakeGpu(call_s=call_s, update_s=update_s))
     energy = gpu.measure()
     assert energy is not None
-    assert energy.method == "energy counter"
     assert energy.watts == pytest.approx(300, rel=0.01)
     assert energy.joules_per_call == pytest.approx(300 * call_s, rel=0.01)
     assert energy.seconds >= 5
@@ -179,56 +176,37 @@ def test_the_warm_up_does_not_count(plug: Plug) -> None:
     ],
     ids=["missing", "fails", "stuck", "reset"],
 )
-def test_power_stands_in_for_a_counter_that_cannot_be_used(plug: Plug, change: dict[str, float]) -> None:
-    gpu = plug(replace(FakeGpu(watts_per_s=20), **change))  # type: ignore[arg-type]
-    energy = gpu.measure()
-    assert energy is not None
-    assert energy.method == "power × time"
-    assert energy.watts == pytest.approx(300 + 20 * (gpu.now - energy.seconds / 2), rel=0.01)
-    assert energy.joules_per_call == pytest.approx(energy.watts * gpu.call_s)
-
-
-def test_a_counter_alone_is_enough(plug: Plug) -> None:
-    energy = plug(FakeGpu(power_until_s=0)).measure()
-    assert energy is not None
-    assert energy.method == "energy counter"
+def test_a_counter_that_cannot_be_used_is_no_energy(plug: Plug, change: dict[str, float]) -> None:
+    gpu = plug(replace(FakeGpu(), **change))  # type: ignore[arg-type]
+    assert gpu.measure() is None
+    assert (gpu.calls == 0) == (change == {"energy_until_s": 0})  # nothing is run in vain
+    assert gpu.opened == 0
 
 
 def test_a_counter_that_fails_at_the_very_end_counts(plug: Plug) -> None:
     energy = plug(FakeGpu(energy_until_s=6.8)).measure()
     assert energy is not None
-    assert energy.method == "energy counter"
     assert energy.watts == pytest.approx(300, rel=0.01)
-
-
-@pytest.mark.parametrize("until_s", [0, 4])
-def test_no_sensor_no_energy(plug: Plug, until_s: float) -> None:
-    gpu = plug(FakeGpu(energy_until_s=until_s, power_until_s=until_s))
-    assert gpu.measure() is None
-    assert (gpu.calls > 0) == (until_s > 0)  # nothing is run in vain
-    assert gpu.opened == 0
-    assert idle_watts(5, None, clock=gpu.clock, sleep=gpu.sleep) is None
 
 
 def test_without_nvml_there_is_no_energy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pynvml, "nvmlInit", absent)
     gpu = FakeGpu()
     assert gpu.measure() is None
-    assert idle_watts(5, None, clock=gpu.clock, sleep=gpu.sleep) is None
+    assert idle_watts(5, None) is None
     assert gpu.calls == gpu.now == 0
 
 
 def test_nvml_is_let_go_when_a_call_fails(plug: Plug) -> None:
     gpu = plug(FakeGpu())
     with pytest.raises(ZeroDivisionError):
-        measure_energy(lambda: 1 // 0, 5, None, gpu.synchronise, clock=gpu.clock)
+        measure_energy(lambda: 1 // 0, 5, None, gpu.synchronise)
     assert gpu.opened == 0
 
 
-@pytest.mark.parametrize("energy_until_s", [0, NEVER])
-def test_idle_power(plug: Plug, energy_until_s: float) -> None:
-    gpu = plug(FakeGpu(watts=70, update_s=0.1, energy_until_s=energy_until_s))
-    assert idle_watts(8, "u", clock=gpu.clock, sleep=gpu.sleep) == pytest.approx(70, rel=0.01)
+def test_idle_power(plug: Plug) -> None:
+    gpu = plug(FakeGpu(watts=70, update_s=0.1))
+    assert idle_watts(8, "u") == pytest.approx(70, rel=0.01)
     assert 8 <= gpu.now < 8.2
     assert gpu.asked_for == ["GPU-u"]
 
@@ -247,7 +225,7 @@ def describe(monkeypatch: pytest.MonkeyPatch) -> None:
         "PowerManagementLimit": 700_000,
         "EccMode": [1, 0],
         "MemoryInfo": Memory,
-        "CurrentClocksEventReasons": 0x1 | 0x4 | 0x40,
+        "CurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
         "Temperature": 61,
     }
     for key, value in answers.items():
@@ -279,17 +257,8 @@ def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pyt
 @pytest.mark.parametrize("reasons", [0, 1])
 def test_a_gpu_that_idles_is_not_throttled(plug: Plug, monkeypatch: pytest.MonkeyPatch, reasons: int) -> None:
     plug(FakeGpu())
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons", lambda _: reasons)
-    assert Gpu().read("throttle_reasons") == []
-
-
-@pytest.mark.parametrize("old", ["binding", "driver"])
-def test_reasons_have_an_older_name(plug: Plug, monkeypatch: pytest.MonkeyPatch, old: str) -> None:
-    plug(FakeGpu())
-    if old == "binding":
-        monkeypatch.delattr(pynvml, "nvmlDeviceGetCurrentClocksEventReasons")
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x8)
-    assert Gpu().read("throttle_reasons") == ["hardware slowdown"]
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: reasons)
+    assert nvml_state()["throttle_reasons"] == []
 
 
 def test_what_nvml_refuses_is_left_out(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,25 +278,17 @@ def test_a_gpu_that_nvml_does_not_know_answers_nothing(plug: Plug, monkeypatch: 
     assert gpu.opened == 0
 
 
-def test_a_closed_gpu_answers_nothing_more(plug: Plug) -> None:
-    fake = plug(FakeGpu())
-    with Gpu() as gpu:
-        assert gpu.read("power_watts") == 300
-    assert gpu.read("power_watts") is None
-    assert fake.opened == 0
-
-
 # The table
 
 
-def power(groups: int, batch: float, length: float) -> float:
-    return 200 + 10 * groups + batch + 0.1 * length + 0.01 * batch * length
+def power(groups: int, batch: float) -> float:
+    return 200 + 10 * groups + batch
 
 
-def write(path: Path, changes: dict[int, dict[str, Any]] | None = None, batches: tuple[int, ...] = (4, 16)) -> Path:
-    """A table whose power is exactly bilinear; ``changes`` are to cells, by row."""
-    points = [(groups, batch, length) for groups in (1, 4) for batch in batches for length in (64, 256)]
-    rows = [[*point, power(*point), 1.0, 5.0, 100, "energy counter"] for point in points]
+def write(path: Path, changes: dict[int, dict[str, Any]] | None = None, batches: tuple[int, ...] = (16, 4)) -> Path:
+    """A table whose power is exactly linear; ``changes`` are to cells, by row."""
+    points = [(groups, batch) for groups in (1, 4) for batch in batches]
+    rows = [[*point, 64, power(*point), 1.0, 5.0, 100, "energy counter"] for point in points]
     table = pd.DataFrame(rows, columns=ENERGY_COLUMNS).astype(object)
     for row, cells in (changes or {}).items():
         for column, value in cells.items():
@@ -336,29 +297,22 @@ def write(path: Path, changes: dict[int, dict[str, Any]] | None = None, batches:
     return path
 
 
-def test_power_is_bilinear_between_points(tmp_path: Path) -> None:
+def test_power_is_linear_between_batches_and_constant_beyond(tmp_path: Path) -> None:
     table = EnergyTable(write(tmp_path / "energy.csv"))
     for batch in range(4, 17):
-        for length in (64, 65, 150, 255, 256):
-            assert table.watts(4, batch, length) == pytest.approx(power(4, batch, length))
-
-
-def test_power_beyond_the_points_is_that_of_the_edge(tmp_path: Path) -> None:
-    table = EnergyTable(write(tmp_path / "energy.csv"))
-    assert table.watts(1, 1, 1) == power(1, 4, 64)
-    assert table.watts(1, 999, 100) == pytest.approx(power(1, 16, 100))
-    single = EnergyTable(write(tmp_path / "single.csv", batches=(4,)))
-    assert single.watts(1, 999, 100) == pytest.approx(power(1, 4, 100))
+        assert table.watts(4, batch) == pytest.approx(power(4, batch))
+    assert (table.watts(1, 1), table.watts(1, 999)) == (power(1, 4), power(1, 16))
+    assert (table.knows([4, 1]), table.knows([1, 2])) == (True, False)
 
 
 def test_a_vectors_energy_adds_up(tmp_path: Path) -> None:
     table = EnergyTable(write(tmp_path / "energy.csv"))
     layer_ms = {1: 2.0, 4: 3.0}.__getitem__
-    one, four = power(1, 4, 64), power(4, 4, 64)
-    mixed = table.joules_per_step((4, 1, 1), 4, 64, layer_ms, 5)
+    one, four = power(1, 4), power(4, 4)
+    mixed = table.joules_per_step((4, 1, 1), 4, layer_ms, 5)
     assert mixed == pytest.approx((3 * four + 2 * 2 * one + 5 * (four + 2 * one) / 3) / 1000)
-    assert mixed == table.joules_per_step((1, 4, 1), 4, 64, layer_ms, 5)
-    assert table.joules_per_step((4, 4), 4, 64, layer_ms, 5) == pytest.approx(four * (2 * 3 + 5) / 1000)
+    assert mixed == table.joules_per_step((1, 4, 1), 4, layer_ms, 5)  # to the last bit
+    assert table.joules_per_step((4, 4), 4, layer_ms, 5) == pytest.approx(four * (2 * 3 + 5) / 1000)
 
 
 @pytest.mark.parametrize(
@@ -366,32 +320,13 @@ def test_a_vectors_energy_adds_up(tmp_path: Path) -> None:
     [
         ({0: {"watts": "hot"}}, "row 2"),
         ({1: {"watts": -3}}, "row 3"),
-        ({1: {"joules_per_step": 0}}, "row 3"),
         ({2: {"calls": None}}, "row 4"),
         ({3: {"watts": "inf"}}, "row 5"),
-        ({3: {"length": 300}}, "every batch"),
-        ({1: {"length": 64}}, "every batch"),
     ],
 )
 def test_a_corrupt_table_is_refused(tmp_path: Path, changes: dict[int, dict[str, Any]], words: str) -> None:
     with pytest.raises(UserError, match=rf"energy\.csv is corrupt \(.*{words}"):
         EnergyTable(write(tmp_path / "energy.csv", changes))
-
-
-def test_a_table_that_is_missing_or_lacks_a_part_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "energy.csv"
-    with pytest.raises(UserError, match="does not exist"):
-        EnergyTable(path)
-    path.write_text(",".join(ENERGY_COLUMNS) + "\n")
-    with pytest.raises(UserError, match="no row at all"):
-        EnergyTable(path)
-    path.write_text("groups,batch\n1,4\n")
-    with pytest.raises(UserError, match="lacks the column length"):
-        EnergyTable(path)
-    with pytest.raises(UserError, match="at every length once"):
-        EnergyTable(write(path, batches=(4, 16, 4)))
-    with pytest.raises(UserError, match="no power for 2 groups"):
-        EnergyTable(write(path)).watts(2, 4, 64)
 
 
 # Cost
@@ -466,7 +401,7 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
 ) -> None:
     def planted(call: Callable[[], torch.Tensor], *_: object) -> Energy:
         rows = len(call())
-        return Energy(2.0 * rows, 1.0, 5, 300.0, "energy counter")
+        return Energy(300.0, 2.0 * rows, 1.0, 5)
 
     monkeypatch.setattr("nas.latency.measurement.measure_energy", planted)
     grid, workload = Grid((1, 6), (4, 16), (2, 4)), Workload(6, 16, 4, "fp32", "eager")

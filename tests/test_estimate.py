@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas import shipped
 from nas.files import read_json
 from nas.latency import Device, find_device
 from nas.latency.estimate import RooflineLatency, elementwise_values
 from nas.latency.predictor import PHASES, Phase
-from nas.resources import shipped
 from nas.space import SearchSpace, load_space
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "calibrate_a10g.py"
@@ -74,7 +74,7 @@ def test_little_work_takes_the_fixed_times(micro: SearchSpace) -> None:
     assert RooflineLatency(device, micro.shape, "bf16").layer_ms("decode", 1, 1, 1) == pytest.approx(8, rel=1e-4)
 
 
-def test_the_ends_are_a_row_of_the_embedding_a_token_and_the_head_once_a_sequence(micro: SearchSpace) -> None:
+def test_embedding_and_head_are_a_row_of_the_embedding_a_token_and_the_head_once_a_sequence(micro: SearchSpace) -> None:
     model = RooflineLatency(calibrated(elementwise_bandwidth=0.5), micro.shape, "bf16")
     hidden = micro.shape.hidden_size
     head_ms = 1e3 * 2 * micro.shape.vocab_size * hidden / 1e12

@@ -18,14 +18,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
-from nas.export.hf import HfExporter, engine_ffn_width, hf_config
+from nas.export.hf import HfExporter, hf_config, padded_ffn_width
 from nas.model import Supernet
 from nas.search import Objectives
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
-from nas.space import SearchSpace, Vector, load_space, shipped_spaces
+from nas.space import SearchSpace, Vector
 from nas.stages.export import open_checkpoint, select
-from tests.conftest import FAST, Nas, random_supernet
+from tests.conftest import Nas, random_supernet
+from tests.helpers import TRAINING
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]
 
@@ -61,6 +62,11 @@ def exported_once(supernet: Supernet, text_file: Path, tmp_path_factory: pytest.
     train_tokenizer([text_file.read_text()], 320).save(str(folder / "tokenizer.json"))
     HfExporter().write(supernet.extract((4, 1, 2)), folder / "tokenizer.json", folder / "4-1-2", {})
     return folder / "4-1-2"
+
+
+def engine_ffn_width(ffn_mult: float, hidden_size: int) -> int:
+    """The FFN width that inference engines compute for a nemotron-nas block."""
+    return math.ceil(int(2 * ffn_mult * hidden_size / 3) / 256) * 256
 
 
 def test_transformers_computes_the_sub_networks_logits(exported: tuple[Vector, Path], supernet: Supernet) -> None:
@@ -167,17 +173,12 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
         assert torch.equal(model.state_dict()[name], tensor)
 
 
-@pytest.mark.parametrize("name", list(shipped_spaces()))
-def test_engines_compute_the_ffn_width_of_every_shipped_shape(name: str) -> None:
-    shape = load_space(name).shape
-    config = hf_config(shape, shape.layers((1,) * shape.num_hidden_layers))
-    assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], shape.hidden_size) == shape.intermediate_size
-
-
-@given(st.integers(1, 80), st.integers(1, 300))
-def test_any_width_that_is_a_multiple_of_256_survives_the_engines_formula(multiple: int, hidden: int) -> None:
-    width, hidden_size = 256 * multiple, 32 * hidden
-    assert engine_ffn_width(3 * width / (2 * hidden_size), hidden_size) == width
+@given(st.integers(1, 20_000), st.integers(1, 10_000))
+def test_engines_compute_the_width_at_which_any_ffn_is_stored(width: int, hidden_size: int) -> None:
+    shape = ModelShape(1, hidden_size, 4, 8, width, 280, 32)
+    config = hf_config(shape, shape.layers((1,)))
+    assert config["intermediate_size"] == padded_ffn_width(width) >= width
+    assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], hidden_size) == config["intermediate_size"]
 
 
 def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_path: Path) -> None:
@@ -253,34 +254,24 @@ def test_an_export_from_before_these_features_is_still_read(exported: tuple[Vect
     ("choice", "selected"),
     [("all", [0, 1, 2]), ("best_loss", [0]), ("fastest", [2]), ("knee", [1]), ("2-2-2", [3]), ("4-1-2", [0])],
 )
-def test_one_vector_or_the_whole_front_can_be_selected(micro: SearchSpace, choice: str, selected: list[int]) -> None:
+def test_one_vector_or_the_whole_front_can_be_selected(choice: str, selected: list[int]) -> None:
     rows = [("4-1-2", 2.0, 10.0), ("1-2-1", 2.1, 90.0), ("1-1-1", 3.0, 100.0), ("2-2-2", 2.5, 20.0)]
     trials = pd.DataFrame(rows, columns=["vector", "loss_nats", "tokens_per_s"])
-    found = select(choice, trials[:3], trials, Objectives(("loss_nats", "tokens_per_s")), micro)
+    found = select(choice, trials[:3], trials, Objectives(("loss_nats", "tokens_per_s")))
     assert found.index.tolist() == selected
 
 
-@pytest.mark.parametrize(
-    ("choice", "words"),
-    [
-        ("slowest", "select is 'slowest'; use all, knee, best_loss, fastest, or an evaluated vector"),
-        ("1-1", "has 2 layers but space micro has 3"),
-        ("4-4-4", "select is 4-4-4, which this search did not evaluate"),
-    ],
-)
-def test_what_cannot_be_selected_is_refused(micro: SearchSpace, choice: str, words: str) -> None:
+@pytest.mark.parametrize("choice", ["slowest", "1-1", "4-4-4"])
+def test_what_cannot_be_selected_is_refused(choice: str) -> None:
     trials = pd.DataFrame({"vector": ["1-1-1"]})
-    with pytest.raises(UserError, match=words):
-        select(choice, trials, trials, Objectives(("loss_nats", "tokens_per_s")), micro)
-
-
-TRAINING = (*(argument for argument in FAST if argument.startswith("train.")), "data=text")
+    with pytest.raises(UserError, match=f"select is '{choice}', which this search did not evaluate; use .* all, knee"):
+        select(choice, trials, trials, Objectives(("loss_nats", "tokens_per_s")))
 
 
 def test_finetuning_an_export_lowers_its_loss_and_exports_again(
     nas: Nas, exported_once: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    data = (*TRAINING, f"data.path={text_file}")
+    data = (*TRAINING, "data=text", f"data.path={text_file}")
     result = nas("finetune", f"checkpoint={exported_once}", "name=more", "train.learning_rate=1e-3", *data)
     assert result.code == 0, result.err
     before, after = (float(result.out.split(word)[0].split()[-1]) for word in (" before", " after;"))
@@ -338,3 +329,5 @@ def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_
         open_checkpoint(str(tmp_path / "models" / "one"), HfExporter())
     with pytest.raises(UserError, match=r"checkpoint nowhere does not exist or has no config.json; .*'nas export'"):
         open_checkpoint("nowhere", HfExporter())
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        open_checkpoint("", HfExporter())

@@ -364,12 +364,6 @@ def test_costs_are_told_from_losses(power: int) -> None:
     np.testing.assert_allclose(found[:, 1], wanted, rtol=1e-6)
 
 
-@pytest.mark.parametrize("settings", [{"draws": -1}, {"startup": 1}])
-def test_settings_that_make_no_sense_are_refused(settings: dict[str, int]) -> None:
-    with pytest.raises(ValueError, match="at least 0 and 2"):
-        FrontSampler(**settings)
-
-
 @pytest.mark.parametrize("distribution", [FloatDistribution(0, 1), CategoricalDistribution(("a", "b"))])
 def test_parameters_that_are_no_layers_are_refused(distribution: BaseDistribution) -> None:
     with pytest.raises(ValueError, match="whole numbers"):

@@ -16,33 +16,40 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nas import shipped
 from nas.config import ConstraintsConfig, CostConfig, MeasureConfig, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Predictor, Workload, find_device, resolve_workload, this_device
-from nas.latency.accuracy import CHECK_COLUMNS, lasting_load, phase_errors, random_vectors, summarise_check
+from nas.latency.accuracy import (
+    CHECK_COLUMNS,
+    lasting_load,
+    phase_errors,
+    predict_end_to_end,
+    random_vectors,
+    summarise_check,
+)
 from nas.latency.cost import predictions
 from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.estimate import RooflineLatency
-from nas.latency.points import Grid, Point, check_shapes, grid_for, point_of
+from nas.latency.points import Grid, Point, check_shapes, grid_for
 from nas.latency.predictor import STEP_REVISION, Phase
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.metrics import COLUMNS as METRIC_COLUMNS
 from nas.metrics import LIMITS, METRICS, OBJECTIVES
-from nas.resources import shipped
 from nas.serving.batching import PREFILL_TOKENS, prefill_chunks
 from nas.space import SearchSpace, load_space, parse_vector
 
 WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
 GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, flops={"fp32": 1e14})
 GRID = Grid(batches=(2, 3, 6), contexts=(4, 20, 32), prompts=(4, 8, 16))
-PASSES = [(batch, prompt) for prompt in GRID.prompts for batch in (1, 3, 6)]  # what is measured of prefill
+CHUNKS = [(batch, prompt) for prompt in GRID.prompts for batch in (1, 3, 6)]  # what is measured of prefill
 CORNER = ("decode", 6, 32)
 GROUPS = (1, 2, 4)
 Times = Callable[[Point], float]
 
 
 def affine(point: Point, a: float = 0.5, b: float = 0.1, c: float = 0.01) -> float:
-    """Times that grow with the bytes of a decode step, and with the operations of a pass of prompts."""
+    """Times that grow with the bytes of a decode step, and with the operations of a prefill chunk."""
     groups = sum(point.groups)
     if point.phase == "decode":
         return a + b * point.batch + c * groups * point.batch * point.length
@@ -51,9 +58,9 @@ def affine(point: Point, a: float = 0.5, b: float = 0.1, c: float = 0.01) -> flo
 
 def table_points() -> list[Point]:
     points = [Point("decode", "layer", (g,), batch, length) for g in GROUPS for batch, length in GRID.shapes("decode")]
-    points += [Point("prefill", "layer", (g,), *shape) for g in GROUPS for shape in PASSES]
+    points += [Point("prefill", "layer", (g,), *shape) for g in GROUPS for shape in CHUNKS]
     points += [Point("decode", part, (), batch, 1) for part in ("embedding", "head") for batch in GRID.batches]
-    return points + [Point("prefill", part, (), *shape) for part in ("embedding", "head") for shape in PASSES]
+    return points + [Point("prefill", part, (), *shape) for part in ("embedding", "head") for shape in CHUNKS]
 
 
 def write_table(
@@ -93,7 +100,7 @@ def layer(phase: Phase, groups: int, batch: int, length: int) -> Point:
 
 
 def covered(phase: Phase, batch: int, length: int, corner_lost: bool) -> bool:
-    """Whether measured points surround a decode step (batch, length), or a pass of prompts by its rows or tokens."""
+    """Whether measured points surround a decode step (batch, length), or a prefill chunk by its rows or tokens."""
     if phase == "decode":
         beyond = batch > 3 and length > 20 if corner_lost else False
         return 2 <= batch <= 6 and 4 <= length <= 32 and not beyond
@@ -148,39 +155,13 @@ def test_between_points_only_the_nearest_ones_count(micro: SearchSpace, tmp_path
             assert table.layer_ms("prefill", groups, 2, length) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("lost", [[], [CORNER]], ids=["whole", "ragged"])
-def test_where_it_may_extrapolate_a_table_goes_on_straight_and_calls_it_an_estimate(
-    micro: SearchSpace, tmp_path: Path, lost: list[tuple[str, int, int]]
-) -> None:
-    measured = TableLatency(write_table(tmp_path, micro, lost=lost))
-    table = measured.extrapolating()
-    assert (measured.source, table.source) == ("measured", "estimated")
-    assert table.describe() == f"{measured.describe()}; extrapolated beyond the measured range"
-    shapes = [(1, 1), (1, 16), (3, 100), (4, 24), (6, 32), (7, 16), (500, 2000)]
-    for batch, length in shapes:
-        expected = affine(layer("decode", 2, batch, length))
-        assert table.layer_ms("decode", 2, batch, length) == pytest.approx(expected)
-        assert table.layer_ms("prefill", 2, batch, length) == pytest.approx(affine(layer("prefill", 2, batch, length)))
-    assert table.embedding_and_head_ms("decode", 500, 2000) == pytest.approx(2 * (0.5 + 0.1 * 500))
-
-
-def test_what_would_be_extrapolated_to_no_time_at_all_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
-    low, *_ = GRID.batches
-    steep = write_table(tmp_path, micro, lambda point: float(point.batch**4 * point.length))
-    table = TableLatency(steep, extrapolate=True)
-    with pytest.raises(UserError, match=rf"too little to be extrapolated to batch {low - 1} .* measure that workload"):
-        table.layer_ms("decode", 2, low - 1, GRID.contexts[0])
-
-
 def test_a_prompt_so_long_that_it_goes_alone_does_not_flatten_what_is_between(
     micro: SearchSpace, tmp_path: Path
 ) -> None:
     workload = dataclasses.replace(WORKLOAD, context=8192, prompt=4096)
     grid = grid_for(MeasureConfig(), workload, [4], 8192)
-    table = TableLatency(write_table(tmp_path, micro, points=grid.points(micro)), extrapolate=True)
-    (between,) = (
-        length for phase, _, length in check_shapes(MeasureConfig(), grid, workload, [4])[2:] if phase != "decode"
-    )
+    table = TableLatency(write_table(tmp_path, micro, points=grid.points(micro)))
+    *_, (_, _, between) = check_shapes(MeasureConfig(), grid, workload, [4])
     assert between not in grid.prompts
     assert table.layer_ms("prefill", 1, 1, between) == pytest.approx(affine(layer("prefill", 1, 1, between)))
 
@@ -192,18 +173,18 @@ def test_a_table_without_a_number_of_groups_says_so(micro: SearchSpace, tmp_path
         table.layer_ms("decode", 2, 4, 16)
 
 
-def test_a_vector_costs_the_sum_of_its_layers_and_the_ends(micro: SearchSpace, tmp_path: Path) -> None:
+def test_a_vector_costs_the_sum_of_its_layers_and_embedding_and_head(micro: SearchSpace, tmp_path: Path) -> None:
     table = TableLatency(write_table(tmp_path, micro))
     layers = sum(affine(layer("decode", groups, 4, 16)) for groups in (4, 1, 1))
     assert table.decode_ms((4, 1, 1), 4, 16) == pytest.approx(layers + 2 * affine(Point("decode", "head", (), 4, 1)))
     layers = sum(affine(layer("prefill", groups, 4, 8)) for groups in (4, 1, 1))
-    ends = 2 * affine(Point("prefill", "head", (), 4, 8))
-    assert table.prefill_ms((4, 1, 1), 4, 8) == pytest.approx(layers + ends)
+    embedding_and_head = 2 * affine(Point("prefill", "head", (), 4, 8))
+    assert table.prefill_ms((4, 1, 1), 4, 8) == pytest.approx(layers + embedding_and_head)
     assert table.decode_ms((4, 1, 1), 4, 16) == table.decode_ms((1, 4, 1), 4, 16)  # to the last bit
 
 
 @given(st.integers(1, 3000), st.integers(1, 2 * PREFILL_TOKENS))
-def test_passes_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int, prompt: int) -> None:
+def test_prefill_chunks_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int, prompt: int) -> None:
     parts = prefill_chunks(batch, prompt)
     assert sum(parts) == batch
     assert min(parts) >= 1
@@ -213,7 +194,7 @@ def test_passes_cover_the_batch_and_are_as_few_as_their_tokens_allow(batch: int,
 
 
 class Recorded(Predictor):
-    """A latency model whose layers and ends take other milliseconds at any other shape; it lists what it was asked."""
+    """Takes other milliseconds at any other shape, and lists the shapes that embedding and head were asked for."""
 
     source = "measured"
 
@@ -289,7 +270,7 @@ def test_columns_objectives_and_limits_are_the_contracts() -> None:
     assert METRICS["parameters"].label == "parameters"
 
 
-def test_prompts_go_through_in_passes_whose_times_add_up() -> None:
+def test_prompts_go_through_in_chunks_whose_times_add_up() -> None:
     model = Recorded()
     third = PREFILL_TOKENS // 3
     assert prefill_chunks(8, third) == [3, 3, 2]
@@ -324,13 +305,12 @@ def test_a_table_fits_only_its_own_device_shape_and_workload(micro: SearchSpace,
     beyond = dataclasses.replace(WORKLOAD, context=32)
     assert ragged.fits("box", micro, beyond, [3])
     assert not ragged.fits("box", micro, beyond, [3, 6])
-    assert ragged.extrapolating().fits("box", micro, beyond, [3, 6])
 
 
 def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: Path) -> None:
     assert TableLatency(write_table(tmp_path, micro)).describe() == (
-        "measured on Box on 2026-01-02; mean error decode 1.5% (worst 5.0%), prefill 3.0% (worst 2.0%) over 3 "
-        "end-to-end models (decode at 4 x 16, 3 x 10; prefill at 4 x 8 tokens)"
+        "measured on Box on 2026-01-02; mean error of decode 1.5%, worst 5.0% (3 end-to-end models at 4 x 16, 3 x 10 "
+        "tokens); mean error of prefill 3.0%, worst 2.0% (3 end-to-end models at 4 x 8 tokens)"
     )
     unchecked = TableLatency(write_table(tmp_path, micro, check=[]))
     assert unchecked.describe() == "measured on Box on 2026-01-02"
@@ -358,6 +338,15 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     assert "an earlier version" in TableLatency(write_table(tmp_path, micro, **changes)).describe()
 
 
+def test_an_end_to_end_model_is_no_check_where_memory_ended_for_its_layers(micro: SearchSpace, tmp_path: Path) -> None:
+    table = TableLatency(write_table(tmp_path, micro, lost=[CORNER]))
+    known, beyond = (Point("decode", "whole", (1, 2, 4), batch, 25) for batch in (3, 5))
+    check = predict_end_to_end({known: 1.0, beyond: 2.0}, table)
+    assert check[["batch", "measured_ms", "predicted_ms"]].to_numpy().tolist() == [
+        [3, 1.0, table.decode_ms((1, 2, 4), 3, 25)]
+    ]
+
+
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(
     micro: SearchSpace, tmp_path: Path
 ) -> None:
@@ -370,12 +359,6 @@ def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_w
     assert lasting_load(energy, points, table, 3) == [where | {"ratio": 1.05}]
 
 
-def test_a_table_in_which_nothing_fitted_into_memory_is_refused(micro: SearchSpace, tmp_path: Path) -> None:
-    lost = [(point.phase, point.batch, point.length) for point in table_points()]
-    with pytest.raises(UserError, match="no row that fitted into memory"):
-        TableLatency(write_table(tmp_path, micro, lost=lost))
-
-
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -384,8 +367,8 @@ def test_a_table_in_which_nothing_fitted_into_memory_is_refused(micro: SearchSpa
         (lambda text: text.replace(",status", "", 1), "status"),
         (lambda text: text.replace("\ndecode,layer,1,2,4,", "\ndecode,layer,1,2,4,-", 1), "row 2: .*positive"),
         (lambda text: text.replace("\ndecode,layer,1,2,20,", "\ndecode,layer,1,2,20,x", 1), "row 3: .*positive"),
-        (lambda text: text + text.splitlines()[1] + "\n", "decode has a point twice"),
-        (lambda text: text + text.splitlines()[-1] + "\n", "prefill has a point twice"),
+        (lambda text: text + text.splitlines()[1] + "\n", "row .*there twice"),
+        (lambda text: text + text.splitlines()[-1] + "\n", "row .*there twice"),
         (lambda text: ",".join(text.rstrip().split(",")[:-5]) + "\n", "positive"),
         (lambda text: '"' + text, "valid CSV"),
     ],
@@ -403,61 +386,27 @@ def test_a_corrupt_table_is_one_sentence(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_batch_that_is_no_number_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
-    file = write_table(tmp_path, micro) / "table.csv"
-    file.write_text(file.read_text().replace("\ndecode,layer,1,2,4,", "\ndecode,layer,1,two,4,", 1))
-    with pytest.raises(UserError, match=r"table\.csv is corrupt"):
+@pytest.mark.parametrize(
+    "wrong", [{"device": {"name": "Box"}}, {"date": 20260102}, {"check": None}, {"step_revision": "new"}]
+)
+def test_a_table_whose_meaning_is_incomplete_is_one_sentence(
+    micro: SearchSpace, tmp_path: Path, wrong: dict[str, Any]
+) -> None:
+    write_table(tmp_path, micro, **wrong)
+    with pytest.raises(UserError, match=r"latency\.json is corrupt \(.*\); restore it or measure again"):
         TableLatency(tmp_path)
 
 
-def test_a_table_whose_meaning_is_incomplete_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
-    file = write_table(tmp_path, micro) / "latency.json"
-    meta = json.loads(file.read_text())
-    for key, wrong in {
-        "workload": None,
-        "device": {"name": "Box"},
-        "date": 20260102,
-        "check": [{"phase": "decode"}],
-        "step_revision": "new",
-        "drift": {"segments": 20},
-        "lasting_load": [{"groups": 2, "ratio": None}],
-    }.items():
-        file.write_text(json.dumps(meta | {key: wrong}))
-        with pytest.raises(UserError, match=rf"latency\.json is corrupt \({key} is missing or wrong\)"):
-            TableLatency(tmp_path)
-
-
 @pytest.mark.parametrize(
-    ("column", "value"), [("phase", "zzz"), ("part", "whole"), ("groups", 2.5), ("groups", None), ("batch", 1.5)]
+    ("column", "value"),
+    [("groups", 2.5), ("groups", None), ("batch", 1.5), ("batch", "two"), ("median_ms", math.inf), ("median_ms", None)],
 )
 def test_a_row_that_no_measurement_writes_is_one_sentence(
     micro: SearchSpace, tmp_path: Path, column: str, value: Any
 ) -> None:
     file = write_table(tmp_path, micro) / "table.csv"
-    table = pd.read_csv(file).astype({"groups": float, "batch": float})
+    table = pd.read_csv(file).astype({column: object})
     table.loc[3, column] = value
-    table.to_csv(file, index=False)
-    with pytest.raises(UserError, match=r"table\.csv is corrupt \(row 5"):
-        TableLatency(tmp_path)
-
-
-def test_a_batch_at_which_memory_left_one_context_does_not_flatten_what_is_extrapolated(
-    micro: SearchSpace, tmp_path: Path
-) -> None:
-    grid = Grid((1, 2, 4), (4, 8, 16), (4, 8))
-    lost = [("decode", 4, 8), ("decode", 4, 16)]
-    table = TableLatency(write_table(tmp_path, micro, points=grid.points(micro), lost=lost), extrapolate=True)
-    for batch, length in ((4, 16), (3, 16), (8, 32)):
-        point = Point("decode", "layer", (2,), batch, length)
-        assert table.layer_ms("decode", 2, batch, length) == pytest.approx(affine(point), rel=0.15)
-    measured = Point("decode", "layer", (2,), 4, 4)
-    assert table.layer_ms("decode", 2, 4, 4) == pytest.approx(affine(measured))
-
-
-def test_a_time_without_end_is_one_sentence(micro: SearchSpace, tmp_path: Path) -> None:
-    file = write_table(tmp_path, micro) / "table.csv"
-    table = pd.read_csv(file)
-    table.loc[3, "median_ms"] = math.inf
     table.to_csv(file, index=False)
     with pytest.raises(UserError, match=r"table\.csv is corrupt \(row 5"):
         TableLatency(tmp_path)
@@ -466,10 +415,10 @@ def test_a_time_without_end_is_one_sentence(micro: SearchSpace, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("is_gpu", None, "it lacks 'is_gpu'"),
-        ("memory_bytes", "much", "much"),
-        ("flops", 7, "items"),
-        ("calibration", {"dtypes": ["bf16"], "constants": {"magic": 1}}, "magic"),
+        ("is_gpu", None, "'is_gpu'"),
+        ("memory_bytes", "much", "must be positive numbers"),
+        ("bandwidth_bytes_per_s", -1, "must be positive numbers"),
+        ("flops", 7, "values"),
     ],
 )
 def test_a_device_that_is_described_wrongly_is_one_sentence(
@@ -528,7 +477,7 @@ def test_a_point_comes_back_from_a_csv_as_it_was(some: list[Point]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         pd.DataFrame([point.row() for point in some], columns=COLUMNS[:5]).to_csv(f"{folder}/points.csv", index=False)
         frame = pd.read_csv(f"{folder}/points.csv")
-    assert [point_of(*row) for row in frame.itertuples(index=False)] == some
+    assert [Point.of_row(*row) for row in frame.itertuples(index=False)] == some
 
 
 @st.composite
@@ -589,7 +538,7 @@ def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int,
     grid = grid_for(MeasureConfig(), workload, [batch], 8192)
     shapes = check_shapes(MeasureConfig(), grid, workload, [batch])
     assert len(shapes) == len(set(shapes))
-    assert shapes[:2] == [("decode", batch, context), ("prefill", prefill_chunks(batch, prompt)[0], prompt)]
+    assert {("decode", batch, context), ("prefill", prefill_chunks(batch, prompt)[0], prompt)} <= set(shapes)
     off = [shape for shape in shapes if shape[1:] not in set(grid.shapes(shape[0]))]
     assert any(phase == "decode" for phase, _, _ in off)
     if prompt >= 3:
@@ -603,7 +552,7 @@ def test_the_check_is_at_the_workload_and_off_the_grid(batch: int, context: int,
 def test_the_check_goes_where_it_is_told() -> None:
     config = MeasureConfig(check_at=[[3, 10], [2, 16], [4, 7]])
     shapes = check_shapes(config, grid_for(config, WORKLOAD, [2, 4], 32), WORKLOAD, [2, 4])
-    assert shapes == [("decode", 2, 16), ("prefill", 2, 8), ("decode", 3, 10), ("decode", 4, 7)]
+    assert shapes == [("decode", 2, 16), ("decode", 3, 10), ("decode", 4, 7), ("prefill", 2, 8)]
 
 
 def test_the_check_is_at_batches_that_every_vector_has() -> None:
@@ -651,22 +600,6 @@ def test_check_summaries_measure_relative_errors_by_workload() -> None:
         assert summary == {key: pytest.approx(value) for key, value in expected.items()}
     assert phase_errors(summaries, "decode") == pytest.approx(((0.65 + 0.5) / 5, 0.5))
     assert phase_errors(summaries[:2], "prefill") is None
-
-
-def test_a_check_says_how_a_sum_fitted_to_the_models_themselves_would_order_them() -> None:
-    layer_ms, order_ms = {1: 1.0, 2: 2.0, 4: 5.0}, {"2-1": 0.1}
-    vectors = ["1-1", "1-2", "2-1", "2-2", "1-4", "4-4"]
-    sums = {vector: sum(layer_ms[int(groups)] for groups in vector.split("-")) for vector in vectors}
-
-    def taus(measured: dict[str, float]) -> tuple[Any, Any]:
-        rows = [("decode", vector, 4, 8, ms, -ms) for vector, ms in measured.items()]
-        (summary,) = summarise_check(pd.DataFrame(rows, index=range(7, 13), columns=CHECK_COLUMNS))
-        return summary["kendall_tau"], summary["kendall_tau_refitted"]
-
-    assert taus(sums) == (pytest.approx(-1.0), pytest.approx(1.0))
-    # A sum has 1-2 and 2-1 tied, which leaves 14 of 15 pairs.
-    ordered = {vector: ms + order_ms.get(vector, 0.0) for vector, ms in sums.items()}
-    assert taus(ordered)[1] == pytest.approx(14 / math.sqrt(14 * 15))
 
 
 def test_the_workload_takes_its_defaults_from_space_and_device(micro: SearchSpace) -> None:
@@ -746,4 +679,4 @@ def test_every_shipped_table_loads_and_is_of_its_folders_device(meta: Path) -> N
     assert {summary["phase"] for summary in summaries} == {"decode", "prefill"}
     assert len(summaries) == len(table.meta["check"])
     for summary, told in zip(summaries, table.meta["check"], strict=True):
-        assert summary == {key: pytest.approx(value) for key, value in told.items()}
+        assert summary == {key: pytest.approx(told[key]) for key in summary}

@@ -9,9 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from nas import shipped
 from nas.config import register
 from nas.overrides import to_hydra
-from nas.resources import shipped
 
 
 def held(stage: str, *words: str) -> object:

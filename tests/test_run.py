@@ -90,16 +90,13 @@ def test_a_run_is_resumed_with_the_same_config_and_no_other(tmp_path: Path) -> N
 
 
 def test_what_decides_nothing_may_differ_and_stays_as_it_was_recorded(tmp_path: Path) -> None:
-    def decisive(config: dict[str, Any]) -> dict[str, Any]:
-        return {"seed": config["seed"]}
-
     for words in ("first", "second"):
-        begin(tmp_path, {"seed": 0, "latency": words}, decisive=decisive)
+        begin(tmp_path, {"seed": 0, "latency": words}, free=("latency",))
     assert json.loads((tmp_path / "run.json").read_text())["config"]["latency"] == "first"
     with pytest.raises(UserError, match="seed was 0, now 1"):
-        begin(tmp_path, {"seed": 1, "latency": "first"}, decisive=decisive)
-    check_begun(tmp_path, "train", {"latency": "first"})
-    check_begun(tmp_path / "nowhere", "train", {"seed": 7})
+        begin(tmp_path, {"seed": 1, "latency": "first"}, free=("latency",))
+    assert check_begun(tmp_path, "train", {"latency": "first"}) == {"seed": 0, "latency": "first"}
+    assert check_begun(tmp_path / "nowhere", "train", {"seed": 7}) == {}
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """nas search by the command line: whole spaces, limits, several processes, and what earlier searches leave."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-from nas.files import file_hash, read_json, write_json
 from nas.latency.memory import MemoryModel
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
@@ -40,7 +40,7 @@ def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, workspace: W
 def test_a_space_too_large_for_all_of_it_is_refused(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nas.stages.prepare._MOST", 26)
+    monkeypatch.setattr("nas.stages.search._MOST", 26)
     result = nas("search", "budget=all", "name=all", *workspace.arguments)
     assert result.code == 1
     assert "budget=all is too much for the 27 vectors of micro; give a number" in result.err
@@ -140,7 +140,7 @@ def test_a_supernet_that_another_process_finishes_at_that_moment_is_taken(
         if aside.exists():
             aside.rename(finished)
 
-    monkeypatch.setattr("nas.stages.train.check_trainable", others_finish)
+    monkeypatch.setattr("nas.stages.train.check_memory", others_finish)
     result = nas("search", "--budget", 5, "name=late", *workspace.arguments)
     assert result.code == 0, result.err
     assert len(trials(workspace.runs / "search" / "late")) == 5
@@ -252,7 +252,15 @@ def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one_but_not_i
     assert "an earlier version" not in present.out
 
 
-def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training_or_extrapolated(
+def test_a_search_does_not_go_on_without_the_table_that_it_was_begun_with(nas: Nas, workspace: Workspace) -> None:
+    (workspace.runs / "search" / "base" / "complete.json").unlink()
+    shutil.rmtree(workspace.runs / "measure")
+    refused = nas("search", "--budget", 9, "name=base", *workspace.arguments)
+    assert refused.code == 1
+    assert "the latency table that this search was begun with is gone; restore it" in refused.err
+
+
+def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prepare = LayerPool.prepare
@@ -263,19 +271,16 @@ def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_traini
         return prepare(pool, point)
 
     monkeypatch.setattr(LayerPool, "prepare", short)
-    monkeypatch.setattr("nas.stages.prepare.train_supernet", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr("nas.stages.train.Training.make", lambda *_: pytest.fail("trained"))
     asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     command = ("search", "--budget", 4, *asked, "workload.batch=4", "measure.batches=[1,2]")
     for attempt in ("once", "twice"):
         refused = nas(*command, f"name={attempt}", "seed=1", "train.seed=1")
         assert (refused.code, len(refused.err.splitlines())) == (1, 1), refused.err
         assert "memory ended before it covered micro at batch 4" in refused.err
-    result = nas(*command, "name=thrice", "extrapolate=true")
-    assert result.code == 0, result.err
-    assert set(trials(workspace.runs / "search" / "thrice")["latency_source"]) == {"estimated"}
 
 
-def test_a_price_an_interval_and_an_extrapolation_become_columns(nas: Nas, workspace: Workspace) -> None:
+def test_a_price_and_an_interval_become_columns(nas: Nas, workspace: Workspace) -> None:
     asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     priced = ("cost.price_per_hour=3.6", "device=nvidia-a10g", "workload.dtype=bf16", "workload.batch=8")
     assert nas("search", "--budget", 4, "name=a10g", *priced, *asked).code == 0
@@ -286,25 +291,10 @@ def test_a_price_an_interval_and_an_extrapolation_become_columns(nas: Nas, works
     assert "joules_per_token" not in table  # nobody measured it
 
     measured = next((workspace.runs / "measure").iterdir())
-    straight(measured)
     beyond = ("workload.batch=3", f"latency={measured}")  # it has 2 and fewer
     refused = nas("search", "--budget", 4, "name=beyond", *beyond, *asked)
     assert refused.code == 1
     assert "does not cover micro" in refused.err
-    result = nas("search", "--budget", 4, "name=beyond", "extrapolate=true", *beyond, *asked)
-    assert result.code == 0, result.err
-    assert "extrapolated beyond the measured range" in result.out
-    assert set(trials(workspace.runs / "search" / "beyond")["latency_source"]) == {"estimated"}
-
-
-def straight(run: Path) -> None:
-    """Gives a measure run times in proportion to the rows: prolonged, those of a busy machine can be negative."""
-    table = pd.read_csv(run / "table.csv")
-    table["median_ms"] = table["batch"] * (1.0 + table["groups"])
-    table.to_csv(run / "table.csv", index=False)
-    complete = read_json(run / "complete.json")
-    complete["artifacts"]["table.csv"] = file_hash(run / "table.csv")
-    write_json(run / "complete.json", complete)
 
 
 def shape_of(config: dict[str, Any]) -> ModelShape:

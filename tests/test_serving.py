@@ -23,16 +23,15 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter
 from nas.latency.device import this_device
-from nas.latency.memory import MemoryModel, batch_of
+from nas.latency.memory import MemoryModel
 from nas.latency.points import Point
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import DTYPE_BYTES, Workload
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.batching import padded_batches
-from nas.serving.layers import InputMajorLinear, add_partials, randomise, split_k_linear
-from nas.serving.rows import fastest_rows
-from nas.serving.runtime import DTYPES, compile_layers
+from nas.serving.layers import InputMajorLinear, randomise, split_k_linear
+from nas.serving.runtime import DTYPES, compile_layers, fastest_rows
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 from nas.stages.generate import workload_of
@@ -122,20 +121,6 @@ def test_a_weight_lies_input_by_input_and_is_still_a_linear_layers() -> None:
     head = nn.Linear(SHAPE.hidden_size, SHAPE.vocab_size, bias=False)
     head.weight.data.copy_(model.lm_head.weight)
     torch.testing.assert_close(model.lm_head(x_BF), head(x_BF))
-
-
-@pytest.mark.parametrize("count", [0, 1, 2])
-def test_the_residual_stream_takes_any_number_of_partials(count: int) -> None:
-    x, partials = torch.randn(3, 1, 8), torch.randn(count, 3, 1, 8)
-    torch.testing.assert_close(add_partials(x, partials), x + sum(partials, torch.zeros(())))
-
-
-@pytest.mark.parametrize(("x", "first", "second"), [(1.0, 256.0, 1.0), (256.0, 1.0, 1.0), (1.0, 1.0, 256.0)])
-def test_partials_are_added_in_fp32_and_rounded_once(x: float, first: float, second: float) -> None:
-    partials = torch.tensor([first, second], dtype=torch.bfloat16).view(2, 1, 1, 1)
-    total = add_partials(torch.full((1, 1, 1), x, dtype=torch.bfloat16), partials)
-    assert total.dtype == torch.bfloat16
-    assert total.item() == 258.0  # bf16 has no 257: rounded after each addition, some orders end at 256
 
 
 @settings(max_examples=25, deadline=None)
@@ -231,7 +216,7 @@ def test_the_largest_batch_is_the_last_that_fits(vector: list[int], memory_bytes
 def test_a_memory_in_which_nothing_fits_is_one_sentence() -> None:
     workload = Workload("max", 20, 10, "fp32", "eager", 1e-6)
     with pytest.raises(UserError, match=r"not one sequence of 1-1-1 .* fits into workload\.memory_gib=1e-06"):
-        batch_of(workload, MemoryModel(SHAPE, workload, on_gpu=False), (1, 1, 1))
+        MemoryModel(SHAPE, workload, on_gpu=False).batch((1, 1, 1))
 
 
 @settings(max_examples=25)
@@ -241,9 +226,9 @@ def test_the_batch_is_the_given_one_or_the_largest_that_fits(vector: list[int], 
         Workload(batch, 20, 10, "fp32", "eager"),
         Workload("max", 20, 10, "fp32", "eager", 0.15),
     )
-    assert batch_of(given_batch, MemoryModel(SHAPE, given_batch, on_gpu), vector) == batch
+    assert MemoryModel(SHAPE, given_batch, on_gpu).batch(vector) == batch
     model = MemoryModel(SHAPE, largest, on_gpu)
-    found = batch_of(largest, model, vector)
+    found = model.batch(vector)
     assert model.at(vector, found).total <= 0.15 * 2**30 < model.at(vector, found + 1).total
 
 
@@ -428,15 +413,15 @@ def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: 
             seen.append(len(x_BF))
         return linear_layer(x_BF, linear)
 
-    monkeypatch.setattr("nas.serving.rows.split_k_linear", seeing)
+    monkeypatch.setattr("nas.serving.runtime.split_k_linear", seeing)
 
     def milliseconds(run: Callable[[], None]) -> float:
         run()
         return 1.0 if seen[-1] == fastest else 1.005 if seen[-1] > fastest else 1.02
 
     monkeypatch.setattr("nas.serving.gemm.swiglu", lambda gate_up_BF: gate_up_BF.chunk(2, dim=1)[0])  # a GPU's
-    monkeypatch.setattr("nas.serving.rows.milliseconds", milliseconds)
-    monkeypatch.setattr("nas.serving.rows.captured", lambda call, _: call)
+    monkeypatch.setattr("nas.serving.runtime.milliseconds", milliseconds)
+    monkeypatch.setattr("nas.serving.runtime.captured", lambda call, _: call)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     assert fastest_rows(layers, 144, "graph") == fastest
     assert set(seen) == {144, 160, 176, 192}
@@ -447,8 +432,8 @@ def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: 
 @needs_triton
 def test_a_step_is_not_padded_unless_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([1.0, 0.995, 1.1, 1.1] * 6)
-    monkeypatch.setattr("nas.serving.rows.milliseconds", lambda _: next(times))
-    monkeypatch.setattr("nas.serving.rows.captured", lambda call, _: call)
+    monkeypatch.setattr("nas.serving.runtime.milliseconds", lambda _: next(times))
+    monkeypatch.setattr("nas.serving.runtime.captured", lambda call, _: call)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
     assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers(), 144, "graph") == 144
 
@@ -477,9 +462,9 @@ def test_the_pool_sends_as_many_rows_through_as_the_runner(monkeypatch: pytest.M
 
     monkeypatch.setattr("nas.latency.pool.fastest_rows", rows)
     monkeypatch.setattr("nas.latency.pool.padded_batches", lambda batch, _: [batch, batch + 3])
-    points = [Point("decode", "layer", (2,), 5, 16), Point("prefill", "layer", (2,), 2, 4)]
+    points = [Point("decode", "embedding", (), 5, 1), Point("prefill", "embedding", (), 2, 4)]
     pool = LayerPool(SearchSpace("one", SHAPE, ((2,),) * 3), "fp32", "eager", torch.device("cpu"), points, 2**30)
-    assert [len(pool._x_at(point)) for point in points] == [8, 2]
+    assert [len(pool.prepare(point)[0]()[0]) for point in points] == [8, 2]
     assert (asked, pool.step_rows) == ([(5, "eager")], {5: 8})
 
 

@@ -30,27 +30,18 @@ from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.measurement import Measured, measure
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
-from nas.latency.samples import (
-    SAMPLE_COLUMNS,
-    Samples,
-    Segment,
-    drift_report,
-    due_on_cpu,
-    due_on_gpu,
-    spread,
-    used_on_cpu,
-    used_on_gpu,
-)
+from nas.latency.samples import SAMPLE_COLUMNS, Samples, Segment, spread
 from nas.latency.table import COLUMNS, TableLatency
 from nas.latency.timing import time_points
 from nas.model.decoder import Decoder
 from nas.run import FinishedRun
 from nas.serving import ServingLayer, ServingModel
+from nas.serving.cache import layer_caches
 from nas.space import SearchSpace
 from nas.stages.measure import _write
 from tests.conftest import Nas
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU = torch.device("cpu")
 POINTS = [Point("decode", "layer", (groups,), batch, 16) for groups in (1, 2, 4) for batch in (1, 2, 4)]
 POINTS += [Point("prefill", "head", (), 1, 8)]
 SENTINEL = POINTS[0]
@@ -121,10 +112,10 @@ class Machine:
         samples: Samples,
         config: MeasureConfig = CONFIG,
         points: list[Point] = POINTS,
-        device: torch.device = CUDA,
+        on_gpu: bool = True,
     ) -> Samples:
         with self.clocks():
-            time_points(points, SENTINEL, self.prepare, config, device, samples)
+            time_points(points, SENTINEL, self.prepare, config, on_gpu, samples)
         return samples
 
 
@@ -133,14 +124,14 @@ def slow_between(begin: float, end: float) -> Callable[[Point, float], float]:
 
 
 def medians(samples: Samples, config: MeasureConfig = CONFIG) -> dict[Point, float]:
-    return {point: median(times) for point, times in used_on_gpu(samples, config)}
+    return {point: median(times) for point, times in samples.used(config, on_gpu=True).items()}
 
 
 def test_on_a_healthy_machine_every_point_is_timed_once_a_round() -> None:
     samples = Machine().time(Samples())
     assert {point: len(times) for point, times in samples.by_point().items()} == dict.fromkeys(POINTS, CONFIG.rounds)
     assert medians(samples) == {point: pytest.approx(ms) for point, ms in STEADY.items()}
-    assert drift_report(samples, CONFIG) == {
+    assert samples.drift_report(CONFIG) == {
         "tolerance": 0.02,
         "worst": 0.0,
         "segments": 4 * CONFIG.rounds,
@@ -239,9 +230,9 @@ def test_a_heavy_load_ends_before_the_power_limit_is_felt(
     assert {len(times) for times in samples.by_point().values()} == {CONFIG.rounds}
 
 
-@pytest.mark.parametrize(("device", "sample_ms"), [(CUDA, 30), (CPU, 10)])
+@pytest.mark.parametrize(("on_gpu", "sample_ms"), [(True, 30), (False, 10)])
 def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_says(
-    device: torch.device, sample_ms: int
+    on_gpu: bool, sample_ms: int
 ) -> None:
     machine = Machine(lambda *_: 0.05)  # calls of 1 ms
 
@@ -250,10 +241,10 @@ def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_s
 
     samples = Samples()
     with machine.clocks():
-        time_points([SENTINEL], SENTINEL, prepare, CONFIG, device, samples)
+        time_points([SENTINEL], SENTINEL, prepare, CONFIG, on_gpu, samples)
     times = samples.by_point()[SENTINEL]
-    assert times == pytest.approx([20 * 0.05 / 3] * (CONFIG.rounds if device is CUDA else 3))
-    if device is CUDA:  # three single calls to begin with, and each after one that does not count
+    assert times == pytest.approx([20 * 0.05 / 3] * (CONFIG.rounds if on_gpu else 3))
+    if on_gpu:  # three single calls to begin with, and each after one that does not count
         assert (machine.calls[SENTINEL] - 6) % (sample_ms + 1) == 0
     else:  # a look, and in each of three rounds a look (the first twice, as it makes ready), a sample and a look
         assert machine.calls[SENTINEL] % sample_ms == 0
@@ -268,9 +259,10 @@ def test_on_a_cpu_what_other_programs_take_is_left_out_and_nothing_is_timed_agai
 
     machine = Machine(factor)
     config = dataclasses.replace(CONFIG, rounds=8)
-    samples = machine.time(Samples(), config, device=CPU)
-    assert dict(used_on_cpu(samples)).keys() == set(POINTS)
-    for point, times in used_on_cpu(samples):
+    samples = machine.time(Samples(), config, on_gpu=False)
+    used = samples.used(config, on_gpu=False)
+    assert used.keys() == set(POINTS)
+    for point, times in used.items():
         assert times == pytest.approx([STEADY[point]] * 2, rel=0.02)
     assert max(samples.drifts()) > 0.1
     assert all(3 <= len(times) <= config.rounds for times in samples.by_point().values())
@@ -285,8 +277,8 @@ def test_on_a_cpu_a_point_is_done_when_its_two_quickest_samples_agree_or_its_rou
     samples = Samples(
         segments=[Segment(1, 9, {point: ms}) for point, times in zip(points, given, strict=True) for ms in times]
     )
-    assert due_on_cpu(points, samples, config) == points[:3]
-    assert [dict(used_on_cpu(samples))[point] for point in points[3:5]] == [[1.02, 1.03], [1.0, 1.5]]
+    assert samples.due(points, config, on_gpu=False) == points[:3]
+    assert [samples.used(config, on_gpu=False)[point] for point in points[3:5]] == [[1.02, 1.03], [1.0, 1.5]]
 
 
 def test_on_a_cpu_everything_runs_on_one_thread_and_the_others_come_back() -> None:
@@ -301,7 +293,7 @@ def test_on_a_cpu_everything_runs_on_one_thread_and_the_others_come_back() -> No
 
     torch.set_num_threads(2)
     try:
-        time_points([SENTINEL], SENTINEL, prepare, CONFIG, CPU, Samples())
+        time_points([SENTINEL], SENTINEL, prepare, CONFIG, False, Samples())
         assert (seen, torch.get_num_threads()) == ({1}, 2)
     finally:
         torch.set_num_threads(before)
@@ -318,7 +310,7 @@ def test_a_drift_is_found_and_what_it_touched_is_timed_again(begin: float, lengt
         assert seen or not wrong
     affected = {point for segment, seen in zip(samples.segments, off, strict=True) if seen for point in segment.samples}
     assert affected
-    report = drift_report(samples, CONFIG)
+    report = samples.drift_report(CONFIG)
     assert report["worst"] == pytest.approx(0.1)
     assert (report["segments"], report["segments_beyond"]) == (len(off), sum(off))
     assert (report["points_affected"], report["points_left_unsteady"]) == (len(affected), 0)
@@ -334,7 +326,7 @@ def test_without_the_sentinel_the_same_drift_would_have_spoilt_the_medians() -> 
     """The test above can fail: a tolerance that lets the drift pass keeps the slow samples."""
     blind = dataclasses.replace(CONFIG, drift=0.5, spread=0.5)
     samples = Machine(slow_between(3.0, 12.0)).time(Samples(), blind)
-    assert drift_report(samples, blind)["segments_beyond"] == 0
+    assert samples.drift_report(blind)["segments_beyond"] == 0
     assert any(ms > 1.04 * STEADY[point] for point, ms in medians(samples, blind).items())
 
 
@@ -342,10 +334,10 @@ def test_a_point_that_never_met_the_machine_steady_is_told_and_keeps_what_there_
     point, other = POINTS[1:3]
     segments = [Segment(10.0, 10.0, {other: 1.0}) for _ in range(4)] + [Segment(11.0, 10.0, {point: 5.0})] * 2
     samples = Samples(segments=segments)
-    report = drift_report(samples, CONFIG)
+    report = samples.drift_report(CONFIG)
     assert (report["segments_beyond"], report["points_affected"], report["points_left_unsteady"]) == (2, 1, 1)
-    assert dict(used_on_gpu(samples, CONFIG)) == {other: [1.0] * 4, point: [5.0, 5.0]}
-    assert due_on_gpu([point, other], samples, CONFIG) == [point]
+    assert samples.used(CONFIG, on_gpu=True) == {other: [1.0] * 4, point: [5.0, 5.0]}
+    assert samples.due([point, other], CONFIG, on_gpu=True) == [point]
     assert samples.drifts() == pytest.approx([0] * 4 + [0.1] * 2)
 
 
@@ -360,7 +352,7 @@ def test_what_does_not_fit_into_memory_is_said_so_and_not_tried_again(tmp_path: 
         point: pytest.approx(ms) for point, ms in fitted.items()
     }
     assert all(len(samples.by_point()[point]) == CONFIG.rounds for point in fitted)
-    assert drift_report(samples, CONFIG)["points_left_unsteady"] == 0
+    assert samples.drift_report(CONFIG)["points_left_unsteady"] == 0
     again = Machine(lost=lost)
     more = again.time(Samples.at(tmp_path / "samples.csv"), dataclasses.replace(CONFIG, rounds=6))
     assert not any(again.prepared[point] for point in lost)
@@ -382,7 +374,7 @@ def test_a_sentinel_that_does_not_fit_any_more_ends_the_measurement_and_keeps_th
 
     samples = Samples.at(tmp_path / "samples.csv")
     with machine.clocks(), pytest.raises(UserError, match=f"not even {SENTINEL.batch} rows"):
-        time_points(POINTS, SENTINEL, prepare, CONFIG, CUDA, samples)
+        time_points(POINTS, SENTINEL, prepare, CONFIG, True, samples)
     kept = Samples.at(tmp_path / "samples.csv")
     assert kept.segments == samples.segments != []
     assert all(math.isfinite(drift) for drift in kept.drifts())
@@ -399,7 +391,7 @@ def test_memory_that_ends_within_the_first_call_counts_too() -> None:
 
     machine, samples = Machine(), Samples()
     with machine.clocks():
-        time_points(POINTS, SENTINEL, prepare, CONFIG, CUDA, samples)
+        time_points(POINTS, SENTINEL, prepare, CONFIG, True, samples)
     assert samples.by_point()[POINTS[4]] == [math.inf]
     assert sum(map(len, samples.by_point().values())) == CONFIG.rounds * (len(POINTS) - 1) + 1
 
@@ -417,7 +409,7 @@ def test_a_sentinel_that_does_not_fit_into_memory_is_said() -> None:
         return machine.prepare(point)
 
     with machine.clocks(), pytest.raises(UserError, match=r"fit into memory; lower workload\.context"):
-        time_points(POINTS, SENTINEL, prepare, CONFIG, CUDA, Samples())
+        time_points(POINTS, SENTINEL, prepare, CONFIG, True, Samples())
 
 
 def test_a_point_that_scatters_gets_more_samples_than_a_steady_one_but_no_more_than_twice_as_many() -> None:
@@ -434,7 +426,7 @@ def test_one_outlier_is_soon_outvoted() -> None:
     outvoted = [*times, 1.0, 1.0, 1.0]
     for taken, due in ((times, [SENTINEL]), (outvoted, [])):
         samples = Samples(segments=[Segment(1, 1, {SENTINEL: ms}) for ms in taken])
-        assert due_on_gpu([SENTINEL], samples, CONFIG) == due
+        assert samples.due([SENTINEL], CONFIG, on_gpu=True) == due
 
 
 def test_the_spread_is_how_far_the_outer_fifths_are_apart() -> None:
@@ -574,7 +566,7 @@ def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
     torch.testing.assert_close(step, expected, atol=1e-3, rtol=1e-4)
     assert (step - prompts).abs().max() > 0.1
 
-    caches = pool._caches(decode, vector)
+    caches = layer_caches(pool._keys, pool._values, micro.shape, vector, 4, 8)
     served = ServingModel.of(decoder)
     torch.testing.assert_close(served(pool._tokens[:4, None], caches, 7), step, atol=1e-3, rtol=1e-4)
     other = put_together(pool, micro, (vector[0], vector[1], 1 if vector[2] > 1 else 4))

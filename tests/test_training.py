@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
 from nas.run import Run
-from nas.space import SearchSpace, Vector, load_space
-from nas.totals import Totals
+from nas.space import SearchSpace, Totals, Vector, load_space
 from nas.training import check_memory, fit
 from nas.training.loop import Microbatch, learning_rate_at
 from nas.training.recipes import check_recipe, distilled_loss, step_plan
@@ -161,26 +160,6 @@ def test_the_loop_finds_a_known_optimum_and_returns_the_last_validation(tmp_path
     assert np.isfinite([line["gradient_norm"] for line in lines if "gradient_norm" in line]).all()
 
 
-@pytest.mark.parametrize(
-    "error",
-    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("allocator: can't allocate memory: 9")],
-)
-def test_a_step_that_does_not_fit_into_memory_ends_in_a_sentence(tmp_path: Path, error: Exception) -> None:
-    def fail(*_: object) -> Tensor:
-        raise error
-
-    with pytest.raises(UserError, match=r"step of 16 rows .* memory of the .*train\.accumulate, or lower train\.batch"):
-        fit(Point(), fail, TrainConfig(batch=16), Run(tmp_path), dict)
-
-
-def test_other_errors_of_a_step_are_not_taken_for_it(tmp_path: Path) -> None:
-    def fail(*_: object) -> Tensor:
-        raise RuntimeError("shapes differ")
-
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        fit(Point(), fail, TrainConfig(), Run(tmp_path), dict)
-
-
 def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_path: Path) -> None:
     model = Point()
 
@@ -189,10 +168,12 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_p
 
     config = TrainConfig(steps=10, log_every=2, checkpoint_every=2)
     broken = 0
-    with pytest.raises(UserError, match=r"no longer finite within the 2 steps up to 2; lower .*no checkpoint was due"):
+    with pytest.raises(UserError, match=r"no longer finite within the 2 steps up to 2; lower .*there is none yet"):
         fit(model, loss_at, config, Run(tmp_path), dict)
     broken, model = 5, Point()
-    with pytest.raises(UserError, match=r"up to 6; lower train\.learning_rate .* is kept in .*checkpoint\.pt"):
+    with pytest.raises(
+        UserError, match=r"up to 6; lower train\.learning_rate .* last good checkpoint is .*checkpoint\.pt"
+    ):
         fit(model, loss_at, config, Run(tmp_path), dict)
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
 

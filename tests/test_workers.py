@@ -33,12 +33,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.budget import Budget
 from nas.errors import UserError
-from nas.metrics import Metrics
 from nas.search import Storage, search
 from nas.search import storage as storage_module
 from nas.space import Vector, load_space
 from tests.conftest import Nas
-from tests.search_problem import SAMPLERS, TWO, additive, problem, work
+from tests.search_problem import SAMPLERS, TWO, additive_loss, problem, work
 
 HEARTBEAT_S = 0.3  # a worker counts as dead after 1.8 s
 PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks a worker in milliseconds
@@ -216,18 +215,18 @@ def test_a_study_is_made_once_though_a_kill_left_its_table_without_the_index(tmp
 def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(storage: Storage) -> None:
     others, counts = list[pd.DataFrame](), list[int]()
 
-    def join(heartbeat_s: float, evaluate: Callable[[Vector], Metrics]) -> pd.DataFrame:
-        asked, own = problem(load_space("tiny"), evaluate), replace(storage, heartbeat_s=heartbeat_s)
-        return search(asked, SAMPLERS["random"], Budget(6), 0, own, running="ignore")
+    def join(heartbeat_s: float, loss: Callable[[Vector], float]) -> pd.DataFrame:
+        own = replace(storage, heartbeat_s=heartbeat_s)
+        return search(problem(load_space("tiny")), loss, SAMPLERS["random"], Budget(6), 0, own, running="ignore")
 
-    def suspended(vector: Vector) -> Metrics:
+    def suspended(vector: Vector) -> float:
         if not others:
             others.append(join(HEARTBEAT_S, watched))
-        return additive(vector)
+        return additive_loss(vector)
 
-    def watched(vector: Vector) -> Metrics:
+    def watched(vector: Vector) -> float:
         counts.append(len(running(storage)))
-        return additive(vector)
+        return additive_loss(vector)
 
     result = join(1000, suspended)
     pd.testing.assert_frame_equal(result, others[0])
@@ -238,7 +237,9 @@ def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(storage: Stor
 
 def test_a_worker_killed_before_its_first_heartbeat_is_set_aside(storage: Storage) -> None:
     study_of(storage).ask()
-    trials = search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4), 0, storage, running="ignore")
+    trials = search(
+        problem(load_space("tiny")), additive_loss, SAMPLERS["random"], Budget(4), 0, storage, running="ignore"
+    )
     assert trials["vector"].nunique() == 4
     assert not running(storage)
 
@@ -257,11 +258,11 @@ def test_of_two_workers_with_the_same_vector_the_later_gives_way(postgresql: Sto
                 earlier.suggest_categorical(name, (1, 2, 4))
             return super().infer_relative_search_space(study, trial)
 
-    def evaluate(vector: Vector) -> Metrics:
+    def loss(vector: Vector) -> float:
         seen.append(vector)
-        return additive(vector)
+        return additive_loss(vector)
 
-    search(problem(load_space("tiny"), evaluate), Rival, Budget(4), 0, postgresql, running="ignore")
+    search(problem(load_space("tiny")), loss, Rival, Budget(4), 0, postgresql, running="ignore")
     states = [(trial.state, tuple(trial.params.values()) == vector) for trial in study.trials[:2]]
     assert states == [(TrialState.FAIL, True)] * 2  # the earlier one too, for it never beats
     assert vector not in seen[:-1]
@@ -286,7 +287,7 @@ def test_workers_that_start_at_once_all_open_the_study(storage: Storage) -> None
 
 def test_a_search_begun_otherwise_is_not_joined(storage: Storage) -> None:
     def join(**metadata: str) -> None:
-        search(problem(load_space("tiny")), SAMPLERS["random"], Budget(4), 0, storage, metadata=metadata)
+        search(problem(load_space("tiny")), additive_loss, SAMPLERS["random"], Budget(4), 0, storage, metadata=metadata)
 
     storage.check({"seed": "1"})  # nothing has begun yet
     join(space="tiny", seed="0")
@@ -360,12 +361,12 @@ def test_heartbeats_outlast_an_outage(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(RDBStorage, "record_heartbeat", beat)
 
-    def evaluate(vector: Vector) -> Metrics:
+    def loss(vector: Vector) -> float:
         while len(beats) < 3:
             time.sleep(0.01)
-        return additive(vector)
+        return additive_loss(vector)
 
-    assert len(search(problem(load_space("tiny"), evaluate), SAMPLERS["random"], Budget(1), 0, storage)) == 1
+    assert len(search(problem(load_space("tiny")), loss, SAMPLERS["random"], Budget(1), 0, storage)) == 1
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

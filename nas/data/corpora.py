@@ -8,8 +8,9 @@ import hashlib
 import json
 import logging
 import os
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,29 +18,23 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import pyarrow
 from fsspec.compression import register_compression
-from fsspec.core import OpenFile
 from fsspec.implementations.local import LocalFileSystem
-from fsspec.utils import infer_compression
 
 from nas import console
 from nas.errors import UserError, in_short
 from nas.files import file_hash, value_hash
 
 _SKIPPED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-_TEXT, _COMPRESSED = {".txt", ".jsonl"}, {".gz", ".xz", ".zst", ".bz2"}
+_TEXT_FILE = re.compile(r"(\.txt|\.jsonl)(\.(gz|xz|zst|bz2))?$", re.IGNORECASE)
 _HUB_RETRIES = 5  # of datasets; each stands for six requests within half a minute
 
 
 class Document(NamedTuple):
-    """A text and a key that names it for good: its split depends on the key alone."""
-
-    key: str
+    key: str  # names the text for good: its split depends on the key alone
     text: str
 
 
 class Corpus(Protocol):
-    """A source of documents."""
-
     def fingerprint(self) -> str:
         """Changes when the text changes; cheap compared with reading and tokenising it."""
 
@@ -79,31 +74,30 @@ class TextCorpus:
     def documents(self) -> Iterator[Document]:
         _read_zstd_to_its_end()
         for path in self._files():
-            compression = infer_compression(path.name)
-            stream = OpenFile(LocalFileSystem(), str(path), "rt", compression, encoding="utf-8-sig")
-            with _readable(str(path), "restore it, convert it to UTF-8, or leave it out"), stream as lines:
-                if _kind(path) == ".txt":
+            with (
+                _readable(str(path), "restore it, convert it to UTF-8, or leave it out"),
+                LocalFileSystem().open(path, "rt", compression="infer", encoding="utf-8-sig") as lines,
+            ):
+                if _TEXT_FILE.sub(r"\1", path.name).lower().endswith(".txt"):  # leaving aside its compression
                     yield _document(lines.read())
                     continue
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield _document(self._json_text(path, number, line))
+                        yield self._of_json(path, number, line)
 
     def _files(self) -> list[Path]:
-        named = _expanded(self.path)
-        # Path.glob takes no absolute pattern
-        found = [named] if Path(named).exists() else glob.glob(named, recursive=True)  # noqa: PTH207
-        candidates = Path(named).rglob("*") if Path(named).is_dir() else map(Path, found)
-        files = sorted(file for file in candidates if file.is_file() and _kind(file) in _TEXT)
+        named = Path(_expanded(self.path))
+        candidates: Iterable[Path] = named.rglob("*") if named.is_dir() else [named]
+        if not named.exists():  # Path.glob takes no absolute pattern
+            candidates = map(Path, glob.glob(str(named), recursive=True))  # noqa: PTH207
+        files = sorted(file for file in candidates if file.is_file() and _TEXT_FILE.search(file.name))
         if not files:
             raise UserError(f"data.path '{self.path}' has no .txt or .jsonl file (plain or compressed); check it")
         return files
 
-    def _json_text(self, path: Path, number: int, line: str) -> str:
+    def _of_json(self, path: Path, number: int, line: str) -> Document:
         try:
-            text: str = json.loads(line)[self.text_key]
-            text.encode()  # only text can be encoded, and not if JSON spells half a surrogate pair
-            return text
+            return _document(json.loads(line)[self.text_key])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(
                 f"{path} line {number} is not a JSON object with a text '{self.text_key}'; fix it or set data.text_key"
@@ -126,8 +120,7 @@ class HubCorpus:
             raise UserError(f"data.max_mb is {self.max_mb!r}; give a number of megabytes above zero")
 
     def fingerprint(self) -> str:
-        folder = Path(_expanded(self.dataset))
-        files = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+        files = sorted(path for path in Path(_expanded(self.dataset)).rglob("*") if path.is_file())
         return value_hash([repr(self), *((path, path.stat().st_size, path.stat().st_mtime_ns) for path in files)])
 
     def documents(self) -> Iterator[Document]:
@@ -137,9 +130,12 @@ class HubCorpus:
             logging.getLogger(library).handlers = [_RetryHandler(logging.WARNING)]
         datasets.config.STREAMING_READ_MAX_RETRIES = datasets.config.STREAMING_OPEN_MAX_RETRIES = _HUB_RETRIES
         _read_zstd_to_its_end()
-        left = self.max_mb * 1e6
+        left, name = self.max_mb * 1e6, _expanded(self.dataset)
+        if Path(name).is_dir() and glob.has_magic(folder := str(Path(name).resolve())):
+            raise UserError(
+                f"dataset {folder} has a * ? or [ in its path, which `datasets` takes for a pattern; rename it"
+            )
         with _readable(f"dataset {self.dataset}", "check data.* and the dataset's files"):
-            name = _expanded(self.dataset)
             rows = datasets.load_dataset(name, self.config, split=self.split, revision=self.revision, streaming=True)
             for row in rows:
                 if not isinstance(text := row.get(self.text_key), str):
@@ -166,7 +162,7 @@ def _readable(what: str, fix: str) -> Iterator[None]:
     """Turns an error in reading into a sentence; damaged files and networks fail in as many ways as there are bytes."""
     try:
         yield
-    except (UserError, MemoryError):
+    except UserError:
         raise
     except Exception as error:
         raise UserError(f"{what} cannot be read ({in_short(error)}); {fix}") from None
@@ -183,12 +179,6 @@ def _read_zstd_to_its_end() -> None:
 
 def _expanded(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111 (Path's raises an error for an unknown user)
-
-
-def _kind(path: Path) -> str:
-    """The ending of a file's name, leaving aside that of its compression."""
-    *_, kind, compression = ["", "", *(suffix.lower() for suffix in path.suffixes)]
-    return kind if compression in _COMPRESSED else compression
 
 
 def _document(text: str) -> Document:

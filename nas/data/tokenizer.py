@@ -23,23 +23,19 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             if left <= 0:
                 return
 
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if vocab_size <= len(alphabet):
-        raise UserError(
-            f"the space's vocab_size is {vocab_size} but a byte-level tokenizer has at least {len(alphabet) + 1} "
-            "tokens; give a larger one, or a tokenizer="
-        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(head(), trainer)
-    if tokenizer.get_vocab_size() < vocab_size:
+    if (found := tokenizer.get_vocab_size()) != vocab_size:
+        fix = "more text or a smaller space" if found < vocab_size else "a space with a larger vocabulary"
         raise UserError(
-            f"the text yields only {tokenizer.get_vocab_size()} of the {vocab_size} tokens of the space's vocabulary; "
-            "give more text, a smaller space, or a tokenizer="
+            f"the text yields a byte-level tokenizer of {found} tokens but the space's vocab_size is {vocab_size}; "
+            f"give {fix}, or a tokenizer="
         )
     return tokenizer
 
@@ -48,12 +44,12 @@ def load_tokenizer(reference: str) -> Tokenizer:
     """Loads a tokenizer.json, or the one in a Hugging Face model directory; a UserError if that is not possible."""
     path = Path(reference)
     file = path / "tokenizer.json" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(f"there is no tokenizer {file}; give a tokenizer.json or a Hugging Face directory that has one")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises plain Exception
-        raise UserError(f"tokenizer {file} cannot be read ({error}); give a Hugging Face tokenizer.json") from None
+        raise UserError(
+            f"tokenizer {file} cannot be read ({error}); give a tokenizer.json or a Hugging Face directory that has one"
+        ) from None
 
 
 def beginning_id(tokenizer: Tokenizer) -> int | None:

@@ -1,8 +1,7 @@
 """Token ids of a corpus: read as a stream, split, tokenised once, kept on disk and memory-mapped from there.
 
-A corpus may be larger than memory, for neither the text nor its tokens are ever in memory all at once. The cache
-folder's name is a hash of the text and of the tokenizer, so a changed corpus is never mistaken for the old one.
-Documents go to training or validation by a hash of their key: the split is the same on every machine.
+Neither the text nor its tokens are ever in memory all at once. The folder's name is a hash of the text and of the
+tokenizer. Documents go to training or validation by a hash of their key: the split is the same on every machine.
 """
 
 import hashlib
@@ -27,6 +26,7 @@ _ONE_IN = 20  # documents that go to validation
 _FEW = 2 * _ONE_IN  # with fewer documents, each gives its tail to validation instead
 _PIECE = 100_000  # characters that are tokenised as one: long documents on all cores
 _BATCH = 4_000_000  # characters that are in memory at once, and the rest of the last document
+_NAMES = ("tokenizer.json", "train.npy", "validation.npy")
 _MARK = "meta.json"  # written last
 
 Tokens = npt.NDArray[np.uint32]
@@ -60,9 +60,10 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
     with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
         if not (folder / _MARK).is_file():
             _tokenise(corpus, given, vocab_size, folder)
+    tokenizer_file, *rows = (folder / name for name in _NAMES)
     try:
-        train, validation = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("train", "validation"))
-        return TokenData(train, validation, folder / "tokenizer.json", read_json(folder / _MARK)["digest"])
+        train, validation = (np.load(row, mmap_mode="r") for row in rows)
+        return TokenData(train, validation, tokenizer_file, read_json(folder / _MARK)["digest"])
     except (ValueError, EOFError, KeyError, FileNotFoundError) as error:
         raise UserError(f"the tokens in {folder} are corrupt ({error}); remove that folder") from None
 
@@ -71,32 +72,29 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     """Reads the corpus as a stream, at most twice: its head for the tokenizer, all of it for the tokens."""
     console.print(f"Tokenising {type(corpus).__name__} into {folder}")
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
-    tokenizer_file = folder / "tokenizer.json"
+    tokenizer_file, *rows = files = [folder / name for name in _NAMES]
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
-    files = [folder / "train.npy", folder / "validation.npy"]
-    for file in files:
-        file.write_bytes(b"")  # a kill may have left half of it
+    for row in rows:
+        row.write_bytes(b"")  # a kill may have left half of it
     totals, characters = [0, 0], 0
     with console.progress_bar("Tokenising (MB of text)", None) as bar:
         for batch in _batches(_splits(corpus)):
             for index, texts in enumerate(zip(*batch, strict=True)):
                 tokens = _encode(model, texts)
                 totals[index] += len(tokens)
-                _append(files[index], tokens, totals[index])
+                _append(rows[index], tokens, totals[index])
                 characters += sum(map(len, texts))
             bar.update(characters / 1e6)
-    for file, total in zip(files, totals, strict=True):
-        if total < 2:
-            raise UserError(f"the corpus leaves no text for {file.stem}; give more text")
-    digest = hashlib.sha256("".join(map(file_hash, [tokenizer_file, *files])).encode())
+    if min(totals) < 2:
+        raise UserError(
+            f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"
+        )
+    digest = hashlib.sha256("".join(map(file_hash, files)).encode())
     write_json(folder / _MARK, {"digest": digest.hexdigest()})
 
 
 def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
-    """For each document that is more than white space what goes to training and what to validation.
-
-    All of it goes to one, by its key; or of few documents the last 1 / _ONE_IN of each goes to validation.
-    """
+    """What of each document goes to training, and what to validation: all to one, or of few documents their tails."""
     documents = (document for document in corpus.documents() if document.text.strip())
     first = list(itertools.islice(documents, _FEW))
     if not first:
@@ -119,8 +117,7 @@ def _batches(splits: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]
         if characters >= _BATCH:
             yield batch
             batch, characters = [], 0
-    if batch:
-        yield batch
+    yield batch
 
 
 def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
@@ -137,11 +134,8 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
 
 def _append(file: Path, tokens: Tokens, total: int) -> None:
     """Adds tokens to a .npy file that holds ``total`` then; its header leaves room for an axis that grows."""
-    header = {"descr": tokens.dtype.str, "fortran_order": False, "shape": (total,)}
-    try:
-        with file.open("r+b") as stream:
-            np.lib.format.write_array_header_1_0(stream, header)
-            stream.seek(0, os.SEEK_END)
-            stream.write(tokens.tobytes())
-    except OSError as error:  # a full disk: this one names the file
-        raise OSError(error.errno, error.strerror, str(file)) from error
+    with file.open("r+b") as stream:
+        header = {"descr": tokens.dtype.str, "fortran_order": False, "shape": (total,)}
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.seek(0, os.SEEK_END)
+        stream.write(tokens.tobytes())

@@ -14,14 +14,7 @@ class Exporter(Protocol):
     weights: str
 
     def write(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
-        """Writes ``model`` into ``folder``.
-
-        Args:
-            model: A plain decoder.
-            tokenizer: Its tokenizer.json.
-            folder: Made if needed.
-            card: What the model card states, by title: losses, latency and where each comes from.
-        """
+        """Writes ``model``, its ``tokenizer`` (a tokenizer.json) and a model card that states ``card``, by title."""
 
     def read(self, folder: Path, with_weights: bool = True) -> Decoder:
         """Reads a model back, running none of its code; without its weights they are left undefined.

@@ -43,20 +43,8 @@ tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 
 
 def padded_ffn_width(width: int) -> int:
-    """The FFN width as it is stored: engines know multiples alone."""
+    """The FFN width as it is stored: engines compute it as 2/3 · ffn_mult · hidden_size, rounded up to a multiple."""
     return math.ceil(width / _FFN_MULTIPLE) * _FFN_MULTIPLE
-
-
-def engine_ffn_width(ffn_mult: float, hidden_size: int) -> int:
-    """The FFN width that inference engines compute for a nemotron-nas block."""
-    return padded_ffn_width(int(2 * ffn_mult * hidden_size / 3))
-
-
-def _ffn_mult(spec: LayerSpec) -> float:
-    width = padded_ffn_width(spec.intermediate_size)
-    ffn_mult = 3 * width / (2 * spec.hidden_size)
-    assert engine_ffn_width(ffn_mult, spec.hidden_size) == width
-    return ffn_mult
 
 
 class HfExporter:
@@ -89,8 +77,8 @@ class HfExporter:
                 state = load_file(folder / self.weights)
                 if shape.tie_word_embeddings:
                     state["lm_head.weight"] = state["model.embed_tokens.weight"]
-                for name, width in _ffn_tensors(model.specs):
-                    state[name] = state[name].narrow(_ffn_axis(name), 0, width)
+                for name, axis, width in _ffn_tensors(model.specs):
+                    state[name] = state[name].narrow(axis, 0, width)
                 model.load_state_dict(state)
         except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} is corrupt ({in_short(error)}); export it again") from None
@@ -102,7 +90,6 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
     own = dataclasses.asdict(shape)
     o_bias, scaling = own.pop("o_bias"), own.pop("rope_scaling") or {}
     width = max(padded_ffn_width(spec.intermediate_size) for spec in specs)
-    padding = {} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}
     heads, kept = shape.num_attention_heads, {"no_op": False, "replace_with_linear": False}
     return {
         "architectures": ["DeciLMForCausalLM"],
@@ -115,7 +102,7 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
         "block_configs": [
             {
                 "attention": {"n_heads_in_group": heads // spec.kv_groups, **kept},
-                "ffn": {"ffn_mult": _ffn_mult(spec), **kept},
+                "ffn": {"ffn_mult": 3 * padded_ffn_width(spec.intermediate_size) / (2 * spec.hidden_size), **kept},
             }
             for spec in specs
         ],
@@ -123,7 +110,7 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
         "num_key_value_heads": max(spec.kv_groups for spec in specs),
         **own,
         "intermediate_size": width,
-        **padding,
+        **({} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}),
         "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **scaling},
         **({"rope_scaling": scaling} if scaling else {}),  # where transformers 4 looks for it
         "hidden_act": "silu",
@@ -141,16 +128,12 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(**own, o_bias=config.get("attention_bias", False))
 
 
-def _ffn_tensors(specs: Sequence[LayerSpec]) -> Iterator[tuple[str, int]]:
-    """Names of the tensors with an axis as long as their layer's FFN is wide, and that width."""
+def _ffn_tensors(specs: Sequence[LayerSpec]) -> Iterator[tuple[str, int, int]]:
+    """Names of the tensors with an axis as long as their layer's FFN is wide, that axis, and that width."""
     for index, spec in enumerate(specs):
-        names = ["gate_proj.weight", "up_proj.weight", "down_proj.weight"]
-        names += ["gate_proj.bias", "up_proj.bias"] if spec.mlp_bias else []
-        yield from ((f"model.layers.{index}.mlp.{name}", spec.intermediate_size) for name in names)
-
-
-def _ffn_axis(name: str) -> int:
-    return 1 if "down_proj" in name else 0
+        axes = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
+        axes |= {"gate_proj.bias": 0, "up_proj.bias": 0} if spec.mlp_bias else {}
+        yield from ((f"model.layers.{index}.mlp.{name}", axis, spec.intermediate_size) for name, axis in axes.items())
 
 
 def _padded_state(model: Decoder) -> dict[str, Tensor]:
@@ -158,9 +141,9 @@ def _padded_state(model: Decoder) -> dict[str, Tensor]:
     state = model.state_dict()
     if model.shape.tie_word_embeddings:
         del state["lm_head.weight"]
-    for name, width in _ffn_tensors(model.specs):  # silu(0) · 0 = 0: the added neurons change nothing
-        padding = (0, padded_ffn_width(width) - width)
-        state[name] = F.pad(state[name], padding if _ffn_axis(name) == state[name].dim() - 1 else (0, 0, *padding))
+    for name, axis, width in _ffn_tensors(model.specs):  # silu(0) · 0 = 0: the added neurons change nothing
+        after = [0] * (2 * (state[name].dim() - 1 - axis))  # F.pad counts axes from the last
+        state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
 
 

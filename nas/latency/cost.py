@@ -8,7 +8,7 @@ from nas.config import CostConfig
 from nas.errors import UserError
 from nas.latency.device import Device
 from nas.latency.energy import EnergyTable
-from nas.latency.memory import Memory, MemoryModel, batch_of
+from nas.latency.memory import Memory, MemoryModel
 from nas.latency.predictor import DTYPE_BYTES, Predictor, Workload
 from nas.metrics import METRICS, Metrics
 from nas.shape import ModelShape
@@ -23,20 +23,18 @@ def costs(
 ) -> dict[str, float]:
     """Cost and emissions of decoding by the formulas in docs/energy.md; whatever lacks an input is left out.
 
-    Both figures per million tokens are of a card that decodes all the time it is paid for. ``idle_watts``, the card's
-    power between requests, must be known for the yearly figure unless the utilisation is 1.
+    Both figures per million tokens are of a card that decodes all the time it is paid for. The yearly one needs the
+    card's power between requests, ``idle_watts``, unless the utilisation is 1.
     """
     result = {}
     if config.price_per_hour is not None:
         result["cost_per_million_tokens"] = config.price_per_hour / 3600 / tokens_per_s * 1e6
-    if joules_per_token is None:
-        return result
-    kg_per_kwh = config.pue * config.grid_kg_per_kwh
-    result["kg_co2e_per_million_tokens"] = joules_per_token * 1e6 / _JOULES_PER_KWH * kg_per_kwh
-    idle_share = 1 - config.utilisation
-    if idle_share == 0 or idle_watts is not None:
-        watts = config.utilisation * joules_per_token * tokens_per_s + idle_share * (idle_watts or 0.0)
-        result["kg_co2e_per_year"] = watts / 1e3 * _HOURS_PER_YEAR * kg_per_kwh
+    if joules_per_token is not None:
+        kg_per_kwh, idle_share = config.pue * config.grid_kg_per_kwh, 1 - config.utilisation
+        result["kg_co2e_per_million_tokens"] = joules_per_token * 1e6 / _JOULES_PER_KWH * kg_per_kwh
+        if idle_share == 0 or idle_watts is not None:
+            watts = config.utilisation * joules_per_token * tokens_per_s + idle_share * (idle_watts or 0.0)
+            result["kg_co2e_per_year"] = watts / 1e3 * _HOURS_PER_YEAR * kg_per_kwh
     return result
 
 
@@ -88,11 +86,10 @@ class Prediction:
         """Energy of the card while it decodes."""
         if self.energy is None:
             return None
-        at = {"batch": self.batch, "length": self.workload.context}
-        layer_ms = partial(self.predictor.layer_ms, "decode", **at)
-        rest_ms = self.predictor.embedding_and_head_ms("decode", **at)
-        step_joules = self.energy.joules_per_step(self.vector, **at, layer_ms=layer_ms, embedding_and_head_ms=rest_ms)
-        return step_joules / self.batch
+        batch, length = self.batch, self.workload.context
+        layer_ms = partial(self.predictor.layer_ms, "decode", batch=batch, length=length)
+        rest_ms = self.predictor.embedding_and_head_ms("decode", batch, length)
+        return self.energy.joules_per_step(self.vector, batch, layer_ms, rest_ms) / batch
 
     @property
     def costs(self) -> dict[str, float]:
@@ -112,18 +109,18 @@ def predictions(
     Vectors with the same counts per choice share their metrics. A needed metric that is not known is an error.
     """
     memory = MemoryModel(space.shape, workload, device.is_gpu)
-    energy = predictor.energy(set().union(*space.choices))
+    energy = predictor.energy if predictor.energy and predictor.energy.knows(set().union(*space.choices)) else None
 
     @cache
     def metrics(vector: Vector) -> Metrics:
-        batch = batch_of(workload, memory, vector)
+        batch = memory.batch(vector)
         predicted = Prediction(vector, batch, space.shape, workload, predictor, memory.at(vector, batch), energy, cost)
         values = {name: metric.derive(predicted) for name, metric in METRICS.items() if metric.derive}
         known: Metrics = {name: value for name, value in values.items() if value is not None}
         return {**known, "latency_source": predictor.source}
 
-    derived = [name for name in needed if name in METRICS and METRICS[name].derive]
-    if derived and (unknown := [name for name in derived if name not in metrics(tuple(sorted(space.smallest)))]):
+    smallest = tuple(sorted(space.smallest))
+    if unknown := [name for name in needed if METRICS[name].derive and name not in metrics(smallest)]:
         raise UserError(
             f"{unknown[0]} is wanted, but {predictor.folder or device.slug} does not tell it for {workload}; measure "
             "that workload on this machine with nas measure, or leave the metric out"

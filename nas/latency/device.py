@@ -12,10 +12,10 @@ from typing import Any
 
 import psutil
 
+from nas import shipped
 from nas.errors import UserError
 from nas.files import read_json
 from nas.hardware import cpu_name, nvml_facts
-from nas.resources import shipped
 
 DEVICE = "device.json"
 _CUDA_CONTEXT = 3 * 2**28  # bytes: context, kernels' code and the driver's reserve, a little above what an H100 showed
@@ -31,7 +31,8 @@ class Device:
     memory_bytes: int  # usable memory
     bandwidth_bytes_per_s: float | None = None  # memory bandwidth by data sheet, or None if unknown
     flops: dict[str, float] = field(default_factory=dict)  # dense matrix rate by dtype name, by data sheet
-    facts: dict[str, Any] = field(default_factory=dict)  # anything else worth recording: driver, power limit, source
+    source: str = "as the device reports; data-sheet rates unknown"  # of these numbers
+    facts: dict[str, Any] = field(default_factory=dict)  # anything else worth recording: driver, power limit
     calibration: dict[str, Any] | None = None  # for estimates better than the data sheet: nas/latency/estimate.py
 
     @property
@@ -41,35 +42,28 @@ class Device:
 
     def description(self) -> dict[str, Any]:
         """The contents of its device.json."""
-        values = dataclasses.asdict(self)
-        source = values.pop("facts").get("source", "as the device reports; data-sheet rates unknown")
-        del values["slug"]
-        if values["calibration"] is None:
-            del values["calibration"]
-        return values | {"source": source}
+        hidden = {"slug", "facts"} | (set() if self.calibration else {"calibration"})
+        return {key: value for key, value in dataclasses.asdict(self).items() if key not in hidden}
 
 
-def device_folders(slug: str) -> list[Path]:
-    """Where a device may be described: latency_models/ in the working directory, then what ships."""
-    return [root / slug for root in _roots()]
-
-
-def _roots() -> list[Path]:
-    return list(dict.fromkeys((Path("latency_models").resolve(), shipped("latency_models").resolve())))
+def device_folders(slug: str = "") -> list[Path]:
+    """Where a device, or without one any, may be described: latency_models/ in the working directory, then shipped."""
+    roots = dict.fromkeys((Path("latency_models").resolve(), shipped("latency_models").resolve()))
+    return [root / slug for root in roots]
 
 
 def this_device() -> Device:
     """The first GPU that PyTorch sees, else this machine's CPU."""
     import torch  # here, so that reading a named device needs no PyTorch
 
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        name = properties.name
-        return Device(_slug(name), name, True, properties.total_memory, facts=nvml_facts(str(properties.uuid)))
-    name = cpu_name()
-    cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
-    facts = {"cores": cores, "threads": torch.get_num_threads()}
-    return Device(_slug(f"cpu {name} {cores} cores"), name, False, psutil.virtual_memory().total, facts=facts)
+    if is_gpu := torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        name, label, memory_bytes, facts = gpu.name, gpu.name, gpu.total_memory, nvml_facts(str(gpu.uuid))
+    else:
+        cores = len(psutil.Process().cpu_affinity()) if hasattr(psutil.Process, "cpu_affinity") else psutil.cpu_count()
+        name, memory_bytes = cpu_name(), psutil.virtual_memory().total
+        label, facts = f"cpu {name} {cores} cores", {"cores": cores, "threads": torch.get_num_threads()}
+    return Device(re.sub(r"[^a-z0-9]+", "-", label.lower()).strip("-"), name, is_gpu, memory_bytes, facts=facts)
 
 
 def find_device(reference: str) -> Device:
@@ -78,24 +72,13 @@ def find_device(reference: str) -> Device:
         return this_device()
     files = [folder / DEVICE for folder in device_folders(reference) if (folder / DEVICE).is_file()]
     if not files:
-        known = sorted({path.parent.name for root in _roots() for path in root.glob(f"*/{DEVICE}")})
+        known = sorted({path.parent.name for root in device_folders() for path in root.glob(f"*/{DEVICE}")})
         raise UserError(f"there is no device '{reference}'; use this, {', '.join(known)}")
-    values = read_json(files[0])
     try:
-        return Device(
-            slug=reference,
-            name=str(values["name"]),
-            is_gpu=bool(values["is_gpu"]),
-            memory_bytes=int(values["memory_bytes"]),
-            bandwidth_bytes_per_s=values["bandwidth_bytes_per_s"] and float(values["bandwidth_bytes_per_s"]),
-            flops={dtype: float(rate) for dtype, rate in values["flops"].items()},
-            facts={"source": values["source"]},
-            calibration=values.get("calibration"),
-        )
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{files[0]} is corrupt ({reason}); restore it") from None
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        device = Device(reference, **read_json(files[0]))
+        numbers = [device.memory_bytes, device.bandwidth_bytes_per_s or 1, *device.flops.values()]
+        if not all(isinstance(number, int | float) and number > 0 for number in numbers):
+            raise ValueError("memory_bytes, bandwidth_bytes_per_s and flops must be positive numbers")
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"{files[0]} is corrupt ({error}); restore it") from None
+    return device

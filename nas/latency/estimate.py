@@ -1,11 +1,8 @@
 """Analytic latency, for a device that nobody has measured: bytes and operations over the rates that a device reaches.
 
 A kernel takes at least max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson
-(2009). With data-sheet rates that is a lower bound, good for ranking vectors. Where device.json has a calibration from
-published measurements (docs/a10g.md), the same formula takes the rates that are reached in practice, rounds the corner
-where bytes and operations take equally long, and adds what kernels take however little they do.
-
-What is estimated is the time of the GPU. A serving engine's own work between the steps comes on top.
+(2009). With data-sheet rates that is a lower bound, good for ranking vectors; a calibration in device.json has rates
+that were reached in published measurements (docs/a10g.md). A serving engine's own work between the steps comes on top.
 """
 
 import math
@@ -42,23 +39,23 @@ class RooflineLatency(Predictor):
         if device.bandwidth_bytes_per_s is None or dtype not in device.flops:
             raise UserError(f"{device.name} has neither a measured table nor data-sheet rates for {dtype}; measure it")
         self._device, self._shape, self._bytes = device, shape, DTYPE_BYTES[dtype]
-        calibration = device.calibration
-        try:
-            self._calibration = calibration if calibration and dtype in calibration["dtypes"] else None
-            self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
-        except (KeyError, TypeError) as error:
-            message = f"the calibration in device.json of {device.slug} is corrupt ({error}); restore it"
-            raise UserError(message) from None
+        calibration = device.calibration or {"dtypes": []}
+        self._calibration = calibration if dtype in calibration["dtypes"] else None
+        self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        layer, new_tokens = self._shape.layer(groups), batch * (length if phase == "prefill" else 1)
+        constants, layer = self._constants, self._shape.layer(groups)
+        new_tokens = batch * (length if phase == "prefill" else 1)
+        # Prefill is causal: a query sees half of the prompt on average.
+        seen = batch * (length if phase == "decode" else length * (length + 1) / 2)
+        operations = 4 * seen * layer.linears["q_proj"].outputs
+        cached = batch * (length + constants.cache_ramp_tokens) * layer.kv_values_per_token
         # Kernels run one after the other, so their times add up; only within one do bytes and operations overlap.
-        gemms_ms = self._gemms_ms(layer.parameters, new_tokens)
-        moved_ms = self._moved_ms(new_tokens * elementwise_values(layer))
-        attention_ms = self._attention_ms(phase, layer, batch, length)
-        return gemms_ms + attention_ms + max(self._constants.elementwise_ms, moved_ms)
+        attention_ms = constants.attention_ms + self._kernel_ms(cached, operations, constants.cache_bandwidth)
+        elementwise_ms = max(constants.elementwise_ms, self._moved_ms(new_tokens * elementwise_values(layer)))
+        return self._gemms_ms(layer.parameters, new_tokens) + attention_ms + elementwise_ms
 
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         new_tokens = batch * (length if phase == "prefill" else 1)
@@ -67,10 +64,9 @@ class RooflineLatency(Predictor):
         return embedding_ms + self._gemms_ms(self._shape.vocab_size * self._shape.hidden_size, batch)
 
     def interval(self, ms: float) -> tuple[float, float]:
-        """With a calibration: within the factor in which the stated share of published measurements lay.
+        """Within the factor in which most published measurements lay, each predicted without its own source.
 
-        Each was predicted without its own source, and few are of the GPU's time alone, so this is a rule of thumb, not
-        a confidence interval. Without a calibration the estimate is a lower bound.
+        Few of them are of the GPU's time alone, so this is a rule of thumb. Without a calibration, a lower bound.
         """
         if self._calibration is None:
             return ms, math.inf
@@ -86,22 +82,14 @@ class RooflineLatency(Predictor):
             f"{check['median_error']:.1%} over {check['points']} that were each predicted without their source"
         )
 
-    def _attention_ms(self, phase: Phase, layer: LayerSpec, batch: int, length: int) -> float:
-        constants = self._constants
-        # Prefill is causal: a query sees half of the prompt on average.
-        seen = batch * (length if phase == "decode" else length * (length + 1) / 2)
-        operations = 4 * seen * layer.linears["q_proj"].outputs
-        cache_bytes = batch * (length + constants.cache_ramp_tokens) * layer.kv_values_per_token * self._bytes
-        return constants.attention_ms + self._kernel_ms(cache_bytes, operations, constants.cache_bandwidth)
-
     def _gemms_ms(self, weights: int, tokens: int) -> float:
-        return self._kernel_ms(weights * self._bytes, 2 * tokens * weights, self._constants.weight_bandwidth)
+        return self._kernel_ms(weights, 2 * tokens * weights, self._constants.weight_bandwidth)
 
     def _moved_ms(self, values: int) -> float:
         return 1e3 * values * self._bytes / (self._bandwidth * self._constants.elementwise_bandwidth)
 
-    def _kernel_ms(self, moved_bytes: float, operations: float, share: float) -> float:
-        times_ms = 1e3 * moved_bytes / (self._bandwidth * share), 1e3 * operations / self._rate
+    def _kernel_ms(self, values: float, operations: float, share: float) -> float:
+        times_ms = 1e3 * (values * self._bytes) / (self._bandwidth * share), 1e3 * operations / self._rate
         return float(np.linalg.norm(times_ms, ord=self._constants.overlap))
 
 

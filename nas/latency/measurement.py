@@ -1,10 +1,8 @@
 """Measures a space: its layers, embedding and head over a grid, end-to-end models as a check, and their power."""
 
-import math
 import time
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
 from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Phase, Workload
-from nas.latency.samples import Samples, drift_report, used_on_cpu, used_on_gpu
+from nas.latency.samples import Samples
 from nas.latency.table import COLUMNS, summarise
 from nas.latency.timing import memory_watched, time_points
 from nas.space import SearchSpace
@@ -37,7 +35,7 @@ class Measured:
     """What a measurement found."""
 
     table: pd.DataFrame  # `nas.latency.table.COLUMNS`
-    end_to_end_ms: dict[Point, float]  # of the end-to-end models
+    end_to_end_ms: dict[Point, float]  # of the end-to-end models that fitted into memory
     energy: pd.DataFrame | None  # `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured
     metadata: dict[str, Any]  # for latency.json: drift, the GPU's state before and after, idle power
 
@@ -50,12 +48,11 @@ def measure(
     config: MeasureConfig,
     check: int,
     device: Device,
-    samples_path: Path | None = None,
+    samples_path: Path,
 ) -> Measured:
     """Times the grid, and ``check`` end-to-end models of random vectors at each of ``shapes``, in the same rounds."""
     vectors = random_vectors(space, check, config.seed)
-    end_to_end = [Point(phase, "whole", vector, batch, length) for phase, batch, length in shapes for vector in vectors]
-    points = grid.points(space) + end_to_end
+    points = grid.points(space) + [Point(phase, "whole", v, *at) for phase, *at in shapes for v in vectors]
     uuid = str(torch.cuda.get_device_properties(0).uuid) if device.is_gpu else None
     if uuid:
         torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
@@ -71,18 +68,23 @@ def measure(
             f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
             f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
         ) from None
-    samples = Samples.at(samples_path) if samples_path else Samples()
-    sentinel = Point("decode", "layer", (max(space.largest),), min(grid.batches), workload.context)
-    heaviest = Point("decode", "layer", (max(space.largest),), max(grid.batches), workload.context)
+    samples = Samples.at(samples_path)
+    heaviest, sentinel = (
+        Point("decode", "layer", (max(space.largest),), batch, workload.context)
+        for batch in (grid.batches[-1], grid.batches[0])
+    )
     state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
-    time_points(points, sentinel, pool.prepare, config, pool.device, samples)
+    time_points(points, sentinel, pool.prepare, config, bool(uuid), samples)
 
-    used = used_on_gpu(samples, config) if uuid else used_on_cpu(samples)
-    table, end_to_end_ms = _summaries(used)
+    used = samples.used(config, bool(uuid))
+    summaries = {point: summarise(times) for point, times in used.items()}
+    rows = [[*point.row(), *summary.values()] for point, summary in summaries.items() if point.part != "whole"]
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(COLUMNS[:5], ignore_index=True)
+    end_to_end_ms = {point: float(s["median_ms"]) for point, s in summaries.items() if point.part == "whole" and s["n"]}
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
-    metadata: dict[str, Any] = {"drift": drift_report(samples, config)} if uuid else {"clock": _CPU_CLOCK}
-    timed = [point for point, times in samples.by_point().items() if point.part == "layer" and min(times) < math.inf]
-    if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in timed):
+    metadata: dict[str, Any] = {"drift": samples.drift_report(config)} if uuid else {"clock": _CPU_CLOCK}
+    layers = [point for point, summary in summaries.items() if point.part == "layer" and summary["n"]]
+    if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in layers):
         metadata["points_of_fewer_layers"] = short
     if padded := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
         metadata["padded_batches"] = padded
@@ -90,19 +92,6 @@ def measure(
         state_after = _state_at_work(pool, [heaviest, sentinel], uuid)
         metadata |= {"state_before": state, "state_after": state_after, "idle_watts": watts}
     return Measured(table, end_to_end_ms, energy, metadata)
-
-
-def _summaries(taken: Iterable[tuple[Point, list[float]]]) -> tuple[pd.DataFrame, dict[Point, float]]:
-    """The table, and the times of the end-to-end models that fitted into memory."""
-    rows, end_to_end_ms = [], {}
-    for point, times in taken:
-        summary = summarise(times)
-        if point.part != "whole":
-            rows.append(dict(zip(COLUMNS, [*point.row(), *summary.values()], strict=True)))
-        elif math.isfinite(summary["median_ms"]):
-            end_to_end_ms[point] = float(summary["median_ms"])
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int})
-    return table.sort_values(COLUMNS[:5], ignore_index=True), end_to_end_ms
 
 
 def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str, Any]:
@@ -131,14 +120,10 @@ def _energy(
     for groups in sorted(set().union(*space.choices)):
         vector = (groups,) * space.shape.num_hidden_layers
         for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
-            with torch.inference_mode():
-                try:
-                    call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
-                except torch.OutOfMemoryError:
-                    continue
+            with torch.inference_mode(), suppress(torch.OutOfMemoryError):
+                call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
                 found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
-            if found is None:
-                return None
-            numbers = (found.watts, found.joules_per_call, found.seconds, found.calls, found.method)
-            rows.append((groups, batch, workload.context, *numbers))
+                if found is None:
+                    return None
+                rows.append([groups, batch, workload.context, *astuple(found), "energy counter"])
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None

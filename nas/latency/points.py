@@ -1,41 +1,38 @@
-"""What `nas measure` times: points, and the grid that they make up.
-
-A point is a part of a model at a phase, batch and length. ``layer`` is one layer with so many KV groups, ``embedding``
-the look-up of the tokens, ``head`` final norm and output head at the last position, ``whole`` an end-to-end model.
-"""
+"""What `nas measure` times: points, each a part of a model at a phase, batch and length, and the grid they make up."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from nas.config import MeasureConfig
 from nas.latency.predictor import MAX, PHASES, Phase, Workload
 from nas.serving.batching import prefill_chunks
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
-EMBEDDING_AND_HEAD = ("embedding", "head")
-PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")
+EMBEDDING_AND_HEAD = ("embedding", "head")  # the look-up of the tokens; final norm and output head at the last position
+PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")  # one layer, and an end-to-end model
 
 
 @dataclass(frozen=True, order=True)
 class Point:
     """What is timed at once."""
 
-    phase: Phase  # ``decode`` or ``prefill``
+    phase: Phase
     part: str  # one of `PARTS`
     groups: Vector  # a layer's KV groups alone, an end-to-end model's vector, nothing for embedding and head
     batch: int  # rows
     length: int  # tokens of each row in the cache at a decode step, or of its prompt
 
     def row(self) -> list[Any]:
-        """Plain values for a CSV; `point_of` reads them back."""
+        """Plain values for a CSV."""
         return [self.phase, self.part, format_vector(self.groups) or "0", self.batch, self.length]
 
-
-def point_of(phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Point:
-    """Reads back what `Point.row` wrote."""
-    return Point(phase, part, () if part in EMBEDDING_AND_HEAD else parse_vector(str(groups)), int(batch), int(length))
+    @classmethod
+    def of_row(cls, phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Self:
+        """Reads back what `row` wrote."""
+        vector = () if part in EMBEDDING_AND_HEAD else parse_vector(str(groups))
+        return cls(phase, part, vector, int(batch), int(length))
 
 
 @dataclass(frozen=True)
@@ -53,18 +50,15 @@ class Grid:
     def shapes(self, phase: Phase) -> Iterator[tuple[int, int]]:
         """Batch and length of every point. Of prompts that is at most one prefill chunk."""
         if phase == "decode":
-            yield from itertools.product(self.batches, self.contexts)
-            return
-        for prompt in self.prompts:
-            rows = prefill_chunks(max(self.batches), prompt)[0]
-            yield from ((batch, prompt) for batch in sorted({1, rows}))
+            return itertools.product(self.batches, self.contexts)
+        most = self.batches[-1]
+        return ((rows, prompt) for prompt in self.prompts for rows in sorted({1, prefill_chunks(most, prompt)[0]}))
 
     def points(self, space: SearchSpace) -> list[Point]:
         """All parts at all shapes; of a decode step, embedding and head depend on the batch alone."""
-        points: list[Point] = []
+        choices, points = sorted(set().union(*space.choices)), list[Point]()
         for phase in PHASES:
             shapes = list(self.shapes(phase))
-            choices = sorted(set().union(*space.choices))
             points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
             outside = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
             points += [Point(phase, part, (), *shape) for shape in outside for part in EMBEDDING_AND_HEAD]
@@ -77,38 +71,34 @@ def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], 
     With `batch=max` these are the smallest and the largest batch. ``limit`` is the space's context.
     """
 
-    def axis(given: Sequence[int] | None, own: Sequence[int], *defaults: int) -> tuple[int, ...]:
-        values = {*own, *(given if given is not None else defaults)}
+    def axis(given: Sequence[int] | None, own: Sequence[int], *shares: int) -> tuple[int, ...]:
+        values = {*own, *(given if given is not None else (max(1, max(own) // share) for share in shares))}
         return tuple(sorted(values if len(values) > 1 else {*own, own[0] // 2 or min(2, limit)}))
 
-    most, context, prompt = max(batches), workload.context, workload.prompt
     return Grid(
-        axis(config.batches, batches, *([] if workload.batch == MAX else [max(1, most // 4)]), max(1, most // 2)),
-        axis(config.contexts, [context], max(1, context // 4), max(1, context // 2)),
-        axis(config.prompts, [prompt], max(1, prompt // 2)),
+        axis(config.batches, batches, 2, *([] if workload.batch == MAX else [4])),
+        axis(config.contexts, [workload.context], 2, 4),
+        axis(config.prompts, [workload.prompt], 2),
     )
 
 
 def check_shapes(
     config: MeasureConfig, grid: Grid, workload: Workload, batches: Sequence[int]
 ) -> list[tuple[Phase, int, int]]:
-    """Where end-to-end models are timed: at the workload, and at others that need not be on the grid.
-
-    Without `measure.check_at` these are one decode step halfway between grid points in both directions, one halfway
-    between contexts, and one prompt halfway between prompts.
-    """
+    """Where end-to-end models are timed: at the workload, and at `measure.check_at` or halfway between grid points."""
     batch = min(batches)  # with batch=max, only the smallest vectors have more
-    shapes: list[tuple[Phase, int, int]] = [("decode", batch, workload.context)]
-    shapes.append(("prefill", prefill_chunks(batch, workload.prompt)[0], workload.prompt))
+    steps, prompts = [(batch, workload.context)], [workload.prompt]
     if config.check_at is not None:
-        shapes += [("decode", batch, context) for batch, context in config.check_at]
+        steps += [(rows, context) for rows, context in config.check_at]
     else:
-        between_batches = _halfway([size for size in grid.batches if size <= batch] or [batch])
-        context, prompt = _halfway(grid.contexts), _halfway(grid.prompts)
-        shapes += [("decode", between_batches, context), ("decode", batch, context)]
-        shapes.append(("prefill", prefill_chunks(batch, prompt)[0], prompt))
+        context = _halfway(grid.contexts)
+        steps += [(_halfway([rows for rows in grid.batches if rows <= batch]), context), (batch, context)]
+        prompts.append(_halfway(grid.prompts))
+    shapes: list[tuple[Phase, int, int]] = [("decode", *step) for step in steps]
+    shapes += [("prefill", prefill_chunks(batch, prompt)[0], prompt) for prompt in prompts]
     return list(dict.fromkeys(shapes))
 
 
 def _halfway(axis: Sequence[int]) -> int:
-    return (axis[-1] + axis[max(0, len(axis) - 2)]) // 2
+    """Between the two largest values."""
+    return sum(axis[-2:]) // len(axis[-2:])

@@ -3,7 +3,7 @@
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -46,11 +46,9 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
     limit = shape.max_position_embeddings
     context = config.context or limit
     prompt = config.prompt or max(1, context // 2)
-    for key, value in (("context", context), ("prompt", prompt)):
-        if value > limit:
-            raise UserError(f"workload.{key} is {value} but the space's context is {limit}; lower it")
-    if prompt > context:
-        raise UserError(f"workload.prompt is {prompt} but the cache's context is {context}; lower it")
+    for key, value, whose, most in (("context", context, "space", limit), ("prompt", prompt, "cache", context)):
+        if value > most:
+            raise UserError(f"workload.{key} is {value} but the {whose}'s context is {most}; lower it")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
     if config.batch != MAX:
         if config.memory_gib is not None:
@@ -80,9 +78,10 @@ class Predictor(ABC):
     """
 
     source: str  # ``measured`` or ``estimated``
-    folder: Path | None = None  # where a measured table lies; None for an estimate, as are the next two
+    folder: Path | None = None  # where a measured table lies; None for an estimate, as are the next three
     digest: str | None = None  # the hash of its times
     idle_watts: float | None = None  # power of the idle device, if it was measured
+    energy: EnergyTable | None = None  # the power of decode steps, if it was measured
 
     @abstractmethod
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
@@ -100,16 +99,12 @@ class Predictor(ABC):
         """Measured end-to-end models beside their predictions, if there are any."""
         return None
 
-    def energy(self, groups: Iterable[int]) -> EnergyTable | None:  # noqa: ARG002
-        """The power of decode steps, if it was measured for all of these groups."""
-        return None
-
     def interval(self, ms: float) -> tuple[float, float] | None:  # noqa: ARG002
         """Between which milliseconds the time is to be expected, given an estimate ``ms``; None if measured."""
         return None
 
     def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
-        """Milliseconds of one decode step of an end-to-end model: one new token for every sequence of the batch."""
+        """Milliseconds of one decode step of an end-to-end model."""
         return self.forward_ms("decode", vector, batch, context)
 
     def prefill_ms(self, vector: Sequence[int], batch: int, prompt: int) -> float:
@@ -118,7 +113,7 @@ class Predictor(ABC):
         return math.fsum(times * self.forward_ms("prefill", vector, rows, prompt) for rows, times in chunks)
 
     def forward_ms(self, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
-        """Milliseconds of one decode step, or of one prefill chunk, of an end-to-end model."""
+        """The same of one decode step or one prefill chunk."""
         counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
         layers = math.fsum(count * self.layer_ms(phase, groups, batch, length) for groups, count in counts)
         return layers + self.embedding_and_head_ms(phase, batch, length)

@@ -26,11 +26,7 @@ def save_supernet(space: SearchSpace, sharing: str, state: Mapping[str, Tensor],
 
 
 def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
-    """Loads the supernet of a finished train run.
-
-    Raises:
-        UserError: Its files are missing, changed or corrupt.
-    """
+    """Loads the supernet of a finished train run."""
     weights, config = run.artifact(_WEIGHTS), read_json(run.artifact(_CONFIG))
     try:
         supernet = Supernet(space_from_dict(config["name"], config["space"]), config["sharing"])

@@ -38,7 +38,6 @@ class Checkpoint:
 
     @property
     def name(self) -> str:
-        """The name of its folder."""
         return self.folder.resolve().name
 
     @cached_property
@@ -47,11 +46,7 @@ class Checkpoint:
         return {"name": self.name, "hash": value_hash([file_hash(file) for file in _weight_files(self.folder)], 64)}
 
     def space(self) -> SearchSpace:
-        """The space that suits it: the divisors of its K/V heads up to 4 or, where that is 1 alone, 1 and all of them.
-
-        Raises:
-            UserError: It has one K/V head, which leaves nothing to choose.
-        """
+        """The space that suits it: the divisors of its K/V heads up to 4; where that is 1 alone, 1 and all of them."""
         if self.kv_heads == 1:
             raise UserError(
                 f"checkpoint {self.folder} has one K/V head in every layer, so there is nothing to choose; give a "
@@ -77,14 +72,7 @@ class Checkpoint:
             )
 
     def load_into(self, supernet: Supernet) -> None:
-        """Makes the checkpoint's weights the supernet's; see `Supernet.load_plain`.
-
-        Raises:
-            UserError: They are missing, corrupt, or not those that the config describes.
-        """
-        supernet.load_plain(self._weights(), [self.kv_heads] * self.shape.num_hidden_layers)
-
-    def _weights(self) -> Mapping[str, Tensor]:
+        """Makes the checkpoint's weights the supernet's; see `Supernet.load_plain`."""
         try:
             model, report = _transformers().AutoModelForCausalLM.from_pretrained(
                 self.folder,
@@ -101,26 +89,18 @@ class Checkpoint:
         if problem := next(_problems(report, weights), None):
             words = f"the weights of checkpoint {self.folder} do not fit its config.json"
             raise UserError(f"{words}: {problem}; restore it")
-        return weights
+        supernet.load_plain(weights, [self.kv_heads] * self.shape.num_hidden_layers)
 
 
 def resolve_space(reference: str) -> SearchSpace:
-    """The space of a shipped name, of a YAML file, or the one that suits the checkpoint in a directory.
-
-    Raises:
-        UserError: There is no such space, or it is not valid.
-    """
+    """The space of a shipped name, of a YAML file, or the one that suits the checkpoint in a directory."""
     if reference not in shipped_spaces() and Path(reference).is_dir():
         return read_checkpoint(Path(reference)).space()
     return load_space(reference)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Reads a checkpoint's config and looks whether its weights are there, without reading them.
-
-    Raises:
-        UserError: It is no checkpoint, or one that our decoder does not compute.
-    """
+    """Reads a checkpoint's config and looks whether its weights are there; one that we cannot compute is refused."""
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint {folder} has no config.json; give the directory of a Hugging Face model")
     stated = read_json(folder / "config.json")
@@ -210,11 +190,7 @@ def _shape(config: Any) -> ModelShape:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights that transformers will read, each with a header that fits its length.
-
-    Raises:
-        UserError: There are none, or one is missing or cut short.
-    """
+    """The files of weights that transformers will read, each with a header that fits its length."""
     file = folder / _INDEX
     sharded = file.is_file() and not (folder / _WEIGHTS).is_file()
     try:

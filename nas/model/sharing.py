@@ -4,24 +4,27 @@ K and V heads are linear in a layer's input, so any rule is a matrix: choice ``g
 the S heads in store. A new rule is one class and one entry in `SHARING_RULES`.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class SharingRule(Protocol):
-    """How the choices of one layer share stored K/V heads. Choices are ascending."""
+class SharingRule(ABC):
+    """How the choices of one layer, ascending, share stored K/V heads: unless a rule says otherwise, the largest's."""
 
     def stored_heads(self, choices: Sequence[int]) -> int:
         """S, the number of K/V heads that a layer with these choices keeps as weights."""
+        return max(choices)
 
+    @abstractmethod
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         """The (groups, S) matrix that makes the heads of choice ``groups`` out of the stored ones."""
 
     def from_largest(self, choices: Sequence[int]) -> Tensor:
         """The (S, C) matrix that makes the stored heads out of a plain layer's C = max(choices) K/V heads."""
+        return torch.eye(max(choices))
 
 
 def pooling(heads: int, groups: int) -> Tensor:
@@ -43,49 +46,29 @@ def pooling(heads: int, groups: int) -> Tensor:
 def mix_heads(mixture: Tensor, stacked: Tensor) -> Tensor:
     """Mixes heads that are stacked along the first axis of a projection's weight or bias.
 
-    Args:
-        mixture: (heads after, heads before).
-        stacked: (heads before × d, …).
-
-    Returns:
-        (heads after × d, …).
+    The mixture is (heads after, heads before), stacked is (heads before × d, …), and the result (heads after × d, …).
     """
     heads = stacked.unflatten(0, (mixture.shape[1], -1))
     mixed: Tensor = torch.tensordot(mixture.to(stacked), heads, dims=1)
     return mixed.flatten(0, 1)
 
 
-class Sliced:
-    """The heads of a choice are an evenly spaced subset of the largest choice's heads.
-
-    With choices 1, 2 and 4: head 0; heads 0 and 2; all four.
-    """
-
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return max(choices)
+class Sliced(SharingRule):
+    """The heads of a choice are an evenly spaced subset: with choices 1, 2 and 4, head 0; heads 0 and 2; all four."""
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
-        stored = self.stored_heads(choices)
+        stored = max(choices)
         return torch.eye(stored)[[group * stored // groups for group in range(groups)]]
 
-    def from_largest(self, choices: Sequence[int]) -> Tensor:
-        return torch.eye(max(choices))
 
-
-class Pooled:
-    """The heads of a choice are means of neighbouring heads of the largest choice."""
-
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return max(choices)
+class Pooled(SharingRule):
+    """The heads of a choice are means of neighbouring heads."""
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         return pooling(max(choices), groups)
 
-    def from_largest(self, choices: Sequence[int]) -> Tensor:
-        return torch.eye(max(choices))
 
-
-class Separate:
+class Separate(SharingRule):
     """Every choice has K/V heads of its own: with choices 1, 2 and 4, seven are stored."""
 
     def stored_heads(self, choices: Sequence[int]) -> int:

@@ -21,11 +21,7 @@ from nas.space import SearchSpace, Vector, format_vector
 
 
 class Supernet(nn.Module):
-    """Elastic decoder over a search space, by the sharing rule of this name.
-
-    Raises:
-        UserError: There is no such rule.
-    """
+    """Elastic decoder over a search space, by the sharing rule of this name."""
 
     def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING) -> None:
         super().__init__()
@@ -72,11 +68,7 @@ class Supernet(nn.Module):
 
     @torch.no_grad()
     def extract(self, vector: Vector) -> Decoder:
-        """The sub-network at ``vector`` as a plain model of its own, with copied weights.
-
-        Raises:
-            UserError: The vector is not of the space.
-        """
+        """The sub-network at ``vector`` as a plain model of its own, with copied weights."""
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
         mixtures = (self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True))
         plain.load_state_dict(_with_mixed_heads(self.decoder.state_dict(), mixtures))

@@ -1,7 +1,7 @@
 """The front: among all evaluated vectors, layer by layer, and in the terminal."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import pandas as pd
@@ -116,13 +116,17 @@ def front_table(front: pd.DataFrame) -> Table:
     return table
 
 
-def gain_sentence(gains: pd.DataFrame) -> str:
-    """`gains_over_uniform` for the uniform vector over which most bytes are saved, or most loss if none are."""
-    better = gains[(gains["bytes_saved"] > 0) | (gains["loss_gain_nats"] > 0)]
-    if better.empty:
+def gain_sentence(trials: pd.DataFrame, uniform: Collection[str]) -> str:
+    """What the best vectors gain over that uniform one over which most bytes are saved, or most loss if none are."""
+    loss, size = trials["loss_nats"], trials["kv_bytes_per_token"]
+    gains = [(0.0, 0.0, "")]
+    for row in trials[trials["vector"].isin(uniform)].to_dict("records"):
+        saved = 1 - size[loss <= row["loss_nats"]].min() / row["kv_bytes_per_token"]
+        gains.append((saved, row["loss_nats"] - loss[size <= row["kv_bytes_per_token"]].min(), row["vector"]))
+    saved, lower, vector = max(gains)
+    if saved == lower == 0:
         return "No evaluated vector is better than a uniform one at its KV bytes, or smaller at its loss."
-    best = better.sort_values(["bytes_saved", "loss_gain_nats"]).iloc[-1]
     return (
-        f"Beside uniform {best['vector'].split('-')[0]}: at its KV bytes the best evaluated vector's loss is "
-        f"{best['loss_gain_nats']:.4f} nats lower, and a loss as low takes {best['bytes_saved']:.1%} fewer KV bytes."
+        f"Beside uniform {vector.split('-')[0]}: at its KV bytes the best evaluated vector's loss is {lower:.4f} nats "
+        f"lower, and a loss as low takes {saved:.1%} fewer KV bytes."
     )

@@ -22,12 +22,7 @@ _CELLS = 50_000  # of the table of counts; a larger one takes too long
 
 @dataclass(frozen=True)
 class BestVectors:
-    """The best vector for each of many totals.
-
-    Attributes:
-        vectors_TL: The vectors, as choices.
-        losses_T: Their losses.
-    """
+    """The best vector for each of many totals, as choices, and its loss."""
 
     vectors_TL: Ints
     losses_T: Floats
@@ -36,15 +31,8 @@ class BestVectors:
 def best_by_counts(penalties_LK: Floats, couplings_MKK: Floats | None = None) -> BestVectors:
     """The vector of least loss for every combination of counts: how many layers have each choice.
 
-    The loss of vector v is the sum over layers of ``penalties[l, v[l]]``, plus, where there are couplings, the sum over
-    neighbouring layers of ``couplings[l, v[l], v[l + 1]]``.
-
-    Args:
-        penalties_LK: Penalty of each choice in each layer; infinite where a layer does not have that choice.
-        couplings_MKK: Coupling of each pair of neighbours' choices, M = L - 1.
-
-    Returns:
-        One vector for each combination of counts that some vector has.
+    The loss of vector v is the sum over layers of ``penalties[l, v[l]]``, infinite where a layer lacks that choice,
+    plus, where there are couplings, the sum over the M = L - 1 pairs of neighbours of ``couplings[l, v[l], v[l + 1]]``.
 
     Raises:
         ValueError: The shapes do not go together, or a value is NaN.
@@ -64,16 +52,7 @@ def best_by_counts(penalties_LK: Floats, couplings_MKK: Floats | None = None) ->
 
 
 def best_by_weights(penalties_LK: Floats, couplings_MKK: Floats | None, weights_KW: Ints) -> BestVectors:
-    """As `best_by_counts`, for every total of the layers' weights instead of every combination of counts.
-
-    Args:
-        penalties_LK: Penalty of each choice in each layer.
-        couplings_MKK: Coupling of each pair of neighbours' choices.
-        weights_KW: What each choice adds to the totals: whole numbers, not negative.
-
-    Raises:
-        ValueError: The shapes do not go together, or a value is NaN.
-    """
+    """As `best_by_counts`, for every total of weights: whole numbers, not negative, that each choice adds to it."""
     layers, choices = penalties_LK.shape
     couplings = np.zeros((layers - 1, choices, choices)) if couplings_MKK is None else couplings_MKK
     if couplings.shape != (layers - 1, choices, choices):
@@ -101,15 +80,9 @@ def best_by_weights(penalties_LK: Floats, couplings_MKK: Floats | None, weights_
 
 
 def best_vectors(penalties_LK: Floats, couplings_MKK: Floats | None, levels_K: Ints) -> Ints:
-    """The vectors of `best_by_counts`, or where counts are too many, the best one for every total of groups.
+    """The vectors (T, L) of `best_by_counts`, or where counts are too many, the best one for every total of groups.
 
-    Args:
-        penalties_LK: Penalty of each choice in each layer.
-        couplings_MKK: Coupling of each pair of neighbours' choices.
-        levels_K: Groups of each choice.
-
-    Returns:
-        Vectors as choices, (T, L).
+    ``levels_K`` are the groups of each choice.
     """
     if (len(penalties_LK) + 1) ** (len(levels_K) - 1) <= _CELLS:
         return best_by_counts(penalties_LK, couplings_MKK).vectors_TL

@@ -17,15 +17,8 @@ def expected_hypervolume_improvement(
     leave uncovered; the expectation is the integral of that over u, times the probability that the loss is below u. It
     is a step function of u, and the integral of a normal distribution's probability is elementary.
 
-    Args:
-        means_N: Mean loss of each candidate, normally distributed.
-        deviations_N: Its standard deviation; 0 is certainty.
-        costs_NC: Costs of each candidate.
-        front: Loss and costs of the front's points, (F, 1 + C).
-        reference: The reference point, (1 + C,).
-
-    Returns:
-        The product of the objectives' units, shape (N,).
+    Losses are normally distributed, a deviation of 0 being certainty. Front and reference point have loss and costs,
+    (F, 1 + C) and (1 + C,).
     """
     ordered = front[np.argsort(front[:, 0], kind="stable")]
     edges_E = np.concatenate((ordered[:, 0], reference[:1]))  # the upper end of each slice of losses

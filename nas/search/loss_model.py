@@ -30,7 +30,14 @@ Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
 _TYPICAL = {"step": 0.7, "coupling": 0.15, "residual": 0.2, "decay": 0.1, "noise": 0.02, "bend": 0.3}  # expected …
-_SPREAD = {"step": 0.7, "coupling": 1.0, "residual": 1.5, "decay": 1.0, "noise": 1.5, "bend": 2.0}  # … and its logarithms'
+_SPREAD = {
+    "step": 0.7,
+    "coupling": 1.0,
+    "residual": 1.5,
+    "decay": 1.0,
+    "noise": 1.5,
+    "bend": 2.0,
+}  # … and its logarithms'
 _STARTS = ((0.1, 0.1), (10.0, 0.1), (0.1, 10.0))  # bends from which the most likely ones are looked for
 _LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
 _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluations at which all that is learned again
@@ -38,15 +45,9 @@ _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluat
 
 @dataclass(frozen=True)
 class LayerLosses:
-    """A loss that is a sum over layers and neighbours, as `nas.search.exact.best_by_counts` takes it.
+    """A loss that is a sum over layers and neighbours, as `nas.search.exact.best_by_counts` takes it."""
 
-    Attributes:
-        offset: The loss of a vector without penalties.
-        penalties_LK: By layer and choice.
-        couplings_MKK: By pair of neighbours and their choices.
-    """
-
-    offset: float
+    offset: float  # the loss of a vector without penalties
     penalties_LK: Floats
     couplings_MKK: Floats
 
@@ -86,13 +87,7 @@ class Hyperparameters:
 
 
 class LossModel:
-    """The model, given the losses of some vectors.
-
-    Args:
-        vectors_NL: Evaluated vectors, as choices; at least two.
-        losses_N: Their losses.
-        choices: K.
-    """
+    """The model, given the losses of some vectors; at least two."""
 
     def __init__(self, vectors_NL: Ints, losses_N: Floats, choices: int) -> None:
         self._choices, self._layers = choices, vectors_NL.shape[1]

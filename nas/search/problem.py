@@ -1,63 +1,114 @@
-"""What a search is about: which vectors there are, what is wanted of them, and what is known of them beforehand."""
+"""What a search is about: which vectors there are, what is wanted of them, and what is known without evaluating any.
 
-import functools
+Every metric but the loss depends only on the sorted vector: on how many layers have each number of groups. So there are
+few costs to look at, however many vectors a space has, and whether limits can be met is known before any training.
+"""
+
+import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from nas.errors import UserError
-from nas.metrics import Metrics
-from nas.search.constraints import Constraints, by_counts
+from nas.metrics import LIMITS, Metrics
 from nas.search.pareto import Objectives
-from nas.space import SearchSpace, Vector, format_vector
+from nas.space import SearchSpace, Vector
 
 LOSS = "loss_nats"
+_TOLERANCE = 1e-8  # of a limit, which is given with no more digits than are printed
 
 
-@dataclass(frozen=True)
 class Problem:
-    """A search's problem. Only the loss of a vector takes an evaluation.
+    """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted.
 
-    Attributes:
-        space: The search space.
-        objectives: What to optimise.
-        loss: Loss of a vector in nats per token.
-        costs: Maps a vector to all its other metrics; depends on the sorted vector alone.
-        constraints: Limits on the costs.
+    ``costs`` gives all metrics of a vector but its loss, and must depend on the sorted vector alone. ``limits`` are
+    bounds on them by their keys in `nas.metrics.LIMITS`; None is no limit.
+
+    Raises:
+        UserError: No vector keeps all limits.
     """
 
-    space: SearchSpace
-    objectives: Objectives
-    loss: Callable[[Vector], float]
-    costs: Callable[[Vector], Metrics]
-    constraints: Constraints
+    def __init__(
+        self,
+        space: SearchSpace,
+        objectives: Objectives,
+        costs: Callable[[Vector], Metrics],
+        limits: Mapping[str, float | None],
+    ) -> None:
+        self.space, self.objectives, self.costs = space, objectives, costs
+        self._limits = {key: bound for key, bound in limits.items() if bound is not None}
+        if self._limits:
+            self._check_reachable()
 
-    def evaluate(self, vector: Vector) -> Metrics:
-        """All metrics of a vector.
+    def keeps_limits(self, vector: Vector) -> bool:
+        """Whether a vector may be evaluated."""
+        return all(self._excess(key, self.costs(vector)) <= 0 for key in self._limits)
 
-        Raises:
-            UserError: Its loss is no number.
-        """
-        loss = self.loss(vector)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss of {format_vector(vector)} is {loss}: the supernet has diverged; train another one with a "
-                "lower train.learning_rate"
-            )
-        return {**self.costs(vector), LOSS: loss}
-
-    def known_objectives(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
-        """The objectives of vectors as far as they are costs, (N, O); NaN for the loss."""
-        return by_counts(self._known, vectors_NL)
+    def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+        """Which of many vectors keep all limits."""
+        if not self._limits:
+            return np.ones(len(vectors_NL), dtype=bool)
+        return np.asarray(_by_counts(self.keeps_limits, vectors_NL), dtype=bool)
 
     @cached_property
-    def _known(self) -> Callable[[Vector], list[float]]:
-        def known(vector: Vector) -> list[float]:
-            costs = {**self.costs(vector), LOSS: math.nan}
-            return [float(costs[name]) for name in self.objectives.names]
+    def size(self) -> int:
+        """How many vectors keep all limits."""
+        if not self._limits:
+            return self.space.size
+        return sum(ways for vector, ways in ways_by_counts(self.space).items() if self.keeps_limits(vector))
 
-        return functools.cache(known)
+    def vectors(self) -> Iterator[Vector]:
+        """All vectors that keep all limits, in lexicographic order."""
+        return filter(self.keeps_limits, itertools.product(*self.space.choices))
+
+    def known_objectives(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+        """The objectives of many vectors as far as they are costs, (N, O); NaN for the loss."""
+
+        def known(vector: Vector) -> list[float]:
+            costs = self.costs(vector)
+            return [math.nan if name == LOSS else float(costs[name]) for name in self.objectives.names]
+
+        return _by_counts(known, vectors_NL)
+
+    def _excess(self, key: str, costs: Metrics) -> float:
+        """By how much a limit is missed; 0 or less if it is kept."""
+        bound, metric = self._limits[key], LIMITS[key]
+        over = float(costs[metric.name]) - bound
+        return (-over if metric.maximise else over) - _TOLERANCE * abs(bound)
+
+    def _check_reachable(self) -> None:
+        left, before = list(map(self.costs, ways_by_counts(self.space))), ""
+        for key, bound in self._limits.items():
+            closest = min(left, key=lambda costs: self._excess(key, costs))
+            left = [costs for costs in left if self._excess(key, costs) <= 0]
+            if not left:
+                raise UserError(
+                    f"constraints.{key} is {bound:g}, but the closest that a vector of {self.space.name} comes{before} "
+                    f"is {closest[LIMITS[key].name]:.9g}; change it to that or beyond"
+                )
+            before += f" {'and' if before else 'with'} {key} {bound:g}"
+
+
+def _by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+    """A function of many vectors that depends only on the sorted vector, and is called once for each of these."""
+    rows_NL = np.ascontiguousarray(np.sort(vectors_NL, axis=1))
+    keys_N = rows_NL.view(f"V{rows_NL.itemsize * rows_NL.shape[1]}").ravel()  # far faster to sort than rows
+    _, first, which_N = np.unique(keys_N, return_index=True, return_inverse=True)
+    return np.array([function(tuple(row)) for row in rows_NL[first].tolist()])[which_N]
+
+
+def ways_by_counts(space: SearchSpace) -> Counter[Vector]:
+    """How many vectors there are of each sorted vector."""
+    ways = Counter[Vector]({(): 1})
+    for allowed in space.choices:
+        extended = Counter[Vector]()
+        for vector, number in ways.items():
+            for groups in allowed:
+                extended[tuple(sorted((*vector, groups)))] += number
+        ways = extended
+    return ways

@@ -17,8 +17,9 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from nas.search.exact import best_vectors
-from nas.search.informed import Costs, InformedSampler, Layers, Permitted
-from nas.space import SearchSpace, Vector
+from nas.search.informed import InformedSampler, Layers
+from nas.search.problem import Problem
+from nas.space import Vector
 
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
@@ -28,52 +29,36 @@ LIVE = (TrialState.COMPLETE, TrialState.RUNNING)
 class DistinctSampler(BaseSampler):
     """Proposes what an inner sampler proposes, unless the study has it already. Serves one study.
 
-    Some vectors come before all that: those that a dead worker left, and then a given list.
-
-    Args:
-        make: Makes the inner sampler from a ``seed``.
-        space: The search space.
-        seed: The study's seed.
-        first: The vectors to begin with, in order.
-        size: How many vectors may be proposed; None: all of the space.
-        permitted: Which vectors these are; None: all.
-        costs: The objectives that are known beforehand; None: none.
+    ``make`` makes the inner sampler from a ``seed``. Some vectors come before all that: those that a dead worker left,
+    and then the ``first`` ones, in order. ``evaluations``, if known, is how many the search will have.
     """
 
     def __init__(
         self,
         make: Callable[..., BaseSampler],
-        space: SearchSpace,
+        problem: Problem,
         seed: int,
         first: Sequence[Vector] = (),
-        size: int | None = None,
-        permitted: Permitted | None = None,
-        costs: Costs | None = None,
+        evaluations: int | None = None,
     ) -> None:
-        self._make, self._seed, self._first, self._size = make, seed, first, size or space.size
-        self._permitted, self._costs = permitted, costs
+        self._make, self._problem, self._seed = make, problem, seed
+        self._first, self._evaluations = first, evaluations
         self._vectors: dict[int, Vector] = {}  # by trial number
-        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(space.choices)}
+        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(problem.space.choices)}
         self._inner = make(seed=seed)
-
-    def vector_of(self, trial: FrozenTrial) -> Vector | None:
-        """The vector of a trial, if it has been proposed and written."""
-        if trial.number not in self._vectors and len(trial.params) == len(self.choices):
-            self._vectors[trial.number] = tuple(trial.params[name] for name in self.choices)
-        return self._vectors.get(trial.number)
 
     def vectors_of(self, trials: Iterable[FrozenTrial]) -> dict[Vector, FrozenTrial]:
         """Trials by vector, as far as they have one; of the same vector the first counts."""
         found: dict[Vector, FrozenTrial] = {}
         for trial in trials:
-            if vector := self.vector_of(trial):
+            if vector := self._vector_of(trial):
                 found.setdefault(vector, trial)
         return found
 
     def before(self, number: int, trials: Iterable[FrozenTrial]) -> tuple[set[Vector], int]:
         """The vectors of the trials below a number, and how many of these have none yet."""
         below = [trial for trial in trials if trial.number < number]
-        return set(self.vectors_of(below)), sum(self.vector_of(trial) is None for trial in below)
+        return set(self.vectors_of(below)), sum(self._vector_of(trial) is None for trial in below)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """All layers: a proposal is always a whole vector."""
@@ -93,7 +78,7 @@ class DistinctSampler(BaseSampler):
                 self._ask_inner(study, trial, slot, attempt=0)
             return dict(zip(search_space, queue[proposing], strict=True))
         taken.update(queue)
-        if len(taken) >= self._size:
+        if len(taken) >= self._problem.size:
             return dict(zip(search_space, min(taken), strict=True))
         for attempt in range(_ATTEMPTS):
             joint = self._ask_inner(study, trial, slot, attempt, taken)
@@ -103,7 +88,7 @@ class DistinctSampler(BaseSampler):
             )
             if vector not in taken:
                 break
-        if vector in taken or not (self._permitted is None or self._permitted(np.array([vector]))[0]):
+        if vector in taken or not self._problem.keeps_limits(vector):
             rng = np.random.default_rng([self._seed, slot, _ATTEMPTS])
             vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)
         return dict(zip(search_space, vector, strict=True))
@@ -120,6 +105,12 @@ class DistinctSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._inner.after_trial(study, trial, state, values)
 
+    def _vector_of(self, trial: FrozenTrial) -> Vector | None:
+        """The vector of a trial, if it has been proposed and written."""
+        if trial.number not in self._vectors and len(trial.params) == len(self.choices):
+            self._vectors[trial.number] = tuple(trial.params[name] for name in self.choices)
+        return self._vectors.get(trial.number)
+
     def _ask_inner(
         self, study: Study, trial: FrozenTrial, slot: int, attempt: int, taken: Iterable[Vector] = ()
     ) -> dict[str, Any]:
@@ -127,8 +118,8 @@ class DistinctSampler(BaseSampler):
         seed = int(np.random.default_rng([self._seed, slot, attempt]).integers(2**31))
         self._inner = self._make(seed=seed)
         if isinstance(self._inner, InformedSampler):
-            self._inner.costs, self._inner.permitted = self._costs or self._inner.costs, self._permitted
-            self._inner.taken = frozenset(taken)
+            self._inner.costs, self._inner.permitted = self._problem.known_objectives, self._problem.permits
+            self._inner.taken, self._inner.evaluations = frozenset(taken), self._evaluations
         return self._inner.sample_relative(study, trial, self._inner.infer_relative_search_space(study, trial))
 
     def _nearest(self, start: Vector, taken: set[Vector], layers: Layers, rng: np.random.Generator) -> Vector:
@@ -138,8 +129,7 @@ class DistinctSampler(BaseSampler):
         while True:
             penalties_LK = differs_LK + rng.uniform(0.0, noise, differs_LK.shape)
             vectors_NL = best_vectors(np.where(layers.allowed_LK, penalties_LK, np.inf), None, layers.levels_K)
-            if self._permitted is not None:
-                vectors_NL = vectors_NL[self._permitted(layers.levels_K[vectors_NL])]
+            vectors_NL = vectors_NL[self._problem.permits(layers.levels_K[vectors_NL])]
             nearest_first = penalties_LK[np.arange(len(penalties_LK)), vectors_NL].sum(axis=1).argsort()
             for vector in map(tuple, layers.levels_K[vectors_NL[nearest_first]].tolist()):
                 if vector not in taken:

@@ -3,6 +3,7 @@
 Everything that a database can refuse becomes one sentence here, and no sentence shows a password.
 """
 
+import itertools
 import re
 import time
 import warnings
@@ -25,7 +26,7 @@ from nas.search.pareto import Objectives
 
 _BEATS_OF_GRACE = 6  # so many heartbeats may fail to arrive before a worker counts as dead
 _CONNECT = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}  # seconds; SQLite's: for a lock
-_DRIVERS = {"postgresql": "postgresql+psycopg2"}  # SQLAlchemy's own choice depends on its version
+_POSTGRESQL = "postgresql+psycopg2"  # SQLAlchemy's own choice of a driver depends on its version
 _ATTEMPTS = 20
 _METADATA = "metadata"  # the study's user attribute that all workers must have in common
 
@@ -40,17 +41,11 @@ class _PatientStorage(RDBStorage):
 
 @dataclass(frozen=True)
 class Storage:
-    """A study's database and its name there.
+    """A study's database and its name there."""
 
-    Attributes:
-        url: ``sqlite:///FILE`` or ``postgresql://USER@HOST/DATABASE``.
-        study: Name of the study.
-        heartbeat_s: Seconds between two signs of life of a worker.
-    """
-
-    url: str = field(repr=False)  # may hold a password
+    url: str = field(repr=False)  # sqlite:///FILE or postgresql://USER@HOST/DATABASE; may hold a password
     study: str = "search"
-    heartbeat_s: float = 10.0
+    heartbeat_s: float = 10.0  # between two signs of life of a worker
 
     @staticmethod
     def file(path: Path, heartbeat_s: float = 10.0) -> "Storage":
@@ -63,15 +58,11 @@ class Storage:
         return f"study {self.study} in {without_passwords(self.url)}"
 
     def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
-        """The study, made if it is not there yet.
-
-        Raises:
-            UserError: It was begun with other metadata.
-        """
+        """The study, made if it is not there yet; refused if it was begun with other metadata."""
         study = optuna.create_study(
             storage=self._connect(),
             study_name=self.study,
-            directions=objectives.directions,
+            directions=["maximize" if up else "minimize" for up in objectives.maximise],
             sampler=sampler,
             load_if_exists=True,
         )
@@ -83,11 +74,7 @@ class Storage:
         return study
 
     def check(self, metadata: Mapping[str, str]) -> None:
-        """Compares what is known of a search so far with what the study was begun with, if it was.
-
-        Raises:
-            UserError: The storage cannot be reached, or the search was begun with other metadata.
-        """
+        """Refuses a study that was begun with other metadata, and a storage that cannot be reached."""
         with self.in_reach():
             storage = self._connect()
             begun = {study.study_name: study.user_attrs for study in storage.get_all_studies()}
@@ -104,11 +91,7 @@ class Storage:
 
     @contextmanager
     def in_reach(self) -> Iterator[None]:
-        """Turns what goes wrong between us and the database into one sentence, and Optuna's remarks into none.
-
-        Raises:
-            UserError: It cannot be reached, read or written.
-        """
+        """Turns what goes wrong between us and the database into one sentence, and Optuna's remarks into none."""
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, names of metrics
@@ -133,11 +116,9 @@ class Storage:
                     heartbeat_interval=self.heartbeat_s,  # type: ignore[arg-type]  # fractions work too
                     grace_period=_BEATS_OF_GRACE * self.heartbeat_s,  # type: ignore[arg-type]
                 )
-                for (
-                    table
-                ) in BaseModel.metadata.sorted_tables:  # a kill can leave a table without the index that follows,
-                    for index in table.indexes:  # and then every start would make one more study of the name
-                        index.create(storage.engine, checkfirst=True)
+                # A kill can leave a table without its index, and then every start would make one more study.
+                for index in itertools.chain(*(table.indexes for table in BaseModel.metadata.sorted_tables)):
+                    index.create(storage.engine, checkfirst=True)
                 return storage
             except ImportError as error:
                 raise UserError(
@@ -152,13 +133,12 @@ class Storage:
                 time.sleep(0.02 * attempt)
 
     def _parsed(self) -> URL:
-        url = None
         with suppress(ArgumentError, ValueError):  # ValueError: a port that is no number
             url = make_url(self.url)
-        known = url is not None and url.database and url.drivername in ("sqlite", *_DRIVERS, *_DRIVERS.values())
-        if url is None or not known or "@" in (url.host or ""):  # an @ of the password
-            raise UserError(  # does not repeat what it was given: who knows where in it the password is
-                "storage is not the URL of a PostgreSQL database; give postgresql://USER@HOST/DATABASE, a password's "
-                "@ : / as %40 %3A %2F, or leave it out for a file in the run directory"
-            )
-        return url.set(drivername=_DRIVERS.get(url.drivername, url.drivername))
+            driver = _POSTGRESQL if url.drivername == "postgresql" else url.drivername
+            if url.database and driver in ("sqlite", _POSTGRESQL) and "@" not in (url.host or ""):  # of the password
+                return url.set(drivername=driver)
+        raise UserError(  # does not repeat what it was given: who knows where in it the password is
+            "storage is not the URL of a PostgreSQL database; give postgresql://USER@HOST/DATABASE, a password's "
+            "@ : / as %40 %3A %2F, or leave it out for a file in the run directory"
+        )

@@ -15,7 +15,7 @@ def prefill_chunks(batch: int, prompt: int) -> list[int]:
 def padded_batches(batch: int, runtime: str) -> list[int]:
     """Numbers of rows to which a decode step may be padded, ascending: the batch, in a CUDA graph also multiples above.
 
-    GEMMs of some numbers of rows take a fifth longer than those of more: `nas.serving.rows` finds the fastest.
+    GEMMs of some numbers of rows take a fifth longer than those of more: `fastest_rows` finds them.
     """
     if runtime == "eager" or batch <= _FEW_ROWS:
         return [batch]

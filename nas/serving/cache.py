@@ -18,10 +18,6 @@ class LayerCache:
     values: Tensor  # BGCd
     semaphores: Tensor  # of `decode_attention`; layers and rows share them, so decode one after the other
 
-    def rows(self, begin: int, end: int) -> "LayerCache":
-        """That of some rows of the batch."""
-        return LayerCache(self.keys[begin:end], self.values[begin:end], self.semaphores)
-
 
 def layer_caches(
     keys: Tensor, values: Tensor, shape: ModelShape, vector: Sequence[int], batch: int, length: int
@@ -54,4 +50,4 @@ class KVCache:
 
     def rows(self, begin: int, end: int) -> list[LayerCache]:
         """Those of some rows of the batch."""
-        return [layer.rows(begin, end) for layer in self.layers]
+        return [LayerCache(c.keys[begin:end], c.values[begin:end], c.semaphores) for c in self.layers]

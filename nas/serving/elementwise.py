@@ -66,15 +66,9 @@ def _(x_BD: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return x_BD.new_empty(x_BD.shape), x_BD.new_empty(x_BD.shape)
 
 
-@torch.library.custom_op("nas::swiglu", mutates_args=())
 def swiglu(gate_up_BF: Tensor) -> Tensor:
     """SiLU of the first half of each row times the second, in fp32 and rounded once; contiguous, (B, F / 2)."""
     B, F = gate_up_BF.shape[0], gate_up_BF.shape[1] // 2
     out_BF = gate_up_BF.new_empty((B, F))
     _swiglu[(B, triton.cdiv(F, _BLOCK))](gate_up_BF.contiguous(), out_BF, F, BLOCK=_BLOCK, num_warps=4)
     return out_BF
-
-
-@swiglu.register_fake
-def _(gate_up_BF: Tensor) -> Tensor:
-    return gate_up_BF.new_empty((gate_up_BF.shape[0], gate_up_BF.shape[1] // 2))

@@ -19,26 +19,22 @@ def generate(
     stop_token: int | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Continues prompts.
+    """Continues prompts of one length, and returns what it added, BN.
 
-    Args:
-        runner: Its cache must have as many rows, and hold prompt and new tokens.
-        tokens_BT: The prompts.
-        new_tokens: How many tokens to add to each, at most.
-        temperature: 0 takes the likeliest token each time; otherwise tokens are drawn by the seed.
-        seed: Of the drawing.
-        stop_token: Generation ends when every row has produced it.
-        progress: Called with the number of new tokens so far, after each one.
-
-    Returns:
-        The new tokens, BN; a row that has produced ``stop_token`` goes on with whatever follows.
+    Temperature 0 takes the likeliest token each time; otherwise tokens are drawn by the seed. It ends when every row
+    has produced ``stop_token``; until then all go on with whatever follows. ``progress`` is called with the number
+    of new tokens so far, after each one.
     """
     prompt = tokens_BT.shape[1]
     generator = torch.Generator(tokens_BT.device).manual_seed(seed)
     stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     logits_BV, produced = runner.prefill(tokens_BT), []
     for step in range(new_tokens):
-        tokens_B = _next(logits_BV, temperature, generator)
+        if temperature < _COLDEST:
+            tokens_B = logits_BV.argmax(-1)
+        else:
+            shares_BV = (logits_BV.float() / temperature).softmax(-1)
+            tokens_B = torch.multinomial(shares_BV, 1, generator=generator)[:, 0]
         produced.append(tokens_B)
         if stop_token is not None:
             stopped_B |= tokens_B == stop_token
@@ -48,9 +44,3 @@ def generate(
             break
         logits_BV = runner.decode(tokens_B, prompt + step)
     return torch.stack(produced, dim=1)
-
-
-def _next(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    if temperature < _COLDEST:
-        return logits_BV.argmax(-1)
-    return torch.multinomial((logits_BV.float() / temperature).softmax(-1), 1, generator=generator)[:, 0]

@@ -90,11 +90,7 @@ class ServingLayer(nn.Module):
         x_BTD, normed_BTD = residual_norm(x_BTD, partials_NBTD, self.input_layernorm, last)
         if isinstance(last, Tensor):
             return self._decode(x_BTD, normed_BTD, rope, cache, last)
-        q, k, v = self._heads(self.qkv_proj(normed_BTD))
-        if last is None:
-            out_BTHd = self._attend_prompt(q, k, v, rope, cache)
-        else:
-            out_BTHd = self._attend_token(q, k, v, rope, cache, last)
+        out_BTHd = self._attend(*self._heads(self.qkv_proj(normed_BTD)), rope, cache, last)
         partials_NBTD = self.o_proj(out_BTHd.flatten(2)).unsqueeze(0)
         x_BTD, normed_BTD = residual_norm(x_BTD, partials_NBTD, self.post_attention_layernorm, last)
         gate, up = self.gate_up_proj(normed_BTD).chunk(2, dim=-1)
@@ -120,22 +116,18 @@ class ServingLayer(nn.Module):
         hidden_BF = gate_up_swiglu(normed_BTD[:, 0], self.gate_up_proj.weight, self.gate_up_proj.bias)
         return x_BTD, split_k_linear(hidden_BF, self.down_proj).unsqueeze(2)
 
-    def _attend_prompt(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache) -> Tensor:
-        q, k, v = _rotated(q, rope, 0), _rotated(k, rope, 0), v.transpose(1, 2)
-        cache.keys[:, :, : k.shape[2]] = k
-        cache.values[:, :, : k.shape[2]] = v
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-    def _attend_token(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, last: int) -> Tensor:
-        """The R = H / G query heads of a group become the rows of one attention problem: each K/V head is read once.
-
-        There is no mask: the new token may see everything in the cache.
-        """
-        cache.keys[:, :, last] = _rotated(k, rope, last)[:, :, 0]
-        cache.values[:, :, last] = v[:, 0]
-        packed_BGRd = _rotated(q, rope, last).view(len(q), self.groups, -1, self.head_dim)
-        keys, values = cache.keys[:, :, : last + 1], cache.values[:, :, : last + 1]
-        return F.scaled_dot_product_attention(packed_BGRd, keys, values).flatten(1, 2).unsqueeze(1)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, rope: Rope, cache: LayerCache, last: int | None) -> Tensor:
+        begin, end = (0, q.shape[1]) if last is None else (last, last + 1)
+        here = rope[0][begin:end], rope[1][begin:end]
+        q, k, v = rotate(q.transpose(1, 2), here), rotate(k.transpose(1, 2), here), v.transpose(1, 2)
+        cache.keys[:, :, begin:end], cache.values[:, :, begin:end] = k, v
+        if last is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+        # The R = H / G query heads of a group become the rows of one attention problem: each K/V head is read once.
+        # There is no mask: the new token may see everything in the cache.
+        packed_BGRd, keys, values = q.view(len(q), self.groups, -1, self.head_dim), cache.keys, cache.values
+        attended_BGRd = F.scaled_dot_product_attention(packed_BGRd, keys[:, :, :end], values[:, :, :end])
+        return attended_BGRd.flatten(1, 2).unsqueeze(1)
 
 
 def residual_norm(x_BTD: Tensor, partials_NBTD: Tensor, norm: RMSNorm, last: Position) -> tuple[Tensor, Tensor]:
@@ -145,18 +137,9 @@ def residual_norm(x_BTD: Tensor, partials_NBTD: Tensor, norm: RMSNorm, last: Pos
 
         x_BD, normed_BD = add_norm(x_BTD[:, 0], partials_NBTD[:, :, 0], norm.weight, norm.eps)
         return x_BD.unsqueeze(1), normed_BD.unsqueeze(1)
-    x_BTD = add_partials(x_BTD, partials_NBTD)
+    if len(partials_NBTD):  # one: only the kernels of a decode step leave more
+        x_BTD = x_BTD + partials_NBTD[0]
     return x_BTD, norm(x_BTD)
-
-
-def add_partials(x_BTD: Tensor, partials_NBTD: Tensor) -> Tensor:
-    """The residual stream: x and its partials, added in fp32 and rounded once."""
-    match len(partials_NBTD):
-        case 0:
-            return x_BTD
-        case 1:
-            return x_BTD + partials_NBTD[0]
-    return (x_BTD.float() + partials_NBTD.float().sum(0)).to(x_BTD.dtype)
 
 
 def split_k_linear(x_BF: Tensor, linear: nn.Linear) -> Tensor:
@@ -165,12 +148,6 @@ def split_k_linear(x_BF: Tensor, linear: nn.Linear) -> Tensor:
 
     partials_NBD: Tensor = split_k(x_BF, linear.weight)
     return partials_NBD if linear.bias is None else partials_NBD + linear.bias / len(partials_NBD)
-
-
-def _rotated(x_BTHd: Tensor, rope: Rope, start: int) -> Tensor:
-    """Heads under their positions' rotary embedding, BHTd."""
-    cos, sin = (table[start : start + x_BTHd.shape[1]] for table in rope)
-    return rotate(x_BTHd.transpose(1, 2), (cos, sin))
 
 
 class ServingModel(nn.Module):
@@ -217,18 +194,14 @@ class ServingModel(nn.Module):
             model.norm.weight.copy_(decoder.model.norm.weight)
         return model
 
-    @property
-    def rope(self) -> Rope:
-        """The rotary table of all positions."""
-        return self.rope_cos, self.rope_sin
-
     def serving_layers(self) -> Iterator[ServingLayer]:
         """The layers, typed."""
         yield from self.layers  # type: ignore[misc]
 
     def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: Position = None) -> Tensor:
         """Logits BV of the last position; see `ServingLayer.forward`."""
-        x_BTD, partials_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), self.rope, caches, last)
+        rope = self.rope_cos, self.rope_sin
+        x_BTD, partials_NBTD = run_layers(self.layers, self.embed_tokens(tokens_BT), rope, caches, last)
         return last_logits(x_BTD, partials_NBTD, self.norm, self.lm_head, last)
 
 

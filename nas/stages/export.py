@@ -17,7 +17,7 @@ from nas.model.checkpoint import load_supernet
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives
 from nas.search.pareto import knee
-from nas.space import SearchSpace, parse_vector
+from nas.space import parse_vector
 
 
 def run(config: Export, path: Path) -> None:
@@ -26,8 +26,7 @@ def run(config: Export, path: Path) -> None:
     supernet_run = search.parent("supernet")
     supernet = load_supernet(supernet_run, torch.device("cpu"))
     front, trials = (read_csv(search.artifact(f"{name}.csv"), COLUMNS) for name in ("front", "trials"))
-    objectives = Objectives(tuple(search.config["objectives"]))
-    chosen = select(config.select, front, trials, objectives, supernet.space)
+    chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     exporter: Exporter = build(config.export)
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
@@ -39,9 +38,7 @@ def run(config: Export, path: Path) -> None:
         run.finish()
 
 
-def select(
-    choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: Objectives, space: SearchSpace
-) -> pd.DataFrame:
+def select(choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: Objectives) -> pd.DataFrame:
     """The rows that a ``select=`` value names."""
     if choice == "all":
         return front
@@ -51,12 +48,12 @@ def select(
         return front.nsmallest(1, "loss_nats")
     if choice == "fastest":
         return front.nlargest(1, "tokens_per_s")
-    if not choice[:1].isdigit():
-        raise UserError(f"select is '{choice}'; use all, knee, best_loss, fastest, or an evaluated vector")
-    space.parse(choice)
     rows = trials[trials["vector"] == choice]
     if rows.empty:
-        raise UserError(f"select is {choice}, which this search did not evaluate; take a vector from its trials.csv")
+        raise UserError(
+            f"select is '{choice}', which this search did not evaluate; use a vector of its trials.csv, or all, knee, "
+            "best_loss or fastest"
+        )
     return rows
 
 

@@ -10,7 +10,6 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,14 @@ import torch
 
 from nas import console
 from nas.config import Fidelity, TrainConfig, build
+from nas.csv_files import write_csv
 from nas.data import TokenData, prepare_tokens
 from nas.errors import UserError
-from nas.files import value_hash, write_atomically
+from nas.files import value_hash
 from nas.model import Decoder, Supernet
 from nas.model.pretrained import read_checkpoint
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
-from nas.quality import InheritedLoss, LossMemo, mean_loss
+from nas.quality import LossMemo, mean_loss
 from nas.ranking import MEASUREMENTS, agreement, choose_some, choose_vectors
 from nas.report.agreement import agreement_table, draw_fidelity
 from nas.report.figure import figure
@@ -35,60 +35,6 @@ from nas.space import Vector, format_vector
 from nas.stages.train import inherited_loss, weights_identity
 from nas.training import fit, text_loss
 from nas.training.loop import CHECKPOINT
-
-
-class Series:
-    """Trainings that are alike but for the vector and the seed, and the losses that they end with.
-
-    The losses are remembered by all else that decides them, so that runs share them. ``start`` gives the model to train
-    by vector and seed; ``weights`` identifies what it starts from.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        start: Callable[[Vector, int], Decoder],
-        weights: object,
-        options: TrainConfig,
-        config: Fidelity,
-        inherited: InheritedLoss,
-        data: TokenData,
-    ) -> None:
-        self.name, self.start = name, start
-        self.options = dataclasses.replace(options, validate_every=options.steps)  # each training has its own seed
-        self.tokens, self.windows = data.train, inherited.windows  # training windows are as long as those (N, T + 1)
-        train = weights_identity(dataclasses.asdict(self.options))
-        del train["seed"]
-        identity = value_hash([weights, train, data.digest, list(self.windows.shape)])
-        self.memo = LossMemo(Path(config.runs_dir) / "cache" / f"{name}-{identity}.jsonl")
-
-    def loss_of(self, vector: Vector, seed: int, folder: Path) -> float | None:
-        """Validation loss (nats per token) at the end of a training, which is made now unless it was made before.
-
-        A training goes on where a kill stopped it. Processes that share the memo share the work: None while another one
-        makes it. Each training keeps its metrics in ``folder``, and its checkpoint while it is under way.
-        """
-        name = f"{format_vector(vector)} seed {seed}"
-        lock = filelock.FileLock(self.memo.file.with_name(f".{self.memo.file.stem}-{name}.lock"), blocking=False)
-        try:
-            with lock:
-                if name not in self.memo.reload():
-                    self.memo.add({name: self._train(vector, seed, folder)})
-        except filelock.Timeout:
-            return None
-        return self.memo[name]
-
-    def _train(self, vector: Vector, seed: int, folder: Path) -> float:
-        run = Run(folder / f"{self.name}-{format_vector(vector)}-{seed}")
-        run.path.mkdir(parents=True, exist_ok=True)
-        options, model = dataclasses.replace(self.options, seed=seed), self.start(vector, seed)
-        training_loss = text_loss(self.tokens, options, self.windows.shape[1] - 1)
-        validated = fit(model, training_loss, options, run, lambda: {"loss": mean_loss(model, self.windows)})
-        (run.path / CHECKPOINT).unlink(missing_ok=True)
-        return validated["loss"]
-
-
-Training = tuple[Series, Vector, int]  # with its seed
 
 
 def run(config: Fidelity, path: Path) -> None:
@@ -100,15 +46,13 @@ def run(config: Fidelity, path: Path) -> None:
         )
     if config.equal_total >= config.vectors:
         raise UserError(f"equal_total is {config.equal_total} of {config.vectors} vectors; lower it or raise vectors")
-    source = FinishedRun(Path(config.supernet), "train")
-    data = _text_of(source, config)
-    inherited = inherited_loss(source, data, config.validation_windows, Path(config.runs_dir))
+    comparison = Comparison(config)
+    source, inherited, data = comparison.source, comparison.inherited, comparison.data
     space = inherited.supernet.space
     spread, equal = choose_vectors(space, config.vectors, config.equal_total, config.seed)
-    vectors = [*spread, *equal]
-    further, alone = _further(config, source, inherited, data), _alone(config, source, inherited, data)
+    vectors, some = [*spread, *equal], choose_some(spread, equal, config.alone.vectors)
+    further, alone = comparison.further(), comparison.alone()
     trainings = [(further, vector, config.further.seed) for vector in vectors]
-    some = choose_some(spread, equal, config.alone.vectors)
     trainings += [(alone, vector, seed) for seed in config.alone.seeds for vector in some]
     resolved = dataclasses.asdict(config) | {
         "supernet": source.path.name,
@@ -120,14 +64,14 @@ def run(config: Fidelity, path: Path) -> None:
         console.print(f"Ranking {config.vectors} vectors of {source.path} by {len(trainings)} trainings in {path}")
         losses = zip(vectors, inherited.of(vectors), strict=True)
         rows: list[tuple[Any, ...]] = [(vector, "inherited", None, None, loss) for vector, loss in losses]
-        rows += _trained_rows(trainings, path / "trainings")
+        rows += comparison.train(trainings, path / "trainings")
         measurements = pd.DataFrame(rows, columns=["vector", "kind", "seed", "steps", "loss_nats"])
         measurements["total"] = measurements["vector"].map(sum)
         measurements["equal_total"] = measurements["vector"].isin(equal)
         measurements["vector"] = measurements["vector"].map(format_vector)
         table = agreement(measurements)
-        for name, frame in (("measurements", measurements[MEASUREMENTS]), ("agreement", table)):
-            write_atomically(path / f"{name}.csv", partial(frame.to_csv, index=False))
+        write_csv(path / "measurements.csv", measurements[MEASUREMENTS])
+        write_csv(path / "agreement.csv", table)
         title, width = f"{space.name}, {source.config['train']['sharing']}", 4.2 * (1 + table["truth"].nunique())
         with figure(path / "fidelity", title, width=width) as drawing:
             draw_fidelity(drawing, measurements, table)
@@ -135,65 +79,109 @@ def run(config: Fidelity, path: Path) -> None:
         run.finish()
 
 
-def _text_of(source: FinishedRun, config: Fidelity) -> TokenData:
-    """The text that the supernet was trained on, which the user names again: no run's config is ever executed."""
-    vocabulary, cache = source.config["space"]["vocab_size"], Path(config.runs_dir) / "cache"
-    data = prepare_tokens(build(config.data), source.config["tokenizer"], vocabulary, cache)
-    if data.digest != source.config["data"]["digest"]:
-        raise UserError(f"supernet {source.path} was trained on another text; give the same data=")
-    return data
+@dataclasses.dataclass(frozen=True, eq=False)
+class Series:
+    """Trainings that are alike but for the vector and the seed, by which ``start`` gives the model to be trained.
+
+    The losses that they end with are remembered by all else that decides them, so that runs share them.
+    """
+
+    name: str
+    start: Callable[[Vector, int], Decoder]
+    options: TrainConfig
+    losses: LossMemo
 
 
-def _trained_rows(trainings: list[Training], folder: Path) -> list[tuple[Any, ...]]:
-    """Makes all trainings, together with any other process that makes the same ones."""
-    rows: dict[Training, tuple[Any, ...]] = {}
-    with console.progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
-        while missing := [training for training in trainings if training not in rows]:
-            before = len(rows)
-            for series, vector, seed in missing:
-                bar.update(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
-                if (loss := series.loss_of(vector, seed, folder)) is not None:
-                    rows[series, vector, seed] = (vector, series.name, seed, series.options.steps, loss)
-            if len(rows) == before:
-                time.sleep(1)  # others are making all that is left
-    return [rows[training] for training in trainings]
+Trained = tuple[Series, Vector, int]  # with its seed
 
 
-def _further(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
-    """Extracted sub-networks, trained further."""
-    options = _options(config, source)
-    options.learning_rate = config.further.learning_rate or options.peak_learning_rate / 4
-    options.steps = config.further.steps or math.ceil(options.steps / 4)
-    extract = inherited.supernet.extract
-    return Series("further", lambda vector, _: extract(vector), source.digest(), options, config, inherited, data)
+class Comparison:
+    """A supernet's inherited losses, and the trainings that they are compared with."""
 
+    def __init__(self, config: Fidelity) -> None:
+        self._config, self._cache = config, Path(config.runs_dir) / "cache"
+        self.source = FinishedRun(Path(config.supernet), "train")
+        trained = self.source.config
+        # The user names the text again: no run's config is ever executed.
+        self.data: TokenData = prepare_tokens(
+            build(config.data), trained["tokenizer"], trained["space"]["vocab_size"], self._cache
+        )
+        if self.data.digest != trained["data"]["digest"]:
+            raise UserError(f"supernet {self.source.path} was trained on another text; give the same data=")
+        self.inherited = inherited_loss(self.source, self.data, config.validation_windows, Path(config.runs_dir))
+        of_plain_models = {field.name for field in dataclasses.fields(TrainConfig)}
+        options = {name: value for name, value in trained["train"].items() if name in of_plain_models}
+        self._options = TrainConfig(**options | {"checkpoint_every": config.checkpoint_every})
 
-def _alone(config: Fidelity, source: FinishedRun, inherited: InheritedLoss, data: TokenData) -> Series:
-    """Models that no supernet touched; those of one seed start from the same weights, as far as they have the same."""
-    space, options = inherited.supernet.space, _options(config, source)
-    options.steps = config.alone.steps or options.steps
-    recorded, init = source.config.get("init"), None
-    if recorded and config.alone.vectors:
-        init = read_checkpoint(Path(config.init)) if config.init else None
-        if init is None or init.identity["hash"] != recorded["hash"]:
+    def further(self) -> Series:
+        """Extracted sub-networks, trained further."""
+        given, options, extract = self._config.further, self._options, self.inherited.supernet.extract
+        rate, steps = given.learning_rate or options.peak_learning_rate / 4, given.steps or math.ceil(options.steps / 4)
+        options = dataclasses.replace(options, learning_rate=rate, steps=steps)
+        return self._series("further", lambda vector, _: extract(vector), options, self.source.digest())
+
+    def alone(self) -> Series:
+        """Models that no supernet touched; those of one seed start from the same weights, as far as they share them."""
+        given, space, recorded = self._config.alone, self.inherited.supernet.space, self.source.config.get("init")
+        init = read_checkpoint(Path(self._config.init)) if recorded and given.vectors and self._config.init else None
+        if recorded and given.vectors and (init is None or init.identity["hash"] != recorded["hash"]):
             raise UserError(
-                f"supernet {source.path} started from the checkpoint {recorded['name']}, and so do the models trained "
-                "alone; give the same init=, or alone.vectors=0"
+                f"supernet {self.source.path} started from the checkpoint {recorded['name']}, and so do the models "
+                "trained alone; give the same init=, or alone.vectors=0"
             )
 
-    def start(vector: Vector, seed: int) -> Decoder:
-        supernet = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
-        if init:
-            init.load_into(supernet)
-        else:
-            supernet.initialise(torch.Generator().manual_seed(seed))
-        return supernet.extract(vector)
+        def start(vector: Vector, seed: int) -> Decoder:
+            supernet = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
+            if init:
+                init.load_into(supernet)
+            else:
+                supernet.initialise(torch.Generator().manual_seed(seed))
+            return supernet.extract(vector)
 
-    return Series("alone", start, [space.to_dict(), recorded], options, config, inherited, data)
+        options = dataclasses.replace(self._options, steps=given.steps or self._options.steps)
+        return self._series("alone", start, options, [space.to_dict(), recorded])
 
+    def _series(
+        self, name: str, start: Callable[[Vector, int], Decoder], options: TrainConfig, weights: object
+    ) -> Series:
+        """``weights`` identifies what the models start from."""
+        options = dataclasses.replace(options, validate_every=options.steps)
+        decisive = weights_identity(dataclasses.asdict(options))
+        del decisive["seed"]  # each training has its own
+        identity = value_hash([weights, decisive, self.data.digest, list(self.inherited.windows.shape)])
+        return Series(name, start, options, LossMemo(self._cache / f"{name}-{identity}.jsonl"))
 
-def _options(config: Fidelity, source: FinishedRun) -> TrainConfig:
-    """How the supernet was trained, as far as it concerns a plain model."""
-    names = {field.name for field in dataclasses.fields(TrainConfig)}
-    recorded = {name: value for name, value in source.config["train"].items() if name in names}
-    return TrainConfig(**recorded | {"checkpoint_every": config.checkpoint_every})
+    def train(self, trainings: list[Trained], folder: Path) -> list[tuple[Any, ...]]:
+        """The rows of all trainings, which other processes that need the same ones may make, too."""
+        rows: dict[Trained, tuple[Any, ...]] = {}
+        with console.progress_bar("All trainings", sum(series.options.steps for series, _, _ in trainings)) as bar:
+            while missing := [training for training in trainings if training not in rows]:
+                before = len(rows)
+                for series, vector, seed in missing:
+                    bar.update(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
+                    if (loss := self._loss(series, vector, seed, folder)) is not None:
+                        rows[series, vector, seed] = (vector, series.name, seed, series.options.steps, loss)
+                if len(rows) == before:
+                    time.sleep(1)  # others are making all that is left
+        return [rows[training] for training in trainings]
+
+    def _loss(self, series: Series, vector: Vector, seed: int, folder: Path) -> float | None:
+        """Validation loss (nats per token) at the end of a training; None while another process makes it.
+
+        A training goes on where a kill stopped it. It keeps its metrics, and while it is under way its checkpoint, in
+        an own folder of ``folder``. Its windows are as long as those of the validation.
+        """
+        name, memo, windows = f"{format_vector(vector)} seed {seed}", series.losses, self.inherited.windows
+        try:
+            with filelock.FileLock(memo.file.with_name(f".{memo.file.stem}-{name}.lock"), blocking=False):
+                if name not in memo.reload():
+                    run = Run(folder / f"{series.name}-{format_vector(vector)}-{seed}")
+                    run.path.mkdir(parents=True, exist_ok=True)
+                    model, options = series.start(vector, seed), dataclasses.replace(series.options, seed=seed)
+                    step_loss = text_loss(self.data.train, options, windows.shape[1] - 1)
+                    validated = fit(model, step_loss, options, run, lambda: {"loss": mean_loss(model, windows)})
+                    (run.path / CHECKPOINT).unlink(missing_ok=True)
+                    memo.add({name: validated["loss"]})
+        except filelock.Timeout:
+            return None
+        return memo[name]

@@ -15,9 +15,9 @@ from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
 from nas.export import Exporter
 from nas.files import write_atomically
-from nas.latency.device import Device, this_device
+from nas.latency import Device, Workload, this_device
 from nas.latency.memory import MemoryModel
-from nas.latency.predictor import Workload, resolve_runtime
+from nas.latency.predictor import resolve_runtime
 from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.runtime import DTYPES

@@ -4,35 +4,39 @@ table.csv      the times; latency.json says what they mean
 check.csv      end-to-end models, predicted and measured; check.png and .svg draw them
 energy.csv     power of decode steps, where NVML tells
 samples.csv    every single sample, by which an interrupted measurement goes on
+
+`find_latency` is what a search takes of these, or measures itself.
 """
 
 import dataclasses
 import shutil
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 
 from nas import console
-from nas.config import LatencyParts, Measure
+from nas.config import LatencyParts, Measure, Search
+from nas.csv_files import write_csv
 from nas.errors import AlreadyFinishedError, UserError
-from nas.files import write_atomically, write_json
+from nas.files import value_hash, write_atomically, write_json
+from nas.latency import Device, Predictor, Workload, resolve_workload, this_device
 from nas.latency.accuracy import CHECK, lasting_load, predict_end_to_end, summarise_check
-from nas.latency.device import DEVICE, Device, device_folders, this_device
+from nas.latency.device import DEVICE, device_folders
 from nas.latency.energy import ENERGY
+from nas.latency.estimate import RooflineLatency
 from nas.latency.measurement import Measured, measure
 from nas.latency.memory import batches_of, check_memory
 from nas.latency.points import check_shapes, grid_for
-from nas.latency.predictor import STEP_REVISION, Workload, resolve_workload
+from nas.latency.predictor import MAX, STEP_REVISION
 from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.model.pretrained import resolve_space
-from nas.provenance import git_state, now
 from nas.report.figure import figure
 from nas.report.predicted import draw_check
-from nas.run import FinishedRun, start_run
+from nas.run import FinishedRun, find_or_make, find_runs, git_state, now, start_run
 from nas.space import SearchSpace
 
 _FIGURE = "check"
@@ -49,13 +53,12 @@ def run(config: Measure, path: Path) -> None:
     workload = resolve_workload(config.workload, space.shape, device)
     check_memory(space, device, workload)
     try:
-        table = measure_space(config, space, device, workload, path)
+        measure_space(config, space, device, workload, path)
     except AlreadyFinishedError:
-        if not config.publish:
+        if not config.publish:  # which is all that is left to do then
             raise
-        table = table_of(FinishedRun(path, "measure"))  # measured before; publishing it is what is left to do
     if config.publish:
-        _publish(table, space, device, Path(config.publish))
+        _publish(table_of(FinishedRun(path, "measure")), space, device, Path(config.publish))
 
 
 def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path) -> None:
@@ -72,40 +75,37 @@ def _publish(table: TableLatency, space: SearchSpace, device: Device, root: Path
 
 def table_of(run: FinishedRun) -> TableLatency:
     """The table of a measure run, whose files must be unchanged."""
-    for name in (TABLE, META, CHECK, *({ENERGY} & run.artifacts)):
+    for name in (TABLE, META, CHECK, *({ENERGY} & run.artifacts.keys())):
         run.artifact(name)
     return TableLatency(run.path)
 
 
-def measure_space(
-    config: LatencyParts, space: SearchSpace, device: Device, workload: Workload, path: Path
-) -> TableLatency:
+def measure_space(config: LatencyParts, space: SearchSpace, device: Device, workload: Workload, path: Path) -> None:
     """Times the grid around ``workload`` and end-to-end models, and prints how far the predictor is off."""
+    options, limit = config.measure, space.shape.max_position_embeddings
     batches = batches_of(space, device, workload)
-    grid = grid_for(config.measure, workload, batches, space.shape.max_position_embeddings)
-    shapes = check_shapes(config.measure, grid, workload, batches)
-    limit = space.shape.max_position_embeddings
+    grid = grid_for(options, workload, batches, limit)
+    shapes = check_shapes(options, grid, workload, batches)
     if max(*grid.contexts, *grid.prompts, *(length for _, _, length in shapes)) > limit:
         raise UserError(
             f"the grid reaches beyond the space's context of {limit}; lower measure.contexts, .prompts or .check_at"
         )
-    energy_batches = config.measure.energy_batches or ()
-    if any(batch > grid.batches[-1] for batch in energy_batches):
-        most = grid.batches[-1]
-        raise UserError(f"measure.energy_batches has {max(energy_batches)} but the grid's largest batch is {most}")
-    if outside := [at for at in config.measure.check_at or () if not grid.surrounds(*at)]:
+    if (most := max(options.energy_batches or [0])) > grid.batches[-1]:
+        raise UserError(f"measure.energy_batches has {most} but the grid's largest batch is {grid.batches[-1]}")
+    if outside := [at for at in options.check_at or () if not grid.surrounds(*at)]:
         raise UserError(
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    shared: dict[str, Any] = {"workload": dataclasses.asdict(workload), "measure": dataclasses.asdict(config.measure)}
-    shared["step_revision"] = STEP_REVISION[workload.runtime]
-    identity = {"space": {"name": space.name, **space.to_dict()}, "device": device.slug, "check": config.check}
-    identity |= shared
-    with start_run(path, "measure", identity, {"measure": config.measure.seed}) as run:
+    shared = {
+        "workload": dataclasses.asdict(workload),
+        "measure": dataclasses.asdict(options),
+        "step_revision": STEP_REVISION[workload.runtime],
+    }
+    resolved = {"space": {"name": space.name, **space.to_dict()}, "device": device.slug, "check": config.check} | shared
+    with start_run(path, "measure", resolved, {"measure": options.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
-        found = measure(space, grid, shapes, workload, config.measure, config.check, device, path / SAMPLES)
-        _print_metadata(found)
+        found = measure(space, grid, shapes, workload, options, config.check, device, path / SAMPLES)
         meta: dict[str, Any] = {
             "date": now(),
             "device": dataclasses.asdict(device),
@@ -119,19 +119,20 @@ def measure_space(
             **found.metadata,
         }
         title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {meta['date'][:10]}"
-        _write(path, found, meta, space.shape.num_hidden_layers, title)
+        check = _write(path, found, meta, space.shape.num_hidden_layers, title)
+        _print_findings(found, check)
         run.finish()
-    return TableLatency(path)
 
 
-def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title: str) -> None:
-    write_atomically(path / TABLE, partial(found.table.to_csv, index=False))
+def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title: str) -> list[dict[str, float | str]]:
+    """Writes all files and returns how far the predictor is off, which it says only once its table is there."""
+    write_csv(path / TABLE, found.table)
     if found.energy is not None:
-        write_atomically(path / ENERGY, partial(found.energy.to_csv, index=False))
+        write_csv(path / ENERGY, found.energy)
     write_json(path / META, meta)
-    predictor = TableLatency(path, extrapolate=True)
+    predictor = TableLatency(path)
     check = predict_end_to_end(found.end_to_end_ms, predictor)
-    write_atomically(path / CHECK, partial(check.to_csv, index=False))
+    write_csv(path / CHECK, check)
     results: dict[str, Any] = {"check": summarise_check(check)}
     if found.energy is not None:
         results["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
@@ -139,10 +140,10 @@ def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title
     if not check.empty:
         with figure(path / _FIGURE, "Predicted and measured models", title) as drawing:
             draw_check(drawing, check)
-    _print_check(check)
+    return summarise_check(check)
 
 
-def _print_metadata(found: Measured) -> None:
+def _print_findings(found: Measured, check: list[dict[str, float | str]]) -> None:
     if (drift := found.metadata.get("drift")) and drift["segments_beyond"]:
         console.print(
             f"  the machine drifted by {drift['worst']:.1%} (more than {drift['tolerance']:.0%} in "
@@ -151,12 +152,64 @@ def _print_metadata(found: Measured) -> None:
         )
     if lost := int((found.table["n"] == 0).sum()):
         console.print(f"  {lost} of {len(found.table)} points did not fit into memory and are marked so")
-
-
-def _print_check(check: pd.DataFrame) -> None:
-    for error in summarise_check(check):
+    for error in check:
         tau = f", Kendall τ {error['kendall_tau']:.3f}" if "kendall_tau" in error else ""
         console.print(
             f"  predicted against {error['n']} end-to-end models, {error['phase']} at batch {error['batch']} and "
             f"{error['length']} tokens: mean error {error['mape']:.2%}, worst {error['worst']:.2%}{tau}"
         )
+
+
+def find_latency(
+    config: Search, begun: Mapping[str, Any], space: SearchSpace, device: Device, workload: Workload
+) -> Predictor:
+    """Named, as an interrupted search was ``begun``, found, measured now where the device is at hand, else estimated.
+
+    ``begun`` is the config that the search was begun with, empty if this is its first attempt.
+    """
+
+    def covers(table: TableLatency) -> bool:
+        return table.fits(device.slug, space, workload, batches)
+
+    batches = batches_of(space, device, workload)
+    if config.latency:
+        if covers(named := table_of(FinishedRun(Path(config.latency), "measure"))):
+            return named
+        raise UserError(
+            f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
+        )
+    tables = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
+    if begun:
+        tables = [table for table in tables if table.digest == begun["latency_table"]]
+    if tables:  # of those of the present decode step, first one that need not interpolate
+        wanted = dataclasses.asdict(workload)
+        return min(tables, key=lambda t: (not t.is_current, t.meta.get("workload") != wanted))
+    if begun and begun["latency_table"]:
+        raise UserError("the latency table that this search was begun with is gone; restore it, or give another name=")
+    if begun or config.device != "this":
+        return RooflineLatency(device, space.shape, workload.dtype)
+    console.print("No measured table covers this space, device and workload: measuring first")
+    decisive: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload)]
+    decisive += [dataclasses.asdict(config.measure), config.check, STEP_REVISION[workload.runtime]]
+    path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
+    make = partial(measure_space, config, space, device, workload, path)
+    if covers(measured := table_of(find_or_make(path, "measure", make))):
+        return measured
+    raise UserError(
+        f"{path} was measured, but memory ended before it covered {space.name} at {workload}; lower "
+        f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
+    )
+
+
+def _tables(runs_dir: Path, slug: str) -> Iterator[TableLatency]:
+    """A device's tables: this user's, newest first, then those that ship. Unusable ones are skipped with a warning."""
+    own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == slug]
+    published = [meta.parent for folder in device_folders(slug) for meta in sorted(folder.glob(f"*/{META}"))]
+    for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
+        try:
+            table = load()
+            table.check()
+        except UserError as error:
+            console.warn(f"Passing over a latency table: {error}")
+        else:
+            yield table

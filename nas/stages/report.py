@@ -12,18 +12,17 @@ import pandas as pd
 
 from nas import console
 from nas.config import Report
-from nas.csv_files import read_csv
+from nas.csv_files import read_csv, write_csv
 from nas.errors import UserError
-from nas.files import write_atomically
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.report.figure import figure
 from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
-from nas.run import FinishedRun, is_run, runs_in, start_run
+from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
-from nas.search.pareto import front_distance, gains_over_uniform
+from nas.search.pareto import front_distance
 from nas.space import format_vector, space_from_config
 
 Floats = npt.NDArray[np.float64]
@@ -33,24 +32,26 @@ _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_
 def run(config: Report, path: Path) -> None:
     """Draws into ``path``."""
     source = Path(config.run)
-    searches = [FinishedRun(folder, "search") for folder in ([source] if is_run(source) else runs_in(source))]
+    searches = [FinishedRun(folder, "search") for folder in runs_in(source)]
     if not searches:
         raise UserError(f"{source} does not exist or holds no run; give the directory of a search or of a sweep")
-    others = [FinishedRun(Path(config.reference), "search")] if config.reference else []
     parents = {f"search_{index}": search for index, search in enumerate(searches)}
-    parents |= {"reference": others[0]} if others else {}
-    _check_comparable([*searches, *others])
+    if config.reference:
+        parents["reference"] = FinishedRun(Path(config.reference), "search")
+    _check_comparable([*parents.values()])
     with start_run(path, "report", {"run": config.run, "reference": config.reference}, parents=parents) as run:
-        _draw(searches, others, path)
+        _draw(searches, [*parents.values()], path)
         run.finish()
     console.print("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
 
 
-def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) -> None:
-    """Draws the searches; the others only add to the best known front."""
+def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> None:
+    """Draws the searches. The ``known`` ones, which begin with them, make the best known front."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
-    trials = [_trials(search, objectives) for search in searches]
+    columns = ["vector", "loss_nats", "on_front", *objectives.names]
+    known_trials = [read_csv(search.artifact("trials.csv"), columns) for search in known]
+    trials = known_trials[: len(searches)]
     space = space_from_config(first.config["space"])
     reference_vectors, name = space.reference_vectors(), space.name
     everything = pd.concat(trials).drop_duplicates("vector")
@@ -80,13 +81,12 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
 
     console.print(front_table(front))
     uniform = set(map(format_vector, space.uniform_vectors()))
-    console.print(gain_sentence(gains_over_uniform(everything, uniform)))
-    known = pd.concat([everything, *(_trials(search, objectives) for search in others)])
-    best = moocore.filter_dominated(objectives.points(known), maximise=objectives.maximise)
+    console.print(gain_sentence(everything, uniform))
+    best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
-    write_atomically(path / "metrics.csv", partial(metrics.to_csv, index=False))
-    alone = len(searches) + len(others) == 1  # and would be compared with itself
+    write_csv(path / "metrics.csv", metrics)
+    alone = len(known) == 1  # and would be compared with itself
     for label, runs in metrics.groupby("label", sort=False):
         middle = runs.median(numeric_only=True)
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
@@ -96,10 +96,6 @@ def _draw(searches: list[FinishedRun], others: list[FinishedRun], path: Path) ->
             f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
-
-
-def _trials(search: FinishedRun, objectives: Objectives) -> pd.DataFrame:
-    return read_csv(search.artifact("trials.csv"), ["vector", "loss_nats", "on_front", *objectives.names])
 
 
 def front_metrics(
@@ -129,7 +125,7 @@ def _check_comparable(searches: list[FinishedRun]) -> None:
     first, *others = searches
     for search in others:
         different = [key for key in _COMPARABLE if search.config.get(key) != first.config.get(key)]
-        if search.info["parents"]["supernet"]["hash"] != first.info["parents"]["supernet"]["hash"]:
+        if search.parents["supernet"]["hash"] != first.parents["supernet"]["hash"]:
             different.append("supernet")
         if different:
             raise UserError(f"{search.path} and {first.path} differ in {different[0]}; report each alone")

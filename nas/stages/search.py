@@ -6,42 +6,66 @@ latency_check.csv   predicted against measured whole models, where the table was
 study.db            the Optuna study
 """
 
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from nas import console
-from nas.config import Search
-from nas.errors import InUseError
-from nas.files import write_atomically
+from nas.budget import parse_budget
+from nas.config import Search, build
+from nas.csv_files import read_csv, write_csv
+from nas.errors import InUseError, UserError
+from nas.files import value_hash, without_passwords
+from nas.latency import Predictor, find_device, resolve_workload
+from nas.latency.cost import predictions
+from nas.latency.memory import check_memory
+from nas.metrics import LIMITS
+from nas.quality import InheritedLoss
 from nas.report.front import front_table
-from nas.run import start_run
-from nas.stages.prepare import decisive, prepare
+from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
+from nas.search import COLUMNS, Objectives, Problem, Storage, search
+from nas.space import SearchSpace, Vector, format_vector, parse_vector
+from nas.stages.measure import find_latency
+from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
 from nas.stages.workers import more_workers
+
+_INCIDENTAL = ("name", "runs_dir", "workers", "worker", "latency")  # a search may go on with others
+_COMMON = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # to all workers on a study
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
+_MOST = 200_000  # vectors that budget=all may mean
 
 
 def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
-    prepared = prepare(config, path)
-    problem = prepared.problem
+    prepared = _prepare(config, path)
+    problem, parents = prepared.problem, prepared.parents
     try:
-        with start_run(path, "search", prepared.recorded, {"search": config.seed}, prepared.parents, decisive) as run:
-            kept = f"{problem.constraints.size:,} of " if problem.constraints.size < problem.space.size else ""
+        with start_run(path, "search", prepared.recorded, {"search": config.seed}, parents, free=["latency"]) as run:
+            kept = f"{problem.size:,} of " if problem.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
-            if prepared.budget.is_everything and not config.storage:
-                prepared.loss.of(list(problem.constraints.vectors()))  # together, far faster than one by one
+            if config.budget == "all" and not config.storage:
+                prepared.loss.of(list(problem.vectors()))  # together, far faster than one by one
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
-                trials = prepared.search("wait" if config.storage else "fail")
-            front = _write_tables(path, trials, prepared.latency.check())
+                trials = prepared.search(running="wait" if config.storage else "fail")
+            front = trials[trials["on_front"]].sort_values("loss_nats")
+            for name, table in (("trials", trials), ("front", front), ("latency_check", prepared.latency.check())):
+                if table is not None:
+                    write_csv(path / f"{name}.csv", table)
             run.finish()
     except InUseError:
         if not config.storage:
             raise
         console.print(f"Another process writes {path}: this one only evaluates for it")
-        prepared.search("ignore")
+        prepared.search(running="ignore")
         return
     console.print(front_table(front))
     console.print(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
@@ -49,15 +73,147 @@ def run(config: Search, path: Path) -> None:
 
 def _assist(config: Search, path: Path) -> None:
     """Works on the search that another process of this machine has begun in ``path``."""
-    prepare(config, path).search("ignore")
+    _prepare(config, path).search(running="ignore")
 
 
-def _write_tables(path: Path, trials: pd.DataFrame, check: pd.DataFrame | None) -> pd.DataFrame:
-    """Writes the CSVs that reports are drawn from; returns the front."""
-    front = trials[trials["on_front"]].sort_values("loss_nats")
-    tables = {"trials": trials, "front": front}
-    if check is not None:
-        tables["latency_check"] = check
-    for name, table in tables.items():
-        write_atomically(path / f"{name}.csv", partial(table.to_csv, index=False))
-    return front
+@dataclass(frozen=True)
+class _Prepared:
+    problem: Problem
+    loss: InheritedLoss
+    latency: Predictor
+    search: Callable[..., pd.DataFrame]  # which only needs to know what becomes of trials that are ``running``
+    recorded: dict[str, Any]  # the resolved config
+    parents: dict[str, FinishedRun]
+
+
+def _prepare(config: Search, path: Path) -> _Prepared:
+    """Finds or makes what the search ``path`` needs: what is cheap and can refuse comes first, training last."""
+    training = Training(config)
+    space, runs_dir = training.space, Path(config.runs_dir)
+    objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
+    if budget.is_everything and space.size > _MOST:
+        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
+    make_sampler = build(config.sampler, _partial_=True)
+    build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+    storage = _storage(config, path)
+    earlier = _earlier_searches(config, space)
+    device = find_device(config.device)
+    workload = resolve_workload(config.workload, space.shape, device)
+    check_memory(space, device, workload)
+    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
+        "device": device.slug,
+        "workload": dataclasses.asdict(workload),
+        "storage": without_passwords(config.storage) if config.storage else None,
+    }
+    common: dict[str, str] = {}
+
+    def agree(**metadata: str) -> None:
+        """Adds to what all workers of a study must have in common."""
+        common.update(metadata)
+        if config.storage:
+            storage.check(common)
+
+    agree(
+        **{key: json.dumps(recorded[key], sort_keys=True) for key in _COMMON},
+        space=f"{space.name} {value_hash(space.to_dict())}",
+        workload=str(workload),
+    )
+    recorded |= training.recorded
+    begun = check_begun(path, "search", recorded)
+    supernet = _find_supernet(config, training)
+    if not supernet:
+        training.check_memory()
+    latency = find_latency(config, begun, space, device, workload)  # takes minutes at most, so before any training
+    described = f"{latency.describe()} ({latency.folder})" if latency.folder else latency.describe()
+    console.print(f"Latency on {device.name} ({workload}): {described}")
+    limits = dataclasses.asdict(config.constraints)
+    needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
+    costs = predictions(space, device, latency, workload, config.cost, needed)
+    problem = Problem(space, objectives, costs, limits)
+    agree(latency=f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}")
+
+    supernet = supernet or _make_supernet(training, runs_dir)
+    console.print(f"Supernet: {supernet.path}")
+    loss = inherited_loss(supernet, training.data, config.train.validation_windows, runs_dir)
+    windows = list(loss.windows.shape)
+    known, proposed = _taken_over(earlier, supernet, loss)
+    agree(
+        supernet=supernet.digest()[:12],
+        validation=f"{windows[0]} windows of {windows[1]} tokens of {training.data.digest[:12]}",
+        warm_start=value_hash([list(known.items()), proposed]),
+    )
+    parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
+    if latency.folder and is_run(latency.folder):
+        parents["latency"] = FinishedRun(latency.folder, "measure")
+    recorded |= {"windows": windows, "latency": latency.describe(), "latency_table": latency.digest}
+    work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
+    work = partial(work, known=list(known), proposed=proposed, metadata=common)
+    return _Prepared(problem, loss, latency, work, recorded, parents)
+
+
+def _storage(config: Search, path: Path) -> Storage:
+    if not config.storage:
+        return Storage.file(path / "study.db", config.heartbeat_s)
+    if _TIMESTAMP.fullmatch(config.name):
+        raise UserError("storage is given but no name; give all workers the same name=, which is the study's")
+    return Storage(config.storage, config.name, config.heartbeat_s)
+
+
+def _find_supernet(config: Search, training: Training) -> FinishedRun | None:
+    """The supernet that such a training made, or that the user names: of the same space and text, however trained."""
+    if not config.supernet:
+        return find_supernet(Path(config.runs_dir), training.recorded)
+    supernet = FinishedRun(Path(config.supernet), "train")
+    theirs, ours = supernet_identity(supernet.config), supernet_identity(training.recorded)
+    for key in ("space", "data", *(["init"] if ours["init"] else [])):
+        if theirs[key] != ours[key]:
+            raise UserError(
+                f"supernet {supernet.path} was trained with another {key} than this search's; give the same {key}="
+            )
+    return supernet
+
+
+def _make_supernet(training: Training, runs_dir: Path) -> FinishedRun:
+    console.print("No trained supernet fits this space, data and training: training one first")
+    path = runs_dir / "train" / f"{training.space.name}-{value_hash(supernet_identity(training.recorded))}"
+    # Its name says all that must be the same, so an interrupted training may differ in the rest.
+    made = find_or_make(path, "train", partial(training.make, path, free=training.recorded))
+    return find_supernet(runs_dir, training.recorded) or made  # somebody else's may have been finished a little earlier
+
+
+def _earlier_searches(config: Search, space: SearchSpace) -> list[FinishedRun]:
+    """The searches that ``warm_start`` names; they must have had the same choices."""
+    given = config.warm_start or []
+    runs = [FinishedRun(Path(str(path)), "search") for path in (given if isinstance(given, list) else [given])]
+    for run in runs:
+        if run.config["space"]["kv_groups"] != space.to_dict()["kv_groups"]:
+            raise UserError(f"warm_start {run.path} searched other kv_groups than those of {space.name}; leave it out")
+    return runs
+
+
+def _taken_over(
+    earlier: Sequence[FinishedRun], supernet: FinishedRun, loss: InheritedLoss
+) -> tuple[dict[Vector, float], list[Vector]]:
+    """Losses that earlier searches know, which ``loss`` then knows too, and vectors that are worth evaluating early.
+
+    A loss holds where supernet and validation windows are the same. Of other searches the front is worth proposing.
+    """
+    known: dict[Vector, float] = {}
+    proposed: list[Vector] = []
+    ours = supernet.digest(), list(loss.windows.shape)
+    for run in earlier:
+        holds = ours == (run.parents["supernet"]["hash"], run.config["windows"])
+        table = read_csv(run.artifact("trials.csv" if holds else "front.csv"), COLUMNS)
+        losses = dict(zip(map(parse_vector, table["vector"]), table["loss_nats"].astype(float), strict=True))
+        if holds:
+            known = losses | known
+        else:
+            proposed += losses
+    names = {format_vector(vector): value for vector, value in known.items()}
+    loss.memo.add({name: value for name, value in names.items() if name not in loss.memo})
+    if earlier:
+        console.print(
+            f"From {', '.join(str(run.path) for run in earlier)}: {len(known)} losses taken over, {len(proposed)} "
+            "vectors to be evaluated early"
+        )
+    return known, proposed

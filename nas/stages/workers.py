@@ -1,7 +1,6 @@
 """More processes on this machine for one search: started with it, silent, and gone when it is.
 
-Each prepares the same search from the same config and works on the same study; that they never get in each other's way
-is the study's matter. None of them writes the run directory.
+Each works on the same study, which sees to it that they never get in each other's way. None writes the run directory.
 """
 
 import multiprocessing

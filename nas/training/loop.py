@@ -20,10 +20,10 @@ from torch.distributed.tensor import DTensor
 from nas import console
 from nas.config import TrainConfig
 from nas.distributed import IS_MAIN, RANK, SIZE
-from nas.errors import UserError
+from nas.errors import UserError, in_short
 from nas.files import write_atomically
 from nas.run import Run
-from nas.training.parallel import FULL, gradients_kept_local, make_ready, mean_over_processes, training_device
+from nas.training.parallel import FULL, gradients_kept_local, make_ready, mean_over_processes
 
 CHECKPOINT = "checkpoint.pt"
 
@@ -88,26 +88,22 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
         set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))
         return int(content["step"])
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
-        problem = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
-            f"checkpoint {path} is corrupt ({problem}); remove it and run the same command to start this run over"
+            f"checkpoint {path} is corrupt ({in_short(error)}); remove it and run the same command to start this run "
+            "over"
         ) from None
 
 
 def fit(
     model: nn.Module, loss_at: Loss, config: TrainConfig, run: Run, validate: Callable[[], dict[str, float]]
 ) -> dict[str, float]:
-    """Trains ``model`` in place for ``config.steps``, going on from the run's checkpoint if it has one.
+    """Trains ``model`` in place, going on from the run's checkpoint if it has one; returns the last validation.
 
     Logs ``step, loss_nats, learning_rate, gradient_norm`` every `log_every` steps and what ``validate`` (called under
     no_grad, in eval mode) returns every `validate_every` steps and at the end.
 
-    Returns:
-        The last validation, made after the last step.
-
     Raises:
-        UserError: The loss is no longer finite; the last good checkpoint is kept. Or the checkpoint is corrupt, a step
-            does not fit into memory, or its rows cannot be shared out.
+        UserError: The loss is no longer finite, the checkpoint is corrupt, or a step's rows cannot be shared out.
     """
     ready, optimizer = make_ready(model, config), make_optimizer(model, config)
     checkpoint = run.path / CHECKPOINT
@@ -118,11 +114,7 @@ def fit(
         while step < config.steps:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
-            try:
-                pending.append(training_step(ready, loss_at, step, optimizer, config))
-            except (MemoryError, RuntimeError) as error:
-                _stop_out_of_memory(error, config)
-                raise
+            pending.append(training_step(ready, loss_at, step, optimizer, config))
             step += 1
             last = step == config.steps
             checkpoint_due = step % config.checkpoint_every == 0 and not last
@@ -130,12 +122,18 @@ def fit(
                 loss, norm = mean_over_processes(torch.stack(pending).double().mean(0)).tolist()
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    _stop_diverged(step, config, checkpoint)
-                rate = learning_rate_at(step - 1, config)
-                run.log(step=step, loss_nats=loss, gradient_norm=norm, learning_rate=rate)
+                    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.is_file() else "there is none yet"
+                    raise UserError(
+                        f"the training loss is no longer finite within the {config.log_every} steps up to {step}; "
+                        f"lower train.learning_rate (now {config.peak_learning_rate}) under a new name; {kept}"
+                    )
+                run.log(step=step, loss_nats=loss, gradient_norm=norm, learning_rate=learning_rate_at(step - 1, config))
                 bar.update(step, f"loss {loss:.3f}")
             if step % config.validate_every == 0 or last:
-                validated = _validated(model, validate)
+                model.eval()
+                with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # shapes differ: not worth a graph
+                    validated = validate()
+                model.train()
                 run.log(step=step, **validated)
             if checkpoint_due:
                 _save(checkpoint, model, optimizer, step)
@@ -144,9 +142,10 @@ def fit(
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices only."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -165,28 +164,3 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.stack((torch.stack(losses).sum(), norm.full_tensor() if isinstance(norm, DTensor) else norm))
-
-
-@torch.no_grad()
-def _validated(model: nn.Module, validate: Callable[[], dict[str, float]]) -> dict[str, float]:
-    model.eval()
-    with torch.compiler.set_stance("force_eager"):  # its shapes differ, and are not worth a graph
-        values = validate()
-    model.train()
-    return values
-
-
-def _stop_out_of_memory(error: Exception, config: TrainConfig) -> None:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-        raise UserError(
-            f"a training step of {config.batch} rows does not fit into the memory of the {training_device().type}; "
-            "raise train.accumulate, or lower train.batch or train.length, under a new name"
-        ) from None
-
-
-def _stop_diverged(step: int, config: TrainConfig, checkpoint: Path) -> None:
-    kept = f"the last good checkpoint is kept in {checkpoint}" if checkpoint.is_file() else "no checkpoint was due yet"
-    raise UserError(
-        f"the training loss is no longer finite within the {config.log_every} steps up to {step}; lower "
-        f"train.learning_rate (now {config.peak_learning_rate}) under a new name; {kept}"
-    )

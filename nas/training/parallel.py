@@ -1,7 +1,6 @@
-"""A model made ready for training: on its device, compiled, shared out over processes; and its full state dict.
+"""A model made ready for training: on its device, compiled, shared out over processes.
 
-What is saved is the full state dict in plain tensors, whatever the number of processes and however the model lay on
-them, so that any number of processes can go on from it.
+What is saved is the full state dict in plain tensors, so that any number of processes can go on from it.
 """
 
 import warnings
@@ -17,9 +16,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from nas.compiler import check_compiler
 from nas.config import TrainConfig
 from nas.distributed import SIZE
+from nas.hardware import check_compiler
 from nas.model import Supernet
 from nas.model.decoder import Layer
 
@@ -32,10 +31,7 @@ def training_device() -> torch.device:
 
 
 def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Moves ``model`` to its device and returns what a training step calls: the model, or a wrapper that shares it out.
-
-    Layers are compiled one by one: all of one shape share a graph, which is compiled much faster than the model.
-    """
+    """Moves ``model`` to its device; returns what a training step calls: the model, or a wrapper that shares it out."""
     if config.compile:
         check_compiler("train.compile=false")
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
@@ -43,7 +39,7 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     for layer in layers:
         if config.recompute:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
-        if config.compile:
+        if config.compile:  # one by one: all of one shape share a graph, which is compiled faster than the model
             layer.compile(fullgraph=True)
     if SIZE > 1 and config.parallel == "fsdp":
         for layer in layers:
@@ -73,7 +69,6 @@ def gradients_kept_local(model: nn.Module, local: bool) -> Iterator[None]:
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
-    """The mean of each process's ``values``."""
     if SIZE > 1:
         dist.all_reduce(values)
     return values / SIZE

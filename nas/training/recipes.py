@@ -13,8 +13,7 @@ from torch import Tensor
 from nas.config import SupernetConfig
 from nas.errors import UserError
 from nas.quality import row_losses
-from nas.space import SearchSpace, Vector
-from nas.totals import Totals
+from nas.space import SearchSpace, Totals, Vector
 
 Plan = list[list[Vector]]  # for each text of a step, the vectors that it runs at: as many for each text
 Recipe = Callable[[SearchSpace, SupernetConfig, np.random.Generator], Plan]
@@ -46,9 +45,7 @@ def check_recipe(config: SupernetConfig) -> None:
         raise UserError(f"train.recipe is '{config.recipe}'; use {', '.join(RECIPES)}")
     largest, smallest = config.largest_share, config.smallest_share
     if largest + smallest > 1:
-        raise UserError(
-            f"train.largest_share {largest} and train.smallest_share {smallest} exceed 1 together; lower one"
-        )
+        raise UserError(f"train.largest_share {largest} and smallest_share {smallest} exceed 1 together; lower one")
     if config.recipe == "sandwich" and (config.vectors_per_text < 2 or config.batch % config.vectors_per_text):
         raise UserError(
             f"train.vectors_per_text is {config.vectors_per_text} but must be 2 or more and divide train.batch, "
@@ -69,8 +66,7 @@ def distilled_loss(
     """Mean loss (nats per token, scalar): cross-entropy for the first vector of a text, distillation for the others.
 
     The rows of a text lie side by side. ``weight`` is the share of the others' loss that is the divergence from the
-    first's distribution, which is held fixed; both sides' logits are divided by ``temperature``, and the divergence is
-    multiplied by its square.
+    first's distribution, which is held fixed, at ``temperature``; it is multiplied by that squared.
     """
     entropy_NK = row_losses(logits_BTV, targets_BT).view(-1, vectors_per_text)  # N texts × K vectors
     if vectors_per_text == 1 or weight == 0:

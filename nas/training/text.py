@@ -20,7 +20,6 @@ from nas.training.recipes import distilled_loss, step_plan
 
 
 def window_length(options: TrainConfig, context: int) -> int:
-    """Tokens of a training window."""
     if options.length is not None and options.length > context:
         raise UserError(f"train.length is {options.length} but the model's context is {context}; lower it")
     return options.length or context

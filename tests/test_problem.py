@@ -1,4 +1,4 @@
-"""Limits on costs: who keeps them, how many there are, and what is said where nobody can."""
+"""Limits on costs: which vectors keep them, how many there are, and what is said where none can."""
 
 import itertools
 from collections import Counter
@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nas.errors import UserError
-from nas.search.constraints import Constraints, ways_by_counts
+from nas.search import Objectives, Problem
+from nas.search.problem import ways_by_counts
 from nas.space import SearchSpace, Vector, load_space
 
+TWO = Objectives(("loss_nats", "decode_ms"))
 CHOICES = st.lists(st.sets(st.sampled_from([1, 2, 4, 8]), min_size=1), min_size=4, max_size=4)
 
 
@@ -46,11 +48,11 @@ def test_the_vectors_that_keep_all_limits_are_those_of_brute_force(
     limits = {"max_decode_ms": most, "min_tokens_per_s": least, "max_memory_gib": None}
     if not kept:
         with pytest.raises(UserError, match=r"constraints\.m.* is .*, but the closest .*; change it"):
-            Constraints(limits, space, costs)
+            Problem(space, TWO, costs, limits)
         return
-    constraints = Constraints(limits, space, costs)
-    assert {vector for vector in itertools.product(*space.choices) if constraints.keep(vector)} == kept
-    assert constraints.size == len(kept)
+    problem = Problem(space, TWO, costs, limits)
+    assert {vector for vector in itertools.product(*space.choices) if problem.keeps_limits(vector)} == kept
+    assert problem.size == len(kept)
 
 
 def test_without_limits_all_vectors_are_kept_and_nothing_is_predicted() -> None:
@@ -59,9 +61,9 @@ def test_without_limits_all_vectors_are_kept_and_nothing_is_predicted() -> None:
     def fail(_: Vector) -> dict[str, float]:
         raise AssertionError("predicted")
 
-    constraints = Constraints({"max_decode_ms": None}, space, fail)
-    assert constraints.keep(space.largest)
-    assert constraints.size == 3**32
+    problem = Problem(space, TWO, fail, {"max_decode_ms": None})
+    assert problem.keeps_limits(space.largest)
+    assert problem.size == 3**32
 
 
 @pytest.mark.parametrize(
@@ -85,7 +87,7 @@ def test_an_impossible_limit_is_named_with_the_closest_that_can_be_reached(
     limits: dict[str, float], words: str
 ) -> None:
     with pytest.raises(UserError) as refused:
-        Constraints(limits, space_of([{1, 2, 4}] * 4), costs)
+        Problem(space_of([{1, 2, 4}] * 4), TWO, costs, limits)
     assert words in str(refused.value)
 
 
@@ -98,6 +100,6 @@ def test_a_limit_changed_to_the_closest_value_that_was_said_is_possible(scale: f
 
     for key, bound in (("max_decode_ms", 0.0), ("min_tokens_per_s", 1e9)):
         with pytest.raises(UserError) as refused:
-            Constraints({key: bound}, space, scaled)
+            Problem(space, TWO, scaled, {key: bound})
         said = float(str(refused.value).split(" is ")[-1].split(";")[0])
-        assert Constraints({key: said}, space, scaled).size == 1
+        assert Problem(space, TWO, scaled, {key: said}).size == 1
