@@ -32,7 +32,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -278,30 +278,21 @@ def values_of(distribution: BaseDistribution) -> list[int]:
     return [0, 1, 2] if isinstance(distribution, IntDistribution) else GROUPS.tolist()
 
 
-def missing(table: pd.DataFrame, samplers: Sequence[str], seeds: int) -> Iterator[tuple[str, str, int]]:
-    """The searches that a table does not have, the first seeds first."""
-    done = set(zip(table["problem"], table["sampler"], table["seed"], strict=True))
-    everything = itertools.product(range(seeds), PROBLEMS, samplers)
-    return ((name, sampler, seed) for seed, name, sampler in everything if (name, sampler, seed) not in done)
-
-
 def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> None:
-    """Makes the searches that the CSV lacks."""
-    columns = ["problem", "sampler", "seed", "evaluations", "share", "sampler_ms", "cpu", "optuna", "commit", "date"]
-    table = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=columns)
-    origin = {
-        "cpu": cpu_name(),
-        "optuna": optuna.__version__,
-        "commit": (git_state() or {}).get("commit"),
-        "date": now(),
-    }
+    """Makes the searches that the CSV lacks, the first seeds first."""
+    rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.is_file() else []  # type: ignore[assignment]
+    done = {(row["problem"], row["sampler"], row["seed"]) for row in rows}
+    everything = ((name, sampler, seed) for seed, name, sampler in itertools.product(range(seeds), PROBLEMS, samplers))
+    commit = (git_state() or {}).get("commit")
+    origin = {"cpu": cpu_name(), "optuna": optuna.__version__, "commit": commit, "date": now()}
     with ProcessPoolExecutor(workers) as pool:
-        for search in as_completed([pool.submit(searched, *search) for search in missing(table, samplers, seeds)]):
-            rows = search.result()
-            table = pd.concat([table.dropna(how="all"), pd.DataFrame(rows).assign(**origin)])
-            write_atomically(file, functools.partial(table.to_csv, index=False))
-            shares = [round(row["share"], 4) for row in rows]
-            print(*(rows[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
+        searches = [pool.submit(searched, *search) for search in everything if search not in done]
+        for search in as_completed(searches):
+            found = search.result()
+            rows += [row | origin for row in found]
+            write_atomically(file, functools.partial(pd.DataFrame(rows).to_csv, index=False))
+            shares = [round(row["share"], 4) for row in found]
+            print(*(found[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
 
 
 def draw(table: pd.DataFrame, file: Path) -> None:
@@ -328,7 +319,7 @@ def markdown(table: pd.DataFrame) -> str:
     lines = []
     for name, of_problem in table.groupby("problem", sort=False):
         for count, rows in of_problem.groupby("evaluations"):
-            quartiles = rows.groupby("sampler")["share"].quantile([0.25, 0.5, 0.75]).unstack() * 100
+            quartiles = rows.groupby("sampler")["share"].quantile(np.array([0.25, 0.5, 0.75])).unstack() * 100
             cells = [
                 "{1:.2f} ({0:.2f}–{2:.2f})".format(*quartiles.loc[one]) if one in quartiles.index else "–"
                 for one in SAMPLERS

@@ -3,9 +3,9 @@
 The first vectors change one layer at a time: each layer once to its smallest choice, all others at their largest. Then
 `nas.search.loss_model` learns from all finished trials what each layer adds to the loss, and what a sum misses;
 `nas.search.exact` finds the best vector for every combination of counts, under that sum's mean and under a posterior
-sample. Of those that are new, the one of largest expected hypervolume improvement is proposed: it follows from the whole
-model's mean and uncertainty, and from costs that depend on counts alone. Where `FrontSampler.costs` does not tell these
-beforehand, the trials show which objectives are costs.
+sample. Of those that are new, the one of largest expected hypervolume improvement is proposed: it follows from the mean
+and uncertainty of the whole model, and from costs that depend on counts alone. Where `FrontSampler.costs` does not tell
+these beforehand, the trials show which objectives are costs.
 """
 
 import functools
@@ -83,7 +83,8 @@ class FrontSampler(InformedSampler):
         taken = {*map(tuple, vectors_NL.tolist()), *map(tuple, layers.choices(self.taken).tolist())}
         enough = _DESIGN * len(layers.allowed_LK)
         if len(vectors_NL) < enough <= (self.evaluations or enough):
-            if len(design := self._new(layers, taken, layers.one_at_a_time())):
+            design = self._new(layers, taken, layers.one_at_a_time())
+            if len(design):
                 return np.asarray(self._rng.choice(design))
         finished = ~np.isnan(values_NO).any(axis=1)
         evaluated, values = vectors_NL[finished], values_NO[finished]

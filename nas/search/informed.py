@@ -48,4 +48,4 @@ class Layers:
     def one_at_a_time(self) -> Ints:
         """The L vectors in which one layer has its smallest choice and all others have their largest, (L, L)."""
         smallest, largest = self.allowed_LK.argmax(1), len(self.levels_K) - 1 - self.allowed_LK[:, ::-1].argmax(1)
-        return np.where(np.eye(len(smallest), dtype=bool), smallest, largest)
+        return np.asarray(np.where(np.eye(len(smallest), dtype=bool), smallest, largest))

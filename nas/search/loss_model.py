@@ -83,7 +83,8 @@ class Hyperparameters:
     def of(cls, values: Tensor) -> "Hyperparameters":
         """From the logarithms of all, in this order."""
         scales = values.exp()
-        return cls(scales[:-6], *scales[-6:-3], scales[-3] + _LEAST_NOISE, scales[-2:])
+        coupling, residual, decay, noise = scales[-6:-2]
+        return cls(scales[:-6], coupling, residual, decay, noise + _LEAST_NOISE, scales[-2:])
 
 
 class LossModel:
@@ -134,7 +135,8 @@ class LossModel:
 
     def _expected_sums(self, vectors: "_Inputs") -> Tensor:
         across = _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
-        return self._mean + vectors.features @ self._expected_P + across @ self._solved_N
+        sums: Tensor = self._mean + vectors.features @ self._expected_P + across @ self._solved_N
+        return sums
 
     def _losses(self, sums_N: Tensor) -> Floats:
         losses = _losses(sums_N / self._layers, self.hyperparameters.bends)
@@ -185,8 +187,8 @@ class _Inputs:
 def _covariance(learned: Hyperparameters, rows: _Inputs, columns: _Inputs, variances_P: Tensor) -> Tensor:
     """Prior covariance of the sums, with the residual but without noise."""
     differing = rows.layers - rows.onehot @ columns.onehot.T
-    residual = rows.layers * learned.residual**2 * torch.exp(-learned.decay * differing)
-    return (rows.features * variances_P) @ columns.features.T + residual
+    residual: Tensor = rows.layers * learned.residual**2 * torch.exp(-learned.decay * differing)
+    return residual + (rows.features * variances_P) @ columns.features.T
 
 
 def _kernel(learned: Hyperparameters, evaluated: _Inputs, variances_P: Tensor) -> Tensor:
@@ -258,7 +260,7 @@ def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: in
         fit = torch.linalg.solve_triangular(root, (residual_N - residual_N.mean())[:, None], upper=False)
         value = fit.square().sum() / 2 + root.diagonal().log().sum() - log_slopes_N.sum()
         value = value + ((values_T - typical) / spread).square().sum() / 2
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value.item(), values_T.grad.numpy()  # type: ignore[union-attr]
 
     found = []
