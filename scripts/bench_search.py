@@ -21,7 +21,10 @@ other that in the hypervolume of `real`, 5 % beyond the worst uniform vector, ev
 Nobody is told the costs. Every search evaluates the uniform vectors first, and no vector twice. `-int` samplers see the
 layers as whole numbers, the others as categories. `one-at-a-time` changes one layer at a time, adds the differences up,
 and evaluates the exact front of that sum. Searches that are in the CSV already are not made again. The last line of
-stdout is JSON: median shares, and the milliseconds of its own that each sampler takes per trial.
+stdout is JSON: median shares of `front`, and the milliseconds of its own that each sampler takes per trial.
+
+    python scripts/bench_search.py docs/search/bench.csv --workers 16     the searches that it lacks, then as below
+    python scripts/bench_search.py docs/search/bench.csv --draw           bench.png, table.md, the table of search.md
 """
 
 import argparse
@@ -221,6 +224,7 @@ SAMPLERS: dict[str, Callable[[int], optuna.samplers.BaseSampler]] = {
     "gp-int": lambda seed: optuna.samplers.GPSampler(seed=seed),
     "random": lambda seed: optuna.samplers.RandomSampler(seed=seed),
 }
+DRAWN = ("front", "one-at-a-time", "gp-int", "tpe-multivariate", "nsga2", "random")  # others are in the table
 # Evaluations of samplers that take long: GP seconds per trial, univariate TPE minutes for the last hundred of 500.
 LIMITED = {"gp": 100, "gp-int": 100, "tpe": 200, "tpe-int": 200}
 
@@ -298,11 +302,11 @@ def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> No
 
 
 def draw(table: pd.DataFrame, file: Path) -> None:
-    """One panel per problem: median and quartiles of the share by evaluations."""
+    """One panel per problem: median and quartiles of the share by evaluations, for the best sampler of each kind."""
     shown = [name for name in (*PROBLEMS, "near") if name in set(table["problem"])]
     with figure(file.with_suffix(""), width=12.6, height=6.4) as drawing:
         for axes, name in zip(drawing.subplots(2, -(-len(shown) // 2)).flat, shown, strict=False):
-            for sampler, colour in zip(SAMPLERS, itertools.cycle(COLOURS), strict=False):
+            for sampler, colour in zip(DRAWN, COLOURS, strict=False):
                 rows = table[(table["problem"] == name) & (table["sampler"] == sampler)]
                 shares = rows.groupby("evaluations")["share"]
                 low, middle, high = (shares.quantile(quantile) for quantile in (0.25, 0.5, 0.75))
@@ -313,30 +317,49 @@ def draw(table: pd.DataFrame, file: Path) -> None:
             axes.minorticks_off()
             axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         drawing.axes[0].set_ylabel("share of the exact front's hypervolume")
-        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(SAMPLERS))
+        drawing.legend(*drawing.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(DRAWN))
 
 
-def markdown(table: pd.DataFrame) -> str:
-    """Median and quartiles of all searches, in per cent, as the table of docs/search.md."""
-    lines = []
-    for name, of_problem in table.groupby("problem", sort=False):
-        for count, rows in of_problem.groupby("evaluations"):
-            quartiles = rows.groupby("sampler")["share"].quantile(np.array([0.25, 0.5, 0.75])).unstack() * 100
-            cells = [
-                "{1:.2f} ({0:.2f}–{2:.2f})".format(*quartiles.loc[one]) if one in quartiles.index else "–"
-                for one in SAMPLERS
-            ]
-            lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+def quartiles(rows: pd.DataFrame) -> str:
+    """Median and quartiles of shares, in per cent."""
+    low, middle, high = 100 * rows["share"].quantile(np.array([0.25, 0.5, 0.75]))
+    seeds = f", {len(rows)} seed{'s' * (len(rows) > 1)}" if len(rows) < len(SEEDS) else ""
+    return f"{middle:.2f} ({low:.2f}–{high:.2f}{seeds})" if len(rows) else "–"
+
+
+def full_table(table: pd.DataFrame) -> str:
+    """All searches, as docs/search/table.md has them."""
     head = f"| problem | evaluations | {' | '.join(SAMPLERS)} |\n|{' --- |' * (len(SAMPLERS) + 2)}"
+    lines = []
+    for (name, count), rows in table.groupby(["problem", "evaluations"], sort=False):
+        cells = [quartiles(rows[rows["sampler"] == sampler]) for sampler in SAMPLERS]
+        lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
     return "\n".join([head, *lines])
 
 
-def summary(table: pd.DataFrame) -> dict[str, Any]:
-    """Median shares, and each sampler's own time per trial over all problems of 32 layers."""
-    medians = table.groupby(["problem", "sampler", "evaluations"], as_index=False)["share"].median()
-    shares = {"_".join(map(str, row[:3])): round(row[3], 4) for row in medians.itertuples(index=False)}
+def short_table(table: pd.DataFrame) -> str:
+    """Medians of `front` and of the best other sampler, as docs/search.md has them."""
+    lines = [f"| after | {' | '.join(map(str, BUDGETS))} |", f"|{' --- |' * (len(BUDGETS) + 1)}"]
+    medians = 100 * table.pivot_table(
+        index=["problem", "evaluations"], columns="sampler", values="share", aggfunc="median"
+    )
+    for name in table["problem"].unique():
+        rows = medians.loc[name].loc[list(BUDGETS)]
+        others = rows.drop(columns="front")
+        cells = zip(rows["front"], others.max(axis=1), others.idxmax(axis=1), strict=True)
+        lines.append(
+            f"| `{name}` | " + " | ".join(f"{ours:.2f} / {best:.2f} {who}" for ours, best, who in cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def summary(table: pd.DataFrame) -> dict[str, float]:
+    """Median shares of `front`, and each sampler's own time per trial over all problems of 32 layers."""
+    medians = table[table["sampler"] == "front"].groupby(["problem", "evaluations"])["share"].median()
     large = table[~table["problem"].isin(("real", "near"))]
-    return shares | {f"{name}_ms": round(rows.median(), 2) for name, rows in large.groupby("sampler")["sampler_ms"]}
+    milliseconds = large.groupby("sampler")["sampler_ms"].median()
+    shares = {f"{name}_{count}": round(share, 4) for (name, count), share in medians.items()}
+    return shares | {f"{name}_ms": round(took, 2) for name, took in milliseconds.items()}
 
 
 def main() -> None:
@@ -354,8 +377,14 @@ def main() -> None:
     if not given.draw:
         measure(given.csv, given.samplers, given.seeds, given.workers)
     table = pd.read_csv(given.csv)
+    table["problem"] = pd.Categorical(table["problem"], [*PROBLEMS, "near"])
+    table = table.sort_values(["problem", "evaluations", "seed"]).astype({"problem": str})
     draw(table, given.csv)
-    print(markdown(table))
+    full = (
+        f"Share of the exact front's hypervolume in per cent: median (quartiles) of 10 seeds.\n\n{full_table(table)}\n"
+    )
+    write_atomically(given.csv.with_name("table.md"), lambda path: path.write_text(full, encoding="utf-8"))
+    print(short_table(table))
     print(json.dumps(summary(table)))
 
 
