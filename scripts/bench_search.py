@@ -301,6 +301,12 @@ def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> No
             print(*(found[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
 
 
+def ordered(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows by problem, evaluations and seed."""
+    places = {name: place for place, name in enumerate((*PROBLEMS, "near"))}
+    return table.assign(place=table["problem"].map(places)).sort_values(["place", "evaluations", "seed"])
+
+
 def draw(table: pd.DataFrame, file: Path) -> None:
     """One panel per problem: median and quartiles of the share by evaluations, for the best sampler of each kind."""
     shown = [name for name in (*PROBLEMS, "near") if name in set(table["problem"])]
@@ -376,9 +382,7 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not given.draw:
         measure(given.csv, given.samplers, given.seeds, given.workers)
-    table = pd.read_csv(given.csv)
-    table["problem"] = pd.Categorical(table["problem"], [*PROBLEMS, "near"])
-    table = table.sort_values(["problem", "evaluations", "seed"]).astype({"problem": str})
+    table = ordered(pd.read_csv(given.csv))
     draw(table, given.csv)
     full = (
         f"Share of the exact front's hypervolume in per cent: median (quartiles) of 10 seeds.\n\n{full_table(table)}\n"

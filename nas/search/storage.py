@@ -5,10 +5,11 @@ Everything that a database can refuse becomes one sentence here, and no sentence
 
 import itertools
 import re
+import sqlite3
 import time
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +60,9 @@ class Storage:
 
     def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
         """The study, made if it is not there yet; refused if it was begun with other metadata."""
+        if self.url.startswith("sqlite:"):
+            with closing(sqlite3.connect(str(make_url(self.url).database), timeout=10)) as probe:
+                probe.execute("BEGIN EXCLUSIVE")  # who holds it longer is no worker, and Optuna would wait for minutes
         study = optuna.create_study(
             storage=self._connect(),
             study_name=self.study,
@@ -97,7 +101,7 @@ class Storage:
                 warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, names of metrics
                 warnings.filterwarnings("ignore", "Heartbeat of storage is supposed")  # outside Study.optimize
                 yield
-        except (StorageInternalError, SQLAlchemyError) as error:
+        except (StorageInternalError, SQLAlchemyError, sqlite3.Error) as error:
             cause = without_passwords(str(error.__cause__ or error).splitlines()[0])
             if "is locked" in cause:
                 raise UserError(f"{self} is held by another process ({cause}); end that one, and run again") from None

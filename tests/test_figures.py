@@ -1,0 +1,103 @@
+"""The figures that README and docs quote are those of the CSVs beside them."""
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+
+
+def page(name: str) -> str:
+    """The text of a page, with single spaces."""
+    return " ".join((ROOT / name).read_text(encoding="utf-8").split())
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, Any]:
+    """A script's functions."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return runpy.run_path(str(ROOT / "scripts" / request.param))
+
+
+@pytest.mark.parametrize("script", ["bench_search.py"], indirect=True)
+def test_the_search_benchmark_is_quoted_as_measured(script: dict[str, Any]) -> None:
+    table = script["ordered"](pd.read_csv(DOCS / "search" / "bench.csv"))
+    assert script["short_table"](table) in (DOCS / "search.md").read_text(encoding="utf-8")
+    assert script["full_table"](table) in (DOCS / "search" / "table.md").read_text(encoding="utf-8")
+
+    medians = 100 * table.groupby(["problem", "evaluations", "sampler"])["share"].median()
+    noisy = medians["noisy", 50]
+    assert f"Optuna's Gaussian process has {noisy['gp']:.1f} % (one seed) and `front` {noisy['front']:.1f} %" in page(
+        "README.md"
+    )
+    links = [medians[name, 100] for name in ("additive", "saturating", "exploding", "signed")]
+    baseline, front = ([one[sampler] for one in links] for sampler in ("one-at-a-time", "front"))
+    adjacent, distant = (medians[name, 500] for name in ("adjacent", "distant"))
+    assert (
+        f"{min(baseline):.1f} to {max(baseline):.1f} % of the sums behind monotone functions after 100 evaluations "
+        f"(`front` {min(front):.1f} to {max(front):.1f} %), but {adjacent['one-at-a-time']:.1f} % with coupled layers "
+        f"after 500 (`front` {distant['front']:.1f} to {adjacent['front']:.0f} %)"
+    ) in page("README.md")
+
+
+def test_the_search_is_within_its_quartiles_of_the_best_but_for_the_case_that_is_named() -> None:
+    table = pd.read_csv(DOCS / "search" / "bench.csv")
+    behind = []
+    for place, rows in table.groupby(["problem", "evaluations"]):
+        others = rows[rows["sampler"] != "front"].groupby("sampler")["share"].median()
+        if rows.loc[rows["sampler"] == "front", "share"].quantile(0.75) < others.max() - 1e-9:
+            behind.append(place)
+    assert behind == [("noisy", 50)]
+
+
+@pytest.mark.parametrize("script", ["headline.py"], indirect=True)
+def test_the_headline_is_quoted_as_measured(script: dict[str, Any]) -> None:
+    rows = pd.read_csv(DOCS / "headline" / "headline.csv")
+    assert script["beside_the_announcement"](rows) in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert script["table"](rows) in (DOCS / "latency.md").read_text(encoding="utf-8")
+
+
+def test_fidelity_is_quoted_as_measured() -> None:
+    table = pd.read_csv(DOCS / "fidelity" / "agreement.csv")
+    table = table[table["among"] == "all"].set_index(["setting", "truth", "predictor"])
+    high, low = ("{}, learning rate 2e-3".format, "{}, learning rate 5e-4".format)
+    further = [table.loc[(high(rule), "further", "inherited"), "tau"] for rule in ("sliced", "pooled", "separate")]
+    total = table.loc[(high("sliced"), "further", "total"), "tau"]
+    quoted = "was {:.2f} (`sliced`), {:.2f} (`pooled`) and {:.2f} (`separate`)".format(*further)
+    assert f"{quoted}, where the total of groups alone reaches {total:.2f}" in page("README.md")
+    noise, alone = (table.loc[(setting("sliced"), "alone", "inherited")] for setting in (high, low))
+    assert f"(τ −{-noise['tau']:.2f}; noise ceiling {noise['ceiling']:.2f})" in page("README.md")
+    of_total = table.loc[(low("sliced"), "alone", "total"), "tau"]
+    interval = f"{alone['low']:.2f} to {alone['high']:.2f}"
+    assert (f"was {alone['tau']:.2f} (95 % interval {interval}), that of the total of groups {of_total:.2f}") in page(
+        "README.md"
+    )
+    gaps = pd.read_csv(DOCS / "fidelity" / "gaps.csv").groupby("rule")["gap_percent"].mean()
+    assert f"was {gaps['sliced']:.1f} % above a plain model's" in page("README.md")
+
+
+def test_the_small_trained_checkpoint_is_quoted_as_measured() -> None:
+    losses = pd.read_csv(DOCS / "stories260k" / "losses.csv").set_index("vector")
+    one, largest = losses.loc["1-1-1-1-1"], losses.loc["4-4-4-4-4"]
+    original = losses.loc["checkpoint in transformers", "before_nats"]
+    assert round(original, 3) == round(largest["before_nats"], 3)
+    assert (
+        f"transformers' loss, {original:.3f} nats, and one K/V head everywhere {one['before_nats']:.2f}; after "
+        f"{one['steps']:.0f} steps these are {largest['after_nats']:.2f} and {one['after_nats']:.2f}"
+    ) in page("README.md")
+
+
+def test_the_estimate_of_the_a10g_is_quoted_as_measured() -> None:
+    errors = pd.read_csv(DOCS / "a10g" / "errors.csv").dropna(subset="relative_error")
+    size = 100 * errors["relative_error"].abs()
+    text = page("README.md")
+    assert f"{len(errors)} published values of Llama-2-7B and matrix products" in text
+    assert f"were off by {size.median():.1f} % in the median and {size.max():.0f} % at worst" in text
+    assert f"within which {errors['inside'].astype(bool).sum()} of the {len(errors)} lay" in text
+    of_tgi = errors[(errors["gpu"] == "A10G") & (errors["metric"] == "median ms/token")].sort_values("batch")
+    quoted = [f"{100 * error:+.1f}" for error in of_tgi["relative_error"]]
+    assert f"by {', '.join(quoted[:-1])} and {quoted[-1]} %" in text
