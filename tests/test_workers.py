@@ -313,10 +313,13 @@ def test_a_locked_file_is_said_to_be_held_by_another_process(tmp_path: Path, mon
     storage = Storage.file(tmp_path / "study.db")
     study_of(storage)
     monkeypatch.setitem(storage_module._CONNECT, "sqlite", {"timeout": 0.05})
+    monkeypatch.setattr(storage_module, "_LOCKED_S", 0.05)
     with sqlite3.connect(tmp_path / "study.db") as holder:
         holder.execute("BEGIN EXCLUSIVE")
-        with pytest.raises(UserError, match=r"is held by another process .*; end that one, and run again"):
-            storage.check({})
+        for use in (lambda: storage.check({}), lambda: study_of(storage)):
+            sentence = r"is held by another process .*; end that one, and run again"
+            with pytest.raises(UserError, match=sentence), storage.in_reach():
+                use()
 
 
 @pytest.mark.parametrize(

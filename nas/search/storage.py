@@ -27,6 +27,7 @@ from nas.search.pareto import Objectives
 
 _BEATS_OF_GRACE = 6  # so many heartbeats may fail to arrive before a worker counts as dead
 _CONNECT = {"sqlite": {"timeout": 60}, "postgresql": {"connect_timeout": 10}}  # seconds; SQLite's: for a lock
+_LOCKED_S = 10.0  # that a SQLite file may be locked when a study is opened
 _POSTGRESQL = "postgresql+psycopg2"  # SQLAlchemy's own choice of a driver depends on its version
 _ATTEMPTS = 20
 _METADATA = "metadata"  # the study's user attribute that all workers must have in common
@@ -61,7 +62,7 @@ class Storage:
     def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
         """The study, made if it is not there yet; refused if it was begun with other metadata."""
         if self.url.startswith("sqlite:"):
-            with closing(sqlite3.connect(str(make_url(self.url).database), timeout=10)) as probe:
+            with closing(sqlite3.connect(str(make_url(self.url).database), timeout=_LOCKED_S)) as probe:
                 probe.execute("BEGIN EXCLUSIVE")  # who holds it longer is no worker, and Optuna would wait for minutes
         study = optuna.create_study(
             storage=self._connect(),
