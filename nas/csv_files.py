@@ -18,7 +18,7 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
 def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     """Reads a CSV that must have at least ``columns``; a UserError if it is missing, no CSV, or lacks one."""
     try:
-        frame = pd.read_csv(path)
+        frame = pd.read_csv(path, dtype={"vector": str})  # "4" is a vector of one layer
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; run the stage that writes it") from None
     except ValueError as error:  # as pandas' parser errors are

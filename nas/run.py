@@ -227,9 +227,9 @@ def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> Finished
             make()
         except AlreadyFinishedError:
             break
-        except InUseError as error:
+        except InUseError:
             if not waiting:
-                console.print(f"Waiting: {error}")
+                console.print(f"Waiting for another process to finish {path}")
             waiting = True
             time.sleep(_POLL_S)
     return FinishedRun(path, stage)

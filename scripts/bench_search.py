@@ -361,10 +361,10 @@ def short_table(table: pd.DataFrame) -> str:
 
 def summary(table: pd.DataFrame) -> dict[str, float]:
     """Median shares of `front`, and each sampler's own time per trial over all problems of 32 layers."""
-    medians = table[table["sampler"] == "front"].groupby(["problem", "evaluations"])["share"].median()
+    medians = table[table["sampler"] == "front"].groupby(["problem", "evaluations"], as_index=False)["share"].median()
     large = table[~table["problem"].isin(("real", "near"))]
     milliseconds = large.groupby("sampler")["sampler_ms"].median()
-    shares = {f"{name}_{count}": round(share, 4) for (name, count), share in medians.items()}
+    shares = {"_".join(map(str, row[:2])): round(row[2], 4) for row in medians.itertuples(index=False)}
     return shares | {f"{name}_ms": round(took, 2) for name, took in milliseconds.items()}
 
 

@@ -60,7 +60,7 @@ class FrontSampler(InformedSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """The vector of largest expected improvement, or a random new one while there is too little to learn from."""
-        names = sorted(search_space)
+        names = sorted(search_space, key=lambda name: (len(name), name))  # layer_100 comes after layer_99
         if not names:
             return {}
         layers = Layers.of([search_space[name] for name in names])
@@ -91,23 +91,23 @@ class FrontSampler(InformedSampler):
         if len(evaluated) < (_STARTUP if costs else len(layers.levels_K) + 2):
             return self._random_vector(layers, taken)
         costs_of = costs or learned_costs(layers, evaluated, values)
-        losses = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
-        models = {loss: LossModel(evaluated, values[:, loss], len(layers.levels_K)) for loss in losses}
+        loss_columns = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
+        models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in loss_columns}
         candidates = self._new(layers, taken, self._candidates(layers, models.values()))
         if not len(candidates):
             return self._random_vector(layers, taken)
 
-        first = losses[0] if losses else 0  # the objective whose uncertainty counts; a cost has none
-        order = sorted(range(values.shape[1]), key=lambda objective: objective != first)
+        uncertain = loss_columns[0] if loss_columns else 0  # the objective whose uncertainty counts; a cost has none
+        order = sorted(range(values.shape[1]), key=lambda objective: objective != uncertain)
 
         def expected(vectors: Ints) -> Floats:
             objectives = costs_of(vectors)
-            for loss, model in models.items():
-                objectives[:, loss] = model.means(vectors)
+            for column, model in models.items():
+                objectives[:, column] = model.means(vectors)
             return objectives[:, order]
 
         def deviations(vectors: Ints) -> Floats:
-            return models[first].deviations(vectors) if models else np.zeros(len(vectors))
+            return models[uncertain].deviations(vectors) if models else np.zeros(len(vectors))
 
         points, promised = expected(vectors_NL), expected(candidates)
         points[finished] = values[:, order]

@@ -14,7 +14,10 @@ Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN 
 
 
 class InformedSampler(BaseSampler):
-    """A sampler of whole vectors that makes use of more than a study's trials, where it is told."""
+    """A sampler of whole vectors that makes use of more than a study's trials.
+
+    `nas.search.sampler.DistinctSampler` sets these attributes before every proposal.
+    """
 
     costs: Costs | None = None
     permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None  # which vectors of groups (N, L); None: all

@@ -23,14 +23,15 @@ from nas.space import Vector
 
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
-LIVE = (TrialState.COMPLETE, TrialState.RUNNING)
+COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
 
 
 class DistinctSampler(BaseSampler):
     """Proposes what an inner sampler proposes, unless the study has it already. Serves one study.
 
-    ``make`` makes the inner sampler from a ``seed``. Some vectors come before all that: those that a dead worker left,
-    and then the ``first`` ones, in order. ``evaluations``, if known, is how many the search will have.
+    ``make`` makes the inner sampler from a ``seed``. Some vectors come before all that: those of failed trials, which a
+    dead worker left, unless another one has them; and then the ``first`` ones, in order. ``evaluations``, if known, is
+    how many the search will have.
     """
 
     def __init__(
@@ -68,13 +69,14 @@ class DistinctSampler(BaseSampler):
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
         """A vector that no running or finished trial has; any where there is none."""
-        live = [other for other in study.get_trials(deepcopy=False, states=LIVE) if other.number != trial.number]
-        vectors, proposing = self.before(trial.number, live)
-        slot, taken = len(vectors) + proposing, set(self.vectors_of(live))
-        left = self.vectors_of(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
-        queue = [vector for vector in dict.fromkeys([*left, *self._first]) if vector not in taken]
-        if proposing < len(queue):  # the others take those before
-            if not isinstance(self._inner, InformedSampler):  # which makes no notes, as NSGA-II does on generations
+        others = [other for other in study.get_trials(deepcopy=False, states=COUNTED) if other.number != trial.number]
+        vectors, proposing = self.before(trial.number, others)
+        slot, taken = len(vectors) + proposing, set(self.vectors_of(others))
+        failed = self.vectors_of(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
+        queue = [vector for vector in dict.fromkeys([*failed, *self._first]) if vector not in taken]
+        if proposing < len(queue):  # as many workers propose at this moment, and take those before
+            # NSGA-II records generations in the study even where its proposal is not used; an InformedSampler nothing.
+            if not isinstance(self._inner, InformedSampler):
                 self._ask_inner(study, trial, slot, attempt=0)
             return dict(zip(search_space, queue[proposing], strict=True))
         taken.update(queue)

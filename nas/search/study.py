@@ -13,8 +13,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from typing import Literal
 
 import optuna
@@ -31,7 +32,7 @@ from nas.errors import UserError
 from nas.metrics import COLUMNS, OPTIONAL_COLUMNS
 from nas.search.pareto import on_front
 from nas.search.problem import LOSS, Problem
-from nas.search.sampler import LIVE, DistinctSampler
+from nas.search.sampler import COUNTED, DistinctSampler
 from nas.search.storage import Storage
 from nas.space import Vector, format_vector
 
@@ -84,12 +85,16 @@ def search(
             for trial in worker.trials(TrialState.RUNNING):
                 with suppress(UpdateFinishedTrialError):  # it ended at this very moment
                     study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        awaited = worker.running() if running == "wait" else set()
+        if awaited:
+            console.print(f"Waiting for {len(awaited)} evaluations of other workers, or for these to count as dead")
+        while awaited & worker.running():
+            time.sleep(_POLL_S)
         with console.progress_bar("Evaluating vectors", budget.seconds or evaluations, worker.spent()) as bar:
-            awaited = worker.running() if running == "wait" else set()
-            while awaited & worker.running():
-                time.sleep(_POLL_S)
             while worker.may_go_on(bar):
                 worker.evaluate_next(bar)
+        if not worker.finished():
+            raise UserError("the budget ended before one vector was evaluated; raise it")
         frame = pd.DataFrame([trial.user_attrs for trial in worker.finished().values()])
     frame["on_front"] = on_front(frame, problem.objectives)
     return frame[COLUMNS + [column for column in OPTIONAL_COLUMNS if column in frame]]
@@ -106,9 +111,12 @@ class _Worker:
     evaluations: int
     seconds: float | None
 
-    def __post_init__(self) -> None:
-        self._begun = time.monotonic() - _seconds_worked(self.finished().values())
-        self._seen: set[int] = set()
+    _seen: set[int] = field(default_factory=set)
+
+    @cached_property
+    def _begun(self) -> float:
+        """When this worker would have begun if it had done all finished work, by its own clock."""
+        return time.monotonic() - _seconds_worked(self.finished().values())
 
     def finished(self) -> dict[Vector, FrozenTrial]:
         """The trials with metrics by vector, in the order of their numbers."""
@@ -138,7 +146,7 @@ class _Worker:
             suppress(UpdateFinishedTrialError),  # the others took this worker for dead, and ended its trial
         ):
             vector = tuple(trial.suggest_categorical(name, ways) for name, ways in self.sampler.choices.items())
-            taken, proposing = self.sampler.before(trial.number, self.trials(*LIVE))
+            taken, proposing = self.sampler.before(trial.number, self.trials(*COUNTED))
             if vector in taken or len(taken) + proposing >= self.evaluations:
                 self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 return
@@ -162,10 +170,11 @@ class _Worker:
         """The numbers of the trials that run, after those were failed whose heartbeat has stopped."""
         fail_stale_trials(self.study)
         running = {trial.number: trial for trial in self.trials(TrialState.RUNNING)}
+        # A worker that was killed before its first heartbeat would never count as dead, so each gets one from us.
         for number in running.keys() - self._seen:
-            self._seen.add(number)  # a worker killed before its first beat would never count as dead:
+            self._seen.add(number)
             with get_heartbeat_thread(running[number]._trial_id, self.study._storage):
-                pass  # a single beat, made for it
+                pass
         return set(running)
 
 

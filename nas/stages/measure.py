@@ -163,7 +163,8 @@ def _print_findings(found: Measured, check: list[dict[str, float | str]]) -> Non
 def find_latency(
     config: Search, begun: Mapping[str, Any], space: SearchSpace, device: Device, workload: Workload
 ) -> Predictor:
-    """Named, as an interrupted search was ``begun``, found, measured now where the device is at hand, else estimated.
+    """The latency predictor of a search: the named table; else that of an interrupted attempt; else one that fits; else
+    one measured now, where the device is at hand; else an estimate.
 
     ``begun`` is the config that the search was begun with, empty if this is its first attempt.
     """

@@ -2,8 +2,12 @@
 
 trials.csv          every evaluated vector, in order
 front.csv           the same columns, the front alone, sorted by loss
-latency_check.csv   predicted against measured whole models, where the table was measured
-study.db            the Optuna study
+latency_check.csv   predicted against measured end-to-end models, where the table was measured
+study.db            the Optuna study, unless storage= names another database
+
+Whether a process may go on with a search is decided by its config, against that in run.json (`check_begun`); by its
+supernet and latency table, against the run's parents (`start_run`); and, for workers on a shared study, by what `agree`
+collects, against the study's metadata (`Storage`).
 """
 
 import dataclasses
@@ -36,10 +40,10 @@ from nas.stages.measure import find_latency
 from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
 from nas.stages.workers import more_workers
 
-_INCIDENTAL = ("name", "runs_dir", "workers", "worker", "latency")  # a search may go on with others
+_INCIDENTAL = ("name", "runs_dir", "workers", "worker", "latency")  # not compared; of latency, the table is
 _COMMON = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # to all workers on a study
-_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name of a run that was given none
-_MOST = 200_000  # vectors that budget=all may mean
+_TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name that conf/base.yaml gives
+_MOST = 20_000  # vectors that budget=all may mean
 
 
 def run(config: Search, path: Path) -> None:
@@ -51,11 +55,11 @@ def run(config: Search, path: Path) -> None:
             kept = f"{problem.size:,} of " if problem.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
-            if config.budget == "all" and not config.storage:
+            if prepared.evaluates_all and not config.storage:
                 prepared.loss.of(list(problem.vectors()))  # together, far faster than one by one
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
-                trials = prepared.search(running="wait" if config.storage else "fail")
+                trials = prepared.work(running="wait" if config.storage else "fail")
             front = trials[trials["on_front"]].sort_values("loss_nats")
             for name, table in (("trials", trials), ("front", front), ("latency_check", prepared.latency.check())):
                 if table is not None:
@@ -65,7 +69,8 @@ def run(config: Search, path: Path) -> None:
         if not config.storage:
             raise
         console.print(f"Another process writes {path}: this one only evaluates for it")
-        prepared.search(running="ignore")
+        with more_workers(partial(_assist, config, path), config.workers):
+            prepared.work(running="ignore")
         return
     console.print(front_table(front))
     console.print(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
@@ -73,7 +78,7 @@ def run(config: Search, path: Path) -> None:
 
 def _assist(config: Search, path: Path) -> None:
     """Works on the search that another process of this machine has begun in ``path``."""
-    _prepare(config, path).search(running="ignore")
+    _prepare(config, path).work(running="ignore")
 
 
 @dataclass(frozen=True)
@@ -81,13 +86,18 @@ class _Prepared:
     problem: Problem
     loss: InheritedLoss
     latency: Predictor
-    search: Callable[..., pd.DataFrame]  # which only needs to know what becomes of trials that are ``running``
+    work: Callable[..., pd.DataFrame]  # `search`, which only needs to know what becomes of trials that are ``running``
+    evaluates_all: bool
     recorded: dict[str, Any]  # the resolved config
     parents: dict[str, FinishedRun]
 
 
 def _prepare(config: Search, path: Path) -> _Prepared:
-    """Finds or makes what the search ``path`` needs: what is cheap and can refuse comes first, training last."""
+    """Finds or makes what the search ``path`` needs, and refuses what cannot work before anything that takes longer.
+
+    The config comes first, then the text (minutes where it is not tokenised yet), the latency table (minutes where it
+    must be measured), the limits, which need that table, and the supernet (its training takes longest).
+    """
     training = Training(config)
     space, runs_dir = training.space, Path(config.runs_dir)
     objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
@@ -118,9 +128,11 @@ def _prepare(config: Search, path: Path) -> _Prepared:
         space=f"{space.name} {value_hash(space.to_dict())}",
         workload=str(workload),
     )
-    recorded |= training.recorded
+    recorded |= training.recorded  # reads the text
     begun = check_begun(path, "search", recorded)
     supernet = _find_supernet(config, training)
+    if begun and not supernet:
+        raise UserError("the supernet that this search was begun with is gone; restore it, or give another name=")
     if not supernet:
         training.check_memory()
     latency = find_latency(config, begun, space, device, workload)  # takes minutes at most, so before any training
@@ -148,7 +160,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     recorded |= {"windows": windows, "latency": latency.describe(), "latency_table": latency.digest}
     work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
     work = partial(work, known=list(known), proposed=proposed, metadata=common)
-    return _Prepared(problem, loss, latency, work, recorded, parents)
+    return _Prepared(problem, loss, latency, work, budget.is_everything, recorded, parents)
 
 
 def _storage(config: Search, path: Path) -> Storage:
@@ -177,7 +189,7 @@ def _make_supernet(training: Training, runs_dir: Path) -> FinishedRun:
     console.print("No trained supernet fits this space, data and training: training one first")
     path = runs_dir / "train" / f"{training.space.name}-{value_hash(supernet_identity(training.recorded))}"
     # Its name says all that must be the same, so an interrupted training may differ in the rest.
-    made = find_or_make(path, "train", partial(training.make, path, free=training.recorded))
+    made = find_or_make(path, "train", partial(training.make, path, free=list(training.recorded)))
     return find_supernet(runs_dir, training.recorded) or made  # somebody else's may have been finished a little earlier
 
 
@@ -208,7 +220,7 @@ def _taken_over(
         if holds:
             known = losses | known
         else:
-            proposed += losses
+            proposed += list(losses)
     names = {format_vector(vector): value for vector, value in known.items()}
     loss.memo.add({name: value for name, value in names.items() if name not in loss.memo})
     if earlier:
