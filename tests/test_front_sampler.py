@@ -321,6 +321,14 @@ def test_what_is_taken_or_not_permitted_is_not_proposed() -> None:
     assert set(vectors) == set(allowed)
 
 
+def test_layers_keep_their_order_where_there_are_more_than_a_hundred() -> None:
+    ones, twos, fours = ((1,) * 100 + (groups, 1) for groups in (1, 2, 4))
+    sampler = FrontSampler(seed=0)
+    sampler.taken = {twos}
+    space = [(1,)] * 100 + [(1, 2, 4), (1,)]
+    assert search(space, lambda _: (0.0, 0.0), ["minimize"] * 2, 2, sampler, [ones]) == [ones, fours]
+
+
 @pytest.mark.parametrize(("evaluations", "alone"), [(None, 6), (12, 6), (11, 0)])
 def test_the_first_vectors_change_one_layer_at_a_time_if_there_are_two_evaluations_per_layer(
     evaluations: int | None, alone: int

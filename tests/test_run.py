@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import pandas as pd
 import pytest
 
+from nas.csv_files import read_csv, write_csv
 from nas.errors import AlreadyFinishedError, InUseError, UserError
 from nas.run import FinishedRun, check_begun, find_or_make, find_runs, start_run
 from tests.helpers import Damage, flipped, harm, to
@@ -155,3 +157,8 @@ def test_corrupt_runs_are_passed_over_with_a_warning(tmp_path: Path, capfd: pyte
     harm(spoilt.path / "run.json", to("{}"))
     assert [run.path for run in find_runs(tmp_path, "train")] == [kept.path]
     assert "Passing over" in capfd.readouterr().err
+
+
+def test_vectors_of_one_layer_are_read_as_text(tmp_path: Path) -> None:
+    write_csv(tmp_path / "trials.csv", pd.DataFrame({"vector": ["4", "1"], "loss_nats": [3.5, 3.6]}))
+    assert list(read_csv(tmp_path / "trials.csv", ["vector", "loss_nats"])["vector"]) == ["4", "1"]

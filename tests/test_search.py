@@ -38,6 +38,11 @@ def run(
     return search(problem(space), loss, SAMPLERS[sampler], budget, seed, Storage.file(path / "study.db"))
 
 
+def test_a_budget_that_ends_before_one_evaluation_is_refused(small: SearchSpace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="before one vector was evaluated; raise it"):
+        run(small, tmp_path, Budget(None, 1e-9))
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_of_the_whole_space_finds_its_front_with_reference_vectors_first_and_though_it_is_interrupted(
     small: SearchSpace, tmp_path: Path, sampler: str

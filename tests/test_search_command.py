@@ -252,12 +252,15 @@ def test_a_table_measured_for_the_workload_is_taken_before_a_newer_one_but_not_i
     assert "an earlier version" not in present.out
 
 
-def test_a_search_does_not_go_on_without_the_table_that_it_was_begun_with(nas: Nas, workspace: Workspace) -> None:
+@pytest.mark.parametrize(("stage", "what"), [("measure", "latency table"), ("train", "supernet")])
+def test_a_search_does_not_go_on_without_what_it_was_begun_with(
+    nas: Nas, workspace: Workspace, stage: str, what: str
+) -> None:
     (workspace.runs / "search" / "base" / "complete.json").unlink()
-    shutil.rmtree(workspace.runs / "measure")
+    shutil.rmtree(workspace.runs / stage)
     refused = nas("search", "--budget", 9, "name=base", *workspace.arguments)
     assert refused.code == 1
-    assert "the latency table that this search was begun with is gone; restore it" in refused.err
+    assert f"the {what} that this search was begun with is gone; restore it" in refused.err
 
 
 def test_a_workload_that_memory_did_not_let_be_measured_is_refused_before_training(
