@@ -9,6 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
+RUNTIMES = ("compiled", "eager")
 
 
 def page(name: str) -> str:
@@ -59,6 +60,15 @@ def test_the_headline_is_quoted_as_measured(script: dict[str, Any]) -> None:
     rows = pd.read_csv(DOCS / "headline" / "headline.csv")
     assert script["beside_the_announcement"](rows) in (ROOT / "README.md").read_text(encoding="utf-8")
     assert script["table"](rows) in (DOCS / "latency.md").read_text(encoding="utf-8")
+    errors = script["predicted"](rows)
+    pd.testing.assert_frame_equal(errors, pd.read_csv(DOCS / "headline" / "predicted.csv"))
+    compiled, eager = (100 * errors.loc[errors["runtime"] == name, "relative_error"].abs() for name in RUNTIMES)
+    assert (
+        f"the compiled tables are {compiled.mean():.1f} % off in the mean of {len(compiled)} steps, and "
+        f"{compiled.max():.1f} % at worst, nearly always too fast; the eager ones {eager.mean():.0f} % and "
+        f"{eager.max():.0f} %"
+    ) in page("README.md")
+    assert f"off by {compiled.mean():.1f} % in the mean and {compiled.max():.1f} % at worst" in page("docs/latency.md")
 
 
 def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
