@@ -119,7 +119,7 @@ class LatencyParts(StageConfig):
     device: str = "this"
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
-    check: int = 4  # whole models of random vectors timed against the predictor, at each of a few workloads
+    check: int = 4  # end-to-end models of random vectors timed against the predictor, at each of a few workloads
 
 
 @dataclass
@@ -128,6 +128,7 @@ class Measure(LatencyParts):
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
 
+# Fields max_decode_ms, min_tokens_per_s and so on, one for each metric that can be limited.
 _Limits = make_dataclass("_Limits", [(key, float | None, None) for key in LIMITS])
 
 

@@ -39,8 +39,16 @@ _ALWAYS = (  # in the order of the columns, which other programs rely on
     Metric("loss_nats", "inherited validation loss", "nats/token", None, objective=True),
     Metric("decode_ms", "decode step", "ms", lambda p: p.decode_ms, objective=True, limit=True),
     Metric("prefill_ms", "prefill", "ms", lambda p: p.prefill_ms(p.batch), objective=True, limit=True),
-    Metric("tokens_per_s", "decode throughput", "tokens/s", lambda p: p.tokens_per_s, True, objective=True, limit=True),
-    Metric("batch", "batch", "sequences", lambda p: p.batch, True),
+    Metric(
+        "tokens_per_s",
+        "decode throughput",
+        "tokens/s",
+        lambda p: p.tokens_per_s,
+        maximise=True,
+        objective=True,
+        limit=True,
+    ),
+    Metric("batch", "batch", "sequences", lambda p: p.batch, maximise=True),
     Metric("kv_bytes_per_token", "KV cache", "bytes/token", lambda p: p.kv_bytes_per_token, objective=True, limit=True),
     Metric("parameters", "parameters", "", lambda p: p.shape.parameters(p.vector), objective=True, limit=True),
 )
@@ -50,14 +58,14 @@ _WHERE_KNOWN = (
     Metric("decode_ms_low", "decode step, at least", "ms", lambda p: p.interval and p.interval[0]),
     Metric("decode_ms_high", "decode step, at most", "ms", lambda p: p.interval and p.interval[1]),
     Metric("joules_per_token", "energy", "J/token", lambda p: p.joules_per_token),
-    Metric("cost_per_million_tokens", "cost", "per million tokens", lambda p: p.costs.get("cost_per_million_tokens")),
-    Metric(
-        "kg_co2e_per_million_tokens",
-        "emissions",
-        "kg CO2e per million tokens",
-        lambda p: p.costs.get("kg_co2e_per_million_tokens"),
+    *(
+        Metric(name, title, unit, lambda p, name=name: p.money_and_emissions.get(name))  # type: ignore[misc]
+        for name, title, unit in (
+            ("cost_per_million_tokens", "cost", "per million tokens"),
+            ("kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens"),
+            ("kg_co2e_per_year", "emissions", "kg CO2e per year"),
+        )
     ),
-    Metric("kg_co2e_per_year", "emissions", "kg CO2e per year", lambda p: p.costs.get("kg_co2e_per_year")),
 )
 
 METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}

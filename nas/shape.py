@@ -1,4 +1,4 @@
-"""The shape of a model: all that fixes a Llama-style decoder apart from its KV groups, without a tensor in sight.
+"""The shape of a model: all that fixes a Llama-style decoder apart from its KV groups; without torch.
 
 Field names are those of a Hugging Face Llama configuration, so that there is one vocabulary from the YAML file to the
 exported model.

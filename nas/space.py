@@ -1,4 +1,4 @@
-"""Search spaces and group vectors: what can be searched, without a tensor in sight.
+"""Search spaces and group vectors: what can be searched; without torch.
 
 A *vector* holds the number of KV groups ``g`` of every layer and is written ``4-2-2-1``. A *search space* is a model
 shape and the groups that each layer may have.

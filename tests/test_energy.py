@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from nas.config import CostConfig, MeasureConfig
 from nas.errors import UserError
 from nas.hardware import nvml_facts, nvml_state
-from nas.latency.cost import costs
+from nas.latency.cost import money_and_emissions
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
 from nas.latency.measurement import _energy
 from nas.latency.points import Grid
@@ -334,21 +334,23 @@ def test_a_corrupt_table_is_refused(tmp_path: Path, changes: dict[int, dict[str,
 
 def test_costs_by_hand() -> None:
     config = CostConfig(price_per_hour=3.6, grid_kg_per_kwh=0.5)
-    assert costs(1000, 0.3, config, None) == pytest.approx(
+    assert money_and_emissions(1000, 0.3, config, None) == pytest.approx(
         {"cost_per_million_tokens": 1.0, "kg_co2e_per_million_tokens": 0.3 / 3.6 * 0.5, "kg_co2e_per_year": 1314.0}
     )
     half = CostConfig(grid_kg_per_kwh=0.5, pue=1.2, utilisation=0.25)  # 75 W decoding and 75 W idling, on average
-    assert costs(1000, 0.3, half, 100) == pytest.approx(
+    assert money_and_emissions(1000, 0.3, half, 100) == pytest.approx(
         {"kg_co2e_per_million_tokens": 0.3 / 3.6 * 0.6, "kg_co2e_per_year": 0.150 * 8760 * 0.6}
     )
 
 
 def test_what_is_unknown_is_left_out() -> None:
     priced = CostConfig(price_per_hour=2)
-    assert costs(10, None, CostConfig(), 50) == {}
-    assert costs(10, None, priced, None).keys() == {"cost_per_million_tokens"}
-    assert costs(10, 1, CostConfig(utilisation=0.5), None).keys() == {"kg_co2e_per_million_tokens"}
-    assert costs(10, 1, CostConfig(utilisation=0.0), 50)["kg_co2e_per_year"] == pytest.approx(0.05 * 8760 * 0.473)
+    assert money_and_emissions(10, None, CostConfig(), 50) == {}
+    assert money_and_emissions(10, None, priced, None).keys() == {"cost_per_million_tokens"}
+    assert money_and_emissions(10, 1, CostConfig(utilisation=0.5), None).keys() == {"kg_co2e_per_million_tokens"}
+    assert money_and_emissions(10, 1, CostConfig(utilisation=0.0), 50)["kg_co2e_per_year"] == pytest.approx(
+        0.05 * 8760 * 0.473
+    )
 
 
 POSITIVE = st.floats(1e-3, 1e6)
@@ -360,15 +362,15 @@ def test_cost_scales_as_it_must(
     rate: float, joules: float, price: float, grid: float, pue: float, busy: float, idle: float
 ) -> None:
     config = CostConfig(price, grid, pue, busy)
-    result = costs(rate, joules, config, idle)
-    slower = costs(rate / 2, joules, config, idle)
+    result = money_and_emissions(rate, joules, config, idle)
+    slower = money_and_emissions(rate / 2, joules, config, idle)
     assert slower["cost_per_million_tokens"] == pytest.approx(2 * result["cost_per_million_tokens"])
     assert slower["kg_co2e_per_million_tokens"] == result["kg_co2e_per_million_tokens"]
-    cleaner = costs(rate, joules, replace(config, grid_kg_per_kwh=grid / 2), idle)
+    cleaner = money_and_emissions(rate, joules, replace(config, grid_kg_per_kwh=grid / 2), idle)
     for key in ("kg_co2e_per_million_tokens", "kg_co2e_per_year"):
         assert cleaner[key] == pytest.approx(result[key] / 2)
-    always = costs(rate, joules, replace(config, utilisation=1.0), None)["kg_co2e_per_year"]
-    never = costs(rate, joules, replace(config, utilisation=0.0), idle)["kg_co2e_per_year"]
+    always = money_and_emissions(rate, joules, replace(config, utilisation=1.0), None)["kg_co2e_per_year"]
+    never = money_and_emissions(rate, joules, replace(config, utilisation=0.0), idle)["kg_co2e_per_year"]
     assert result["kg_co2e_per_year"] == pytest.approx(busy * always + (1 - busy) * never)
     million_tokens_a_year = rate * 8760 * 3600 / 1e6
     assert always == pytest.approx(million_tokens_a_year * result["kg_co2e_per_million_tokens"])

@@ -28,7 +28,7 @@ from nas.latency.accuracy import (
     random_vectors,
     summarise_check,
 )
-from nas.latency.cost import predictions
+from nas.latency.cost import cost_function
 from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.estimate import RooflineLatency
 from nas.latency.points import Grid, Point, check_shapes, grid_for
@@ -216,7 +216,7 @@ class Recorded(Predictor):
 def test_time_to_first_token_is_the_prefill_of_one_prompt(micro: SearchSpace, tmp_path: Path) -> None:
     device, vector = Device("box", "Box", False, 2**33), (4, 1, 2)
     table = TableLatency(write_table(tmp_path, micro))
-    costs = predictions(micro, device, table, WORKLOAD, CostConfig(), ["ttft_ms", "loss_nats"])(vector)
+    costs = cost_function(micro, device, table, WORKLOAD, CostConfig(), ["ttft_ms", "loss_nats"])(vector)
     one_prompt = sum(affine(layer("prefill", groups, 1, 8)) for groups in vector)
     one_prompt += 2 * affine(Point("prefill", "head", (), 1, 8))
     assert costs["ttft_ms"] == pytest.approx(one_prompt)
@@ -225,11 +225,11 @@ def test_time_to_first_token_is_the_prefill_of_one_prompt(micro: SearchSpace, tm
 
     without = [point for point in table_points() if (point.phase, point.batch) != ("prefill", 1)]
     table = TableLatency(write_table(tmp_path, micro, points=without))
-    costs = predictions(micro, device, table, WORKLOAD, CostConfig())(vector)
+    costs = cost_function(micro, device, table, WORKLOAD, CostConfig())(vector)
     assert "ttft_ms" not in costs
     assert costs["prefill_ms"] == pytest.approx(table.prefill_ms(vector, 4, 8))
     with pytest.raises(UserError, match=r"ttft_ms is wanted, but .* does not tell it for batch 4.*; measure that"):
-        predictions(micro, device, table, WORKLOAD, CostConfig(), ["loss_nats", "ttft_ms"])
+        cost_function(micro, device, table, WORKLOAD, CostConfig(), ["loss_nats", "ttft_ms"])
 
 
 def test_every_metric_of_the_registry_is_predicted_where_its_inputs_are_known(
@@ -239,11 +239,11 @@ def test_every_metric_of_the_registry_is_predicted_where_its_inputs_are_known(
     power = [(g, batch, 16, 100.0, 1.0, 5.0, 9, "energy counter") for g in GROUPS for batch in (2, 6)]
     pd.DataFrame(power, columns=ENERGY_COLUMNS).to_csv(tmp_path / "energy.csv", index=False)
     table, box, cost = TableLatency(tmp_path), Device("box", "Box", False, 2**33), CostConfig(price_per_hour=1.0)
-    costs = predictions(micro, box, table, WORKLOAD, cost)((4, 1, 2))
+    costs = cost_function(micro, box, table, WORKLOAD, cost)((4, 1, 2))
     interval = {"decode_ms_low", "decode_ms_high"}  # of estimates
     assert costs.keys() == METRICS.keys() - {"loss_nats"} - interval | {"latency_source"}
     assert costs["joules_per_token"] == pytest.approx(100.0 * float(costs["decode_ms"]) / 1e3 / 4)
-    estimated = predictions(micro, GPU, RooflineLatency(GPU, micro.shape, "fp32"), WORKLOAD, CostConfig())((1, 1, 1))
+    estimated = cost_function(micro, GPU, RooflineLatency(GPU, micro.shape, "fp32"), WORKLOAD, CostConfig())((1, 1, 1))
     assert interval < estimated.keys()
     assert estimated["latency_source"] == "estimated"
     assert "joules_per_token" not in estimated

@@ -140,7 +140,7 @@ def test_a_supernet_that_another_process_finishes_at_that_moment_is_taken(
         if aside.exists():
             aside.rename(finished)
 
-    monkeypatch.setattr("nas.stages.train.check_memory", others_finish)
+    monkeypatch.setattr("nas.stages.train.check_training_memory", others_finish)
     result = nas("search", "--budget", 5, "name=late", *workspace.arguments)
     assert result.code == 0, result.err
     assert len(trials(workspace.runs / "search" / "late")) == 5

@@ -18,7 +18,7 @@ from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
-from nas.training import check_memory, fit
+from nas.training import check_training_memory, fit
 from nas.training.loop import Microbatch, learning_rate_at
 from nas.training.recipes import check_recipe, distilled_loss, step_plan
 
@@ -218,5 +218,5 @@ def test_a_recipe_whose_numbers_do_not_go_together_is_refused(options: dict[str,
 )
 def test_a_training_that_cannot_fit_is_refused(micro: SearchSpace, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_memory("it", TrainConfig(**options), micro.shape, micro.largest)
-    check_memory("it", TrainConfig(batch=10**12, accumulate=10**12), micro.shape, micro.largest)
+        check_training_memory("it", TrainConfig(**options), micro.shape, micro.largest)
+    check_training_memory("it", TrainConfig(batch=10**12, accumulate=10**12), micro.shape, micro.largest)

@@ -18,7 +18,7 @@ _JOULES_PER_KWH = 3.6e6
 _HOURS_PER_YEAR = 365 * 24
 
 
-def costs(
+def money_and_emissions(
     tokens_per_s: float, joules_per_token: float | None, config: CostConfig, idle_watts: float | None
 ) -> dict[str, float]:
     """Cost and emissions of decoding by the formulas in docs/energy.md; whatever lacks an input is left out.
@@ -92,11 +92,11 @@ class Prediction:
         return self.energy.joules_per_step(self.vector, batch, layer_ms, rest_ms) / batch
 
     @property
-    def costs(self) -> dict[str, float]:
-        return costs(self.tokens_per_s, self.joules_per_token, self.cost, self.predictor.idle_watts)
+    def money_and_emissions(self) -> dict[str, float]:
+        return money_and_emissions(self.tokens_per_s, self.joules_per_token, self.cost, self.predictor.idle_watts)
 
 
-def predictions(
+def cost_function(
     space: SearchSpace,
     device: Device,
     predictor: Predictor,

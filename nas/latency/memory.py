@@ -99,7 +99,7 @@ def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[i
     return sorted({memory.batch(vector) for vector in (space.largest, space.smallest)})
 
 
-def check_memory(space: SearchSpace, device: Device, workload: Workload) -> None:
+def check_serving_memory(space: SearchSpace, device: Device, workload: Workload) -> None:
     """Warns where the largest vector does not fit into the device's memory at the workload's batch.
 
     Where not even the smallest one does, that is an error.

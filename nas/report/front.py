@@ -103,16 +103,17 @@ def draw_groups(drawing: Figure, matrix: pd.DataFrame) -> None:
     bar.ax.set_yticklabels(list(map(str, choices)))
 
 
-def front_table(front: pd.DataFrame) -> Table:
-    """The rows of front.csv, as far as it has these columns; vectors may have a ``name``."""
-    columns = [column for column in _TABLE if column in front]
+def front_table(front: pd.DataFrame, objectives: Objectives) -> Table:
+    """The rows of front.csv: the objectives, and what else people look for; vectors may have a ``name``."""
+    others = {name: (METRICS[name].label, "{:,.4g}") for name in objectives.names if name not in _TABLE}
+    shown = {column: how for column, how in (_TABLE | others).items() if column in front}
     table = Table()
     table.add_column("vector", overflow="fold", min_width=12)
-    for column in columns:
-        table.add_column(_TABLE[column][0], justify="right", no_wrap=True)
+    for heading, _ in shown.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in front.to_dict("records"):
         vector = f"{row['vector']} ({row['name']})" if row.get("name") else row["vector"]
-        table.add_row(vector, *(_TABLE[column][1].format(row[column]) for column in columns))
+        table.add_row(vector, *(text.format(row[column]) for column, (_, text) in shown.items()))
     return table
 
 

@@ -1,1 +1,1 @@
-"""One module a command: ``run(config, path)`` puts the rooms together and writes the run directory ``path``."""
+"""One module per command: ``run(config, path)`` connects the packages and writes the run directory ``path``."""

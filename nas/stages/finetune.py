@@ -16,7 +16,7 @@ from nas.quality import mean_loss
 from nas.run import start_run
 from nas.space import format_vector
 from nas.stages.export import open_checkpoint
-from nas.training import check_memory, fit, full_state_dict, text_loss, training_device, window_length
+from nas.training import check_training_memory, fit, full_state_dict, text_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 
 
@@ -26,7 +26,7 @@ def run(config: Finetune, path: Path) -> None:
     source, parents = open_checkpoint(config.checkpoint, exporter)
     options, device = config.train, training_device()
     model = exporter.read(source, with_weights=not config.from_scratch)
-    check_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
+    check_training_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
     length = window_length(options, model.shape.max_position_embeddings)
     if config.from_scratch:
         model.initialise(torch.Generator().manual_seed(options.seed))

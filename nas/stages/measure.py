@@ -28,7 +28,7 @@ from nas.latency.device import DEVICE, device_folders
 from nas.latency.energy import ENERGY
 from nas.latency.estimate import RooflineLatency
 from nas.latency.measurement import Measured, measure
-from nas.latency.memory import batches_of, check_memory
+from nas.latency.memory import batches_of, check_serving_memory
 from nas.latency.points import check_shapes, grid_for
 from nas.latency.predictor import MAX, STEP_REVISION
 from nas.latency.samples import SAMPLES
@@ -51,7 +51,7 @@ def run(config: Measure, path: Path) -> None:
     if config.publish:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
     workload = resolve_workload(config.workload, space.shape, device)
-    check_memory(space, device, workload)
+    check_serving_memory(space, device, workload)
     try:
         measure_space(config, space, device, workload, path)
     except AlreadyFinishedError:

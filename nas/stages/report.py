@@ -79,7 +79,7 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
             with draw(path / "latency_check", f"{name}: predicted and measured models") as drawing:
                 draw_check(drawing, check)
 
-    console.print(front_table(front))
+    console.print(front_table(front, objectives))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(everything, uniform))
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)

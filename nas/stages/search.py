@@ -28,8 +28,8 @@ from nas.csv_files import read_csv, write_csv
 from nas.errors import InUseError, UserError
 from nas.files import value_hash, without_passwords
 from nas.latency import Predictor, find_device, resolve_workload
-from nas.latency.cost import predictions
-from nas.latency.memory import check_memory
+from nas.latency.cost import cost_function
+from nas.latency.memory import check_serving_memory
 from nas.metrics import LIMITS
 from nas.quality import InheritedLoss
 from nas.report.front import front_table
@@ -72,7 +72,7 @@ def run(config: Search, path: Path) -> None:
         with more_workers(partial(_assist, config, path), config.workers):
             prepared.work(running="ignore")
         return
-    console.print(front_table(front))
+    console.print(front_table(front, prepared.problem.objectives))
     console.print(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
 
 
@@ -109,7 +109,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     earlier = _earlier_searches(config, space)
     device = find_device(config.device)
     workload = resolve_workload(config.workload, space.shape, device)
-    check_memory(space, device, workload)
+    check_serving_memory(space, device, workload)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
         "device": device.slug,
         "workload": dataclasses.asdict(workload),
@@ -140,7 +140,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     console.print(f"Latency on {device.name} ({workload}): {described}")
     limits = dataclasses.asdict(config.constraints)
     needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
-    costs = predictions(space, device, latency, workload, config.cost, needed)
+    costs = cost_function(space, device, latency, workload, config.cost, needed)
     problem = Problem(space, objectives, costs, limits)
     agree(latency=f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}")
 

@@ -20,7 +20,7 @@ from nas.model.pretrained import read_checkpoint, resolve_space
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
-from nas.training import check_memory, fit, full_state_dict, supernet_loss, training_device, window_length
+from nas.training import check_training_memory, fit, full_state_dict, supernet_loss, training_device, window_length
 from nas.training.loop import CHECKPOINT, autocast
 from nas.training.recipes import check_recipe
 
@@ -55,7 +55,7 @@ class Training:
 
     def check_memory(self) -> None:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
-        check_memory(f"space {self.space.name}", self.options, self.space.shape, self.space.largest)
+        check_training_memory(f"space {self.space.name}", self.options, self.space.shape, self.space.largest)
 
     @cached_property
     def data(self) -> TokenData:

@@ -25,12 +25,12 @@ def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
     """Runs ``work``, which must be picklable, in ``count - 1`` more processes for as long as the block runs."""
     threads, context = torch.get_num_threads(), multiprocessing.get_context("spawn")
     processes = [context.Process(target=_run, args=(work, index, count)) for index in range(1, count)]
-    terminal = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for this process to handle
+    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited: a Ctrl-C is for this process to handle
     try:
         for process in processes:
             process.start()
     finally:
-        signal.signal(signal.SIGINT, terminal)
+        signal.signal(signal.SIGINT, previous)
     try:
         _take_share(0, count)
         yield

@@ -25,7 +25,7 @@ def window_length(options: TrainConfig, context: int) -> int:
     return options.length or context
 
 
-def check_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vector) -> None:
+def check_training_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vector) -> None:
     """Refuses a training that cannot fit into this machine, counting only what is certain.
 
     That is 16 bytes per parameter (fp32 weight, gradient, AdamW's two moments) and a microbatch's logits in fp32.
