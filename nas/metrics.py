@@ -35,6 +35,10 @@ class Metric:
         return f"{'min' if self.maximise else 'max'}_{self.name}"
 
 
+def _money(name: str, title: str, unit: str) -> Metric:
+    return Metric(name, title, unit, lambda p: p.money_and_emissions.get(name))
+
+
 _ALWAYS = (  # in the order of the columns, which other programs rely on
     Metric("loss_nats", "inherited validation loss", "nats/token", None, objective=True),
     Metric("decode_ms", "decode step", "ms", lambda p: p.decode_ms, objective=True, limit=True),
@@ -58,14 +62,11 @@ _WHERE_KNOWN = (
     Metric("decode_ms_low", "decode step, at least", "ms", lambda p: p.interval and p.interval[0]),
     Metric("decode_ms_high", "decode step, at most", "ms", lambda p: p.interval and p.interval[1]),
     Metric("joules_per_token", "energy", "J/token", lambda p: p.joules_per_token),
-    *(
-        Metric(name, title, unit, lambda p, name=name: p.money_and_emissions.get(name))  # type: ignore[misc]
-        for name, title, unit in (
-            ("cost_per_million_tokens", "cost", "per million tokens"),
-            ("kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens"),
-            ("kg_co2e_per_year", "emissions", "kg CO2e per year"),
-        )
+    _money("cost_per_million_tokens", "cost", "per million tokens"),
+    Metric(
+        "kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens", _money("kg_co2e_per_million_tokens")
     ),
+    _money("kg_co2e_per_year", "emissions", "kg CO2e per year"),
 )
 
 METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}

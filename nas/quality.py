@@ -1,4 +1,7 @@
-"""The loss of vectors on a fixed set of validation windows, remembered on disk by vector."""
+"""The loss of vectors on a fixed set of validation windows, remembered on disk by vector.
+
+Shape suffixes: B rows, N windows, V vectors, T tokens, W words of the vocabulary.
+"""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,9 +21,9 @@ from nas.space import Vector, format_vector
 _TOKENS = 8192  # in one forward pass; their logits are what takes memory
 
 
-def row_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+def row_losses(logits_BTW: Tensor, targets_BT: Tensor) -> Tensor:
     """Mean loss of each row in nats per token, shape (B,)."""
-    losses = F.cross_entropy(logits_BTV.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
+    losses = F.cross_entropy(logits_BTW.float().flatten(0, 1), targets_BT.flatten(), reduction="none")
     return losses.view(targets_BT.shape).mean(1)
 
 

@@ -1,5 +1,6 @@
 """Reports: what the figures show, and that they come from the CSVs alone."""
 
+import io
 import re
 import shutil
 from itertools import pairwise
@@ -13,11 +14,12 @@ import pytest
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
+from rich.console import Console
 
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.metrics import METRICS
 from nas.report.figure import figure
-from nas.report.front import draw_front, draw_groups, front_points, gain_sentence, group_matrix
+from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume
 from nas.report.predicted import draw_check
 from nas.search import Objectives
@@ -113,6 +115,15 @@ def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace)
         assert nas("report", f"run={workspace.runs}/search/{name}", f"name={name}").code == 0
     two, three = (Image.open(workspace.runs / "report" / name / "front.png").width for name in ("base", "three"))
     assert three > 1.5 * two
+
+
+def test_the_table_shows_every_objective() -> None:
+    row = {"vector": "4-1", "loss_nats": 3.5, "parameters": 18_874_368, "memory_gib": 1.23456, "name": "knee"}
+    printed = io.StringIO()
+    Console(file=printed, width=100).print(front_table(pd.DataFrame([row]), Objectives(("loss_nats", "parameters"))))
+    text = printed.getvalue()
+    assert all(word in text for word in ("4-1 (knee)", "3.5000", "parameters", "18,874,368"))
+    assert "1.23" not in text
 
 
 def test_points_carry_the_names_of_reference_vectors() -> None:

@@ -105,7 +105,11 @@ def draw_groups(drawing: Figure, matrix: pd.DataFrame) -> None:
 
 def front_table(front: pd.DataFrame, objectives: Objectives) -> Table:
     """The rows of front.csv: the objectives, and what else people look for; vectors may have a ``name``."""
-    others = {name: (METRICS[name].label, "{:,.4g}") for name in objectives.names if name not in _TABLE}
+    others = {
+        name: (METRICS[name].label, "{:,}" if front[name].dtype.kind == "i" else "{:,.4g}")
+        for name in objectives.names
+        if name not in _TABLE
+    }
     shown = {column: how for column, how in (_TABLE | others).items() if column in front}
     table = Table()
     table.add_column("vector", overflow="fold", min_width=12)
