@@ -63,9 +63,7 @@ _WHERE_KNOWN = (
     Metric("decode_ms_high", "decode step, at most", "ms", lambda p: p.interval and p.interval[1]),
     Metric("joules_per_token", "energy", "J/token", lambda p: p.joules_per_token),
     _money("cost_per_million_tokens", "cost", "per million tokens"),
-    Metric(
-        "kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens", _money("kg_co2e_per_million_tokens")
-    ),
+    _money("kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens"),
     _money("kg_co2e_per_year", "emissions", "kg CO2e per year"),
 )
 
