@@ -8,7 +8,6 @@ and uncertainty of the whole model, and from costs that depend on counts alone. 
 these beforehand, the trials show which objectives are costs.
 """
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -19,7 +18,6 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
-from threadpoolctl import ThreadpoolController
 
 from nas.search.exact import best_vectors
 from nas.search.improvement import expected_hypervolume_improvement
@@ -32,8 +30,6 @@ _CONSIDERED = 100  # candidates whose own uncertainty is worked out
 _DESIGN = 2  # evaluations per layer: searches with fewer do not begin with one layer at a time
 _MARGIN = 0.1  # of the evaluated range: how far the reference point lies beyond its worst
 _COST_ERROR = 1e-3  # of its range; what counts explain better than that is a cost
-
-_libraries = functools.cache(ThreadpoolController)  # looks for them once, when they are all loaded
 
 
 class FrontSampler(InformedSampler):
@@ -71,8 +67,7 @@ class FrontSampler(InformedSampler):
         values = np.array([other.values or [np.nan] * len(signs) for other in others]).reshape(-1, len(signs)) * signs
         known = self.costs
         costs = (lambda chosen: known(layers.levels_K[chosen]) * signs) if known else None
-        with _libraries().limit(limits=1, user_api="blas"):  # more threads only hinder with such small matrices
-            chosen = self._proposal(layers, vectors, values, costs)
+        chosen = self._proposal(layers, vectors, values, costs)
         return dict(zip(names, layers.levels_K[chosen].tolist(), strict=True))
 
     def _proposal(self, layers: Layers, vectors_NL: Ints, values_NO: Floats, costs: Costs | None) -> Ints:

@@ -29,15 +29,15 @@ from torch import Tensor
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_TYPICAL = {"step": 0.7, "coupling": 0.15, "residual": 0.2, "decay": 0.1, "noise": 0.02, "bend": 0.3}  # expected …
-_SPREAD = {
-    "step": 0.7,
-    "coupling": 1.0,
-    "residual": 1.5,
-    "decay": 1.0,
-    "noise": 1.5,
-    "bend": 2.0,
-}  # … and its logarithms'
+# What is expected of each hyperparameter, and the deviation of its logarithm. A layer's mean penalty is the unit.
+_PRIOR = {
+    "step": (0.7, 0.7),
+    "coupling": (0.15, 1.0),
+    "residual": (0.2, 1.5),
+    "decay": (0.1, 1.0),
+    "noise": (0.02, 1.5),
+    "bend": (0.3, 2.0),
+}
 _STARTS = ((0.1, 0.1), (10.0, 0.1), (0.1, 10.0))  # bends from which the most likely ones are looked for
 _LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
 _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluations at which all that is learned again
@@ -239,9 +239,9 @@ def _straightened(values: Tensor, bend: Tensor) -> Tensor:
 def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
     steps = choices - 1
-    repeats = torch.tensor([steps, 1, 1, 1, 1, 2])
-    typical = torch.tensor(list(_TYPICAL.values()), dtype=torch.float64).log().repeat_interleave(repeats)
-    spread = torch.tensor(list(_SPREAD.values()), dtype=torch.float64).repeat_interleave(repeats)
+    prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64)
+    prior = prior.repeat_interleave(torch.tensor([steps, 1, 1, 1, 1, 2]), dim=0)
+    typical, spread = prior[:, 0].log(), prior[:, 1]
     if not count:
         return Hyperparameters.of(typical)
     inputs = _Inputs(np.frombuffer(vectors, dtype=np.intp).reshape(count, layers), choices)
