@@ -5,6 +5,7 @@ import json
 import math
 import tempfile
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,19 @@ def test_between_points_only_the_nearest_ones_count(micro: SearchSpace, tmp_path
             ]
             expected = np.interp(length, GRID.prompts, of_length)
             assert table.layer_ms("prefill", groups, 2, length) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("taus", "ranks"), [([-0.14, 0.07], False), ([0.64, 0.93], True), ([], True)])
+def test_a_table_that_ranks_nothing_is_refused(
+    tmp_path: Path, micro: SearchSpace, taus: list[float], ranks: bool
+) -> None:
+    check = [
+        {"phase": "decode", "batch": 4, "length": 16, "n": 8, "mape": 0.1, "worst": 0.2, "kendall_tau": tau}
+        for tau in taus
+    ]
+    table = TableLatency(write_table(tmp_path, micro, check=check))
+    with nullcontext() if ranks else pytest.raises(UserError, match=r"ranks nothing: .* of 8 models is -0.04"):
+        table.check_ranking()
 
 
 def test_a_prompt_so_long_that_it_goes_alone_does_not_flatten_what_is_between(

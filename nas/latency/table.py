@@ -34,6 +34,7 @@ COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", 
 OK, OUT_OF_MEMORY = "ok", "out_of_memory"
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 _REPORTED_SLOWER = 0.005
+_ENOUGH_MODELS, _LEAST_TAU = 8, 0.3  # a table that was held against so many must rank them at least so well
 
 
 def layer_shape(shape: ModelShape) -> dict[str, Any]:
@@ -77,6 +78,16 @@ class TableLatency(Predictor):
 
     def describe(self) -> str:
         return self._description
+
+    def check_ranking(self) -> None:
+        """Refuses a table that does not put end-to-end models into the order of their measured decode times."""
+        checks = [one for one in self.meta["check"] if one["phase"] == "decode" and one["n"] >= _ENOUGH_MODELS]
+        taus = [one["kendall_tau"] for one in checks if "kendall_tau" in one]
+        if taus and sum(taus) / len(taus) < _LEAST_TAU:
+            raise UserError(
+                f"{self.folder} ranks nothing: Kendall's tau of its decode times and those of {checks[0]['n']} models "
+                f"is {sum(taus) / len(taus):.2f}; measure another one, or name it with latency="
+            )
 
     def check(self) -> pd.DataFrame:
         """The end-to-end models that the table was checked against: `CHECK_COLUMNS`."""

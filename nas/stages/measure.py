@@ -172,6 +172,14 @@ def find_latency(
     def covers(table: TableLatency) -> bool:
         return table.fits(device.slug, space, workload, batches)
 
+    def ranks(table: TableLatency) -> bool:
+        try:
+            table.check_ranking()
+        except UserError as error:
+            console.warn(f"Passing over a latency table: {error}")
+            return False
+        return True
+
     batches = batches_of(space, device, workload)
     if config.latency:
         if covers(named := table_of(FinishedRun(Path(config.latency), "measure"))):
@@ -182,6 +190,8 @@ def find_latency(
     tables = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
     if begun:
         tables = [table for table in tables if table.digest == begun["latency_table"]]
+    else:
+        tables = list(filter(ranks, tables))
     if tables:  # of those of the present decode step, first one that need not interpolate
         wanted = dataclasses.asdict(workload)
         return min(tables, key=lambda t: (not t.is_current, t.meta.get("workload") != wanted))
