@@ -73,8 +73,6 @@ _STATE: _Queries = {
 _SENSORS: _Queries = {  # of the whole card
     # Since its driver was loaded, from Volta on; updated every 20 to 100 ms.
     "energy_joules": lambda gpu: pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu) / 1e3,
-    # Now; from Ampere on (A100 apart) NVML gives the mean of the last second.
-    "power_watts": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1e3,
 }
 _QUERIES = _FACTS | _STATE | _SENSORS
 

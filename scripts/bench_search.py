@@ -18,10 +18,11 @@ and `real`: the losses of all 6,561 vectors of a trained supernet of `tiny` (doc
 says how it came to be). `near` is the same judged by the reference point of `nas report`: real losses lie so near each
 other that in the hypervolume of `real`, 5 % beyond the worst uniform vector, even random vectors cover nearly all.
 
-Nobody is told the costs. Every search evaluates the uniform vectors first, and no vector twice. `-int` samplers see the
-layers as whole numbers, the others as categories. `one-at-a-time` changes one layer at a time, adds the differences up,
-and evaluates the exact front of that sum. Searches that are in the CSV already are not made again. The last line of
-stdout is JSON: median shares of `front`, and the milliseconds of its own that each sampler takes per trial.
+None but `one-at-a-time` is told the costs. Every search evaluates the uniform vectors first, and no vector twice.
+`-int` samplers see the layers as whole numbers, the others as categories. `one-at-a-time` changes one layer at a time,
+adds the differences up, and evaluates the exact front of that sum. Searches that are in the CSV already are not made
+again. The last line of stdout is JSON: median shares of `front`, and the milliseconds of its own that each sampler
+takes per trial.
 
     python scripts/bench_search.py docs/search/bench.csv --workers 16     the searches that it lacks, then as below
     python scripts/bench_search.py docs/search/bench.csv --draw           bench.png, table.md, the table of search.md
@@ -363,7 +364,8 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
     """Median shares of `front`, and each sampler's own time per trial over all problems of 32 layers."""
     medians = table[table["sampler"] == "front"].groupby(["problem", "evaluations"], as_index=False)["share"].median()
     large = table[~table["problem"].isin(("real", "near"))]
-    milliseconds = large.groupby("sampler")["sampler_ms"].median()
+    longest = large[large["evaluations"] == large.groupby("sampler")["evaluations"].transform("max")]
+    milliseconds = longest.groupby("sampler")["sampler_ms"].median()
     shares = {"_".join(map(str, row[:2])): round(row[2], 4) for row in medians.itertuples(index=False)}
     return shares | {f"{name}_ms": round(took, 2) for name, took in milliseconds.items()}
 

@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUNTIMES = ("compiled", "eager")
+KINDS = ("inherited", "further")
 
 
 def page(name: str) -> str:
@@ -91,6 +92,21 @@ def test_fidelity_is_quoted_as_measured() -> None:
     assert f"was {alone['tau']:.2f} ({interval}), that of the total of groups {of_total:.2f}" in page("README.md")
     gaps = pd.read_csv(DOCS / "fidelity" / "gaps.csv").groupby("rule")["gap_percent"].mean()
     assert f"was {gaps['sliced']:.1f} % above a plain model's" in page("README.md")
+
+
+def test_what_further_training_changes_is_quoted_as_measured() -> None:
+    changes, deviations, inherited_deviations = [], [], []
+    for rule in ("sliced", "pooled", "separate"):
+        rows = pd.read_csv(DOCS / "fidelity" / f"{rule}.csv")
+        inherited, further = (rows[rows["kind"] == kind].set_index("vector")["loss_nats"] for kind in KINDS)
+        changes.append((inherited - further).mean())
+        deviations.append((inherited - further).std())
+        inherited_deviations.append(inherited.std())
+    assert (
+        f"by {min(changes):.3f} to {max(changes):.3f} nats with a deviation of {min(deviations):.4f} to "
+        f"{max(deviations):.4f}, where the inherited losses' is {min(inherited_deviations):.3f} to "
+        f"{max(inherited_deviations):.3f}"
+    ) in page("docs/fidelity.md")
 
 
 def test_the_small_trained_checkpoint_is_quoted_as_measured() -> None:

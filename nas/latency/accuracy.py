@@ -8,7 +8,7 @@ from scipy.stats import kendalltau
 
 from nas.errors import UserError
 from nas.latency.points import Point
-from nas.latency.predictor import Phase, Predictor
+from nas.latency.predictor import Predictor
 from nas.space import SearchSpace, Vector, format_vector
 
 CHECK = "check.csv"
@@ -48,12 +48,9 @@ def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
     return summaries
 
 
-def phase_errors(summaries: list[dict[str, float | str]], phase: Phase) -> tuple[float, float] | None:
-    """Mean and worst error over all workloads of a phase."""
-    of_phase = [summary for summary in summaries if summary["phase"] == phase]
-    if not of_phase:
-        return None
-    models, means, worst = np.array([[summary[key] for key in ("n", "mape", "worst")] for summary in of_phase], float).T
+def overall_errors(checks: list[dict[str, float | str]]) -> tuple[float, float]:
+    """Mean and worst error over some workloads."""
+    models, means, worst = np.array([[check[key] for key in ("n", "mape", "worst")] for check in checks], float).T
     return float(np.average(means, weights=models)), float(worst.max())
 
 

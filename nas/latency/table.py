@@ -21,7 +21,7 @@ from scipy.interpolate import make_interp_spline
 from nas.csv_files import counts, positive_numbers, read_csv, require
 from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json
-from nas.latency.accuracy import CHECK, CHECK_COLUMNS, phase_errors
+from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.points import EMBEDDING_AND_HEAD
 from nas.latency.predictor import PHASES, STEP_REVISION, Phase, Predictor, Workload
@@ -128,7 +128,8 @@ def _description(meta: Mapping[str, Any], is_current: bool) -> str:
         words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
     for phase in PHASES:
         checks = [summary for summary in meta["check"] if summary["phase"] == phase]
-        if error := phase_errors(checks, phase):
+        if checks:
+            error = overall_errors(checks)
             models, where = max(check["n"] for check in checks), [f"{c['batch']} x {c['length']}" for c in checks]
             at = f"{models} end-to-end models at {', '.join(where)} tokens"
             words.append(f"mean error of {phase} {error[0]:.1%}, worst {error[1]:.1%} ({at})")

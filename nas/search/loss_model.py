@@ -108,7 +108,8 @@ class LossModel:
 
     def mean(self) -> LayerLosses:
         """The posterior mean of the sum, in units of a layer's mean penalty."""
-        return self._layer_losses(self._weights())
+        correction = self._evaluated.features.T @ self._solved_N
+        return self._layer_losses(self._expected_P + self._variances_P * correction)
 
     def draw(self, rng: np.random.Generator) -> LayerLosses:
         """A draw from the posterior of the sum: one from the prior, corrected by its errors (Matheron's rule)."""
@@ -121,20 +122,23 @@ class LossModel:
 
     def means(self, vectors_NL: Ints) -> Floats:
         """Expected losses of vectors, shape (N,)."""
-        return self._losses(self._expected_sums(_Inputs(vectors_NL, self._choices)))
+        vectors = _Inputs(vectors_NL, self._choices)
+        return self._losses(self._expected_sums(vectors, self._across(vectors)))
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Posterior standard deviations of the losses of vectors that were not evaluated, shape (N,)."""
         vectors = _Inputs(vectors_NL, self._choices)
-        across = _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
+        across = self._across(vectors)
         explained = torch.linalg.solve_triangular(self._root, across.T, upper=False).square().sum(dim=0)
         own = vectors.features.square() @ self._variances_P + self._layers * self.hyperparameters.residual**2
         deviations = (own + self.hyperparameters.noise**2 - explained).clamp(min=0).sqrt()
-        sums = self._expected_sums(vectors)
+        sums = self._expected_sums(vectors, across)
         return (self._losses(sums + deviations) - self._losses(sums - deviations)) / 2
 
-    def _expected_sums(self, vectors: "_Inputs") -> Tensor:
-        across = _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
+    def _across(self, vectors: "_Inputs") -> Tensor:
+        return _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
+
+    def _expected_sums(self, vectors: "_Inputs", across: Tensor) -> Tensor:
         sums: Tensor = self._mean + vectors.features @ self._expected_P + across @ self._solved_N
         return sums
 
@@ -144,9 +148,6 @@ class LossModel:
 
     def _solve(self, values_N: Tensor) -> Tensor:
         return torch.cholesky_solve(values_N[:, None], self._root)[:, 0]
-
-    def _weights(self) -> Tensor:
-        return self._expected_P + self._variances_P * (self._evaluated.features.T @ self._solved_N)
 
     def _layer_losses(self, weights_P: Tensor) -> LayerLosses:
         steps, layers = self._choices - 1, self._layers
