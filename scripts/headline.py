@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -31,7 +32,7 @@ from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.latency.table import TableLatency
 from nas.report.figure import COLOURS, figure
-from nas.run import now
+from nas.run import git_state, now
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 
@@ -60,6 +61,7 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
         "device": nvml.get("nvml_name"),
         "driver": nvml.get("driver"),
         "torch": torch.__version__,
+        "commit": str((git_state() or {}).get("commit"))[:7],
         "date": now(),
     }
     rows: list[dict[str, Any]] = []
@@ -68,11 +70,12 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
             for why, batch in batches(shape, vector, runtime, gib):
                 row: dict[str, Any] = {"model": name, "runtime": runtime, "batch": batch, "why": why}
                 with served(shape, vector, workload(batch, runtime)) as trial:
-                    seconds = trial.step_ms() / 1e3
-                    energy = None
-                    if "most" in why:
-                        energy = measure_energy(trial.step, energy_s, uuid, torch.cuda.synchronize)
-                    row |= {"step_ms": 1e3 * seconds, "tokens_per_s": batch / seconds}
+                    times, energy = trial.step_times_ms(), None
+                    seconds = median(times) / 1e3
+                    if "most" in why and (energy := measure_energy(trial.step, energy_s, uuid, torch.cuda.synchronize)):
+                        seconds = energy.seconds / energy.calls  # of the very steps whose power was read
+                    row |= {"step_ms": 1e3 * seconds, "fastest_ms": min(times), "slowest_ms": max(times)}
+                    row |= {"tokens_per_s": batch / seconds}
                     row["bandwidth_share"] = trial.bytes_per_step / seconds / bandwidth
                 row["joules_per_token"] = energy.joules_per_call / batch if energy else None
                 row["watts"] = energy.watts if energy else None

@@ -1,0 +1,157 @@
+"""Decode steps that follow one another for seconds, as a busy server runs them, against the tables that ship.
+
+A table is made of short runs. A card that reaches its power limit is slower after a second, more so for some vectors
+than for others, and another card of the same name is another card. So steps are timed here for two seconds each, the
+choice of the next tokens included, in a session of its own: uniform vectors, DeciLM-6B's, and random ones, half of them
+from mixtures that front vectors have (mostly one number of groups); at batches and contexts on and off the grid.
+
+    python scripts/lasting_check.py measure           on a GPU: adds its rows to docs/latency/lasting.csv
+    python scripts/lasting_check.py calibrate         on a GPU: energy.csv of the shipped table again (see --help)
+    python scripts/lasting_check.py                   the errors of the shipped tables, docs/latency/lasting_errors.csv
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from nas import shipped
+from nas.csv_files import write_csv
+from nas.files import write_atomically
+from nas.hardware import nvml_facts
+from nas.latency.accuracy import random_vectors
+from nas.latency.energy import ENERGY, ENERGY_COLUMNS, measure_energy
+from nas.latency.points import Point
+from nas.latency.pool import LayerPool
+from nas.run import git_state, now
+from nas.space import SearchSpace, Vector, format_vector, load_space
+
+OUT = Path("docs/latency")
+SPACE, RUNTIME = "decilm-6b", "compiled"
+# Batch and context: below 64, between 65 and 127, and beyond; on the shipped grid and between its points.
+STEPS = [(1, 2048), (16, 3000), (48, 2048), (80, 1500), (112, 2048), (192, 2048), (208, 3000), (320, 1024)]
+PROMPTS = [(5, 768), (2, 2000)]  # prompts and their tokens
+POWER_BATCHES, POWER_CONTEXT, POWER_S = [1, 8, 32, 64, 128, 192, 256, 320], 2048, 5.0
+RANDOM, MIXED, SEED = 4, 4, 17
+WARM_UP_S, LASTS_S = 0.7, 2.0
+MEMORY_SHARE = 0.85
+
+
+def vectors(space: SearchSpace) -> dict[Vector, str]:
+    """The kind of each vector that is timed."""
+    kinds = {vector: "uniform" for vector in space.uniform_vectors()}
+    kinds |= {vector: name for name, vector in space.known_vectors.items()}
+    kinds |= {vector: "random" for vector in random_vectors(space, RANDOM, SEED)}
+    rng, choices = np.random.default_rng(SEED), sorted(set().union(*space.choices))
+    for _ in range(MIXED):
+        mixture = rng.dirichlet(np.full(len(choices), 0.5))
+        kinds[tuple(int(groups) for groups in rng.choice(choices, space.shape.num_hidden_layers, p=mixture))] = "mixed"
+    return kinds
+
+
+def lasting_ms(call: Callable[[], object]) -> float:
+    """Milliseconds of a call when one follows the other for `LASTS_S`, after a warm-up."""
+    for seconds in (WARM_UP_S, LASTS_S):
+        torch.cuda.synchronize()
+        begun, calls = time.perf_counter(), 0
+        while time.perf_counter() - begun < seconds:
+            for _ in range(4):
+                call()
+            calls += 4
+            if calls % 32 == 0:  # the host does not run ahead by more than this
+                torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        ms = 1e3 * (time.perf_counter() - begun) / calls
+    return ms
+
+
+def machine() -> dict[str, Any]:
+    uuid = str(torch.cuda.get_device_properties(0).uuid)
+    git, nvml = git_state() or {}, nvml_facts(uuid)
+    return {
+        "device": nvml.get("nvml_name"),
+        "card": uuid.partition("-")[0],
+        "driver": nvml.get("driver"),
+        "torch": torch.__version__,
+        "commit": str(git.get("commit"))[:7],
+        "date": now(),
+    }
+
+
+def pool_for(space: SearchSpace, points: list[Point]) -> LayerPool:
+    memory_bytes = int(MEMORY_SHARE * torch.cuda.mem_get_info()[0])
+    return LayerPool(space, "bf16", RUNTIME, torch.device("cuda"), points, memory_bytes)
+
+
+def measure(file: Path) -> None:
+    """Adds a session's rows to the file, each as it comes."""
+    space = load_space(SPACE)
+    kinds = vectors(space)
+    points = [Point("decode", "whole", vector, *at) for at in STEPS for vector in kinds]
+    points += [Point("prefill", "whole", vector, *at) for at in PROMPTS for vector in space.uniform_vectors()]
+    np.random.default_rng(SEED).shuffle(points)
+    points.sort(key=lambda point: (point.phase, point.batch, point.length))  # shuffled within a workload
+    pool, about = pool_for(space, points), machine()
+    earlier = [pd.read_csv(file)] if file.is_file() else []
+    rows: list[dict[str, Any]] = []
+    for point in points:
+        with torch.inference_mode():
+            call, _ = pool.prepare(point)
+            ms = lasting_ms(partial(with_choice, call) if point.phase == "decode" else call)
+        kind = kinds[point.groups]
+        rows.append({"phase": point.phase, "kind": kind, "vector": format_vector(point.groups)})
+        rows[-1] |= {"batch": point.batch, "length": point.length, "measured_ms": ms} | about
+        print(point.phase, point.batch, point.length, kind, round(ms, 4), flush=True)
+        write_atomically(file, partial(pd.concat([*earlier, pd.DataFrame(rows)]).to_csv, index=False))
+
+
+def with_choice(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A step and the likeliest next tokens."""
+    return call().argmax(-1)
+
+
+def calibrate(folder: Path) -> None:
+    """Writes `ENERGY` of a table: power and seconds of lasting steps of uniform models."""
+    space = load_space(SPACE)
+    points = [
+        Point("decode", "whole", vector, batch, POWER_CONTEXT)
+        for vector in space.uniform_vectors()
+        for batch in POWER_BATCHES
+    ]
+    pool, about, uuid = pool_for(space, points), machine(), str(torch.cuda.get_device_properties(0).uuid)
+    rows = []
+    for point in points:
+        with torch.inference_mode():
+            call, _ = pool.prepare(point)
+            found = measure_energy(partial(with_choice, call), POWER_S, uuid, torch.cuda.synchronize)
+        assert found is not None, "NVML has no energy counter here"
+        values = [point.groups[0], point.batch, point.length, found.watts, found.joules_per_call]
+        rows.append([*values, found.seconds, found.calls, "energy counter", about["commit"], about["date"]])
+        print(rows[-1], flush=True)
+        write_csv(folder / ENERGY, pd.DataFrame(rows, columns=[*ENERGY_COLUMNS, "commit", "date"]))
+
+
+def table_folder(device: str) -> Path:
+    """The shipped table of a device, by its name in NVML."""
+    return shipped("latency_models") / "-".join(device.lower().split()) / f"{SPACE}-bf16-{RUNTIME}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["measure", "calibrate"], help="default: the errors")
+    what = parser.parse_args().what
+    OUT.mkdir(parents=True, exist_ok=True)
+    if what == "measure":
+        measure(OUT / "lasting.csv")
+    elif what == "calibrate":
+        calibrate(table_folder(machine()["device"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""What we predict beside what vLLM does: decode throughput of vectors at the largest batch that each of the two holds.
+
+vLLM serves the configuration that `nas export` writes, with random weights, under a cap on memory. It needs a Python of
+its own with vllm installed (0.22 was tried), for its requirements are not ours.
+
+    python scripts/vllm_check.py serve PYTHON     on a GPU, by vLLM's Python: writes docs/vllm/served.csv
+    python scripts/vllm_check.py                  beside the shipped tables of that card: docs/vllm/check.csv
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from headline import models
+from scipy.stats import kendalltau
+
+from nas import shipped
+from nas.export import modeling_decilm
+from nas.export.hf import hf_config
+from nas.files import write_atomically, write_json
+from nas.hardware import nvml_facts
+from nas.latency.memory import MemoryModel
+from nas.latency.predictor import Workload
+from nas.latency.table import TableLatency
+from nas.run import git_state, now
+from nas.shape import ModelShape
+from nas.space import Vector, format_vector, load_space, parse_vector
+
+OUT = Path("docs/vllm")
+CONTEXT, PROMPT, GIB, RUNTIME = 2048, 1024, 22.5, "compiled"
+RANDOM, SEED = 10, 5
+
+
+def all_models() -> dict[str, tuple[ModelShape, Vector]]:
+    """Those of the headline, and random vectors from mixtures, as a front has them."""
+    space, rng = load_space("decilm-6b"), np.random.default_rng(SEED)
+    choices, layers = sorted(set().union(*space.choices)), space.shape.num_hidden_layers
+    drawn = [rng.choice(choices, layers, p=rng.dirichlet(np.ones(len(choices)))) for _ in range(RANDOM)]
+    random = {f"random {n}": (space.shape, tuple(map(int, vector))) for n, vector in enumerate(drawn)}
+    return models() | random
+
+
+def workload(batch: int) -> Workload:
+    return Workload(batch, CONTEXT, PROMPT, "bf16", RUNTIME)
+
+
+def largest_batch(shape: ModelShape, vector: Vector) -> int:
+    return MemoryModel(shape, workload(1), on_gpu=True).largest_batch(vector, GIB * 2**30)
+
+
+def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None:
+    """A model directory without weights; plain Llama where every head has keys and values of its own."""
+    config = hf_config(shape, shape.layers(vector))
+    if set(vector) == {shape.num_attention_heads}:
+        config = {key: value for key, value in config.items() if key not in ("auto_map", "block_configs")}
+        config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    shutil.copy(modeling_decilm.__file__, folder)
+    write_json(
+        folder / "config.json",
+        config | {"bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16", "torch_dtype": "bfloat16"},
+    )
+
+
+def serve(python: str, file: Path, only: list[str]) -> None:
+    """Runs vLLM once for each model and writes what it did."""
+    uuid, git = str(torch.cuda.get_device_properties(0).uuid), git_state() or {}
+    about = {"memory_gib": GIB, "device": nvml_facts(uuid).get("nvml_name"), "commit": str(git.get("commit"))[:7]}
+    rows: list[dict[str, Any]] = []
+    for name, (shape, vector) in all_models().items():
+        if only and name not in only:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write_configuration(shape, vector, Path(folder))
+            most = -(-largest_batch(shape, vector) // 8) * 8 + 8
+            words = [python, str(Path(__file__).with_name("vllm_decode.py")), folder, str(GIB), str(CONTEXT), str(most)]
+            run = subprocess.run(words, capture_output=True, text=True, check=False)
+        if run.returncode:
+            print(name, "failed:", run.stdout[-500:], run.stderr[-3000:], flush=True)
+            continue
+        found = json.loads(run.stdout.strip().splitlines()[-1])
+        rows.append({"model": name, "vector": format_vector(vector), **found, **about, "date": now()})
+        print(rows[-1], flush=True)
+        write_atomically(file, partial(pd.DataFrame(rows).to_csv, index=False))
+
+
+def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
+    """Adds our largest batch and throughput there, our step at vLLM's batch and context, and vLLM's over it."""
+    shapes, rows = all_models(), []
+    for row in served.to_dict("records"):
+        shape, vector = shapes[row["model"]]
+        assert parse_vector(row["vector"]) == vector
+        space = "llama-2-7b" if row["model"] == "Llama-2-7B" else "decilm-6b"
+        card = "-".join(row["device"].lower().split())
+        table = TableLatency(shipped("latency_models") / card / f"{space}-bf16-{RUNTIME}")
+        batch = largest_batch(shape, vector)
+        same_ms = table.decode_ms(vector, row["batch"], row["context"])
+        row["vllm_tokens_per_s"] = 1e3 * row["batch"] / row["vllm_ms"]
+        row |= {"our_batch": batch, "our_tokens_per_s": 1e3 * batch / table.decode_ms(vector, batch, CONTEXT)}
+        rows.append(row | {"our_ms_at_its_batch": same_ms, "vllm_over_ours": row["vllm_ms"] / same_ms})
+    return pd.DataFrame(rows)
+
+
+def summary(rows: pd.DataFrame) -> str:
+    """Kendall's τ over the vectors of one shape, and the spread of the ratio."""
+    vectors = rows[rows["model"] != "Llama-2-7B"]
+    tau = kendalltau(vectors["our_tokens_per_s"], vectors["vllm_tokens_per_s"]).statistic
+    ratio = vectors["vllm_over_ours"]
+    return (
+        f"{len(vectors)} vectors: Kendall's τ of throughput {tau:.3f}; vLLM's step over ours at its batch "
+        f"{ratio.min():.2f} to {ratio.max():.2f}, median {ratio.median():.2f}"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", metavar="serve PYTHON [MODEL …]", help="default: compare")
+    what = parser.parse_args().what
+    OUT.mkdir(parents=True, exist_ok=True)
+    if what[:1] == ["serve"]:
+        serve(what[1], OUT / "served.csv", what[2:])
+        return
+    rows = beside_predictions(pd.read_csv(OUT / "served.csv"))
+    write_atomically(OUT / "check.csv", partial(rows.to_csv, index=False))
+    columns = ["model", "batch", "vllm_ms", "vllm_tokens_per_s", "our_batch", "our_tokens_per_s", "vllm_over_ours"]
+    print(rows[columns].round(3).to_string(index=False), summary(rows), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()
