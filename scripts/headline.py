@@ -11,6 +11,7 @@ neither memory nor time depends on them.
 
 import argparse
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
@@ -36,7 +37,7 @@ from nas.run import git_state, now
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 
-OUT = Path("docs/headline")
+OUT, VLLM = Path("docs/headline"), Path("docs/vllm/served.csv")
 CONTEXT, PROMPT = 2048, 1024
 
 
@@ -162,26 +163,34 @@ def predicted(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(found, columns=["model", "runtime", "batch", "step_ms", "predicted_ms", "relative_error"])
 
 
-def table(rows: pd.DataFrame) -> str:
-    """The README's table in Markdown."""
+def table(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
+    """docs/latency.md's table in Markdown, with vLLM's throughput of the models that it was tried with."""
     heads = (
         "model | runtime | batch | tokens/s | over Llama-2-7B | of the bandwidth limit | J/token at the largest batch"
     )
     lines = [f"| {heads} |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
     best = rows.loc[rows.groupby(["model", "runtime"], sort=False)["tokens_per_s"].idxmax()]
-    base = best[best["model"] == "Llama-2-7B"].set_index("runtime")["tokens_per_s"]
     joules = rows.dropna(subset="joules_per_token").set_index(["model", "runtime"])["joules_per_token"]
-    for row in best.sort_values("runtime", kind="stable", ascending=False).to_dict("records"):
-        used = joules.get((row["model"], row["runtime"]))
+    best = pd.concat([best.sort_values("runtime", kind="stable", ascending=False), vllm])
+    base = best[best["model"] == "Llama-2-7B"].set_index("runtime")["tokens_per_s"]
+    for row in best.to_dict("records"):
+        used, share = joules.get((row["model"], row["runtime"])), row["bandwidth_share"]
         lines.append(
             f"| {row['model']} | {row['runtime']} | {row['batch']} | {row['tokens_per_s']:,.0f} | "
-            f"{row['tokens_per_s'] / base[row['runtime']]:.1f} × | {row['bandwidth_share']:.0%} | "
+            f"{row['tokens_per_s'] / base[row['runtime']]:.1f} × | {'' if math.isnan(share) else f'{share:.0%}'} | "
             f"{'' if used is None else f'{used:.4f}'} |"
         )
     return "\n".join(lines)
 
 
-def beside_the_announcement(rows: pd.DataFrame) -> str:
+def served_by_vllm() -> pd.DataFrame:
+    """Rows like those measured here, of scripts/vllm_check.py."""
+    served = pd.read_csv(VLLM)
+    served["runtime"] = "vLLM " + served["vllm"]
+    return served.assign(tokens_per_s=1e3 * served["batch"] / served["vllm_ms"])
+
+
+def beside_the_announcement(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
     """Deci's figures for DeciLM-6B over Llama 2 7B on an A10G, and these."""
     best = rows.groupby(["model", "runtime"])["tokens_per_s"].max().to_dict()
     powers = rows[rows["why"].str.contains("power of two")].groupby("model")["batch"].max()
@@ -193,6 +202,9 @@ def beside_the_announcement(rows: pd.DataFrame) -> str:
     def over(runtime: str) -> str:
         return f"{best[decilm, runtime] / best[llama, runtime]:.1f} ×"
 
+    by_vllm, version = vllm.set_index("model"), vllm["runtime"].iloc[0]
+    vllm_over = by_vllm["tokens_per_s"][decilm] / by_vllm["tokens_per_s"][llama]
+    batches = f"{by_vllm['batch'][decilm]} and {by_vllm['batch'][llama]} sequences"
     lines = [
         ("largest batch, Llama 2 7B", "8", f"{most[llama]} (power of two: {powers[llama]})"),
         ("largest batch, DeciLM-6B", "64", f"{most[decilm]} (power of two: {powers[decilm]})"),
@@ -203,6 +215,7 @@ def beside_the_announcement(rows: pd.DataFrame) -> str:
             f"{at[decilm, 'compiled', 128] / at[llama, 'eager', 8]:.1f} × (`compiled` over `eager`)",
         ),
         ("throughput, optimized over optimized", "–", f"{over('compiled')} (`compiled`)"),
+        ("the same in a serving engine", "–", f"{vllm_over:.1f} × ({version}, {batches})"),
     ]
     heads = ["DeciLM-6B over Llama 2 7B | announced, A10G | here", "--- | ---: | ---:"]
     return "\n".join(f"| {line} |" for line in [*heads, *map(" | ".join, lines)])
@@ -222,7 +235,8 @@ def main() -> None:
     errors = predicted(rows)
     write_csv(OUT / "predicted.csv", errors)
     print(errors.groupby("runtime")["relative_error"].describe().round(4).to_string(), end="\n\n")
-    print(beside_the_announcement(rows), table(rows), sep="\n\n")
+    vllm = served_by_vllm()
+    print(beside_the_announcement(rows, vllm), table(rows, vllm), sep="\n\n")
 
 
 if __name__ == "__main__":

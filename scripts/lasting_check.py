@@ -5,9 +5,9 @@ than for others, and another card of the same name is another card. So steps are
 choice of the next tokens included, in a session of its own: uniform vectors, DeciLM-6B's, and random ones, half of them
 from mixtures that front vectors have (mostly one number of groups); at batches and contexts on and off the grid.
 
-    python scripts/lasting_check.py measure           on a GPU: adds its rows to docs/latency/lasting.csv
-    python scripts/lasting_check.py calibrate         on a GPU: energy.csv of the shipped table again (see --help)
-    python scripts/lasting_check.py                   the errors of the shipped tables, docs/latency/lasting_errors.csv
+    python scripts/lasting_check.py measure [192x2048 …]    on a GPU: adds its rows to docs/latency/lasting.csv
+    python scripts/lasting_check.py calibrate               on a GPU: energy.csv of the shipped table again
+    python scripts/lasting_check.py                         the errors of the shipped tables: lasting_errors.csv
 """
 
 import argparse
@@ -89,12 +89,13 @@ def pool_for(space: SearchSpace, points: list[Point]) -> LayerPool:
     return LayerPool(space, "bf16", RUNTIME, torch.device("cuda"), points, memory_bytes)
 
 
-def measure(file: Path) -> None:
-    """Adds a session's rows to the file, each as it comes."""
+def measure(file: Path, steps: list[tuple[int, int]]) -> None:
+    """Adds a session's rows to the file, each as it comes: all of `STEPS` and `PROMPTS`, or the ``steps`` given."""
     space = load_space(SPACE)
     kinds = vectors(space)
-    points = [Point("decode", "whole", vector, *at) for at in STEPS for vector in kinds]
-    points += [Point("prefill", "whole", vector, *at) for at in PROMPTS for vector in space.uniform_vectors()]
+    points = [Point("decode", "whole", vector, *at) for at in steps or STEPS for vector in kinds]
+    if not steps:
+        points += [Point("prefill", "whole", vector, *at) for at in PROMPTS for vector in space.uniform_vectors()]
     np.random.default_rng(SEED).shuffle(points)
     points.sort(key=lambda point: (point.phase, point.batch, point.length))  # shuffled within a workload
     pool, about = pool_for(space, points), machine()
@@ -145,10 +146,11 @@ def table_folder(device: str) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["measure", "calibrate"], help="default: the errors")
-    what = parser.parse_args().what
+    parser.add_argument("steps", nargs="*", metavar="BATCHxCONTEXT", help="of measure; default: eight")
+    what, steps = vars(parser.parse_args()).values()
     OUT.mkdir(parents=True, exist_ok=True)
     if what == "measure":
-        measure(OUT / "lasting.csv")
+        measure(OUT / "lasting.csv", [tuple(map(int, step.split("x"))) for step in steps])
     elif what == "calibrate":
         calibrate(table_folder(machine()["device"]))
 

@@ -12,6 +12,7 @@ import json
 import shutil
 import subprocess
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from headline import models
 from scipy.stats import kendalltau
 
 from nas import shipped
+from nas.errors import UserError
 from nas.export import modeling_decilm
 from nas.export.hf import hf_config
 from nas.files import write_atomically, write_json
@@ -92,7 +94,10 @@ def serve(python: str, file: Path, only: list[str]) -> None:
 
 
 def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
-    """Adds our largest batch and throughput there, our step at vLLM's batch and context, and vLLM's over it."""
+    """Adds vLLM's throughput, our largest batch and throughput there, and our step at vLLM's batch and context.
+
+    What the shipped table of the card does not cover stays empty.
+    """
     shapes, rows = all_models(), []
     for row in served.to_dict("records"):
         shape, vector = shapes[row["model"]]
@@ -100,23 +105,24 @@ def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
         space = "llama-2-7b" if row["model"] == "Llama-2-7B" else "decilm-6b"
         card = "-".join(row["device"].lower().split())
         table = TableLatency(shipped("latency_models") / card / f"{space}-bf16-{RUNTIME}")
-        batch = largest_batch(shape, vector)
-        same_ms = table.decode_ms(vector, row["batch"], row["context"])
         row["vllm_tokens_per_s"] = 1e3 * row["batch"] / row["vllm_ms"]
-        row |= {"our_batch": batch, "our_tokens_per_s": 1e3 * batch / table.decode_ms(vector, batch, CONTEXT)}
-        rows.append(row | {"our_ms_at_its_batch": same_ms, "vllm_over_ours": row["vllm_ms"] / same_ms})
+        row["our_batch"] = largest_batch(shape, vector)
+        with suppress(UserError):
+            row["our_tokens_per_s"] = 1e3 * row["our_batch"] / table.decode_ms(vector, row["our_batch"], CONTEXT)
+        with suppress(UserError):
+            row["our_ms_at_its_batch"] = table.decode_ms(vector, row["batch"], row["context"])
+            row["vllm_over_ours"] = row["vllm_ms"] / row["our_ms_at_its_batch"]
+        rows.append(row)
     return pd.DataFrame(rows)
 
 
 def summary(rows: pd.DataFrame) -> str:
     """Kendall's τ over the vectors of one shape, and the spread of the ratio."""
-    vectors = rows[rows["model"] != "Llama-2-7B"]
-    tau = kendalltau(vectors["our_tokens_per_s"], vectors["vllm_tokens_per_s"]).statistic
-    ratio = vectors["vllm_over_ours"]
-    return (
-        f"{len(vectors)} vectors: Kendall's τ of throughput {tau:.3f}; vLLM's step over ours at its batch "
-        f"{ratio.min():.2f} to {ratio.max():.2f}, median {ratio.median():.2f}"
-    )
+    vectors = rows[rows["model"] != "Llama-2-7B"].dropna()
+    tau = kendalltau(vectors["our_tokens_per_s"], vectors["vllm_tokens_per_s"]).statistic if len(vectors) > 1 else None
+    ratio = rows["vllm_over_ours"]
+    ranked = f"Kendall's τ of the throughput of {len(vectors)} vectors {tau:.3f}; " if tau is not None else ""
+    return f"{ranked}vLLM's step over ours at its batch {ratio.min():.2f} to {ratio.max():.2f}"
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ def main() -> None:
         max_num_seqs=sizes[-1],
         max_num_batched_tokens=8192,
         enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": [size for size in sizes if size >= most // 2 or size == 8]},
+        compilation_config={"cudagraph_capture_sizes": [size for size in sizes if size >= 0.9 * most - 8]},
     )
     engine = llm.llm_engine
     cache = engine.vllm_config.cache_config
