@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -155,6 +156,9 @@ def test_the_estimate_of_the_a10g_is_quoted_as_measured() -> None:
     before, after = ([f"{value:.0f}" for value in medians("TGI", column)] for column in ("predicted", "with_line"))
     quoted = "{}, {} and {} % to {}, {} and {} %".format(*before, *after)
     assert f"The line takes the sources' median error from {quoted}" in docs
+    tgi = steps[steps["stack"].str.startswith("TGI")].groupby("origin", sort=False)
+    slopes = [f"{np.polyfit(rows['batch'], rows['published'] - rows['predicted'], 1)[0]:.1f}" for _, rows in tgi]
+    assert "(IBM, SageMaker) give {} and {} ms per sequence, 2.0.4 of 2024 {}.".format(*slopes) in docs
     line, nothing = (medians("vLLM", column).mean() for column in ("with_line", "predicted"))
     assert f"misses the third by {line:.0f} % (mean of their medians), nothing by {nothing:.0f} %" in docs
     longer = 100 * (steps["published"] / steps["predicted"] - 1)
