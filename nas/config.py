@@ -65,6 +65,7 @@ class WorkloadConfig:
     # eager | graph (CUDA graph) | compiled (torch.compile and CUDA graph); auto: compiled on a GPU, eager on a CPU
     runtime: str = "auto"
     memory_gib: float | None = None  # for batch=max; null: what the device leaves to PyTorch
+    engine: str = "none"  # tgi, vllm: adds to a decode step what that does, where an estimate knows it (docs/a10g.md)
 
 
 @dataclass

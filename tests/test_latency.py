@@ -312,6 +312,7 @@ def test_a_table_fits_only_its_own_device_shape_and_workload(micro: SearchSpace,
     assert not fits(prompt=2)
     assert not fits(dtype="bf16")
     assert not fits(runtime="graph")
+    assert not fits(engine="tgi")
     fewer = TableLatency(write_table(tmp_path, micro, points=[p for p in table_points() if p.groups != (2,)]))
     assert not fewer.fits("box", micro, WORKLOAD, [4])
     assert fewer.fits("box", SearchSpace("m", micro.shape, ((1, 4),) * 2 + ((1,),)), WORKLOAD, [4])

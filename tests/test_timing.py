@@ -738,7 +738,7 @@ def test_measuring_writes_all_that_belongs_together_and_publishes_it(
     ]
     at = {(summary["phase"], summary["batch"], summary["length"]) for summary in meta["check"]}
     assert {("decode", 2, 16), ("prefill", 2, 4)} < at
-    assert meta["workload"] == dataclasses.asdict(Workload(2, 16, 4, "fp32", "eager"))
+    assert meta["workload"] == Workload(2, 16, 4, "fp32", "eager").to_dict()
     assert "CPU time of one thread, good for ratios between vectors" in TableLatency(run).describe()
     for summary in meta["check"]:
         where = f"{summary['phase']} at batch {summary['batch']} and {summary['length']} tokens: mean error"

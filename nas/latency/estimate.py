@@ -2,17 +2,19 @@
 
 A kernel takes at least max(bytes / bandwidth, operations / rate): the roofline of Williams, Waterman and Patterson
 (2009). With data-sheet rates that is a lower bound, good for ranking vectors; a calibration in device.json has rates
-that were reached in published measurements (docs/a10g.md). A serving engine's own work between the steps comes on top.
+that were reached in published measurements, and what serving engines add between the kernels (docs/a10g.md).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from nas.errors import UserError
 from nas.latency.device import Device
-from nas.latency.predictor import DTYPE_BYTES, Phase, Predictor
+from nas.latency.predictor import DTYPE_BYTES, NO_ENGINE, Phase, Predictor
 from nas.shape import LayerSpec, ModelShape
 
 
@@ -31,17 +33,22 @@ class Constants:
 
 
 class RooflineLatency(Predictor):
-    """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration."""
+    """Latency model from a device's data sheet and, where its device.json has one for ``dtype``, a calibration.
+
+    A decode step takes the GPU's time, and what a serving ``engine`` adds to it: `resolve_workload` knows which can.
+    """
 
     source = "estimated"
 
-    def __init__(self, device: Device, shape: ModelShape, dtype: str) -> None:
+    def __init__(self, device: Device, shape: ModelShape, dtype: str, engine: str = NO_ENGINE) -> None:
         if device.bandwidth_bytes_per_s is None or dtype not in device.flops:
             raise UserError(f"{device.name} has neither a measured table nor data-sheet rates for {dtype}; measure it")
         self._device, self._shape, self._bytes = device, shape, DTYPE_BYTES[dtype]
         calibration = device.calibration or {"dtypes": []}
         self._calibration = calibration if dtype in calibration["dtypes"] else None
         self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
+        self._engine = engine
+        self._share: dict[str, Any] = self._calibration["engines"][engine] if self._calibration else {}
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
 
@@ -63,23 +70,31 @@ class RooflineLatency(Predictor):
         # The head sees one position of each sequence.
         return embedding_ms + self._gemms_ms(self._shape.vocab_size * self._shape.hidden_size, batch)
 
-    def interval(self, ms: float) -> tuple[float, float]:
-        """Within the factor in which most published measurements lay, each predicted without its own source.
+    def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
+        gpu_ms, share = super().decode_ms(vector, batch, context), self._share
+        if self._engine == NO_ENGINE:
+            return gpu_ms
+        if batch > share["most_sequences"]:
+            raise UserError(
+                f"workload.engine={self._engine}: what that adds to a step is known for up to "
+                f"{share['most_sequences']} sequences, not for {batch}; lower workload.batch, or use engine=none"
+            )
+        return gpu_ms + float(share["step_ms"] + share["sequence_ms"] * batch)
 
-        Few of them are of the GPU's time alone, so this is a rule of thumb. Without a calibration, a lower bound.
-        """
+    def interval(self, ms: float) -> tuple[float, float]:
+        """Where most steps of a serving engine lie that a further source publishes; an uncalibrated one has no end."""
         if self._calibration is None:
             return ms, math.inf
-        factor = self._calibration["check"]["interval_factor"]
-        return ms / factor, ms * factor
+        return ms * self._share["check"]["low"], ms * self._share["check"]["high"]
 
     def describe(self) -> str:
         if self._calibration is None:
             return f"estimated from the data sheet of {self._device.name}"
-        check = self._calibration["check"]
+        check, added = self._share["check"], "" if self._engine == NO_ENGINE else f" and what {self._engine} adds"
         return (
-            f"estimated: calibrated from {self._calibration['measurements']} published measurements, median error "
-            f"{check['median_error']:.1%} over {check['points']} that were each predicted without their source"
+            f"estimated: the GPU's time{added}, calibrated from {self._calibration['measurements']} published "
+            f"measurements; {check['points']} decode steps of serving engines, each predicted without its source, were "
+            f"off by {check['median_error']:.1%} in the median, {check['worst_error']:.1%} at worst"
         )
 
     def _gemms_ms(self, weights: int, tokens: int) -> float:

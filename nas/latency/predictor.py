@@ -4,9 +4,9 @@ import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pandas as pd
 
@@ -22,6 +22,7 @@ PHASES: tuple[Phase, ...] = ("decode", "prefill")
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 # Of each runtime's decode step: raised when its kernels change so much that older tables are off.
 STEP_REVISION = {"eager": 1, "graph": 2, "compiled": 2}
+NO_ENGINE = "none"  # the GPU's time alone
 MAX = "max"  # the batch: as large as fits into memory
 
 
@@ -35,10 +36,17 @@ class Workload:
     dtype: str  # ``fp32`` or ``bf16``, of weights, activations and cache
     runtime: str  # ``eager``, ``graph`` or ``compiled``
     memory_gib: float | None = None  # what `MAX` may take; None for a given batch
+    engine: str = NO_ENGINE  # the serving engine whose own work a decode step holds
 
     def __str__(self) -> str:
         within = f" in {self.memory_gib:g} GiB" if self.memory_gib else ""
-        return f"batch {self.batch}{within}, context {self.context}, prompt {self.prompt}, {self.dtype}, {self.runtime}"
+        engine = "" if self.engine == NO_ENGINE else f", engine {self.engine}"
+        lengths = f"context {self.context}, prompt {self.prompt}"
+        return f"batch {self.batch}{within}, {lengths}, {self.dtype}, {self.runtime}{engine}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """For run.json and latency.json, as before there were engines where there is none."""
+        return {key: value for key, value in asdict(self).items() if (key, value) != ("engine", NO_ENGINE)}
 
 
 def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) -> Workload:
@@ -50,17 +58,24 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
         if value > most:
             raise UserError(f"workload.{key} is {value} but the {whose}'s context is {most}; lower it")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
+    calibration = device.calibration or {"dtypes": []}
+    engines = calibration["engines"] if dtype in calibration["dtypes"] else [NO_ENGINE]
+    if config.engine not in engines:
+        raise UserError(
+            f"workload.engine is '{config.engine}', but what that adds to a step of {device.name} in {dtype} is not "
+            f"known; use {', '.join(engines)}"
+        )
     if config.batch != MAX:
         if config.memory_gib is not None:
             raise UserError(f"workload.memory_gib is for workload.batch=max, but the batch is {config.batch}; drop one")
-        return Workload(config.batch, context, prompt, dtype, runtime)
+        return Workload(config.batch, context, prompt, dtype, runtime, engine=config.engine)
     most_gib = device.memory_bytes / 2**30
     if config.memory_gib is not None and config.memory_gib > most_gib:
         raise UserError(
             f"workload.memory_gib is {config.memory_gib:g} but {device.name} has {most_gib:.2f} GiB; lower it"
         )
     memory_gib = config.memory_gib or math.floor(100 * device.usable_bytes / 2**30) / 100
-    return Workload(MAX, context, prompt, dtype, runtime, memory_gib)
+    return Workload(MAX, context, prompt, dtype, runtime, memory_gib, config.engine)
 
 
 def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") -> tuple[str, str]:

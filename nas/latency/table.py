@@ -24,7 +24,7 @@ from nas.files import file_hash, read_json
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.points import EMBEDDING_AND_HEAD
-from nas.latency.predictor import PHASES, STEP_REVISION, Phase, Predictor, Workload
+from nas.latency.predictor import NO_ENGINE, PHASES, STEP_REVISION, Phase, Predictor, Workload
 from nas.serving.batching import prefill_chunks
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
@@ -97,7 +97,8 @@ class TableLatency(Predictor):
 
     def fits(self, device: str, space: SearchSpace, workload: Workload, batches: Iterable[int]) -> bool:
         """Whether the table is of a device, shape and runtime, and covers batches of a workload."""
-        if self._measured != (device, layer_shape(space.shape), workload.dtype, workload.runtime):
+        wanted = (device, layer_shape(space.shape), workload.dtype, workload.runtime)
+        if self._measured != wanted or workload.engine != NO_ENGINE:  # what is measured is no serving engine
             return False
         try:
             for batch in batches:

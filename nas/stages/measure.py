@@ -98,7 +98,7 @@ def measure_space(config: LatencyParts, space: SearchSpace, device: Device, work
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
     shared = {
-        "workload": dataclasses.asdict(workload),
+        "workload": workload.to_dict(),
         "measure": dataclasses.asdict(options),
         "step_revision": STEP_REVISION[workload.runtime],
     }
@@ -193,14 +193,14 @@ def find_latency(
     else:
         tables = list(filter(ranks, tables))
     if tables:  # of those of the present decode step, first one that need not interpolate
-        wanted = dataclasses.asdict(workload)
+        wanted = workload.to_dict()
         return min(tables, key=lambda t: (not t.is_current, t.meta.get("workload") != wanted))
     if begun and begun["latency_table"]:
         raise UserError("the latency table that this search was begun with is gone; restore it, or give another name=")
     if begun or config.device != "this":
-        return RooflineLatency(device, space.shape, workload.dtype)
+        return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
     console.print("No measured table covers this space, device and workload: measuring first")
-    decisive: list[Any] = [space.to_dict(), device.slug, dataclasses.asdict(workload)]
+    decisive: list[Any] = [space.to_dict(), device.slug, workload.to_dict()]
     decisive += [dataclasses.asdict(config.measure), config.check, STEP_REVISION[workload.runtime]]
     path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
     make = partial(measure_space, config, space, device, workload, path)

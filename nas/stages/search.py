@@ -112,7 +112,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     check_serving_memory(space, device, workload)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
         "device": device.slug,
-        "workload": dataclasses.asdict(workload),
+        "workload": workload.to_dict(),
         "storage": without_passwords(config.storage) if config.storage else None,
     }
     common: dict[str, str] = {}
