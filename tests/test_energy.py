@@ -18,8 +18,7 @@ from nas.errors import UserError
 from nas.hardware import nvml_facts, nvml_state
 from nas.latency.cost import money_and_emissions
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
-from nas.latency.measurement import _energy
-from nas.latency.points import Grid
+from nas.latency.measurement import Grid, _energy
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Workload
 from nas.space import SearchSpace

@@ -107,12 +107,12 @@ def test_nothing_beats_the_data_sheet(phase: Phase, groups: int, batch: int, len
 def test_an_estimate_says_what_it_rests_on_and_how_far_off_it_may_be() -> None:
     model = RooflineLatency(calibrated(), SHAPE, "bf16")
     assert model.interval(10.0) == pytest.approx((8.0, 12.5))
-    assert model.describe() == (
+    assert model.description == (
         "estimated: calibrated from 75 published measurements, median error 6.1% over 20 that were each predicted "
         "without their source"
     )
     uncalibrated = RooflineLatency(calibrated(), SHAPE, "fp32")  # nothing of fp32 is published
-    assert uncalibrated.describe() == "estimated from the data sheet of NVIDIA X"
+    assert uncalibrated.description == "estimated from the data sheet of NVIDIA X"
     assert uncalibrated.interval(10.0) == (10.0, math.inf)
 
 

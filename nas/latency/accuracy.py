@@ -1,14 +1,14 @@
 """Predicted against measured: end-to-end models of vectors that the table has not seen."""
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
 from nas.errors import UserError
-from nas.latency.points import Point
-from nas.latency.predictor import Predictor
+from nas.latency.predictor import Point, Predictor
 from nas.space import SearchSpace, Vector, format_vector
 
 CHECK = "check.csv"
@@ -56,7 +56,7 @@ def overall_errors(checks: list[dict[str, float | str]]) -> tuple[float, float]:
 
 def lasting_load(
     energy: pd.DataFrame, table: pd.DataFrame, predictor: Predictor, layers: int
-) -> list[dict[str, float]]:
+) -> list[dict[Any, float]]:
     """How long decode steps that follow one another for seconds (``energy``) take, over their prediction.
 
     A GPU that reaches its power limit then is slower than in the short runs that a table is made of. Eager steps differ
@@ -64,9 +64,7 @@ def lasting_load(
     the table count, as between them the prediction has an error of its own.
     """
     timed = table.query("phase == 'decode' and part == 'layer' and n > 0")[_STEP]
-    found: list[dict[str, float]] = []
-    for row in energy.merge(timed).to_dict("records"):
-        predicted_ms = predictor.decode_ms((row["groups"],) * layers, row["batch"], row["length"])
-        ratio = round(1e3 * row["seconds"] / row["calls"] / predicted_ms, 4)
-        found.append({key: row[key] for key in _STEP} | {"ratio": ratio})
-    return found
+    steps = energy.merge(timed)
+    predicted_ms = [predictor.decode_ms((g,) * layers, *at) for g, *at in steps[_STEP].itertuples(index=False)]
+    steps["ratio"] = (1e3 * steps["seconds"] / steps["calls"] / predicted_ms).round(4)
+    return steps[[*_STEP, "ratio"]].to_dict("records")

@@ -44,6 +44,12 @@ class RooflineLatency(Predictor):
         self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
+        self.description = f"estimated from the data sheet of {device.name}"
+        if self._calibration and (check := self._calibration.get("check")):  # there is none while it is being fitted
+            self.description = (
+                f"estimated: calibrated from {self._calibration['measurements']} published measurements, median error "
+                f"{check['median_error']:.1%} over {check['points']} that were each predicted without their source"
+            )
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         constants, layer = self._constants, self._shape.layer(groups)
@@ -72,15 +78,6 @@ class RooflineLatency(Predictor):
             return ms, math.inf
         factor = self._calibration["check"]["interval_factor"]
         return ms / factor, ms * factor
-
-    def describe(self) -> str:
-        if self._calibration is None:
-            return f"estimated from the data sheet of {self._device.name}"
-        check = self._calibration["check"]
-        return (
-            f"estimated: calibrated from {self._calibration['measurements']} published measurements, median error "
-            f"{check['median_error']:.1%} over {check['points']} that were each predicted without their source"
-        )
 
     def _gemms_ms(self, weights: int, tokens: int) -> float:
         return self._kernel_ms(weights, 2 * tokens * weights, self._constants.weight_bandwidth)

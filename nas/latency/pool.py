@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.latency.points import Point
+from nas.latency.predictor import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.batching import padded_batches
 from nas.serving.cache import layer_caches
@@ -75,8 +75,7 @@ class LayerPool:
             self._prepared[point] = (captured(call, self._graphs) if captures else call), divisor
         except torch.OutOfMemoryError:
             gc.collect()
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()
             raise
         return self._prepared[point]
 
@@ -84,7 +83,9 @@ class LayerPool:
         rows, length = point.batch, point.length
         last: Position = None
         if point.phase == "decode":
-            rows, length, last = self._rows_of_step(point.batch), 1, point.length - 1
+            if point.batch not in self.step_rows:
+                self.step_rows[point.batch] = fastest_rows(self._layers[0].values(), point.batch, self._runtime)
+            rows, length, last = self.step_rows[point.batch], 1, point.length - 1
             if self._runtime != "eager":
                 last = torch.tensor(last, device=self._device)
         tokens_BT = self._tokens[: rows * length].view(rows, length)
@@ -124,11 +125,6 @@ class LayerPool:
         """Elements of the keys, which are as many as those of the values."""
         return point.batch * point.length * sum(spec.kv_values_per_token for spec in self._shape.layers(vector)) // 2
 
-    def _rows_of_step(self, batch: int) -> int:
-        if batch not in self.step_rows:
-            self.step_rows[batch] = fastest_rows(self._layers[0].values(), batch, self._runtime)
-        return self.step_rows[batch]
-
     def _make_position(self, choices: Iterable[int]) -> dict[int, ServingLayer]:
         """Layers with random weights, which share all but those of queries, keys and values."""
         position: dict[int, ServingLayer] = {}
@@ -143,14 +139,11 @@ class LayerPool:
 
     def _make_embedding_and_head(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
         """Embedding, final norm and output head, whose weight lies as that of a `ServingModel`."""
-        shape = self._shape
-        linear = nn.Linear if shape.tie_word_embeddings else InputMajorLinear
+        vocabulary, width = self._shape.vocab_size, self._shape.hidden_size
+        linear = nn.Linear if self._shape.tie_word_embeddings else InputMajorLinear
         with torch.device("meta"):
-            embedding, norm = (
-                nn.Embedding(shape.vocab_size, shape.hidden_size),
-                RMSNorm(shape.hidden_size, shape.rms_norm_eps),
-            )
-            head = linear(shape.hidden_size, shape.vocab_size, bias=False)
+            embedding, norm = nn.Embedding(vocabulary, width), RMSNorm(width, self._shape.rms_norm_eps)
+            head = linear(width, vocabulary, bias=False)
         for module in (embedding, norm, head):
             self._fill(module)
         return embedding, norm, head

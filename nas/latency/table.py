@@ -1,14 +1,14 @@
 """A measured latency table: a CSV of times and a JSON that says what they mean.
 
 table.csv has a row (`COLUMNS`) for each point: one layer with so many KV groups, ``embedding`` or ``head`` (groups 0).
-One that did not fit into memory has no times. latency.json has the device, shape, dtype, runtime, versions, date, what
-the sentinel saw, and how far the predictor was from end-to-end models.
+One that did not fit into memory has no times.
 
 Times are interpolated where physics makes them straight. A decode step's grow with the bytes that it moves: at one
 batch linearly in the context, and from batch to batch likewise. A prefill chunk's grow with its operations: at one
 prompt length linearly in its tokens, and at as many tokens linearly in the length.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +23,12 @@ from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
-from nas.latency.points import EMBEDDING_AND_HEAD
-from nas.latency.predictor import PHASES, STEP_REVISION, Phase, Predictor, Workload
-from nas.serving.batching import prefill_chunks
+from nas.latency.predictor import EMBEDDING_AND_HEAD, PHASES, POINT_COLUMNS, STEP_REVISION, Phase, Predictor, Workload
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 
 TABLE, META = "table.csv", "latency.json"
-COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n", "status"]
+COLUMNS = [*POINT_COLUMNS, "median_ms", "p20_ms", "p80_ms", "n", "status"]
 OK, OUT_OF_MEMORY = "ok", "out_of_memory"
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 _REPORTED_SLOWER = 0.005
@@ -55,7 +53,7 @@ class TableLatency(Predictor):
         try:
             self.is_current = self.meta["step_revision"] >= STEP_REVISION.get(self.meta["runtime"], 1)
             self._measured = self.meta["device"]["slug"], self.meta["shape"], self.meta["dtype"], self.meta["runtime"]
-            self._description = _description(self.meta, self.is_current)
+            self.description = _describe(self.meta, self.is_current)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
@@ -64,7 +62,7 @@ class TableLatency(Predictor):
         self.digest = file_hash(folder / TABLE)
         lost = table["status"] == OUT_OF_MEMORY
         good = positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | lost)
-        good &= counts(table, ["groups", "batch", "length"]) & ~table.duplicated(COLUMNS[:5])
+        good &= counts(table, ["groups", "batch", "length"]) & ~table.duplicated(POINT_COLUMNS)
         require(folder / TABLE, table, good, "a number is not positive, or a point is there twice")
         keys = ["phase", "part", "groups"]
         self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
@@ -75,9 +73,6 @@ class TableLatency(Predictor):
 
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         return sum(self._at(phase, part, 0, batch, length if phase == "prefill" else 1) for part in EMBEDDING_AND_HEAD)
-
-    def describe(self) -> str:
-        return self._description
 
     def check_ranking(self) -> None:
         """Refuses a table that does not put end-to-end models into the order of their measured decode times."""
@@ -100,12 +95,9 @@ class TableLatency(Predictor):
         if self._measured != (device, layer_shape(space.shape), workload.dtype, workload.runtime):
             return False
         try:
-            for batch in batches:
-                self.embedding_and_head_ms("decode", batch, 1)
-                for groups in set().union(*space.choices):
-                    self.layer_ms("decode", groups, batch, workload.context)
-                    for rows in set(prefill_chunks(batch, workload.prompt)):
-                        self.layer_ms("prefill", groups, rows, workload.prompt)
+            for batch, groups in itertools.product(batches, set().union(*space.choices)):
+                self.decode_ms((groups,), batch, workload.context)
+                self.prefill_ms((groups,), batch, workload.prompt)
         except UserError:
             return False
         return True
@@ -122,7 +114,7 @@ class TableLatency(Predictor):
         return ms
 
 
-def _description(meta: Mapping[str, Any], is_current: bool) -> str:
+def _describe(meta: Mapping[str, Any], is_current: bool) -> str:
     words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
     if clock := meta.get("clock"):
         words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
@@ -158,22 +150,20 @@ class _Surface:
         rows = rows.assign(tokens=rows["batch"] * rows["length"]).sort_values([outer, inner])
         ranges = " and ".join(f"{axis} {rows[axis].min():g} to {rows[axis].max():g}" for axis in (outer, inner))
         self.range = f"{ranges} (less where memory ended)"
-        self._lines: dict[float, Any] = {}  # by outer coordinate: batches, inner coordinates and times
+        self._lines: dict[Any, Any] = {}  # by outer coordinate: batches, inner coordinates and times
         for at, line in rows.groupby(outer):
             batches, x, y = line[["batch", inner, "median_ms"]].to_numpy().T
             if prefill and len(x) == 1:  # prompts so long that they go alone take the same time for each token
                 x, y = np.insert(x, 0, 0), np.insert(y, 0, 0)
-            self._lines[float(str(at))] = batches, x, y
+            self._lines[at] = batches, x, y
 
     def ms(self, batch: int, length: int) -> float | None:
         """The time at a batch and length; None where the measured points do not surround these."""
         outer, inner = (length, batch * length) if self._prefill else (batch, length)
         below, above = [at for at in self._lines if at <= outer], [at for at in self._lines if at >= outer]
-        if not below or not above:
-            return None
-        nearest = sorted({below[-1], above[0]})
+        nearest = sorted({*below[-1:], *above[:1]})
         lines = [self._lines[at] for at in nearest]
-        if not all(self._covers(batches, x, batch, inner) for batches, x, _ in lines):
+        if not (below and above and all(self._covers(batches, x, batch, inner) for batches, x, _ in lines)):
             return None
         ms = _along(nearest, [_along(x, y, inner) for _, x, y in lines], outer)
         return ms if ms > 0 else None  # a line of prompts goes on below its fewest tokens, and may end up there
