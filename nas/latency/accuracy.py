@@ -41,7 +41,7 @@ def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
     for _, rows in check.groupby(WORKLOAD):
         predicted_ms, measured_ms = rows["predicted_ms"], rows["measured_ms"]
         errors = (predicted_ms / measured_ms - 1).abs()
-        summary = dict(zip(WORKLOAD, next(rows[WORKLOAD].itertuples(index=False, name=None)), strict=True))
+        summary = rows[WORKLOAD].to_dict("records")[0]
         summary |= {"n": len(rows), "mape": errors.mean(), "worst": errors.max()}
         tau = kendalltau(predicted_ms, measured_ms).statistic if len(rows) > 1 else np.nan
         summaries.append(summary | ({"kendall_tau": tau} if np.isfinite(tau) else {}))  # none where predictions tie

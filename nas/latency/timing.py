@@ -1,11 +1,10 @@
 """Timing many points fairly: in rounds and shuffled, watched by a sentinel, always the same point, between segments.
 
 On a GPU wall time counts. At its power limit it remembers for a tenth of a second or two what ran before: on an H100 a
-step right after a prompt took 2.5 % longer, on an H200 one after a step of 300 rows 2 % longer than after one of 30,
-and a layer after an output head 4 %. So a segment is of one load and begins with a warm-up under it, as a look at the
-sentinel does. Nor does it last: an H200 under a heavy load ran evenly for 0.6 s, then fell to 13 % below that for
-0.4 s, and so on. What is timed is the even speed; how far a lasting load is below it is measured with the energy.
-Where the sentinel is off its own median by more than the tolerance, the samples on both sides do not count.
+step right after a prompt took 2.5 % longer, on an H200 a layer after an output head 4 %. So a segment is of one load
+and begins with a warm-up under it, as a look at the sentinel does. Nor does it last: an H200 under a heavy load ran
+evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on. What is timed is the even speed; how far a lasting
+load is below it is measured with the energy. Samples beside a sentinel that was off its own median do not count.
 
 On a CPU, which other programs share, everything runs on one thread, whose own CPU time is read. What is left of them
 (caches and memory that they use, too) only ever adds, so a sample is the quickest of a few calls. Such times are good
@@ -74,10 +73,9 @@ class Samples:
         try:
             if not (frame["part"].isin(PARTS) & (frame[[*SAMPLE_COLUMNS[1:3], "ms"]] > 0).all(axis=1)).all():
                 raise ValueError("a part is unknown, or a time not positive")
-            for _, rows in frame.groupby("segment"):
-                before, after = rows[SAMPLE_COLUMNS[1:3]].to_numpy()[0].tolist()
-                points = [Point.of_row(*row) for row in rows[POINT_COLUMNS].itertuples(index=False)]
-                segments.append(Segment(before, after, dict(zip(points, rows["ms"].tolist(), strict=True))))
+            for (_, before, after), rows in frame.groupby(SAMPLE_COLUMNS[:3]):
+                lines = rows[SAMPLE_COLUMNS[3:]].itertuples(index=False)
+                segments.append(Segment(before, after, {Point.of_row(*point): ms for *point, ms in lines}))
         except (ValueError, TypeError, UserError) as error:
             raise UserError(f"{path} is corrupt ({error}); remove it and measure again") from None
         return cls(path, segments)
@@ -87,9 +85,9 @@ class Samples:
         rows = [[len(self.segments), segment.before, segment.after, *p.row(), ms] for p, ms in segment.samples.items()]
         self.segments.append(segment)
         if self.path:
-            frame, begins = pd.DataFrame(rows, columns=SAMPLE_COLUMNS), not self.path.is_file()
+            frame = pd.DataFrame(rows, columns=SAMPLE_COLUMNS)
             try:
-                frame.to_csv(self.path, mode="a", index=False, header=begins)
+                frame.to_csv(self.path, mode="a", index=False, header=not self.path.is_file())
             except OSError as error:  # which does not say where
                 raise OSError(error.errno, error.strerror, str(self.path)) from error
 
@@ -101,10 +99,12 @@ class Samples:
 
     def by_point(self, tolerance: float = math.inf) -> dict[Point, list[float]]:
         """Samples of each point, without those of segments in which the sentinel drifted more than ``tolerance``."""
-        samples: dict[Point, list[float]] = defaultdict(list)
+        samples: dict[Point, list[float]] = {}
         for segment, drift in zip(self.segments, self.drifts(), strict=True):
             for point, ms in segment.samples.items():
-                samples[point] += [ms] if not drift > tolerance or math.isinf(ms) else []
+                kept = samples.setdefault(point, [])
+                if not drift > tolerance or math.isinf(ms):
+                    kept.append(ms)
         return samples
 
     def due(self, points: Iterable[Point], config: MeasureConfig, on_gpu: bool) -> list[Point]:
@@ -132,9 +132,9 @@ class Samples:
         ever make a sample longer.
         """
         taken, steady, few = self.by_point(), self.by_point(config.drift), config.rounds // 2
-        if not on_gpu:
-            return {point: sorted(times)[:2] for point, times in taken.items()}
-        return {point: steady[point] if len(steady[point]) > few else times for point, times in taken.items()}
+        if on_gpu:
+            return {point: steady[point] if len(steady[point]) > few else times for point, times in taken.items()}
+        return {point: sorted(times)[:2] for point, times in taken.items()}
 
     def drift_report(self, config: MeasureConfig) -> dict[str, Any]:
         """The drift of the sentinel, for latency.json."""
@@ -248,9 +248,9 @@ class _Stopwatch:
         """The median of a few samples of the sentinel, which has to fit into memory all the time."""
         self.make_ready(sentinel)
         self._keep_busy([sentinel], _REST_S)
-        milliseconds = median(self.sample(sentinel) for _ in range(3 if self._on_gpu else 1))
-        if math.isfinite(milliseconds):
-            return milliseconds
+        ms = median(self.sample(sentinel) for _ in range(3 if self._on_gpu else 1))
+        if math.isfinite(ms):
+            return ms
         raise UserError(
             f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups per "
             "layer fit into memory; lower workload.context, or give smaller measure.batches"
