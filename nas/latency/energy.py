@@ -8,8 +8,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ _FEWEST_READINGS = 125
 _SPANNED_SHARE = 0.9  # of all readings; a counter that moves for less than that does not count
 
 
-@dataclass(frozen=True)
-class Energy:
+class Energy(NamedTuple):
     """The energy of one call, as measured over many."""
 
     watts: float  # mean power of the whole card: what it draws when idle is in it
@@ -104,8 +103,8 @@ class EnergyTable:
     def watts(self, groups: int, batch: int) -> float:
         """Mean power while a model with ``groups`` KV groups in every layer decodes, at any context.
 
-        Beyond the measured batches it is that of the nearest one: power varies little from point to point, and no card
-        exceeds its limit, so a clamp errs less than a slope would.
+        Beyond the measured batches it is that of the nearest one: no card exceeds its power limit, so a clamp errs less
+        than a slope would.
         """
         rows = self._rows[groups]
         return float(np.interp(batch, rows["batch"], rows["watts"]))

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -159,5 +159,5 @@ def _energy(
                 found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
                 if found is None:
                     return None
-                rows.append([groups, batch, workload.context, *astuple(found), "energy counter"])
+                rows.append([groups, batch, workload.context, *found, "energy counter"])
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None

@@ -2,9 +2,8 @@
 
 A layer timed alone would find its weights and KV cache in the processor's cache, where an end-to-end model never finds
 them. So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one
-after the other and divides. Layers of one position share what does not depend on their groups. All points share the
-memory of the KV caches; where it is too small for all layers (many groups at a batch of ``batch=max``), fewer are run,
-but never so few that a processor's cache could hold them.
+after the other and divides. All points share the memory of the KV caches; where it is too small for all layers (many
+groups at a batch of ``batch=max``), fewer are run, but never so few that a processor's cache could hold them.
 """
 
 import gc
@@ -58,7 +57,8 @@ class LayerPool:
         modules = nn.ModuleList([*every_layer, *(module for copy in self._embeddings_and_heads for module in copy)])
         held_bytes = sum(parameter.nbytes for parameter in modules.parameters())  # each once
         fits = max(0, memory_bytes - held_bytes) // (2 * self._dtype.itemsize)
-        most = max(self._cache_size(p, p.groups * (self._depth if p.part == "layer" else 1)) for p in points)
+        depths = {"layer": self._depth}
+        most = max(self._cache_size(p.groups * depths.get(p.part, 1), p.batch * p.length) for p in points)
         self._room = min(fits, most)
         self._keys, self._values = (self._random(self._room) for _ in range(2))  # never time zeros
         self._graphs = torch.cuda.graph_pool_handle() if runtime != "eager" else None
@@ -66,17 +66,16 @@ class LayerPool:
 
     def prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
         """What runs a point, and by how much its time is to be divided; `torch.OutOfMemoryError` if it does not fit."""
-        if point in self._prepared:
-            return self._prepared[point]
-        try:
-            call, divisor = self._call(point)
-            call()  # compiles, where that is asked for
-            captures = self._runtime != "eager" and point.phase == "decode"
-            self._prepared[point] = (captured(call, self._graphs) if captures else call), divisor
-        except torch.OutOfMemoryError:
-            gc.collect()
-            torch.cuda.empty_cache()
-            raise
+        if point not in self._prepared:
+            try:
+                call, divisor = self._call(point)
+                call()  # compiles, where that is asked for
+                captures = self._runtime != "eager" and point.phase == "decode"
+                self._prepared[point] = (captured(call, self._graphs) if captures else call), divisor
+            except torch.OutOfMemoryError:
+                gc.collect()
+                torch.cuda.empty_cache()
+                raise
         return self._prepared[point]
 
     def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
@@ -97,7 +96,7 @@ class LayerPool:
             none = no_partials(x_BTD)
             return lambda: [last_logits(x_BTD, none, norm, head, last) for _, norm, head in copies], len(copies)
         vector = point.groups * self.depth_of(point) if point.part == "layer" else point.groups
-        if not vector or self._cache_size(point, vector) > self._room:
+        if not vector or self._cache_size(vector, point.batch * point.length) > self._room:
             raise torch.OutOfMemoryError(f"no room for the caches of {point.batch} x {point.length} tokens")
         layers = [position[groups] for position, groups in zip(self._layers, vector, strict=False)]
         caches = layer_caches(self._keys, self._values, self._shape, vector, point.batch, point.length)
@@ -112,18 +111,18 @@ class LayerPool:
 
     def depth_of(self, point: Point) -> int:
         """How many layers are run for the time of one: all, or as many as there is room for; 0 if those are too few."""
-        size = self._cache_size(point, point.groups)
+        size = self._cache_size(point.groups, point.batch * point.length)
         fits = min(self._depth, self._room // size)
         read_bytes = fits * 2 * size * self._dtype.itemsize
         return fits if fits == self._depth or (fits >= _FEWEST_LAYERS and read_bytes >= _BEYOND_CACHES) else 0
 
     def fitting_batch(self, vector: Vector, batch: int, length: int) -> int:
         """The batch, or the largest whose caches there is room for."""
-        return min(batch, self._room // self._cache_size(Point("decode", "whole", vector, 1, length), vector))
+        return min(batch, self._room // self._cache_size(vector, length))
 
-    def _cache_size(self, point: Point, vector: Vector) -> int:
+    def _cache_size(self, vector: Vector, tokens: int) -> int:
         """Elements of the keys, which are as many as those of the values."""
-        return point.batch * point.length * sum(spec.kv_values_per_token for spec in self._shape.layers(vector)) // 2
+        return tokens * self._shape.kv_bytes_per_token(vector, dtype_bytes=1) // 2
 
     def _make_position(self, choices: Iterable[int]) -> dict[int, ServingLayer]:
         """Layers with random weights, which share all but those of queries, keys and values."""

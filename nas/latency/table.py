@@ -1,7 +1,4 @@
-"""A measured latency table: a CSV of times and a JSON that says what they mean.
-
-table.csv has a row (`COLUMNS`) for each point: one layer with so many KV groups, ``embedding`` or ``head`` (groups 0).
-One that did not fit into memory has no times.
+"""A measured latency table: table.csv, a row (`COLUMNS`) per point, and latency.json, which says what the times mean.
 
 Times are interpolated where physics makes them straight. A decode step's grow with the bytes that it moves: at one
 batch linearly in the context, and from batch to batch likewise. A prefill chunk's grow with its operations: at one
@@ -49,15 +46,15 @@ class TableLatency(Predictor):
     digest: str
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.meta = folder, {"step_revision": 1} | read_json(folder / META)
+        self.folder, self.meta = folder, (meta := {"step_revision": 1} | read_json(folder / META))
         try:
-            self.is_current = self.meta["step_revision"] >= STEP_REVISION.get(self.meta["runtime"], 1)
-            self._measured = self.meta["device"]["slug"], self.meta["shape"], self.meta["dtype"], self.meta["runtime"]
-            self.description = _describe(self.meta, self.is_current)
+            self.is_current = meta["step_revision"] >= STEP_REVISION.get(meta["runtime"], 1)
+            self._measured = meta["device"]["slug"], meta["shape"], meta["dtype"], meta["runtime"]
+            self.description = _describe(meta, self.is_current)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
-        self.idle_watts = self.meta.get("idle_watts")
+        self.idle_watts = meta.get("idle_watts")
         table = read_csv(folder / TABLE, COLUMNS)
         self.digest = file_hash(folder / TABLE)
         lost = table["status"] == OUT_OF_MEMORY
@@ -104,14 +101,13 @@ class TableLatency(Predictor):
 
     def _at(self, phase: str, part: str, groups: int, batch: int, length: int) -> float:
         where = self.folder / TABLE
-        if (phase, part, groups) not in self._surfaces:
+        if not (surface := self._surfaces.get((phase, part, groups))):
             what = f"{groups} groups" if part == "layer" else part
             raise UserError(f"{where} has no {phase} times for {what}; measure this space")
-        surface = self._surfaces[phase, part, groups]
-        if (ms := surface.ms(batch, length)) is None:
-            reach = f"{surface.range} in {phase}, not batch {batch} and length {length}"
-            raise UserError(f"{where} covers {reach}; measure that workload")
-        return ms
+        if ms := surface.ms(batch, length):
+            return ms
+        reach = f"{surface.range} in {phase}, not batch {batch} and length {length}"
+        raise UserError(f"{where} covers {reach}; measure that workload")
 
 
 def _describe(meta: Mapping[str, Any], is_current: bool) -> str:
@@ -119,12 +115,10 @@ def _describe(meta: Mapping[str, Any], is_current: bool) -> str:
     if clock := meta.get("clock"):
         words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
     for phase in PHASES:
-        checks = [summary for summary in meta["check"] if summary["phase"] == phase]
-        if checks:
-            error = overall_errors(checks)
-            models, where = max(check["n"] for check in checks), [f"{c['batch']} x {c['length']}" for c in checks]
-            at = f"{models} end-to-end models at {', '.join(where)} tokens"
-            words.append(f"mean error of {phase} {error[0]:.1%}, worst {error[1]:.1%} ({at})")
+        if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
+            (mean, worst), where = overall_errors(checks), ", ".join(f"{c['batch']} x {c['length']}" for c in checks)
+            at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
+            words.append(f"mean error of {phase} {mean:.1%}, worst {worst:.1%} ({at})")
     slower = max((load["ratio"] for load in meta.get("lasting_load", [])), default=1.0) - 1
     if slower >= _REPORTED_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
         words.append(f"steps that follow one another for seconds took up to {slower:.1%} longer")
@@ -161,17 +155,18 @@ class _Surface:
         """The time at a batch and length; None where the measured points do not surround these."""
         outer, inner = (length, batch * length) if self._prefill else (batch, length)
         below, above = [at for at in self._lines if at <= outer], [at for at in self._lines if at >= outer]
-        nearest = sorted({*below[-1:], *above[:1]})
-        lines = [self._lines[at] for at in nearest]
-        if not (below and above and all(self._covers(batches, x, batch, inner) for batches, x, _ in lines)):
+        if not below or not above:
             return None
+        nearest = sorted({below[-1], above[0]})
+        lines = [self._lines[at] for at in nearest]
+        for batches, x, _ in lines:
+            covered = x[0] <= inner <= x[-1]
+            if self._prefill:  # no fewer rows than were measured, and no more rows or no more tokens
+                covered = batches[0] <= batch and (batch <= batches[-1] or inner <= x[-1])
+            if not covered:
+                return None
         ms = _along(nearest, [_along(x, y, inner) for _, x, y in lines], outer)
         return ms if ms > 0 else None  # a line of prompts goes on below its fewest tokens, and may end up there
-
-    def _covers(self, batches: Any, x: Any, batch: int, inner: int) -> bool:
-        if self._prefill:  # no fewer rows than were measured, and no more rows or no more tokens
-            return bool(batches[0] <= batch and (batch <= batches[-1] or inner <= x[-1]))
-        return bool(x[0] <= inner <= x[-1])
 
 
 def _along(x: Any, y: Any, at: float) -> float:
