@@ -59,9 +59,8 @@ def lasting_load(
 ) -> list[dict[Any, float]]:
     """How long decode steps that follow one another for seconds (``energy``) take, over their prediction.
 
-    A GPU that reaches its power limit then is slower than in the short runs that a table is made of. Eager steps differ
-    for another reason: they take as long as the host, which other processes share, needs to launch them. Only points of
-    the table count, as between them the prediction has an error of its own.
+    A GPU at its power limit is slower then than in the short runs that a table is made of; eager steps take as long as
+    the host needs to launch them. Only points of the table count: between them the prediction has an error of its own.
     """
     timed = table.query("phase == 'decode' and part == 'layer' and n > 0")[_STEP]
     steps = energy.merge(timed)

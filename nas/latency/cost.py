@@ -12,8 +12,7 @@ from nas.latency.predictor import DTYPE_BYTES, Predictor, Workload
 from nas.metrics import METRICS, Metrics
 from nas.space import SearchSpace, Vector
 
-_JOULES_PER_KWH = 3.6e6
-_HOURS_PER_YEAR = 365 * 24
+_JOULES_PER_KWH, _HOURS_PER_YEAR = 3.6e6, 365 * 24
 
 
 def money_and_emissions(
@@ -21,8 +20,8 @@ def money_and_emissions(
 ) -> dict[str, float]:
     """Cost and emissions of decoding by the formulas in docs/energy.md; whatever lacks an input is left out.
 
-    Both figures per million tokens are of a card that decodes all the time it is paid for. The yearly one needs the
-    card's power between requests, ``idle_watts``, unless the utilisation is 1.
+    Figures per million tokens are of a card that decodes all the time. The yearly one needs its power between requests,
+    ``idle_watts``, unless the utilisation is 1.
     """
     result = {}
     if config.price_per_hour is not None:

@@ -40,8 +40,8 @@ def measure_energy(
 ) -> Energy | None:
     """Runs ``call``, for which the host need not ``wait``, back to back and measures what one takes.
 
-    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter
-    (it has from Volta on), or that stands still, is reset or fails on the way.
+    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter,
+    or that stands still, is reset or fails on the way.
     """
     with Gpu(uuid) as gpu:
         if gpu.read("energy_joules") is None:
@@ -65,17 +65,13 @@ def measure_energy(
 
 
 def idle_watts(seconds: float, uuid: str | None) -> float | None:
-    """Mean power of a GPU that does nothing; None where NVML does not tell.
-
-    A card with an open CUDA context draws more than one without, and that is what serving pays for between requests:
-    ask once the context is open and before anything runs.
-    """
+    """Mean power of a GPU that does nothing, which an open CUDA context raises; None where NVML does not tell."""
     idle = measure_energy(lambda: time.sleep(_BETWEEN_READINGS_S), seconds, uuid, lambda: None, warm_up_s=0)
     return idle.watts if idle else None
 
 
 def _warm_up(call: Callable[[], object], wait: Callable[[], object], seconds: float) -> int:
-    """Keeps the GPU busy, and finds out how many calls it takes from one reading to the next."""
+    """Keeps the GPU busy and returns how many calls it takes from one reading to the next."""
     begun, repeats = time.perf_counter(), 1
     while True:
         start = time.perf_counter()

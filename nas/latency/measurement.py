@@ -77,28 +77,25 @@ def check_shapes(
     config: MeasureConfig, grid: Grid, workload: Workload, batches: Sequence[int]
 ) -> list[tuple[Phase, int, int]]:
     """Where end-to-end models are timed: at the workload, and at `measure.check_at` or halfway between grid points."""
+
+    def halfway(axis: Sequence[int]) -> int:
+        return sum(axis[-2:]) // len(axis[-2:])
+
     batch = min(batches)  # with batch=max, only the smallest vectors have more
     steps, prompts = [(batch, workload.context)], [workload.prompt]
     if config.check_at is not None:
         steps += [(rows, context) for rows, context in config.check_at]
     else:
-        context = _halfway(grid.contexts)
-        steps += [(_halfway([rows for rows in grid.batches if rows <= batch]), context), (batch, context)]
-        prompts.append(_halfway(grid.prompts))
+        context = halfway(grid.contexts)
+        steps += [(halfway([rows for rows in grid.batches if rows <= batch]), context), (batch, context)]
+        prompts.append(halfway(grid.prompts))
     shapes: list[tuple[Phase, int, int]] = [("decode", *step) for step in steps]
     shapes += [("prefill", prefill_chunks(batch, prompt)[0], prompt) for prompt in prompts]
     return list(dict.fromkeys(shapes))
 
 
-def _halfway(axis: Sequence[int]) -> int:
-    """Between the two largest values."""
-    return sum(axis[-2:]) // len(axis[-2:])
-
-
 @dataclass(frozen=True)
 class Measured:
-    """What a measurement found."""
-
     table: pd.DataFrame  # `nas.latency.table.COLUMNS`
     end_to_end_ms: dict[Point, float]  # of the end-to-end models that fitted into memory
     energy: pd.DataFrame | None  # `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured

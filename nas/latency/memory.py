@@ -22,7 +22,7 @@ _FRAGMENTS = 2**25  # of the allocator, freed but in pieces; without them one of
 
 
 class Memory(NamedTuple):
-    """Bytes by purpose. The first two are exact."""
+    """Bytes by purpose; the first two are exact."""
 
     weights: int  # every parameter, and the rotary table
     kv_cache: int  # every layer's own groups, times batch and length
@@ -36,8 +36,6 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Memory of any vector of a shape at a workload."""
-
     shape: ModelShape
     workload: Workload
     on_gpu: bool
@@ -80,8 +78,8 @@ class MemoryModel:
     def _live_bytes(self, tokens: int, rows: int) -> int:
         """Activations at the widest point of `nas.serving`, the residual stream and the logits.
 
-        It is in the MLP (gate, up, their activation and product) or in the attention (queries, rotated queries, and
-        three fp32 copies). The norm's two fp32 copies are freed before the MLP, but larger tensors cannot use them.
+        It is in the MLP (gate, up, their activation and product; the norm's two fp32 copies are freed by then, but
+        larger tensors cannot use them) or in the attention (queries, rotated queries, and three fp32 copies).
         """
         hidden, dtype_bytes = self.shape.hidden_size, DTYPE_BYTES[self.workload.dtype]
         linears = self.shape.layer(1).linears  # their widths, but for keys and values, do not depend on the groups

@@ -126,15 +126,11 @@ class Samples:
         return list(filter(is_due, points))
 
     def used(self, config: MeasureConfig, on_gpu: bool) -> dict[Point, list[float]]:
-        """Each point's samples that count.
-
-        On a GPU the steady ones, or all where drift has left few; on a CPU the two quickest, as other programs only
-        ever make a sample longer.
-        """
+        """Each point's samples that count: on a GPU the steady ones, or all where these are few; on a CPU two."""
         taken, steady, few = self.by_point(), self.by_point(config.drift), config.rounds // 2
         if on_gpu:
             return {point: steady[point] if len(steady[point]) > few else times for point, times in taken.items()}
-        return {point: sorted(times)[:2] for point, times in taken.items()}
+        return {point: sorted(times)[:2] for point, times in taken.items()}  # other programs only ever add to a sample
 
     def drift_report(self, config: MeasureConfig) -> dict[str, Any]:
         """The drift of the sentinel, for latency.json."""
@@ -188,8 +184,8 @@ def time_points(
 def _loads(points: Iterable[Point], on_gpu: bool, most: int, rng: random.Random) -> list[list[Point]]:
     """Points of one load, no more than ``most``, shuffled inside and among each other.
 
-    A GPU draws power by phase, part and shape. Embedding and head, a small share of a step, go together for all
-    batches, or segments would have one sample each.
+    A GPU draws power by phase, part and shape; embedding and head, of little, go together for all batches, or segments
+    would have one sample each.
     """
     loads: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
     for p in points:
@@ -221,7 +217,7 @@ class _Stopwatch:
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
     def make_ready(self, point: Point) -> bool:
-        """What takes a while and is done once; whether that was now."""
+        """What takes a while and is done once; returns whether that was now."""
         if point in self._ready:
             return False
         self._ready[point] = None  # until it is found to fit into memory
