@@ -35,7 +35,7 @@ def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) ->
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
 
-def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
+def summarise_check(check: pd.DataFrame) -> list[dict[Any, float | str]]:
     """Per workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one."""
     summaries = []
     for _, rows in check.groupby(WORKLOAD):

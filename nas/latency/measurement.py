@@ -22,7 +22,6 @@ from nas.latency.timing import Samples, time_points
 from nas.serving.batching import prefill_chunks
 from nas.space import SearchSpace
 
-_CPU_CLOCK = "CPU time of one thread"
 _MOST_MEMORY = 0.85  # of what is free: the rest is for activations, graphs and libraries
 
 
@@ -131,14 +130,14 @@ def measure(
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(POINT_COLUMNS, ignore_index=True)
     end_to_end_ms = {point: float(s["median_ms"]) for point, s in summaries.items() if point.part == "whole" and s["n"]}
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
-    metadata: dict[str, Any] = {"drift": samples.drift_report(config)} if uuid else {"clock": _CPU_CLOCK}
+    metadata: dict[str, Any] = {"clock": "CPU time of one thread"}
+    if uuid:
+        metadata = {"drift": samples.drift_report(config), "idle_watts": watts}
     layers = [point for point, summary in summaries.items() if point.part == "layer" and summary["n"]]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in layers):
         metadata["points_of_fewer_layers"] = short
     if padded := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
         metadata["padded_batches"] = padded
-    if uuid:
-        metadata["idle_watts"] = watts
     return Measured(table, end_to_end_ms, energy, metadata)
 
 

@@ -177,7 +177,6 @@ def _along(x: Any, y: Any, at: float) -> float:
 def summarise(times_ms: Sequence[float]) -> dict[str, Any]:
     """Median, percentiles and count of the times that are not infinite, which is to say that fitted into memory."""
     fitted = [ms for ms in times_ms if ms < math.inf]
-    if not fitted:
-        return {"median_ms": np.nan, "p20_ms": np.nan, "p80_ms": np.nan, "n": 0, "status": OUT_OF_MEMORY}
-    p20, middle, p80 = np.percentile(fitted, [20, 50, 80])
-    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(fitted), "status": OK}
+    p20, middle, p80 = np.percentile(fitted, [20, 50, 80]) if fitted else [np.nan] * 3
+    status = OK if fitted else OUT_OF_MEMORY
+    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(fitted), "status": status}

@@ -69,16 +69,15 @@ class Samples:
             path.unlink(missing_ok=True)
             return cls(path)
         os.truncate(path, complete)  # without a line that a kill or a full disk cut short
-        frame, segments = read_csv(path, SAMPLE_COLUMNS), []
+        frame, segments = read_csv(path, SAMPLE_COLUMNS), dict[int, Segment]()
         try:
             if not (frame["part"].isin(PARTS) & (frame[[*SAMPLE_COLUMNS[1:3], "ms"]] > 0).all(axis=1)).all():
                 raise ValueError("a part is unknown, or a time not positive")
-            for (_, before, after), rows in frame.groupby(SAMPLE_COLUMNS[:3]):
-                lines = rows[SAMPLE_COLUMNS[3:]].itertuples(index=False)
-                segments.append(Segment(before, after, {Point.of_row(*point): ms for *point, ms in lines}))
+            for number, before, after, *point, ms in frame[SAMPLE_COLUMNS].itertuples(index=False):
+                segments.setdefault(number, Segment(before, after, {})).samples[Point.of_row(*point)] = ms
         except (ValueError, TypeError, UserError) as error:
             raise UserError(f"{path} is corrupt ({error}); remove it and measure again") from None
-        return cls(path, segments)
+        return cls(path, list(segments.values()))
 
     def add(self, segment: Segment) -> None:
         """Appends a segment, to the file too."""
@@ -256,9 +255,11 @@ class _Stopwatch:
         """Milliseconds of one call, divided; infinite where it does not fit into memory."""
         if ready := self._ready[point]:
             call, repeats, divisor = ready
+            self._ready[point] = None  # unless it still fits: what was made ready since may have left it too little
             with _while_memory_lasts():
-                return 1e3 * (_gpu_seconds(call, repeats) if self._on_gpu else _cpu_seconds(call)) / divisor
-            self._ready[point] = None  # what was made ready since has left it too little
+                seconds = _gpu_seconds(call, repeats) if self._on_gpu else _cpu_seconds(call)
+                self._ready[point] = ready
+                return 1e3 * seconds / divisor
         return math.inf
 
     def _keep_busy(self, points: Iterable[Point], seconds: float) -> None:
