@@ -126,14 +126,13 @@ class LayerPool:
 
     def _make_position(self, choices: Iterable[int]) -> dict[int, ServingLayer]:
         """Layers with random weights, which share all but those of queries, keys and values."""
-        position: dict[int, ServingLayer] = {}
-        for groups in choices:
-            with torch.device("meta"):
-                layer = ServingLayer(self._shape.layer(groups)).eval()
-            if position:
-                layer.share(next(iter(position.values())))
+        with torch.device("meta"):
+            position = {groups: ServingLayer(self._shape.layer(groups)).eval() for groups in choices}
+        first, *others = position.values()
+        self._fill(first)
+        for layer in others:
+            layer.share(first)
             self._fill(layer)
-            position[groups] = layer
         return position
 
     def _make_embedding_and_head(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
@@ -143,8 +142,7 @@ class LayerPool:
         with torch.device("meta"):
             embedding, norm = nn.Embedding(vocabulary, width), RMSNorm(width, self._shape.rms_norm_eps)
             head = linear(width, vocabulary, bias=False)
-        for module in (embedding, norm, head):
-            self._fill(module)
+        self._fill(nn.ModuleList([embedding, norm, head]))
         return embedding, norm, head
 
     def _fill(self, root: nn.Module) -> None:
