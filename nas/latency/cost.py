@@ -73,7 +73,7 @@ def cost_function(
             "joules_per_token": joules,
             **money_and_emissions(tokens_per_s, joules, cost, predictor.idle_watts),
         }
-        with suppress(UserError):  # a table may have no batch as small as one prompt
+        with suppress(UserError):  # a table may not reach down to one prompt
             values["ttft_ms"] = predictor.prefill_ms(vector, 1, workload.prompt)
         known: Metrics = {name: value for name in METRICS if (value := values.get(name)) is not None}
         return {**known, "latency_source": predictor.source}

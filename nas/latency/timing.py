@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -38,15 +38,13 @@ SAMPLES = "samples.csv"
 SAMPLE_COLUMNS = ["segment", "sentinel_before_ms", "sentinel_after_ms", *POINT_COLUMNS, "ms"]
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
-
 _SHORTEST_S, _SHORTEST_CPU_S = 3e-2, 1e-2  # a sample repeats a faster call until it lasts this long
 _REST_S = 0.25  # of the sentinel, a light load, before a look at it on a GPU
 _WARM_UP_S = 0.1  # of a segment on a GPU
 _LONGEST_S = 0.4  # of a segment on a GPU, which has one sample at least
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Samples taken one after another, in milliseconds."""
 
     before: float  # the sentinel
@@ -92,9 +90,8 @@ class Samples:
 
     def drifts(self) -> list[float]:
         """By which share each segment's sentinel was off its median over all, at the worse of both sides."""
-        seen = np.array([(segment.before, segment.after) for segment in self.segments]).reshape(-1, 2)
-        drifts: list[float] = np.abs(seen / (np.median(seen) if len(seen) else 1) - 1).max(axis=1).tolist()
-        return drifts
+        middle = median([ms for segment in self.segments for ms in (segment.before, segment.after)] or [1.0])
+        return [max(abs(s.before / middle - 1), abs(s.after / middle - 1)) for s in self.segments]
 
     def by_point(self, tolerance: float = math.inf) -> dict[Point, list[float]]:
         """Samples of each point, without those of segments in which the sentinel drifted more than ``tolerance``."""
