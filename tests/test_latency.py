@@ -336,7 +336,7 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
     now = STEP_REVISION["graph"]
     changes: dict[str, Any] = {"check": [], "lasting_load": loads, "runtime": "graph", "step_revision": now}
     assert TableLatency(write_table(tmp_path, micro, **changes)).description == (
-        "measured on Box on 2026-01-02; steps that follow one another for seconds took up to 4.6% longer"
+        "measured on Box on 2026-01-02; decode steps are those of a lasting load, which took up to 4.6% longer"
     )
     cool = [{**loads[0], "ratio": 1.004}]
     changes["lasting_load"] = cool
@@ -354,8 +354,29 @@ def test_an_end_to_end_model_is_no_check_where_memory_ended_for_its_layers(micro
     known, beyond = (Point("decode", "whole", (1, 2, 4), batch, 25) for batch in (3, 5))
     check = predict_end_to_end({known: 1.0, beyond: 2.0}, table)
     assert check[["batch", "measured_ms", "predicted_ms"]].to_numpy().tolist() == [
-        [3, 1.0, table.decode_ms((1, 2, 4), 3, 25)]
+        [3, 1.0, table.forward_ms("decode", (1, 2, 4), 3, 25)]
     ]
+
+
+def test_decode_steps_are_predicted_as_a_lasting_load_takes_them(micro: SearchSpace, tmp_path: Path) -> None:
+    loads = [
+        {"groups": 1, "batch": 6, "length": 16, "ratio": 1.2},
+        {"groups": 1, "batch": 4, "length": 16, "ratio": 1.1},
+    ]
+    loads.append({"groups": 4, "batch": 4, "length": 16, "ratio": 0.9})
+    changes = {"runtime": "graph", "lasting_load": loads}
+    table = TableLatency(write_table(tmp_path, micro, **changes))
+    for batch, factor in ((3, 1.1), (4, 1.1), (5, 1.15), (6, 1.2)):
+        at = batch, 16
+        uniform, largest = (3 * (groups,) for groups in (1, 4))
+        short = {vector: table.forward_ms("decode", vector, *at) for vector in (uniform, largest, (2, 2, 2))}
+        assert table.decode_ms(uniform, *at) == pytest.approx(factor * short[uniform])
+        assert table.decode_ms((2, 2, 2), *at) == pytest.approx(short[2, 2, 2])  # of which nothing is known
+        mixed = (factor * short[uniform] + 0.9 * short[largest] + short[2, 2, 2]) / 3
+        assert table.decode_ms((4, 1, 2), *at) == pytest.approx(mixed)
+        assert table.decode_ms((1, 2, 4), *at) == table.decode_ms((4, 1, 2), *at)  # to the last bit
+    eager = TableLatency(write_table(tmp_path, micro, **(changes | {"runtime": "eager"})))
+    assert eager.decode_ms((1, 1, 1), 4, 16) == pytest.approx(eager.forward_ms("decode", (1, 1, 1), 4, 16))
 
 
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(

@@ -57,13 +57,14 @@ def overall_errors(checks: list[dict[str, float | str]]) -> tuple[float, float]:
 def lasting_load(
     energy: pd.DataFrame, table: pd.DataFrame, predictor: Predictor, layers: int
 ) -> list[dict[Any, float]]:
-    """How long decode steps that follow one another for seconds (``energy``) take, over their prediction.
+    """How many times as long decode steps that follow one another for seconds (``energy``) take as in short runs.
 
     A GPU at its power limit is slower then than in the short runs that a table is made of; eager steps take as long as
     the host needs to launch them. Only points of the table count: between them the prediction has an error of its own.
     """
     timed = table.query("phase == 'decode' and part == 'layer' and n > 0")[_STEP]
     steps = energy.merge(timed)
-    predicted_ms = [predictor.decode_ms((g,) * layers, *at) for g, *at in steps[_STEP].itertuples(index=False)]
+    vectors = [((groups,) * layers, batch, length) for groups, batch, length in steps[_STEP].itertuples(index=False)]
+    predicted_ms = [predictor.forward_ms("decode", *at) for at in vectors]
     steps["ratio"] = (1e3 * steps["seconds"] / steps["calls"] / predicted_ms).round(4)
     return steps[[*_STEP, "ratio"]].to_dict("records")

@@ -57,9 +57,8 @@ def cost_function(
         low_ms, high_ms = predictor.interval(decode_ms) or (None, None)
         tokens_per_s, joules = 1e3 * batch / decode_ms, None
         if energy:
-            layer_ms = partial(predictor.layer_ms, "decode", batch=batch, length=context)
-            rest_ms = predictor.embedding_and_head_ms("decode", batch, context)
-            joules = energy.joules_per_step(vector, batch, layer_ms, rest_ms) / batch
+            share_ms = partial(predictor.layer_share_ms, batch=batch, context=context, layers=len(vector))
+            joules = energy.joules_per_step(vector, batch, share_ms) / batch
         values = {
             "decode_ms": decode_ms,
             "prefill_ms": predictor.prefill_ms(vector, batch, workload.prompt),

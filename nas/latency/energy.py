@@ -105,10 +105,7 @@ class EnergyTable:
         rows = self._rows[groups]
         return float(np.interp(batch, rows["batch"], rows["watts"]))
 
-    def joules_per_step(
-        self, vector: Sequence[int], batch: int, layer_ms: Callable[[int], float], embedding_and_head_ms: float
-    ) -> float:
+    def joules_per_step(self, vector: Sequence[int], batch: int, layer_share_ms: Callable[[int], float]) -> float:
         """Energy of a decode step: each layer, with its share of embedding and head, at its uniform model's power."""
-        share_ms = embedding_and_head_ms / len(vector)
         counts = Counter(vector).items()
-        return math.fsum(n * self.watts(groups, batch) * (layer_ms(groups) + share_ms) for groups, n in counts) / 1e3
+        return math.fsum(n * self.watts(groups, batch) * layer_share_ms(groups) for groups, n in counts) / 1e3

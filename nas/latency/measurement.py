@@ -1,9 +1,10 @@
 """What `nas measure` times, and what comes of it: a grid of layers, embedding and head, end-to-end models, power."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,8 +153,14 @@ def _energy(
         for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
             with torch.inference_mode(), suppress(torch.OutOfMemoryError):
                 call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
-                found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
+                choose = partial(_step_and_choice, call)
+                found = measure_energy(choose, config.energy_s, uuid, torch.cuda.synchronize)
                 if found is None:
                     return None
                 rows.append([groups, batch, workload.context, *found, "energy counter"])
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None
+
+
+def _step_and_choice(step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A decode step and the likeliest next tokens, as serving repeats it."""
+    return step().argmax(-1)

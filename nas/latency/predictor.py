@@ -122,9 +122,19 @@ class Predictor(ABC):
         """Between which milliseconds the time is to be expected, given an estimate ``ms``; None if measured."""
         return None
 
+    def slowdown(self, groups: int, batch: int) -> float:  # noqa: ARG002
+        """How many times as long a decode step of a uniform vector takes when steps follow one another for seconds."""
+        return 1.0
+
+    def layer_share_ms(self, groups: int, batch: int, context: int, layers: int) -> float:
+        """What a layer and its share of embedding and head take of a decode step of a model of ``layers``."""
+        rest_ms = self.embedding_and_head_ms("decode", batch, context) / layers
+        return self.slowdown(groups, batch) * (self.layer_ms("decode", groups, batch, context) + rest_ms)
+
     def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
-        """Milliseconds of one decode step of an end-to-end model."""
-        return self.forward_ms("decode", vector, batch, context)
+        """Milliseconds of one decode step of an end-to-end model, when steps follow one another."""
+        counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
+        return math.fsum(n * self.layer_share_ms(groups, batch, context, len(vector)) for groups, n in counts)
 
     def prefill_ms(self, vector: Sequence[int], batch: int, prompt: int) -> float:
         """Milliseconds in which the prompts of a batch go through an end-to-end model, chunk by chunk."""
@@ -132,7 +142,7 @@ class Predictor(ABC):
         return math.fsum(times * self.forward_ms("prefill", vector, rows, prompt) for rows, times in chunks)
 
     def forward_ms(self, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
-        """The same of one decode step or one prefill chunk."""
-        counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
+        """The same of one prefill chunk, or of a decode step in a short run."""
+        counts = sorted(Counter(vector).items())
         layers = math.fsum(count * self.layer_ms(phase, groups, batch, length) for groups, count in counts)
         return layers + self.embedding_and_head_ms(phase, batch, length)

@@ -3,6 +3,9 @@
 Times are interpolated where physics makes them straight. A decode step's grow with the bytes that it moves: at one
 batch linearly in the context, and from batch to batch likewise. A prefill chunk's grow with its operations: at one
 prompt length linearly in its tokens, and at as many tokens linearly in the length.
+
+They are of short runs. latency.json has how many times as long steps of uniform vectors took that followed one another
+for seconds (``lasting_load``): `TableLatency.decode_ms` is of such steps, `TableLatency.forward_ms` of short runs.
 """
 
 import itertools
@@ -50,7 +53,8 @@ class TableLatency(Predictor):
         try:
             self.is_current = meta["step_revision"] >= STEP_REVISION.get(meta["runtime"], 1)
             self._measured = meta["device"]["slug"], meta["shape"], meta["dtype"], meta["runtime"]
-            self.description = _describe(meta, self.is_current)
+            self._slowdowns = _slowdowns(meta)
+            self.description = _describe(meta, self._slowdowns, self.is_current)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
@@ -64,6 +68,9 @@ class TableLatency(Predictor):
         keys = ["phase", "part", "groups"]
         self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
         self.energy = EnergyTable(folder / ENERGY) if (folder / ENERGY).is_file() else None
+
+    def slowdown(self, groups: int, batch: int) -> float:
+        return float(np.interp(batch, *self._slowdowns[groups])) if groups in self._slowdowns else 1.0
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         return self._at(phase, "layer", groups, batch, length)
@@ -110,7 +117,18 @@ class TableLatency(Predictor):
         raise UserError(f"{where} covers {reach}; measure that workload")
 
 
-def _describe(meta: Mapping[str, Any], is_current: bool) -> str:
+def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float]]]:
+    """By groups, batches and how many times as long lasting steps took; of eager steps the host decides that."""
+    found: dict[int, tuple[list[int], list[float]]] = {}
+    loads = meta.get("lasting_load", []) if meta["runtime"] != "eager" else []
+    for load in sorted(loads, key=lambda load: load["batch"]):
+        batches, ratios = found.setdefault(load["groups"], ([], []))
+        batches.append(load["batch"])
+        ratios.append(load["ratio"])
+    return found
+
+
+def _describe(meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], list[float]]], is_current: bool) -> str:
     words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
     if clock := meta.get("clock"):
         words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
@@ -119,9 +137,9 @@ def _describe(meta: Mapping[str, Any], is_current: bool) -> str:
             (mean, worst), where = overall_errors(checks), ", ".join(f"{c['batch']} x {c['length']}" for c in checks)
             at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
             words.append(f"mean error of {phase} {mean:.1%}, worst {worst:.1%} ({at})")
-    slower = max((load["ratio"] for load in meta.get("lasting_load", [])), default=1.0) - 1
-    if slower >= _REPORTED_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
-        words.append(f"steps that follow one another for seconds took up to {slower:.1%} longer")
+    slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
+    if slower >= _REPORTED_SLOWER:
+        words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
     drift = meta.get("drift")
     if drift and drift["segments_beyond"] > drift["segments"] / 2:  # too many to be timed again
         drifted = f"{drift['segments_beyond']} of {drift['segments']} segments, by up to {drift['worst']:.0%}"
