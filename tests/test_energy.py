@@ -18,8 +18,7 @@ from nas.errors import UserError
 from nas.hardware import nvml_facts, nvml_state
 from nas.latency.cost import money_and_emissions
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
-from nas.latency.measurement import _energy
-from nas.latency.points import Grid
+from nas.latency.measurement import Grid, _energy
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Workload
 from nas.space import SearchSpace
@@ -307,12 +306,11 @@ def test_power_is_linear_between_batches_and_constant_beyond(tmp_path: Path) -> 
 
 def test_a_vectors_energy_adds_up(tmp_path: Path) -> None:
     table = EnergyTable(write(tmp_path / "energy.csv"))
-    layer_ms = {1: 2.0, 4: 3.0}.__getitem__
+    share_ms = {1: 2.0, 4: 3.0}.__getitem__
     one, four = power(1, 4), power(4, 4)
-    mixed = table.joules_per_step((4, 1, 1), 4, layer_ms, 5)
-    assert mixed == pytest.approx((3 * four + 2 * 2 * one + 5 * (four + 2 * one) / 3) / 1000)
-    assert mixed == table.joules_per_step((1, 4, 1), 4, layer_ms, 5)  # to the last bit
-    assert table.joules_per_step((4, 4), 4, layer_ms, 5) == pytest.approx(four * (2 * 3 + 5) / 1000)
+    mixed = table.joules_per_step((4, 1, 1), 4, share_ms)
+    assert mixed == pytest.approx((3 * four + 2 * 2 * one) / 1000)
+    assert mixed == table.joules_per_step((1, 4, 1), 4, share_ms)  # to the last bit
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,12 @@ def test_nothing_beats_the_data_sheet(phase: Phase, groups: int, batch: int, len
 def test_an_estimate_says_what_it_rests_on_and_how_far_off_it_may_be() -> None:
     model = RooflineLatency(calibrated(), SHAPE, "bf16")
     assert model.interval(10.0) == pytest.approx((8.0, 15.0))
-    assert model.describe() == (
+    assert model.description == (
         "estimated: the GPU's time, calibrated from 75 published measurements; 20 decode steps of serving engines, "
         "each predicted without its source, were off by 6.1% in the median, 30.0% at worst"
     )
     uncalibrated = RooflineLatency(calibrated(), SHAPE, "fp32")  # nothing of fp32 is published
-    assert uncalibrated.describe() == "estimated from the data sheet of NVIDIA X"
+    assert uncalibrated.description == "estimated from the data sheet of NVIDIA X"
     assert uncalibrated.interval(10.0) == (10.0, math.inf)
 
 
@@ -130,7 +130,7 @@ def test_an_engine_adds_its_share_to_a_decode_step_and_has_its_own_interval() ->
     assert served.decode_ms(vector, 16, 512) == pytest.approx(alone.decode_ms(vector, 16, 512) + 2.0 + 16 * 0.5)
     assert served.prefill_ms(vector, 16, 512) == alone.prefill_ms(vector, 16, 512)
     assert served.interval(10.0) == pytest.approx((8.0, 12.0))
-    assert served.describe().startswith("estimated: the GPU's time and what tgi adds, calibrated from 75 published")
+    assert served.description.startswith("estimated: the GPU's time and what tgi adds, calibrated from 75 published")
     with pytest.raises(
         UserError, match=r"engine=tgi: .* up to 16 sequences, not for 17; lower workload\.batch, or use"
     ):

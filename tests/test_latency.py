@@ -32,8 +32,8 @@ from nas.latency.accuracy import (
 from nas.latency.cost import cost_function
 from nas.latency.energy import ENERGY_COLUMNS
 from nas.latency.estimate import RooflineLatency
-from nas.latency.points import Grid, Point, check_shapes, grid_for
-from nas.latency.predictor import STEP_REVISION, Phase
+from nas.latency.measurement import Grid, check_shapes, grid_for
+from nas.latency.predictor import STEP_REVISION, Phase, Point
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.metrics import COLUMNS as METRIC_COLUMNS
 from nas.metrics import LIMITS, METRICS, OBJECTIVES
@@ -223,9 +223,6 @@ class Recorded(Predictor):
         self.asked.append((batch, length))
         return math.sqrt(batch)
 
-    def describe(self) -> str:
-        return "made up"
-
 
 def test_time_to_first_token_is_the_prefill_of_one_prompt(micro: SearchSpace, tmp_path: Path) -> None:
     device, vector = Device("box", "Box", False, 2**33), (4, 1, 2)
@@ -323,34 +320,34 @@ def test_a_table_fits_only_its_own_device_shape_and_workload(micro: SearchSpace,
 
 
 def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: Path) -> None:
-    assert TableLatency(write_table(tmp_path, micro)).describe() == (
+    assert TableLatency(write_table(tmp_path, micro)).description == (
         "measured on Box on 2026-01-02; mean error of decode 1.5%, worst 5.0% (3 end-to-end models at 4 x 16, 3 x 10 "
         "tokens); mean error of prefill 3.0%, worst 2.0% (3 end-to-end models at 4 x 8 tokens)"
     )
     unchecked = TableLatency(write_table(tmp_path, micro, check=[]))
-    assert unchecked.describe() == "measured on Box on 2026-01-02"
+    assert unchecked.description == "measured on Box on 2026-01-02"
     loads = [{"groups": groups, "batch": 4, "length": 16, "ratio": ratio} for groups, ratio in ((1, 1.046), (4, 0.99))]
     eager = TableLatency(write_table(tmp_path, micro, check=[], lasting_load=loads))
-    assert eager.describe() == unchecked.describe()
+    assert eager.description == unchecked.description
     drift = {"segments": 20, "segments_beyond": 11, "worst": 0.234}
     shaken = TableLatency(write_table(tmp_path, micro, check=[], drift=drift))
-    assert shaken.describe() == f"{unchecked.describe()}; the machine drifted in 11 of 20 segments, by up to 23%"
+    assert shaken.description == f"{unchecked.description}; the machine drifted in 11 of 20 segments, by up to 23%"
     redone = TableLatency(write_table(tmp_path, micro, check=[], drift=drift | {"segments_beyond": 10}))
-    assert redone.describe() == unchecked.describe()
+    assert redone.description == unchecked.description
     now = STEP_REVISION["graph"]
     changes: dict[str, Any] = {"check": [], "lasting_load": loads, "runtime": "graph", "step_revision": now}
-    assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == (
-        "measured on Box on 2026-01-02; steps that follow one another for seconds took up to 4.6% longer"
+    assert TableLatency(write_table(tmp_path, micro, **changes)).description == (
+        "measured on Box on 2026-01-02; decode steps are those of a lasting load, which took up to 4.6% longer"
     )
     cool = [{**loads[0], "ratio": 1.004}]
     changes["lasting_load"] = cool
-    assert TableLatency(write_table(tmp_path, micro, **changes)).describe() == unchecked.describe()
+    assert TableLatency(write_table(tmp_path, micro, **changes)).description == unchecked.description
     for before in (now - 1, 1):
         old = TableLatency(write_table(tmp_path, micro, **(changes | {"step_revision": before})))
         caution = "decode steps were of an earlier version of this software, so may be off by a tenth at few rows"
-        assert old.describe() == f"{unchecked.describe()}; {caution}"
+        assert old.description == f"{unchecked.description}; {caution}"
     del changes["step_revision"]
-    assert "an earlier version" in TableLatency(write_table(tmp_path, micro, **changes)).describe()
+    assert "an earlier version" in TableLatency(write_table(tmp_path, micro, **changes)).description
 
 
 def test_an_end_to_end_model_is_no_check_where_memory_ended_for_its_layers(micro: SearchSpace, tmp_path: Path) -> None:
@@ -358,8 +355,29 @@ def test_an_end_to_end_model_is_no_check_where_memory_ended_for_its_layers(micro
     known, beyond = (Point("decode", "whole", (1, 2, 4), batch, 25) for batch in (3, 5))
     check = predict_end_to_end({known: 1.0, beyond: 2.0}, table)
     assert check[["batch", "measured_ms", "predicted_ms"]].to_numpy().tolist() == [
-        [3, 1.0, table.decode_ms((1, 2, 4), 3, 25)]
+        [3, 1.0, table.forward_ms("decode", (1, 2, 4), 3, 25)]
     ]
+
+
+def test_decode_steps_are_predicted_as_a_lasting_load_takes_them(micro: SearchSpace, tmp_path: Path) -> None:
+    loads = [
+        {"groups": 1, "batch": 6, "length": 16, "ratio": 1.2},
+        {"groups": 1, "batch": 4, "length": 16, "ratio": 1.1},
+    ]
+    loads.append({"groups": 4, "batch": 4, "length": 16, "ratio": 0.9})
+    changes = {"runtime": "graph", "lasting_load": loads}
+    table = TableLatency(write_table(tmp_path, micro, **changes))
+    for batch, factor in ((3, 1.1), (4, 1.1), (5, 1.15), (6, 1.2)):
+        at = batch, 16
+        uniform, largest = (3 * (groups,) for groups in (1, 4))
+        short = {vector: table.forward_ms("decode", vector, *at) for vector in (uniform, largest, (2, 2, 2))}
+        assert table.decode_ms(uniform, *at) == pytest.approx(factor * short[uniform])
+        assert table.decode_ms((2, 2, 2), *at) == pytest.approx(short[2, 2, 2])  # of which nothing is known
+        mixed = (factor * short[uniform] + 0.9 * short[largest] + short[2, 2, 2]) / 3
+        assert table.decode_ms((4, 1, 2), *at) == pytest.approx(mixed)
+        assert table.decode_ms((1, 2, 4), *at) == table.decode_ms((4, 1, 2), *at)  # to the last bit
+    eager = TableLatency(write_table(tmp_path, micro, **(changes | {"runtime": "eager"})))
+    assert eager.decode_ms((1, 1, 1), 4, 16) == pytest.approx(eager.forward_ms("decode", (1, 1, 1), 4, 16))
 
 
 def test_a_lasting_load_is_set_beside_the_prediction_of_the_same_steps_if_they_were_measured(

@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from nas.latency.memory import MemoryModel
-from nas.latency.points import Point
 from nas.latency.pool import LayerPool
-from nas.latency.predictor import STEP_REVISION, Workload
+from nas.latency.predictor import STEP_REVISION, Point, Workload
 from nas.model import Supernet
 from nas.quality import vector_losses
 from nas.shape import ModelShape

@@ -24,9 +24,8 @@ from nas.errors import UserError
 from nas.export.hf import HfExporter
 from nas.latency.device import this_device
 from nas.latency.memory import MemoryModel
-from nas.latency.points import Point
 from nas.latency.pool import LayerPool
-from nas.latency.predictor import DTYPE_BYTES, Workload
+from nas.latency.predictor import DTYPE_BYTES, Point, Workload
 from nas.model import Decoder
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.batching import padded_batches

@@ -27,12 +27,11 @@ from nas.files import read_json
 from nas.latency import Workload, this_device, timing
 from nas.latency.accuracy import CHECK_COLUMNS, predict_end_to_end, random_vectors, summarise_check
 from nas.latency.energy import ENERGY_COLUMNS
-from nas.latency.measurement import Measured, measure
-from nas.latency.points import Grid, Point
+from nas.latency.measurement import Grid, Measured, measure
 from nas.latency.pool import LayerPool
-from nas.latency.samples import SAMPLE_COLUMNS, Samples, Segment, spread
+from nas.latency.predictor import Point
 from nas.latency.table import COLUMNS, TableLatency
-from nas.latency.timing import time_points
+from nas.latency.timing import SAMPLE_COLUMNS, Samples, Segment, spread, time_points
 from nas.model.decoder import Decoder
 from nas.run import FinishedRun
 from nas.serving import ServingLayer, ServingModel
@@ -739,7 +738,7 @@ def test_measuring_writes_all_that_belongs_together_and_publishes_it(
     at = {(summary["phase"], summary["batch"], summary["length"]) for summary in meta["check"]}
     assert {("decode", 2, 16), ("prefill", 2, 4)} < at
     assert meta["workload"] == Workload(2, 16, 4, "fp32", "eager").to_dict()
-    assert "CPU time of one thread, good for ratios between vectors" in TableLatency(run).describe()
+    assert "CPU time of one thread, good for ratios between vectors" in TableLatency(run).description
     for summary in meta["check"]:
         where = f"{summary['phase']} at batch {summary['batch']} and {summary['length']} tokens: mean error"
         assert f"predicted against 2 end-to-end models, {where} {summary['mape']:.2%}" in result.out
@@ -765,7 +764,7 @@ def test_without_whole_models_there_is_no_check_to_draw(nas: Nas, micro_file: Pa
     assert read_json(run / "latency.json")["check"] == []
     assert not (run / "check.png").exists()
     assert pd.read_csv(run / "check.csv").empty
-    assert "mean error" not in TableLatency(run).describe()
+    assert "mean error" not in TableLatency(run).description
 
 
 def test_a_stopped_measurement_goes_on_under_its_name(

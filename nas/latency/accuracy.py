@@ -1,14 +1,14 @@
 """Predicted against measured: end-to-end models of vectors that the table has not seen."""
 
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
 from nas.errors import UserError
-from nas.latency.points import Point
-from nas.latency.predictor import Predictor
+from nas.latency.predictor import Point, Predictor
 from nas.space import SearchSpace, Vector, format_vector
 
 CHECK = "check.csv"
@@ -35,13 +35,13 @@ def predict_end_to_end(measured_ms: dict[Point, float], predictor: Predictor) ->
     return pd.DataFrame(rows, columns=CHECK_COLUMNS)
 
 
-def summarise_check(check: pd.DataFrame) -> list[dict[str, float | str]]:
+def summarise_check(check: pd.DataFrame) -> list[dict[Any, float | str]]:
     """Per workload: how many models, mean and worst absolute relative error, and Kendall τ if there is one."""
     summaries = []
     for _, rows in check.groupby(WORKLOAD):
         predicted_ms, measured_ms = rows["predicted_ms"], rows["measured_ms"]
         errors = (predicted_ms / measured_ms - 1).abs()
-        summary = dict(zip(WORKLOAD, next(rows[WORKLOAD].itertuples(index=False, name=None)), strict=True))
+        summary = rows[WORKLOAD].to_dict("records")[0]
         summary |= {"n": len(rows), "mape": errors.mean(), "worst": errors.max()}
         tau = kendalltau(predicted_ms, measured_ms).statistic if len(rows) > 1 else np.nan
         summaries.append(summary | ({"kendall_tau": tau} if np.isfinite(tau) else {}))  # none where predictions tie
@@ -56,17 +56,15 @@ def overall_errors(checks: list[dict[str, float | str]]) -> tuple[float, float]:
 
 def lasting_load(
     energy: pd.DataFrame, table: pd.DataFrame, predictor: Predictor, layers: int
-) -> list[dict[str, float]]:
-    """How long decode steps that follow one another for seconds (``energy``) take, over their prediction.
+) -> list[dict[Any, float]]:
+    """How many times as long decode steps that follow one another for seconds (``energy``) take as in short runs.
 
-    A GPU that reaches its power limit then is slower than in the short runs that a table is made of. Eager steps differ
-    for another reason: they take as long as the host, which other processes share, needs to launch them. Only points of
-    the table count, as between them the prediction has an error of its own.
+    A GPU at its power limit is slower then than in the short runs that a table is made of; eager steps take as long as
+    the host needs to launch them. Only points of the table count: between them the prediction has an error of its own.
     """
     timed = table.query("phase == 'decode' and part == 'layer' and n > 0")[_STEP]
-    found: list[dict[str, float]] = []
-    for row in energy.merge(timed).to_dict("records"):
-        predicted_ms = predictor.decode_ms((row["groups"],) * layers, row["batch"], row["length"])
-        ratio = round(1e3 * row["seconds"] / row["calls"] / predicted_ms, 4)
-        found.append({key: row[key] for key in _STEP} | {"ratio": ratio})
-    return found
+    steps = energy.merge(timed)
+    vectors = [((groups,) * layers, batch, length) for groups, batch, length in steps[_STEP].itertuples(index=False)]
+    predicted_ms = [predictor.forward_ms("decode", *at) for at in vectors]
+    steps["ratio"] = (1e3 * steps["seconds"] / steps["calls"] / predicted_ms).round(4)
+    return steps[[*_STEP, "ratio"]].to_dict("records")

@@ -1,7 +1,6 @@
-"""What is known of a device: the one we run on, or one that latency_models/ describes.
+"""What is known of a device: the one we run on, or one whose folder in latency_models/ describes it.
 
-A device is named as NVML (or the CPU) names it, in lower case with dashes: ``nvidia-a10g``. Its folder in
-latency_models/ holds device.json with what an estimate needs, and any measured tables.
+Such a folder has device.json, with what an estimate needs, and any measured tables.
 """
 
 import dataclasses
@@ -23,9 +22,7 @@ _CUDA_CONTEXT = 3 * 2**28  # bytes: context, kernels' code and the driver's rese
 
 @dataclass(frozen=True)
 class Device:
-    """A device and what is known of it."""
-
-    slug: str  # name of its folder, e.g. ``nvidia-a10g``
+    slug: str  # name of its folder: as the device names itself, in lower case with dashes, e.g. ``nvidia-a10g``
     name: str  # as the device names itself
     is_gpu: bool  # whether PyTorch reaches it through CUDA
     memory_bytes: int  # usable memory

@@ -8,8 +8,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,7 @@ _FEWEST_READINGS = 125
 _SPANNED_SHARE = 0.9  # of all readings; a counter that moves for less than that does not count
 
 
-@dataclass(frozen=True)
-class Energy:
+class Energy(NamedTuple):
     """The energy of one call, as measured over many."""
 
     watts: float  # mean power of the whole card: what it draws when idle is in it
@@ -41,8 +40,8 @@ def measure_energy(
 ) -> Energy | None:
     """Runs ``call``, for which the host need not ``wait``, back to back and measures what one takes.
 
-    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter
-    (it has from Volta on), or that stands still, is reset or fails on the way.
+    It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter,
+    or that stands still, is reset or fails on the way.
     """
     with Gpu(uuid) as gpu:
         if gpu.read("energy_joules") is None:
@@ -66,17 +65,13 @@ def measure_energy(
 
 
 def idle_watts(seconds: float, uuid: str | None) -> float | None:
-    """Mean power of a GPU that does nothing; None where NVML does not tell.
-
-    A card with an open CUDA context draws more than one without, and that is what serving pays for between requests:
-    ask once the context is open and before anything runs.
-    """
+    """Mean power of a GPU that does nothing, which an open CUDA context raises; None where NVML does not tell."""
     idle = measure_energy(lambda: time.sleep(_BETWEEN_READINGS_S), seconds, uuid, lambda: None, warm_up_s=0)
     return idle.watts if idle else None
 
 
 def _warm_up(call: Callable[[], object], wait: Callable[[], object], seconds: float) -> int:
-    """Keeps the GPU busy, and finds out how many calls it takes from one reading to the next."""
+    """Keeps the GPU busy and returns how many calls it takes from one reading to the next."""
     begun, repeats = time.perf_counter(), 1
     while True:
         start = time.perf_counter()
@@ -104,16 +99,13 @@ class EnergyTable:
     def watts(self, groups: int, batch: int) -> float:
         """Mean power while a model with ``groups`` KV groups in every layer decodes, at any context.
 
-        Beyond the measured batches it is that of the nearest one: power varies little from point to point, and no card
-        exceeds its limit, so a clamp errs less than a slope would.
+        Beyond the measured batches it is that of the nearest one: no card exceeds its power limit, so a clamp errs less
+        than a slope would.
         """
         rows = self._rows[groups]
         return float(np.interp(batch, rows["batch"], rows["watts"]))
 
-    def joules_per_step(
-        self, vector: Sequence[int], batch: int, layer_ms: Callable[[int], float], embedding_and_head_ms: float
-    ) -> float:
+    def joules_per_step(self, vector: Sequence[int], batch: int, layer_share_ms: Callable[[int], float]) -> float:
         """Energy of a decode step: each layer, with its share of embedding and head, at its uniform model's power."""
-        share_ms = embedding_and_head_ms / len(vector)
         counts = Counter(vector).items()
-        return math.fsum(n * self.watts(groups, batch) * (layer_ms(groups) + share_ms) for groups, n in counts) / 1e3
+        return math.fsum(n * self.watts(groups, batch) * layer_share_ms(groups) for groups, n in counts) / 1e3

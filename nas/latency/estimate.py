@@ -51,6 +51,14 @@ class RooflineLatency(Predictor):
         self._share: dict[str, Any] = self._calibration["engines"][engine] if self._calibration else {}
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
+        self.description = f"estimated from the data sheet of {device.name}"
+        if self._calibration and (check := self._share.get("check")):  # there is none while it is being fitted
+            added = "" if engine == NO_ENGINE else f" and what {engine} adds"
+            self.description = (
+                f"estimated: the GPU's time{added}, calibrated from {self._calibration['measurements']} published "
+                f"measurements; {check['points']} decode steps of serving engines, each predicted without its source, "
+                f"were off by {check['median_error']:.1%} in the median, {check['worst_error']:.1%} at worst"
+            )
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         constants, layer = self._constants, self._shape.layer(groups)
@@ -86,16 +94,6 @@ class RooflineLatency(Predictor):
         if self._calibration is None:
             return ms, math.inf
         return ms * self._share["check"]["low"], ms * self._share["check"]["high"]
-
-    def describe(self) -> str:
-        if self._calibration is None:
-            return f"estimated from the data sheet of {self._device.name}"
-        check, added = self._share["check"], "" if self._engine == NO_ENGINE else f" and what {self._engine} adds"
-        return (
-            f"estimated: the GPU's time{added}, calibrated from {self._calibration['measurements']} published "
-            f"measurements; {check['points']} decode steps of serving engines, each predicted without its source, were "
-            f"off by {check['median_error']:.1%} in the median, {check['worst_error']:.1%} at worst"
-        )
 
     def _gemms_ms(self, weights: int, tokens: int) -> float:
         return self._kernel_ms(weights, 2 * tokens * weights, self._constants.weight_bandwidth)

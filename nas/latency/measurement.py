@@ -1,8 +1,10 @@
-"""Measures a space: its layers, embedding and head over a grid, end-to-end models as a check, and their power."""
+"""What `nas measure` times, and what comes of it: a grid of layers, embedding and head, end-to-end models, power."""
 
-import time
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +13,93 @@ import psutil
 import torch
 
 from nas.config import MeasureConfig
-from nas.errors import UserError
-from nas.hardware import nvml_state
 from nas.latency.accuracy import random_vectors
 from nas.latency.device import Device
 from nas.latency.energy import ENERGY_COLUMNS, idle_watts, measure_energy
-from nas.latency.points import Grid, Point
 from nas.latency.pool import LayerPool
-from nas.latency.predictor import Phase, Workload
-from nas.latency.samples import Samples
+from nas.latency.predictor import EMBEDDING_AND_HEAD, MAX, PHASES, POINT_COLUMNS, Phase, Point, Workload
 from nas.latency.table import COLUMNS, summarise
-from nas.latency.timing import memory_watched, time_points
+from nas.latency.timing import Samples, time_points
+from nas.serving.batching import prefill_chunks
 from nas.space import SearchSpace
 
-_AT_WORK_S = 1.0  # until the clocks have risen
-_QUEUED_CALLS = 50
-_CPU_CLOCK = "CPU time of one thread"
 _MOST_MEMORY = 0.85  # of what is free: the rest is for activations, graphs and libraries
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What a measurement found."""
+class Grid:
+    """The batches, and the lengths of either phase, whose combinations are timed."""
 
+    batches: tuple[int, ...]
+    contexts: tuple[int, ...]
+    prompts: tuple[int, ...]
+
+    def surrounds(self, batch: int, context: int) -> bool:
+        """Whether a decode step lies between batches and contexts that are timed."""
+        return self.batches[0] <= batch <= self.batches[-1] and self.contexts[0] <= context <= self.contexts[-1]
+
+    def shapes(self, phase: Phase) -> Iterator[tuple[int, int]]:
+        """Batch and length of every point. Of prompts that is at most one prefill chunk."""
+        if phase == "decode":
+            return itertools.product(self.batches, self.contexts)
+        most = self.batches[-1]
+        return ((rows, prompt) for prompt in self.prompts for rows in sorted({1, prefill_chunks(most, prompt)[0]}))
+
+    def points(self, space: SearchSpace) -> list[Point]:
+        """All parts at all shapes; of a decode step, embedding and head depend on the batch alone."""
+        choices, points = sorted(set().union(*space.choices)), list[Point]()
+        for phase in PHASES:
+            shapes = list(self.shapes(phase))
+            points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
+            outside = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
+            points += [Point(phase, part, (), *shape) for shape in outside for part in EMBEDDING_AND_HEAD]
+        return points
+
+
+def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], limit: int) -> Grid:
+    """The config's grid, with the workload's lengths and ``batches``; two values per axis, as interpolation needs.
+
+    With `batch=max` these are the smallest and the largest batch. ``limit`` is the space's context.
+    """
+
+    def axis(given: Sequence[int] | None, own: Sequence[int], *shares: int) -> tuple[int, ...]:
+        values = {*own, *(given if given is not None else (max(1, max(own) // share) for share in shares))}
+        return tuple(sorted(values if len(values) > 1 else {*own, own[0] // 2 or min(2, limit)}))
+
+    return Grid(
+        axis(config.batches, batches, 2, *([] if workload.batch == MAX else [4])),
+        axis(config.contexts, [workload.context], 2, 4),
+        axis(config.prompts, [workload.prompt], 2),
+    )
+
+
+def check_shapes(
+    config: MeasureConfig, grid: Grid, workload: Workload, batches: Sequence[int]
+) -> list[tuple[Phase, int, int]]:
+    """Where end-to-end models are timed: at the workload, and at `measure.check_at` or halfway between grid points."""
+
+    def halfway(axis: Sequence[int]) -> int:
+        return sum(axis[-2:]) // len(axis[-2:])
+
+    batch = min(batches)  # with batch=max, only the smallest vectors have more
+    steps, prompts = [(batch, workload.context)], [workload.prompt]
+    if config.check_at is not None:
+        steps += [(rows, context) for rows, context in config.check_at]
+    else:
+        context = halfway(grid.contexts)
+        steps += [(halfway([rows for rows in grid.batches if rows <= batch]), context), (batch, context)]
+        prompts.append(halfway(grid.prompts))
+    shapes: list[tuple[Phase, int, int]] = [("decode", *step) for step in steps]
+    shapes += [("prefill", prefill_chunks(batch, prompt)[0], prompt) for prompt in prompts]
+    return list(dict.fromkeys(shapes))
+
+
+@dataclass(frozen=True)
+class Measured:
     table: pd.DataFrame  # `nas.latency.table.COLUMNS`
     end_to_end_ms: dict[Point, float]  # of the end-to-end models that fitted into memory
     energy: pd.DataFrame | None  # `nas.latency.energy.ENERGY_COLUMNS`, or None where it was not measured
-    metadata: dict[str, Any]  # for latency.json: drift, the GPU's state before and after, idle power
+    metadata: dict[str, Any]  # for latency.json: drift or clock, idle power, what was timed otherwise than asked for
 
 
 def measure(
@@ -57,58 +119,27 @@ def measure(
     if uuid:
         torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
     watts = idle_watts(config.energy_s, uuid) if uuid and config.energy_s else None
-    torch_device = torch.device("cuda" if uuid else "cpu")
     free_bytes = torch.cuda.mem_get_info()[0] if uuid else psutil.virtual_memory().available
-    try:
-        with memory_watched():
-            memory_bytes = int(_MOST_MEMORY * free_bytes)
-            pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, memory_bytes)
-    except torch.OutOfMemoryError:
-        raise UserError(
-            f"the layers of {space.name} do not fit into the memory of {device.name} with the inputs of "
-            f"{grid.batches[-1]} rows; lower measure.batches, or take a smaller space"
-        ) from None
+    torch_device, memory_bytes = torch.device("cuda" if uuid else "cpu"), int(_MOST_MEMORY * free_bytes)
+    pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, memory_bytes)
     samples = Samples.at(samples_path)
-    heaviest, sentinel = (
-        Point("decode", "layer", (max(space.largest),), batch, workload.context)
-        for batch in (grid.batches[-1], grid.batches[0])
-    )
-    state = _state_at_work(pool, [heaviest, sentinel], uuid) if uuid else {}
+    sentinel = Point("decode", "layer", (max(space.largest),), grid.batches[0], workload.context)
     time_points(points, sentinel, pool.prepare, config, bool(uuid), samples)
 
-    used = samples.used(config, bool(uuid))
-    summaries = {point: summarise(times) for point, times in used.items()}
+    summaries = {point: summarise(times) for point, times in samples.used(config, bool(uuid)).items()}
     rows = [[*point.row(), *summary.values()] for point, summary in summaries.items() if point.part != "whole"]
-    table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(COLUMNS[:5], ignore_index=True)
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(POINT_COLUMNS, ignore_index=True)
     end_to_end_ms = {point: float(s["median_ms"]) for point, s in summaries.items() if point.part == "whole" and s["n"]}
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
-    metadata: dict[str, Any] = {"drift": samples.drift_report(config)} if uuid else {"clock": _CPU_CLOCK}
+    metadata: dict[str, Any] = {"clock": "CPU time of one thread"}
+    if uuid:
+        metadata = {"drift": samples.drift_report(config), "idle_watts": watts}
     layers = [point for point, summary in summaries.items() if point.part == "layer" and summary["n"]]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in layers):
         metadata["points_of_fewer_layers"] = short
     if padded := {batch: rows for batch, rows in sorted(pool.step_rows.items()) if rows > batch}:
         metadata["padded_batches"] = padded
-    if uuid:
-        state_after = _state_at_work(pool, [heaviest, sentinel], uuid)
-        metadata |= {"state_before": state, "state_after": state_after, "idle_watts": watts}
     return Measured(table, end_to_end_ms, energy, metadata)
-
-
-def _state_at_work(pool: LayerPool, points: list[Point], uuid: str) -> dict[str, Any]:
-    """The GPU's state while it runs the first point that fits: at rest it does not show what limits it."""
-    for point in points:
-        with torch.inference_mode(), suppress(torch.OutOfMemoryError):
-            call, _ = pool.prepare(point)
-            begun = time.perf_counter()
-            while time.perf_counter() - begun < _AT_WORK_S:
-                call()
-                torch.cuda.synchronize()
-            for _ in range(_QUEUED_CALLS):
-                call()
-            state = nvml_state(uuid)
-            torch.cuda.synchronize()
-            return state
-    return nvml_state(uuid)  # `time_points` reports that nothing fits
 
 
 def _energy(
@@ -122,8 +153,14 @@ def _energy(
         for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
             with torch.inference_mode(), suppress(torch.OutOfMemoryError):
                 call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
-                found = measure_energy(call, config.energy_s, uuid, torch.cuda.synchronize)
+                choose = partial(_step_and_choice, call)
+                found = measure_energy(choose, config.energy_s, uuid, torch.cuda.synchronize)
                 if found is None:
                     return None
-                rows.append([groups, batch, workload.context, *astuple(found), "energy counter"])
+                rows.append([groups, batch, workload.context, *found, "energy counter"])
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None
+
+
+def _step_and_choice(step: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """A decode step and the likeliest next tokens, as serving repeats it."""
+    return step().argmax(-1)

@@ -1,11 +1,9 @@
-"""What serving takes of a device's memory, and the largest batch that fits.
-
-What CUDA itself takes outside of PyTorch is in `Device.usable_bytes` instead.
-"""
+"""What serving takes of the memory that a device leaves to PyTorch, and the largest batch that fits."""
 
 import math
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from nas import console
@@ -24,7 +22,7 @@ _FRAGMENTS = 2**25  # of the allocator, freed but in pieces; without them one of
 
 
 class Memory(NamedTuple):
-    """Bytes by purpose. The first two are exact."""
+    """Bytes by purpose; the first two are exact."""
 
     weights: int  # every parameter, and the rotary table
     kv_cache: int  # every layer's own groups, times batch and length
@@ -36,30 +34,31 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+@dataclass(frozen=True)
 class MemoryModel:
-    """Memory of any vector of a shape."""
-
-    def __init__(self, shape: ModelShape, workload: Workload, on_gpu: bool) -> None:
-        self._shape, self._workload, self._bytes = shape, workload, DTYPE_BYTES[workload.dtype]
-        self._on_gpu = on_gpu
-        self._layers = set(shape.layers([1] * shape.num_hidden_layers))  # whose groups activations do not depend on
+    shape: ModelShape
+    workload: Workload
+    on_gpu: bool
 
     def at(self, vector: Sequence[int], batch: int) -> Memory:
         """What a vector takes at a batch."""
-        shape, workload = self._shape, self._workload
+        shape, workload, dtype_bytes = self.shape, self.workload, DTYPE_BYTES[self.workload.dtype]
         rope = 2 * shape.max_position_embeddings * shape.head_dim * _FP32
-        weights = shape.parameters(vector) * self._bytes + rope
         rows = prefill_chunks(batch, workload.prompt)[0]
         step = padded_batches(batch, workload.runtime)[-1]
         workspace = max(self._live_bytes(rows * workload.prompt, rows), self._live_bytes(step, step))
-        workspace += batch * shape.vocab_size * self._bytes  # the logits that were handed out
+        workspace += batch * shape.vocab_size * dtype_bytes  # the logits that were handed out
         unused = 4 * shape.num_hidden_layers * _BLOCK // 2  # four matrices per layer, half a block each
-        library = _LIBRARY + unused + _SMALL + _FRAGMENTS if self._on_gpu else 0
-        return Memory(weights, batch * self._cache_bytes(vector), workspace, library)
+        return Memory(
+            weights=shape.parameters(vector) * dtype_bytes + rope,
+            kv_cache=batch * workload.context * shape.kv_bytes_per_token(vector, dtype_bytes),
+            workspace=workspace,
+            library=_LIBRARY + unused + _SMALL + _FRAGMENTS if self.on_gpu else 0,
+        )
 
     def batch(self, vector: Sequence[int]) -> int:
         """The workload's batch; where that is `MAX`, the largest that fits, which must be at least one sequence."""
-        workload = self._workload
+        workload = self.workload
         if workload.batch != MAX:
             return int(workload.batch)
         assert workload.memory_gib is not None
@@ -73,24 +72,20 @@ class MemoryModel:
 
     def largest_batch(self, vector: Sequence[int], memory_bytes: float) -> int:
         """The most sequences that fit; 0 if not even one does."""
-        most = int(memory_bytes // self._cache_bytes(vector))
+        most = int(memory_bytes // self.at(vector, 1).kv_cache)
         return bisect_right(range(1, most + 1), memory_bytes, key=lambda batch: self.at(vector, batch).total)
-
-    def _cache_bytes(self, vector: Sequence[int]) -> int:
-        """Of one sequence."""
-        return self._workload.context * self._shape.kv_bytes_per_token(vector, self._bytes)
 
     def _live_bytes(self, tokens: int, rows: int) -> int:
         """Activations at the widest point of `nas.serving`, the residual stream and the logits.
 
-        It is in the MLP (gate, up, their activation and product) or in the attention (queries, rotated queries, and
-        three fp32 copies). The norm's two fp32 copies are freed before the MLP, but larger tensors cannot use them.
+        It is in the MLP (gate, up, their activation and product; the norm's two fp32 copies are freed by then, but
+        larger tensors cannot use them) or in the attention (queries, rotated queries, and three fp32 copies).
         """
-        hidden, widest = self._shape.hidden_size, 0
-        for linears in (layer.linears for layer in self._layers):
-            mlp = self._bytes * 4 * linears["gate_proj"].outputs + 2 * _FP32 * hidden
-            widest = max(widest, mlp, (self._bytes * 2 + _FP32 * 3) * linears["q_proj"].outputs)
-        return tokens * (widest + self._bytes * 3 * hidden) + rows * self._shape.vocab_size * self._bytes
+        hidden, dtype_bytes = self.shape.hidden_size, DTYPE_BYTES[self.workload.dtype]
+        linears = self.shape.layer(1).linears  # their widths, but for keys and values, do not depend on the groups
+        mlp = dtype_bytes * 4 * linears["gate_proj"].outputs + 2 * _FP32 * hidden
+        attention = (dtype_bytes * 2 + _FP32 * 3) * linears["q_proj"].outputs
+        return tokens * (max(mlp, attention) + dtype_bytes * 3 * hidden) + rows * self.shape.vocab_size * dtype_bytes
 
 
 def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[int]:
@@ -100,20 +95,18 @@ def batches_of(space: SearchSpace, device: Device, workload: Workload) -> list[i
 
 
 def check_serving_memory(space: SearchSpace, device: Device, workload: Workload) -> None:
-    """Warns where the largest vector does not fit into the device's memory at the workload's batch.
-
-    Where not even the smallest one does, that is an error.
-    """
+    """Refuses a workload whose batch not even the smallest vector fits at; warns where the largest one does not."""
     if workload.batch == MAX:
         return
     usable_gib = (device.usable_bytes if device.is_gpu else device.memory_bytes) / 2**30
     memory = MemoryModel(space.shape, workload, device.is_gpu)
     for vector in (space.smallest, space.largest):
         needed_gib = memory.at(vector, int(workload.batch)).total / 2**30
+        if needed_gib <= usable_gib:
+            continue
         words = f"{format_vector(vector)} of {space.name} takes {needed_gib:.1f} GiB ({workload}) but {device.name} "
         words += f"leaves {usable_gib:.1f}"
-        if needed_gib > usable_gib and vector == space.smallest:
+        if vector == space.smallest:
             raise UserError(f"{words}; lower workload.batch or .context, or take a smaller space")
-        if needed_gib > usable_gib:
-            limit = math.floor(10 * usable_gib) / 10
-            console.warn(f"{words}; in a search constraints.max_memory_gib={limit} rules that out")
+        limit = math.floor(10 * usable_gib) / 10
+        console.warn(f"{words}; in a search constraints.max_memory_gib={limit} rules that out")

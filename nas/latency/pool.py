@@ -2,9 +2,8 @@
 
 A layer timed alone would find its weights and KV cache in the processor's cache, where an end-to-end model never finds
 them. So the pool has as many layers as the model, each with weights and a KV cache of its own; a point runs them one
-after the other and divides. Layers of one position share what does not depend on their groups. All points share the
-memory of the KV caches; where it is too small for all layers (many groups at a batch of ``batch=max``), fewer are run,
-but never so few that a processor's cache could hold them.
+after the other and divides. All points share the memory of the KV caches; where it is too small for all layers (many
+groups at a batch of ``batch=max``), fewer are run, but never so few that a processor's cache could hold them.
 """
 
 import gc
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.latency.points import Point
+from nas.latency.predictor import Point
 from nas.model.decoder import RMSNorm, rope_table
 from nas.serving.batching import padded_batches
 from nas.serving.cache import layer_caches
@@ -58,7 +57,8 @@ class LayerPool:
         modules = nn.ModuleList([*every_layer, *(module for copy in self._embeddings_and_heads for module in copy)])
         held_bytes = sum(parameter.nbytes for parameter in modules.parameters())  # each once
         fits = max(0, memory_bytes - held_bytes) // (2 * self._dtype.itemsize)
-        most = max(self._cache_size(p, p.groups * (self._depth if p.part == "layer" else 1)) for p in points)
+        depths = {"layer": self._depth}
+        most = max(self._cache_size(p.groups * depths.get(p.part, 1), p.batch * p.length) for p in points)
         self._room = min(fits, most)
         self._keys, self._values = (self._random(self._room) for _ in range(2))  # never time zeros
         self._graphs = torch.cuda.graph_pool_handle() if runtime != "eager" else None
@@ -66,25 +66,25 @@ class LayerPool:
 
     def prepare(self, point: Point) -> tuple[Callable[[], Any], int]:
         """What runs a point, and by how much its time is to be divided; `torch.OutOfMemoryError` if it does not fit."""
-        if point in self._prepared:
-            return self._prepared[point]
-        try:
-            call, divisor = self._call(point)
-            call()  # compiles, where that is asked for
-            captures = self._runtime != "eager" and point.phase == "decode"
-            self._prepared[point] = (captured(call, self._graphs) if captures else call), divisor
-        except torch.OutOfMemoryError:
-            gc.collect()
-            if self._device.type == "cuda":
+        if point not in self._prepared:
+            try:
+                call, divisor = self._call(point)
+                call()  # compiles, where that is asked for
+                captures = self._runtime != "eager" and point.phase == "decode"
+                self._prepared[point] = (captured(call, self._graphs) if captures else call), divisor
+            except torch.OutOfMemoryError:
+                gc.collect()
                 torch.cuda.empty_cache()
-            raise
+                raise
         return self._prepared[point]
 
     def _call(self, point: Point) -> tuple[Callable[[], Any], int]:
         rows, length = point.batch, point.length
         last: Position = None
         if point.phase == "decode":
-            rows, length, last = self._rows_of_step(point.batch), 1, point.length - 1
+            if point.batch not in self.step_rows:
+                self.step_rows[point.batch] = fastest_rows(self._layers[0].values(), point.batch, self._runtime)
+            rows, length, last = self.step_rows[point.batch], 1, point.length - 1
             if self._runtime != "eager":
                 last = torch.tensor(last, device=self._device)
         tokens_BT = self._tokens[: rows * length].view(rows, length)
@@ -96,7 +96,7 @@ class LayerPool:
             none = no_partials(x_BTD)
             return lambda: [last_logits(x_BTD, none, norm, head, last) for _, norm, head in copies], len(copies)
         vector = point.groups * self.depth_of(point) if point.part == "layer" else point.groups
-        if not vector or self._cache_size(point, vector) > self._room:
+        if not vector or self._cache_size(vector, point.batch * point.length) > self._room:
             raise torch.OutOfMemoryError(f"no room for the caches of {point.batch} x {point.length} tokens")
         layers = [position[groups] for position, groups in zip(self._layers, vector, strict=False)]
         caches = layer_caches(self._keys, self._values, self._shape, vector, point.batch, point.length)
@@ -111,48 +111,38 @@ class LayerPool:
 
     def depth_of(self, point: Point) -> int:
         """How many layers are run for the time of one: all, or as many as there is room for; 0 if those are too few."""
-        size = self._cache_size(point, point.groups)
+        size = self._cache_size(point.groups, point.batch * point.length)
         fits = min(self._depth, self._room // size)
         read_bytes = fits * 2 * size * self._dtype.itemsize
         return fits if fits == self._depth or (fits >= _FEWEST_LAYERS and read_bytes >= _BEYOND_CACHES) else 0
 
     def fitting_batch(self, vector: Vector, batch: int, length: int) -> int:
         """The batch, or the largest whose caches there is room for."""
-        return min(batch, self._room // self._cache_size(Point("decode", "whole", vector, 1, length), vector))
+        return min(batch, self._room // self._cache_size(vector, length))
 
-    def _cache_size(self, point: Point, vector: Vector) -> int:
+    def _cache_size(self, vector: Vector, tokens: int) -> int:
         """Elements of the keys, which are as many as those of the values."""
-        return point.batch * point.length * sum(spec.kv_values_per_token for spec in self._shape.layers(vector)) // 2
-
-    def _rows_of_step(self, batch: int) -> int:
-        if batch not in self.step_rows:
-            self.step_rows[batch] = fastest_rows(self._layers[0].values(), batch, self._runtime)
-        return self.step_rows[batch]
+        return tokens * self._shape.kv_bytes_per_token(vector, dtype_bytes=1) // 2
 
     def _make_position(self, choices: Iterable[int]) -> dict[int, ServingLayer]:
         """Layers with random weights, which share all but those of queries, keys and values."""
-        position: dict[int, ServingLayer] = {}
-        for groups in choices:
-            with torch.device("meta"):
-                layer = ServingLayer(self._shape.layer(groups)).eval()
-            if position:
-                layer.share(next(iter(position.values())))
+        with torch.device("meta"):
+            position = {groups: ServingLayer(self._shape.layer(groups)).eval() for groups in choices}
+        first, *others = position.values()
+        self._fill(first)
+        for layer in others:
+            layer.share(first)
             self._fill(layer)
-            position[groups] = layer
         return position
 
     def _make_embedding_and_head(self) -> tuple[nn.Module, RMSNorm, nn.Module]:
         """Embedding, final norm and output head, whose weight lies as that of a `ServingModel`."""
-        shape = self._shape
-        linear = nn.Linear if shape.tie_word_embeddings else InputMajorLinear
+        vocabulary, width = self._shape.vocab_size, self._shape.hidden_size
+        linear = nn.Linear if self._shape.tie_word_embeddings else InputMajorLinear
         with torch.device("meta"):
-            embedding, norm = (
-                nn.Embedding(shape.vocab_size, shape.hidden_size),
-                RMSNorm(shape.hidden_size, shape.rms_norm_eps),
-            )
-            head = linear(shape.hidden_size, shape.vocab_size, bias=False)
-        for module in (embedding, norm, head):
-            self._fill(module)
+            embedding, norm = nn.Embedding(vocabulary, width), RMSNorm(width, self._shape.rms_norm_eps)
+            head = linear(width, vocabulary, bias=False)
+        self._fill(nn.ModuleList([embedding, norm, head]))
         return embedding, norm, head
 
     def _fill(self, root: nn.Module) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import pandas as pd
 
@@ -16,9 +16,13 @@ from nas.latency.device import Device
 from nas.latency.energy import EnergyTable
 from nas.serving.batching import prefill_chunks
 from nas.shape import ModelShape
+from nas.space import Vector, format_vector, parse_vector
 
 Phase = Literal["decode", "prefill"]
 PHASES: tuple[Phase, ...] = ("decode", "prefill")
+EMBEDDING_AND_HEAD = ("embedding", "head")  # the look-up of the tokens; final norm and output head at the last position
+PARTS = (*EMBEDDING_AND_HEAD, "layer", "whole")  # one layer, and an end-to-end model
+POINT_COLUMNS = ["phase", "part", "groups", "batch", "length"]
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 # Of each runtime's decode step: raised when its kernels change so much that older tables are off.
 STEP_REVISION = {"eager": 1, "graph": 2, "compiled": 2}
@@ -26,9 +30,30 @@ NO_ENGINE = "none"  # the GPU's time alone
 MAX = "max"  # the batch: as large as fits into memory
 
 
+@dataclass(frozen=True, order=True)
+class Point:
+    """What is timed at once."""
+
+    phase: Phase
+    part: str  # one of `PARTS`
+    groups: Vector  # a layer's KV groups alone, an end-to-end model's vector, nothing for embedding and head
+    batch: int  # rows
+    length: int  # tokens of each row in the cache at a decode step, or of its prompt
+
+    def row(self) -> list[Any]:
+        """Plain values for a CSV: `POINT_COLUMNS`."""
+        return [self.phase, self.part, format_vector(self.groups) or "0", self.batch, self.length]
+
+    @classmethod
+    def of_row(cls, phase: Any, part: Any, groups: Any, batch: Any, length: Any) -> Self:
+        """Reads back what `row` wrote."""
+        vector = () if part in EMBEDDING_AND_HEAD else parse_vector(str(groups))
+        return cls(phase, part, vector, int(batch), int(length))
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What a latency is the latency of."""
+    """What a model is served for; a latency without it means nothing."""
 
     batch: int | str  # sequences decoded together, or `MAX`: of each vector as many as fit
     context: int  # tokens that each sequence has in the cache, the new one included, at the timed decode step
@@ -51,10 +76,10 @@ class Workload:
 
 def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) -> Workload:
     """Fills in what the config leaves to the space and the device, and checks it against both."""
-    limit = shape.max_position_embeddings
-    context = config.context or limit
+    context = config.context or shape.max_position_embeddings
     prompt = config.prompt or max(1, context // 2)
-    for key, value, whose, most in (("context", context, "space", limit), ("prompt", prompt, "cache", context)):
+    limits = ("context", context, "space", shape.max_position_embeddings), ("prompt", prompt, "cache", context)
+    for key, value, whose, most in limits:
         if value > most:
             raise UserError(f"workload.{key} is {value} but the {whose}'s context is {most}; lower it")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
@@ -65,17 +90,14 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
             f"workload.engine is '{config.engine}', but what that adds to a step of {device.name} in {dtype} is not "
             f"known; use {', '.join(engines)}"
         )
-    if config.batch != MAX:
-        if config.memory_gib is not None:
-            raise UserError(f"workload.memory_gib is for workload.batch=max, but the batch is {config.batch}; drop one")
-        return Workload(config.batch, context, prompt, dtype, runtime, engine=config.engine)
-    most_gib = device.memory_bytes / 2**30
-    if config.memory_gib is not None and config.memory_gib > most_gib:
-        raise UserError(
-            f"workload.memory_gib is {config.memory_gib:g} but {device.name} has {most_gib:.2f} GiB; lower it"
-        )
-    memory_gib = config.memory_gib or math.floor(100 * device.usable_bytes / 2**30) / 100
-    return Workload(MAX, context, prompt, dtype, runtime, memory_gib, config.engine)
+    memory_gib, most_gib = config.memory_gib, device.memory_bytes / 2**30
+    if config.batch != MAX and memory_gib is not None:
+        raise UserError(f"workload.memory_gib is for workload.batch=max, but the batch is {config.batch}; drop one")
+    if config.batch == MAX and memory_gib is None:
+        memory_gib = math.floor(100 * device.usable_bytes / 2**30) / 100
+    if memory_gib is not None and memory_gib > most_gib:
+        raise UserError(f"workload.memory_gib is {memory_gib:g} but {device.name} has {most_gib:.2f} GiB; lower it")
+    return Workload(config.batch, context, prompt, dtype, runtime, memory_gib, config.engine)
 
 
 def resolve_runtime(dtype: str, runtime: str, device: Device, prefix: str = "") -> tuple[str, str]:
@@ -93,6 +115,7 @@ class Predictor(ABC):
     """
 
     source: str  # ``measured`` or ``estimated``
+    description: str  # where the numbers come from, for figures and model cards
     folder: Path | None = None  # where a measured table lies; None for an estimate, as are the next three
     digest: str | None = None  # the hash of its times
     idle_watts: float | None = None  # power of the idle device, if it was measured
@@ -106,10 +129,6 @@ class Predictor(ABC):
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         """Embedding, final norm and output head (last position only)."""
 
-    @abstractmethod
-    def describe(self) -> str:
-        """Where the numbers come from, for figures and model cards."""
-
     def check(self) -> pd.DataFrame | None:
         """Measured end-to-end models beside their predictions, if there are any."""
         return None
@@ -118,9 +137,19 @@ class Predictor(ABC):
         """Between which milliseconds the time is to be expected, given an estimate ``ms``; None if measured."""
         return None
 
+    def slowdown(self, groups: int, batch: int) -> float:  # noqa: ARG002
+        """How many times as long a decode step of a uniform vector takes when steps follow one another for seconds."""
+        return 1.0
+
+    def layer_share_ms(self, groups: int, batch: int, context: int, layers: int) -> float:
+        """What a layer and its share of embedding and head take of a decode step of a model of ``layers``."""
+        rest_ms = self.embedding_and_head_ms("decode", batch, context) / layers
+        return self.slowdown(groups, batch) * (self.layer_ms("decode", groups, batch, context) + rest_ms)
+
     def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
-        """Milliseconds of one decode step of an end-to-end model."""
-        return self.forward_ms("decode", vector, batch, context)
+        """Milliseconds of one decode step of an end-to-end model, when steps follow one another."""
+        counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
+        return math.fsum(n * self.layer_share_ms(groups, batch, context, len(vector)) for groups, n in counts)
 
     def prefill_ms(self, vector: Sequence[int], batch: int, prompt: int) -> float:
         """Milliseconds in which the prompts of a batch go through an end-to-end model, chunk by chunk."""
@@ -128,7 +157,7 @@ class Predictor(ABC):
         return math.fsum(times * self.forward_ms("prefill", vector, rows, prompt) for rows, times in chunks)
 
     def forward_ms(self, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
-        """The same of one decode step or one prefill chunk."""
-        counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
+        """The same of one prefill chunk, or of a decode step in a short run."""
+        counts = sorted(Counter(vector).items())
         layers = math.fsum(count * self.layer_ms(phase, groups, batch, length) for groups, count in counts)
         return layers + self.embedding_and_head_ms(phase, batch, length)

@@ -1,14 +1,14 @@
-"""A measured latency table: a CSV of times and a JSON that says what they mean.
-
-table.csv has a row (`COLUMNS`) for each point: one layer with so many KV groups, ``embedding`` or ``head`` (groups 0).
-One that did not fit into memory has no times. latency.json has the device, shape, dtype, runtime, versions, date, what
-the sentinel saw, and how far the predictor was from end-to-end models.
+"""A measured latency table: table.csv, a row (`COLUMNS`) per point, and latency.json, which says what the times mean.
 
 Times are interpolated where physics makes them straight. A decode step's grow with the bytes that it moves: at one
 batch linearly in the context, and from batch to batch likewise. A prefill chunk's grow with its operations: at one
 prompt length linearly in its tokens, and at as many tokens linearly in the length.
+
+They are of short runs. latency.json has how many times as long steps of uniform vectors took that followed one another
+for seconds (``lasting_load``): `TableLatency.decode_ms` is of such steps, `TableLatency.forward_ms` of short runs.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,14 +23,21 @@ from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
-from nas.latency.points import EMBEDDING_AND_HEAD
-from nas.latency.predictor import NO_ENGINE, PHASES, STEP_REVISION, Phase, Predictor, Workload
-from nas.serving.batching import prefill_chunks
+from nas.latency.predictor import (
+    EMBEDDING_AND_HEAD,
+    NO_ENGINE,
+    PHASES,
+    POINT_COLUMNS,
+    STEP_REVISION,
+    Phase,
+    Predictor,
+    Workload,
+)
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 
 TABLE, META = "table.csv", "latency.json"
-COLUMNS = ["phase", "part", "groups", "batch", "length", "median_ms", "p20_ms", "p80_ms", "n", "status"]
+COLUMNS = [*POINT_COLUMNS, "median_ms", "p20_ms", "p80_ms", "n", "status"]
 OK, OUT_OF_MEMORY = "ok", "out_of_memory"
 _SHAPE_KEYS = ("hidden_size", "num_attention_heads", "head_dim", "intermediate_size", "vocab_size")
 _REPORTED_SLOWER = 0.005
@@ -51,33 +58,34 @@ class TableLatency(Predictor):
     digest: str
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.meta = folder, {"step_revision": 1} | read_json(folder / META)
+        self.folder, self.meta = folder, (meta := {"step_revision": 1} | read_json(folder / META))
         try:
-            self.is_current = self.meta["step_revision"] >= STEP_REVISION.get(self.meta["runtime"], 1)
-            self._measured = self.meta["device"]["slug"], self.meta["shape"], self.meta["dtype"], self.meta["runtime"]
-            self._description = _description(self.meta, self.is_current)
+            self.is_current = meta["step_revision"] >= STEP_REVISION.get(meta["runtime"], 1)
+            self._measured = meta["device"]["slug"], meta["shape"], meta["dtype"], meta["runtime"]
+            self._slowdowns = _slowdowns(meta)
+            self.description = _describe(meta, self._slowdowns, self.is_current)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
-        self.idle_watts = self.meta.get("idle_watts")
+        self.idle_watts = meta.get("idle_watts")
         table = read_csv(folder / TABLE, COLUMNS)
         self.digest = file_hash(folder / TABLE)
         lost = table["status"] == OUT_OF_MEMORY
         good = positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | lost)
-        good &= counts(table, ["groups", "batch", "length"]) & ~table.duplicated(COLUMNS[:5])
+        good &= counts(table, ["groups", "batch", "length"]) & ~table.duplicated(POINT_COLUMNS)
         require(folder / TABLE, table, good, "a number is not positive, or a point is there twice")
         keys = ["phase", "part", "groups"]
         self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
         self.energy = EnergyTable(folder / ENERGY) if (folder / ENERGY).is_file() else None
+
+    def slowdown(self, groups: int, batch: int) -> float:
+        return float(np.interp(batch, *self._slowdowns[groups])) if groups in self._slowdowns else 1.0
 
     def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
         return self._at(phase, "layer", groups, batch, length)
 
     def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
         return sum(self._at(phase, part, 0, batch, length if phase == "prefill" else 1) for part in EMBEDDING_AND_HEAD)
-
-    def describe(self) -> str:
-        return self._description
 
     def check_ranking(self) -> None:
         """Refuses a table that does not put end-to-end models into the order of their measured decode times."""
@@ -101,42 +109,47 @@ class TableLatency(Predictor):
         if self._measured != wanted or workload.engine != NO_ENGINE:  # what is measured is no serving engine
             return False
         try:
-            for batch in batches:
-                self.embedding_and_head_ms("decode", batch, 1)
-                for groups in set().union(*space.choices):
-                    self.layer_ms("decode", groups, batch, workload.context)
-                    for rows in set(prefill_chunks(batch, workload.prompt)):
-                        self.layer_ms("prefill", groups, rows, workload.prompt)
+            for batch, groups in itertools.product(batches, set().union(*space.choices)):
+                self.decode_ms((groups,), batch, workload.context)
+                self.prefill_ms((groups,), batch, workload.prompt)
         except UserError:
             return False
         return True
 
     def _at(self, phase: str, part: str, groups: int, batch: int, length: int) -> float:
         where = self.folder / TABLE
-        if (phase, part, groups) not in self._surfaces:
+        if not (surface := self._surfaces.get((phase, part, groups))):
             what = f"{groups} groups" if part == "layer" else part
             raise UserError(f"{where} has no {phase} times for {what}; measure this space")
-        surface = self._surfaces[phase, part, groups]
-        if (ms := surface.ms(batch, length)) is None:
-            reach = f"{surface.range} in {phase}, not batch {batch} and length {length}"
-            raise UserError(f"{where} covers {reach}; measure that workload")
-        return ms
+        if ms := surface.ms(batch, length):
+            return ms
+        reach = f"{surface.range} in {phase}, not batch {batch} and length {length}"
+        raise UserError(f"{where} covers {reach}; measure that workload")
 
 
-def _description(meta: Mapping[str, Any], is_current: bool) -> str:
+def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float]]]:
+    """By groups, batches and how many times as long lasting steps took; of eager steps the host decides that."""
+    found: dict[int, tuple[list[int], list[float]]] = {}
+    loads = meta.get("lasting_load", []) if meta["runtime"] != "eager" else []
+    for load in sorted(loads, key=lambda load: load["batch"]):
+        batches, ratios = found.setdefault(load["groups"], ([], []))
+        batches.append(load["batch"])
+        ratios.append(load["ratio"])
+    return found
+
+
+def _describe(meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], list[float]]], is_current: bool) -> str:
     words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
     if clock := meta.get("clock"):
         words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
     for phase in PHASES:
-        checks = [summary for summary in meta["check"] if summary["phase"] == phase]
-        if checks:
-            error = overall_errors(checks)
-            models, where = max(check["n"] for check in checks), [f"{c['batch']} x {c['length']}" for c in checks]
-            at = f"{models} end-to-end models at {', '.join(where)} tokens"
-            words.append(f"mean error of {phase} {error[0]:.1%}, worst {error[1]:.1%} ({at})")
-    slower = max((load["ratio"] for load in meta.get("lasting_load", [])), default=1.0) - 1
-    if slower >= _REPORTED_SLOWER and meta["runtime"] != "eager":  # whose steps depend on the host
-        words.append(f"steps that follow one another for seconds took up to {slower:.1%} longer")
+        if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
+            (mean, worst), where = overall_errors(checks), ", ".join(f"{c['batch']} x {c['length']}" for c in checks)
+            at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
+            words.append(f"mean error of {phase} {mean:.1%}, worst {worst:.1%} ({at})")
+    slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
+    if slower >= _REPORTED_SLOWER:
+        words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
     drift = meta.get("drift")
     if drift and drift["segments_beyond"] > drift["segments"] / 2:  # too many to be timed again
         drifted = f"{drift['segments_beyond']} of {drift['segments']} segments, by up to {drift['worst']:.0%}"
@@ -159,12 +172,12 @@ class _Surface:
         rows = rows.assign(tokens=rows["batch"] * rows["length"]).sort_values([outer, inner])
         ranges = " and ".join(f"{axis} {rows[axis].min():g} to {rows[axis].max():g}" for axis in (outer, inner))
         self.range = f"{ranges} (less where memory ended)"
-        self._lines: dict[float, Any] = {}  # by outer coordinate: batches, inner coordinates and times
+        self._lines: dict[Any, Any] = {}  # by outer coordinate: batches, inner coordinates and times
         for at, line in rows.groupby(outer):
             batches, x, y = line[["batch", inner, "median_ms"]].to_numpy().T
             if prefill and len(x) == 1:  # prompts so long that they go alone take the same time for each token
                 x, y = np.insert(x, 0, 0), np.insert(y, 0, 0)
-            self._lines[float(str(at))] = batches, x, y
+            self._lines[at] = batches, x, y
 
     def ms(self, batch: int, length: int) -> float | None:
         """The time at a batch and length; None where the measured points do not surround these."""
@@ -174,15 +187,14 @@ class _Surface:
             return None
         nearest = sorted({below[-1], above[0]})
         lines = [self._lines[at] for at in nearest]
-        if not all(self._covers(batches, x, batch, inner) for batches, x, _ in lines):
-            return None
+        for batches, x, _ in lines:
+            covered = x[0] <= inner <= x[-1]
+            if self._prefill:  # no fewer rows than were measured, and no more rows or no more tokens
+                covered = batches[0] <= batch and (batch <= batches[-1] or inner <= x[-1])
+            if not covered:
+                return None
         ms = _along(nearest, [_along(x, y, inner) for _, x, y in lines], outer)
         return ms if ms > 0 else None  # a line of prompts goes on below its fewest tokens, and may end up there
-
-    def _covers(self, batches: Any, x: Any, batch: int, inner: int) -> bool:
-        if self._prefill:  # no fewer rows than were measured, and no more rows or no more tokens
-            return bool(batches[0] <= batch and (batch <= batches[-1] or inner <= x[-1]))
-        return bool(x[0] <= inner <= x[-1])
 
 
 def _along(x: Any, y: Any, at: float) -> float:
@@ -193,7 +205,6 @@ def _along(x: Any, y: Any, at: float) -> float:
 def summarise(times_ms: Sequence[float]) -> dict[str, Any]:
     """Median, percentiles and count of the times that are not infinite, which is to say that fitted into memory."""
     fitted = [ms for ms in times_ms if ms < math.inf]
-    if not fitted:
-        return {"median_ms": np.nan, "p20_ms": np.nan, "p80_ms": np.nan, "n": 0, "status": OUT_OF_MEMORY}
-    p20, middle, p80 = np.percentile(fitted, [20, 50, 80])
-    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(fitted), "status": OK}
+    p20, middle, p80 = np.percentile(fitted, [20, 50, 80]) if fitted else [np.nan] * 3
+    status = OK if fitted else OUT_OF_MEMORY
+    return {"median_ms": middle, "p20_ms": p20, "p80_ms": p80, "n": len(fitted), "status": status}

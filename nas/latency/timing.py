@@ -1,10 +1,10 @@
 """Timing many points fairly: in rounds and shuffled, watched by a sentinel, always the same point, between segments.
 
 On a GPU wall time counts. At its power limit it remembers for a tenth of a second or two what ran before: on an H100 a
-step right after a prompt took 2.5 % longer, on an H200 one after a step of 300 rows 2 % longer than after one of 30,
-and a layer after an output head 4 %. So a segment is of one load and begins with a warm-up under it, as a look at the
-sentinel does. Nor does it last: an H200 under a heavy load ran evenly for 0.6 s, then fell to 13 % below that for
-0.4 s, and so on. What is timed is the even speed; how far a lasting load is below it is measured with the energy.
+step right after a prompt took 2.5 % longer, on an H200 a layer after an output head 4 %. So a segment is of one load
+and begins with a warm-up under it, as a look at the sentinel does. Nor does it last: an H200 under a heavy load ran
+evenly for 0.6 s, then fell to 13 % below that for 0.4 s, and so on. What is timed is the even speed; how far a lasting
+load is below it is measured with the energy. Samples beside a sentinel that was off its own median do not count.
 
 On a CPU, which other programs share, everything runs on one thread, whose own CPU time is read. What is left of them
 (caches and memory that they use, too) only ever adds, so a sample is the quickest of a few calls. Such times are good
@@ -12,29 +12,140 @@ for ratios between vectors. They are no latency: serving uses all cores, and sha
 """
 
 import math
+import os
 import random
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import pandas as pd
 import torch
 
 from nas import console
 from nas.config import MeasureConfig
+from nas.csv_files import read_csv
 from nas.errors import UserError
-from nas.latency.points import EMBEDDING_AND_HEAD, Point
-from nas.latency.samples import Samples, Segment
+from nas.latency.predictor import EMBEDDING_AND_HEAD, PARTS, POINT_COLUMNS, Point
 from nas.serving.runtime import milliseconds
 
-Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
+SAMPLES = "samples.csv"
+SAMPLE_COLUMNS = ["segment", "sentinel_before_ms", "sentinel_after_ms", *POINT_COLUMNS, "ms"]
 
+Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
 _SHORTEST_S, _SHORTEST_CPU_S = 3e-2, 1e-2  # a sample repeats a faster call until it lasts this long
 _REST_S = 0.25  # of the sentinel, a light load, before a look at it on a GPU
 _WARM_UP_S = 0.1  # of a segment on a GPU
 _LONGEST_S = 0.4  # of a segment on a GPU, which has one sample at least
+
+
+class Segment(NamedTuple):
+    """Samples taken one after another, in milliseconds."""
+
+    before: float  # the sentinel
+    after: float  # the sentinel
+    samples: dict[Point, float]  # infinite for a point that does not fit into memory
+
+
+@dataclass
+class Samples:
+    """All samples of a measurement; with a path, written there as they come."""
+
+    path: Path | None = None
+    segments: list[Segment] = field(default_factory=list)
+
+    @classmethod
+    def at(cls, path: Path) -> "Samples":
+        """Those that an interrupted measurement left at ``path``, or none."""
+        complete = path.read_bytes().rfind(b"\n") + 1 if path.is_file() else 0
+        if not complete:
+            path.unlink(missing_ok=True)
+            return cls(path)
+        os.truncate(path, complete)  # without a line that a kill or a full disk cut short
+        frame, segments = read_csv(path, SAMPLE_COLUMNS), dict[int, Segment]()
+        try:
+            if not (frame["part"].isin(PARTS) & (frame[[*SAMPLE_COLUMNS[1:3], "ms"]] > 0).all(axis=1)).all():
+                raise ValueError("a part is unknown, or a time not positive")
+            for number, before, after, *point, ms in frame[SAMPLE_COLUMNS].itertuples(index=False):
+                segments.setdefault(number, Segment(before, after, {})).samples[Point.of_row(*point)] = ms
+        except (ValueError, TypeError, UserError) as error:
+            raise UserError(f"{path} is corrupt ({error}); remove it and measure again") from None
+        return cls(path, list(segments.values()))
+
+    def add(self, segment: Segment) -> None:
+        """Appends a segment, to the file too."""
+        rows = [[len(self.segments), segment.before, segment.after, *p.row(), ms] for p, ms in segment.samples.items()]
+        self.segments.append(segment)
+        if self.path:
+            frame = pd.DataFrame(rows, columns=SAMPLE_COLUMNS)
+            try:
+                frame.to_csv(self.path, mode="a", index=False, header=not self.path.is_file())
+            except OSError as error:  # which does not say where
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def drifts(self) -> list[float]:
+        """By which share each segment's sentinel was off its median over all, at the worse of both sides."""
+        middle = median([ms for segment in self.segments for ms in (segment.before, segment.after)] or [1.0])
+        return [max(abs(s.before / middle - 1), abs(s.after / middle - 1)) for s in self.segments]
+
+    def by_point(self, tolerance: float = math.inf) -> dict[Point, list[float]]:
+        """Samples of each point, without those of segments in which the sentinel drifted more than ``tolerance``."""
+        samples: dict[Point, list[float]] = {}
+        for segment, drift in zip(self.segments, self.drifts(), strict=True):
+            for point, ms in segment.samples.items():
+                kept = samples.setdefault(point, [])
+                if not drift > tolerance or math.isinf(ms):
+                    kept.append(ms)
+        return samples
+
+    def due(self, points: Iterable[Point], config: MeasureConfig, on_gpu: bool) -> list[Point]:
+        """Points that need another sample.
+
+        On a GPU those with too few steady samples or too wide a spread, until they have twice as many as there are
+        rounds; on a CPU those without three of which the two quickest agree, until they have as many.
+        """
+        taken, steady = self.by_point(), self.by_point(config.drift)
+
+        def is_due(point: Point) -> bool:
+            times, good = sorted(taken.get(point, [])), steady.get(point, [])
+            if math.inf in times or len(times) >= config.rounds * (2 if on_gpu else 1):
+                return False
+            if on_gpu:
+                return len(good) < config.rounds or spread(good) > config.spread
+            return len(times) < 3 or times[1] > (1 + config.spread) * times[0]
+
+        return list(filter(is_due, points))
+
+    def used(self, config: MeasureConfig, on_gpu: bool) -> dict[Point, list[float]]:
+        """Each point's samples that count: on a GPU the steady ones, or all where these are few; on a CPU two."""
+        taken, steady, few = self.by_point(), self.by_point(config.drift), config.rounds // 2
+        if on_gpu:
+            return {point: steady[point] if len(steady[point]) > few else times for point, times in taken.items()}
+        return {point: sorted(times)[:2] for point, times in taken.items()}  # other programs only ever add to a sample
+
+    def drift_report(self, config: MeasureConfig) -> dict[str, Any]:
+        """The drift of the sentinel, for latency.json."""
+        drifts = self.drifts()
+        beyond = [segment for segment, drift in zip(self.segments, drifts, strict=True) if drift > config.drift]
+        return {
+            "tolerance": config.drift,
+            "worst": round(max(drifts, default=0.0), 5),
+            "segments": len(drifts),
+            "segments_beyond": len(beyond),
+            "points_affected": len({point for segment in beyond for point in segment.samples}),
+            "points_left_unsteady": sum(not times for times in self.by_point(config.drift).values()),
+        }
+
+
+def spread(times: Sequence[float]) -> float:
+    """How far the 20th and 80th percentiles are apart, as a share of the median."""
+    low, middle, high = np.percentile(times, [20, 50, 80])
+    return float((high - low) / middle)
 
 
 def time_points(
@@ -69,8 +180,8 @@ def time_points(
 def _loads(points: Iterable[Point], on_gpu: bool, most: int, rng: random.Random) -> list[list[Point]]:
     """Points of one load, no more than ``most``, shuffled inside and among each other.
 
-    A GPU draws power by phase, part and shape. Embedding and head, a small share of a step, go together for all
-    batches, or segments would have one sample each.
+    A GPU draws power by phase, part and shape; embedding and head, of little, go together for all batches, or segments
+    would have one sample each.
     """
     loads: dict[tuple[Any, ...], list[Point]] = defaultdict(list)
     for p in points:
@@ -84,14 +195,14 @@ def _loads(points: Iterable[Point], on_gpu: bool, most: int, rng: random.Random)
 
 
 @contextmanager
-def memory_watched() -> Iterator[None]:
-    """Makes a CPU's lack of memory the error that a GPU's is: `torch.OutOfMemoryError`."""
+def _while_memory_lasts() -> Iterator[None]:
+    """Inference that ends quietly where memory does; PyTorch has an exception of its own for that of a GPU alone."""
     try:
-        yield
+        with torch.inference_mode():
+            yield
     except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            raise torch.OutOfMemoryError(str(error)) from None
-        raise
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
 
 
 class _Stopwatch:
@@ -102,11 +213,11 @@ class _Stopwatch:
         self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
 
     def make_ready(self, point: Point) -> bool:
-        """What takes a while and is done once; whether that was now."""
+        """What takes a while and is done once; returns whether that was now."""
         if point in self._ready:
             return False
         self._ready[point] = None  # until it is found to fit into memory
-        with suppress(torch.OutOfMemoryError), memory_watched(), torch.inference_mode():
+        with _while_memory_lasts():
             (call, divisor), repeats = self._prepare(point), 1
             if self._on_gpu:
                 shortest = min([_gpu_seconds(call, 1) for _ in range(3)][1:])  # the first is a warm-up
@@ -129,9 +240,9 @@ class _Stopwatch:
         """The median of a few samples of the sentinel, which has to fit into memory all the time."""
         self.make_ready(sentinel)
         self._keep_busy([sentinel], _REST_S)
-        milliseconds = median(self.sample(sentinel) for _ in range(3 if self._on_gpu else 1))
-        if math.isfinite(milliseconds):
-            return milliseconds
+        ms = median(self.sample(sentinel) for _ in range(3 if self._on_gpu else 1))
+        if math.isfinite(ms):
+            return ms
         raise UserError(
             f"not even {sentinel.batch} rows of {sentinel.length} tokens with {max(sentinel.groups)} KV groups per "
             "layer fit into memory; lower workload.context, or give smaller measure.batches"
@@ -141,9 +252,11 @@ class _Stopwatch:
         """Milliseconds of one call, divided; infinite where it does not fit into memory."""
         if ready := self._ready[point]:
             call, repeats, divisor = ready
-            with suppress(torch.OutOfMemoryError), memory_watched(), torch.inference_mode():
-                return 1e3 * (_gpu_seconds(call, repeats) if self._on_gpu else _cpu_seconds(call)) / divisor
-            self._ready[point] = None  # what was made ready since has left it too little
+            self._ready[point] = None  # unless it still fits: what was made ready since may have left it too little
+            with _while_memory_lasts():
+                seconds = _gpu_seconds(call, repeats) if self._on_gpu else _cpu_seconds(call)
+                self._ready[point] = ready
+                return 1e3 * seconds / divisor
         return math.inf
 
     def _keep_busy(self, points: Iterable[Point], seconds: float) -> None:

@@ -27,12 +27,11 @@ from nas.latency.accuracy import CHECK, lasting_load, predict_end_to_end, summar
 from nas.latency.device import DEVICE, device_folders
 from nas.latency.energy import ENERGY
 from nas.latency.estimate import RooflineLatency
-from nas.latency.measurement import Measured, measure
+from nas.latency.measurement import Measured, check_shapes, grid_for, measure
 from nas.latency.memory import batches_of, check_serving_memory
-from nas.latency.points import check_shapes, grid_for
 from nas.latency.predictor import MAX, STEP_REVISION
-from nas.latency.samples import SAMPLES
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
+from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
 from nas.report.figure import figure
 from nas.report.predicted import draw_check

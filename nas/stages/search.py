@@ -136,13 +136,13 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     if not supernet:
         training.check_memory()
     latency = find_latency(config, begun, space, device, workload)  # takes minutes at most, so before any training
-    described = f"{latency.describe()} ({latency.folder})" if latency.folder else latency.describe()
+    described = f"{latency.description} ({latency.folder})" if latency.folder else latency.description
     console.print(f"Latency on {device.name} ({workload}): {described}")
     limits = dataclasses.asdict(config.constraints)
     needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
     costs = cost_function(space, device, latency, workload, config.cost, needed)
     problem = Problem(space, objectives, costs, limits)
-    agree(latency=f"{device.name}, {latency.digest[:12] if latency.digest else latency.describe()}")
+    agree(latency=f"{device.name}, {latency.digest[:12] if latency.digest else latency.description}")
 
     supernet = supernet or _make_supernet(training, runs_dir)
     console.print(f"Supernet: {supernet.path}")
@@ -157,7 +157,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if latency.folder and is_run(latency.folder):
         parents["latency"] = FinishedRun(latency.folder, "measure")
-    recorded |= {"windows": windows, "latency": latency.describe(), "latency_table": latency.digest}
+    recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
     work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
     work = partial(work, known=list(known), proposed=proposed, metadata=common)
     return _Prepared(problem, loss, latency, work, budget.is_everything, recorded, parents)
