@@ -1,12 +1,13 @@
 """What a vector costs on a device: time, memory, energy, money and emissions; `nas.quality` has its loss."""
 
 from collections.abc import Callable, Iterable
-from contextlib import suppress
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache, cached_property, partial
 
 from nas.config import CostConfig
 from nas.errors import UserError
 from nas.latency.device import Device
+from nas.latency.energy import EnergyTable
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import DTYPE_BYTES, Predictor, Workload
 from nas.metrics import METRICS, Metrics
@@ -35,6 +36,61 @@ def money_and_emissions(
     return result
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """All that is predicted of one vector at a workload; `nas.metrics` picks its columns from it."""
+
+    vector: Vector  # sorted: nothing here depends on the order of the layers
+    batch: int  # the workload's, or the largest that fits
+    memory: MemoryModel
+    predictor: Predictor
+    energy: EnergyTable | None  # the power of decode steps; None is unknown
+    cost: CostConfig
+
+    @cached_property
+    def decode_ms(self) -> float:
+        return self.predictor.decode_ms(self.vector, self.batch, self.memory.workload.context)
+
+    def prefill_ms(self, batch: int) -> float:
+        return self.predictor.prefill_ms(self.vector, batch, self.memory.workload.prompt)
+
+    @property
+    def ttft_ms(self) -> float | None:
+        """Time to first token: the prefill of a single prompt. Unknown where a table has no such small batch."""
+        try:
+            return self.prefill_ms(1)
+        except UserError:
+            return None
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Between which milliseconds a decode step is to be expected; None if measured."""
+        return self.predictor.interval(self.decode_ms)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode throughput over all sequences of the batch."""
+        return 1e3 * self.batch / self.decode_ms
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of one sequence, over all layers."""
+        return self.memory.shape.kv_bytes_per_token(self.vector, DTYPE_BYTES[self.memory.workload.dtype])
+
+    @cached_property
+    def joules_per_token(self) -> float | None:
+        """Energy of the card while it decodes."""
+        if self.energy is None:
+            return None
+        layers, context = len(self.vector), self.memory.workload.context
+        share_ms = partial(self.predictor.layer_share_ms, batch=self.batch, context=context, layers=layers)
+        return self.energy.joules_per_step(self.vector, self.batch, share_ms) / self.batch
+
+    @property
+    def money_and_emissions(self) -> dict[str, float]:
+        return money_and_emissions(self.tokens_per_s, self.joules_per_token, self.cost, self.predictor.idle_watts)
+
+
 def cost_function(
     space: SearchSpace,
     device: Device,
@@ -47,40 +103,20 @@ def cost_function(
 
     Vectors with the same counts per choice share their metrics. A needed metric that is not known is an error.
     """
-    shape, memory, context = space.shape, MemoryModel(space.shape, workload, device.is_gpu), workload.context
+    memory = MemoryModel(space.shape, workload, device.is_gpu)
     energy = predictor.energy if predictor.energy and predictor.energy.knows(set().union(*space.choices)) else None
 
     @cache
-    def costs(vector: Vector) -> Metrics:
-        batch = memory.batch(vector)
-        decode_ms = predictor.decode_ms(vector, batch, context)
-        low_ms, high_ms = predictor.interval(decode_ms) or (None, None)
-        tokens_per_s, joules = 1e3 * batch / decode_ms, None
-        if energy:
-            share_ms = partial(predictor.layer_share_ms, batch=batch, context=context, layers=len(vector))
-            joules = energy.joules_per_step(vector, batch, share_ms) / batch
-        values = {
-            "decode_ms": decode_ms,
-            "prefill_ms": predictor.prefill_ms(vector, batch, workload.prompt),
-            "tokens_per_s": tokens_per_s,
-            "batch": batch,
-            "kv_bytes_per_token": shape.kv_bytes_per_token(vector, DTYPE_BYTES[workload.dtype]),
-            "parameters": shape.parameters(vector),
-            "memory_gib": memory.at(vector, batch).total / 2**30,
-            "decode_ms_low": low_ms,
-            "decode_ms_high": high_ms,
-            "joules_per_token": joules,
-            **money_and_emissions(tokens_per_s, joules, cost, predictor.idle_watts),
-        }
-        with suppress(UserError):  # a table may not reach down to one prompt
-            values["ttft_ms"] = predictor.prefill_ms(vector, 1, workload.prompt)
-        known: Metrics = {name: value for name in METRICS if (value := values.get(name)) is not None}
+    def metrics(vector: Vector) -> Metrics:
+        predicted = Prediction(vector, memory.batch(vector), memory, predictor, energy, cost)
+        values = {name: metric.derive(predicted) for name, metric in METRICS.items() if metric.derive}
+        known: Metrics = {name: value for name, value in values.items() if value is not None}
         return {**known, "latency_source": predictor.source}
 
     smallest = tuple(sorted(space.smallest))
-    if unknown := [name for name in needed if name not in ("loss_nats", *costs(smallest))]:
+    if unknown := [name for name in needed if METRICS[name].derive and name not in metrics(smallest)]:
         raise UserError(
             f"{unknown[0]} is wanted, but {predictor.folder or device.slug} does not tell it for {workload}; measure "
             "that workload on this machine with nas measure, or leave the metric out"
         )
-    return lambda vector: costs(tuple(sorted(vector)))
+    return lambda vector: metrics(tuple(sorted(vector)))

@@ -123,7 +123,13 @@ def measure(
     torch_device, memory_bytes = torch.device("cuda" if uuid else "cpu"), int(_MOST_MEMORY * free_bytes)
     pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, memory_bytes)
     samples = Samples.at(samples_path)
-    sentinel = Point("decode", "layer", (max(space.largest),), grid.batches[0], workload.context)
+    sentinel, heaviest = (
+        Point("decode", "layer", (max(space.largest),), batch, workload.context)
+        for batch in (grid.batches[0], grid.batches[-1])
+    )
+    if uuid:
+        with torch.inference_mode(), suppress(torch.OutOfMemoryError):
+            pool.prepare(heaviest)  # first: what the CUDA graphs of others need fits into its memory
     time_points(points, sentinel, pool.prepare, config, bool(uuid), samples)
 
     summaries = {point: summarise(times) for point, times in samples.used(config, bool(uuid)).items()}
