@@ -23,9 +23,8 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nas import __version__, console, shipped
 from nas.config import STAGES, register, to_stage
-from nas.distributed import SIZE, broadcast, leave, process_group
-from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
-from nas.files import without_passwords
+from nas.distributed import SIZE, broadcast, process_group
+from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory, without_passwords
 from nas.overrides import is_sweep, to_hydra
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
@@ -75,7 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
     code = _hydra(arguments[0], to_hydra(arguments[0], arguments[1:]))
-    return code if SIZE == 1 else leave(code)
+    if SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without the interpreter's clean-up, in which gloo's threads may abort the process
+    return code
 
 
 def _interrupt(*_: object) -> None:

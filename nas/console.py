@@ -16,20 +16,13 @@ if not _out.is_terminal:
     _out.width = max(_out.width, 160)  # in a pipe or a log tables need not be folded
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-
-def print(message: object = "") -> None:
-    """Print a line or a rich renderable to stdout."""
-    _out.print(message)
+print = _out.print  # a line or a rich renderable
+warn = _err.print  # an error or a warning
 
 
 def quiet() -> None:
     """Makes this process silent, except for what went wrong."""
     _out.quiet = True
-
-
-def warn(message: str) -> None:
-    """Print an error or a warning to stderr."""
-    _err.print(message)
 
 
 class Bar:

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.config import CostConfig, MeasureConfig
+from nas.config import CostConfig, MeasureConfig, validate
 from nas.errors import UserError
 from nas.hardware import nvml_facts, nvml_state
 from nas.latency.cost import money_and_emissions
@@ -23,7 +23,6 @@ from nas.latency.points import Grid
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Workload
 from nas.space import SearchSpace
-from nas.validation import validate
 
 NEVER = float("inf")
 

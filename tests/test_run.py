@@ -9,8 +9,8 @@ import filelock
 import pandas as pd
 import pytest
 
-from nas.csv_files import read_csv, write_csv
 from nas.errors import AlreadyFinishedError, InUseError, UserError
+from nas.files import read_csv, write_csv
 from nas.run import FinishedRun, check_begun, find_or_make, find_runs, start_run
 from tests.helpers import Damage, flipped, harm, to
 

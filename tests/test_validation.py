@@ -16,9 +16,9 @@ from nas.config import (
     Train,
     TrainConfig,
     WorkloadConfig,
+    validate,
 )
 from nas.errors import UserError
-from nas.validation import validate
 
 
 @pytest.mark.parametrize(

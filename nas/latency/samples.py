@@ -15,8 +15,8 @@ import numpy as np
 import pandas as pd
 
 from nas.config import MeasureConfig
-from nas.csv_files import read_csv
 from nas.errors import UserError
+from nas.files import read_csv
 from nas.latency.points import PARTS, Point
 
 SAMPLES = "samples.csv"

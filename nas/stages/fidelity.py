@@ -19,10 +19,9 @@ import torch
 
 from nas import console
 from nas.config import Fidelity, TrainConfig, build
-from nas.csv_files import write_csv
 from nas.data import TokenData, prepare_tokens
 from nas.errors import UserError
-from nas.files import value_hash
+from nas.files import value_hash, write_csv
 from nas.model import Decoder, Supernet
 from nas.model.pretrained import read_checkpoint
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING

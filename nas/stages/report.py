@@ -12,8 +12,8 @@ import pandas as pd
 
 from nas import console
 from nas.config import Report
-from nas.csv_files import read_csv, write_csv
 from nas.errors import UserError
+from nas.files import read_csv, write_csv
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.report.figure import figure
