@@ -225,20 +225,15 @@ STAGES: dict[str, type[StageConfig]] = {
 
 
 # What values must be, by the names of their fields: a name means the same in every command.
-_POSITIVE = """
-    accumulate batch batches checkpoint_every clip_norm context contexts distillation_temperature drift energy_batches
-    heartbeat_s learning_rate length log_every memory_gib new_tokens price_per_hour prompt prompts rounds segment spread
-    steps validate_every validation_windows vectors_per_text workers
-"""
-_NOT_NEGATIVE = "check energy_s equal_total grid_kg_per_kwh seeds temperature vectors weight_decay"
+_NOT_NEGATIVE = "check energy_s equal_total grid_kg_per_kwh seeds temperature vectors weight_decay worker"
 _SHARES = "distillation_weight final_share largest_first largest_share smallest_share utilisation warmup_share"
-_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {  # what each number of a field must fulfil
-    **dict.fromkeys([*_POSITIVE.split(), *LIMITS], (lambda number: number > 0, "be positive")),
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(_NOT_NEGATIVE.split(), (lambda number: number >= 0, "be 0 or more")),
     **dict.fromkeys(_SHARES.split(), (lambda number: 0 <= number <= 1, "lie between 0 and 1")),
     "pue": (lambda number: number >= 1, "be 1 or more"),
     "seed": (lambda number: 0 <= number < 2**32, f"lie between 0 and {2**32 - 1}"),
 }
+_MAY_BE_EMPTY = ("objectives", "seeds", "warm_start")
 _OPTIONS = {
     "precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),
@@ -286,10 +281,11 @@ def _broken_rule(key: str, name: str, value: Any) -> str | None:
         return ", which names no run directory; give another name="
     if name in _OPTIONS and value not in _OPTIONS[name]:
         return f"; use {', '.join(_OPTIONS[name])}"
-    if name in _RANGES and isinstance(value, int | float | list):
-        keeps, rule = _RANGES[name]
-        numbers = value if isinstance(value, list) else [value]
-        return None if all(map(keeps, numbers)) and (numbers or name == "seeds") else f" but must {rule}"
+    numbers = value if isinstance(value, list) else [value]
+    if {type(number) for number in numbers} <= {int, float}:
+        keeps, rule = _RANGES.get(name, (lambda number: number > 0, "be positive"))
+        if not all(map(keeps, numbers)) or not (numbers or name in _MAY_BE_EMPTY):
+            return f" but must {rule}"
     return None
 
 

@@ -107,7 +107,7 @@ class InheritedLoss:
         with console.progress_bar("Evaluating vectors", len(missing)) as bar:
             for batch in _batches(missing, self.windows):
                 self._evaluate(batch)
-                bar.update(len(self.memo) - before)
+                bar(len(self.memo) - before)
         return [self.memo[format_vector(vector)] for vector in vectors]
 
     def _evaluate(self, vectors: list[Vector]) -> None:

@@ -54,9 +54,8 @@ class FinishedRun:
             self.parents: dict[str, dict[str, str]] = dict(self.info["parents"])
             self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])  # hashes by name
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
-            ) from None
+            where = f"{path} is corrupt: {_RUN} or {_COMPLETE}"
+            raise UserError(f"{where} lacks a key; restore it or run its stage again") from None
 
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""
@@ -68,10 +67,8 @@ class FinishedRun:
         if not path.is_file():
             raise UserError(f"{path} is missing; run 'nas {self.info['stage']}' again under a new name")
         if file_hash(path) != self.artifacts.get(name):
-            raise UserError(
-                f"{path} is corrupt: it changed after the run finished; restore it, or remove {self.path} and run "
-                f"'nas {self.info['stage']}' again"
-            )
+            fix = f"restore it, or remove {self.path} and run 'nas {self.info['stage']}' again"
+            raise UserError(f"{path} is corrupt: it changed after the run finished; {fix}")
         return path
 
     def parent(self, role: str) -> "FinishedRun":
@@ -179,10 +176,8 @@ def check_begun(path: Path, stage: str, config: Mapping[str, Any]) -> dict[str, 
     recorded: dict[str, Any] = begun.get("config", {})
     given = json.loads(json.dumps(config, default=str))
     if changed := [line for key in given for line in _differences(recorded.get(key), given[key], key)]:
-        raise UserError(
-            f"{path} was begun with another config ({'; '.join(changed[:3])}); repeat the first command to resume it, "
-            "or give another name="
-        )
+        what, fix = "; ".join(changed[:3]), "repeat the first command to resume it, or give another name="
+        raise UserError(f"{path} was begun with another config ({what}); {fix}")
     return recorded
 
 

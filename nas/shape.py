@@ -25,8 +25,6 @@ ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by rope_
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer of ``inputs`` to ``outputs`` features."""
-
     inputs: int
     outputs: int
     bias: bool
@@ -73,7 +71,6 @@ class LayerSpec:
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of all linear layers and norms."""
         return sum(linear.parameters for linear in self.linears.values()) + sum(self.norms.values())
 
     @cached_property
@@ -84,8 +81,6 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that fixes a Llama-style decoder apart from its KV groups."""
-
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -112,7 +107,6 @@ class ModelShape:
             _check_rope_scaling(self.rope_scaling)
 
     def layer(self, groups: int) -> LayerSpec:
-        """The description of a decoder layer with ``groups`` KV groups."""
         if groups not in self._made:
             names = {field.name for field in dataclasses.fields(LayerSpec)} - {"kv_groups"}
             self._made[groups] = LayerSpec(kv_groups=groups, **{name: getattr(self, name) for name in names})

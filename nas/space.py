@@ -1,4 +1,4 @@
-"""Search spaces and group vectors: what can be searched; without torch.
+"""Search spaces and group vectors; without torch.
 
 A *vector* holds the number of KV groups ``g`` of every layer and is written ``4-2-2-1``. A *search space* is a model
 shape and the groups that each layer may have.
@@ -25,12 +25,10 @@ Vector = tuple[int, ...]
 
 
 def format_vector(vector: Sequence[int]) -> str:
-    """``(4, 2, 1)`` -> ``"4-2-1"``."""
     return "-".join(map(str, vector))
 
 
 def parse_vector(text: str) -> Vector:
-    """``"4-2-1"`` -> ``(4, 2, 1)``."""
     try:
         return tuple(map(int, text.split("-")))
     except ValueError:
@@ -39,8 +37,6 @@ def parse_vector(text: str) -> Vector:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A model shape and, for every layer, the KV groups that it may keep."""
-
     name: str  # the stem of its YAML file, or the name of the checkpoint's folder that it was derived from
     shape: ModelShape
     choices: tuple[Vector, ...]  # per layer the allowed groups, ascending
@@ -62,17 +58,14 @@ class SearchSpace:
 
     @property
     def largest(self) -> Vector:
-        """The vector with the most groups everywhere."""
         return tuple(allowed[-1] for allowed in self.choices)
 
     @property
     def smallest(self) -> Vector:
-        """The vector with the fewest groups everywhere."""
         return tuple(allowed[0] for allowed in self.choices)
 
     @property
     def middle(self) -> Vector:
-        """The middle choice of every layer."""
         return tuple(allowed[(len(allowed) - 1) // 2] for allowed in self.choices)
 
     @property
@@ -110,10 +103,6 @@ class SearchSpace:
     def choice_indices(self, vectors: Iterable[Vector]) -> list[list[int]]:
         """For each vector, which of a layer's choices it has in every layer; checks the vectors."""
         return [[self.choices[layer].index(g) for layer, g in enumerate(self.check(vector))] for vector in vectors]
-
-    def parse(self, text: str) -> Vector:
-        """Parses ``4-2-2-1`` and checks it."""
-        return self.check(parse_vector(text))
 
     def to_dict(self) -> dict[str, Any]:
         """The space as plain values, as its YAML file states it; `space_from_dict` reads it back."""
@@ -164,11 +153,7 @@ class Totals:
 
 
 def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
-    """Builds a space from the contents of a YAML file.
-
-    Raises:
-        ValueError, UserError: A value is missing, unknown or out of range; the message names it.
-    """
+    """Builds a space from the contents of a YAML file; a ValueError or UserError says what is wrong with these."""
     fields = {field.name: field for field in dataclasses.fields(ModelShape)}
     known = [*fields, "kv_groups", "known_vectors"]
     if unknown := [str(key) for key in values if key not in known]:
@@ -189,18 +174,13 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in choices), vectors)
 
 
-def space_from_config(values: Mapping[str, Any]) -> SearchSpace:
-    """The space of a run, as its config records it: `SearchSpace.to_dict` and the name."""
-    return space_from_dict(values["name"], {key: value for key, value in values.items() if key != "name"})
-
-
 def shipped_spaces() -> Iterator[str]:
     """Names of the spaces that come with the package."""
     return (path.stem for path in sorted(shipped("search_spaces").glob("*.yaml")))
 
 
 def load_space(reference: str) -> SearchSpace:
-    """Loads a space by the name of a shipped one or by the path of a YAML file."""
+    """A space by the name of a shipped one or by the path of a YAML file."""
     is_path = reference.endswith((".yaml", ".yml"))
     path = Path(reference) if is_path else shipped("search_spaces") / f"{reference}.yaml"
     if not path.is_file() or (not is_path and "/" in reference):

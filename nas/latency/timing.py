@@ -61,7 +61,7 @@ def time_points(
                         after = stopwatch.look_at(sentinel)
                         samples.add(Segment(before, after, times))
                         load, before = load[len(times) :], after
-                        bar.update(done(), f"drift {max(samples.drifts()):.1%}", total)
+                        bar(done(), f"drift {max(samples.drifts()):.1%}", total)
     finally:
         torch.set_num_threads(threads)
 

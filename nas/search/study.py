@@ -134,7 +134,7 @@ class _Worker:
                 return True
             if not running:
                 return False
-            bar.update(self.spent())
+            bar(self.spent())
             time.sleep(_POLL_S)
 
     def evaluate_next(self, bar: console.Bar) -> None:
@@ -160,7 +160,7 @@ class _Worker:
                 trial.set_user_attr(key, value)
             values = [float(metrics[objective]) for objective in self.problem.objectives.names]
             self.study.tell(trial, values, skip_if_finished=True)
-            bar.update(self.spent(), f"{name} {loss:.4f}")
+            bar(self.spent(), f"{name} {loss:.4f}")
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)

@@ -157,7 +157,7 @@ class Comparison:
             while missing := [training for training in trainings if training not in rows]:
                 before = len(rows)
                 for series, vector, seed in missing:
-                    bar.update(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
+                    bar(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
                     if (loss := self._loss(series, vector, seed, folder)) is not None:
                         rows[series, vector, seed] = (vector, series.name, seed, series.options.steps, loss)
                 if len(rows) == before:
