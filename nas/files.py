@@ -96,13 +96,15 @@ def require(path: Path, frame: pd.DataFrame, good: "pd.Series[bool]", rule: str)
 def positive_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
     """Which rows have positive and finite numbers in all of the columns."""
     numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
-    return ((numbers > 0) & (numbers < math.inf)).all(axis=1)
+    good: pd.Series[bool] = ((numbers > 0) & (numbers < math.inf)).all(axis=1)
+    return good
 
 
 def counts(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
     """Which rows have integers, none of them negative, in all of the columns."""
     numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
-    return ((numbers >= 0) & (numbers % 1 == 0)).all(axis=1)
+    good: pd.Series[bool] = ((numbers >= 0) & (numbers % 1 == 0)).all(axis=1)
+    return good
 
 
 def file_hash(path: Path) -> str:

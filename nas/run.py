@@ -140,7 +140,7 @@ def start_run(
             versions = {"gqa-nas": __version__, "python": platform.python_version()}
             versions |= {package: metadata.version(package) for package in _PACKAGES}
             device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
-            info = {"stage": stage, "started": now(), "argv": argv, "config": config, "seeds": seeds}
+            info: dict[str, object] = {"stage": stage, "started": now(), "argv": argv, "config": config, "seeds": seeds}
             info |= {"parents": origins, "git": git_state(), "versions": versions, "device": device}
             write_json(path / _RUN, info)
         yield Run(path)
