@@ -24,8 +24,8 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 from nas import __version__, console, shipped
 from nas.config import STAGES, register, to_stage
 from nas.distributed import SIZE, broadcast, process_group
-from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory, without_passwords
-from nas.overrides import is_sweep, to_hydra
+from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
+from nas.overrides import to_hydra
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
 
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in STAGES:
         console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
-    code = _hydra(arguments[0], to_hydra(arguments[0], arguments[1:]))
+    code = _hydra(arguments[0], arguments[1:])
     if SIZE > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -87,7 +87,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _hydra(stage: str, overrides: list[str]) -> int:
+def _hydra(stage: str, words: list[str]) -> int:
     """Hands over to Hydra, and turns what the user can fix into one sentence and an exit code."""
     failed, home = False, os.getpid()
 
@@ -108,13 +108,9 @@ def _hydra(stage: str, overrides: list[str]) -> int:
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach us
-    argv, sys.argv = sys.argv, ["nas", *overrides]
+    argv = sys.argv
     try:
-        if is_sweep(overrides) and any(without_passwords(word) != word for word in overrides):
-            raise UserError(
-                "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
-                "PGPASSWORD or ~/.pgpass instead"
-            )
+        sys.argv = ["nas", *to_hydra(stage, words)]
         hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=stage)(run)()
         return int(failed)
     except SystemExit as exit_:

@@ -233,7 +233,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     "pue": (lambda number: number >= 1, "be 1 or more"),
     "seed": (lambda number: 0 <= number < 2**32, f"lie between 0 and {2**32 - 1}"),
 }
-_MAY_BE_EMPTY = ("objectives", "seeds", "warm_start")
+_MAY_BE_EMPTY = ("check_at", "objectives", "seeds", "warm_start")
 _OPTIONS = {
     "precision": ("auto", "fp32", "bf16"),
     "parallel": ("ddp", "fsdp"),

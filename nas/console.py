@@ -11,19 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedCo
 
 from nas.distributed import IS_MAIN
 
-_out = Console(soft_wrap=True, highlight=False, markup=False, quiet=not IS_MAIN)
-if not _out.is_terminal:
-    _out.width = max(_out.width, 160)  # in a pipe or a log tables need not be folded
+out = Console(soft_wrap=True, highlight=False, markup=False, quiet=not IS_MAIN)
+if not out.is_terminal:
+    out.width = max(out.width, 160)  # in a pipe or a log tables need not be folded
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
 Bar = Callable[..., None]
-print = _out.print  # a line or a rich renderable
+print = out.print  # a line or a rich renderable
 warn = _err.print  # an error or a warning
-
-
-def quiet() -> None:
-    """Makes this process silent, except for what went wrong."""
-    _out.quiet = True
 
 
 @contextmanager
@@ -32,7 +27,7 @@ def progress_bar(title: str, total: float | None, completed: float = 0) -> Itera
 
     Gives a function that sets how much is done, a note beside the bar, and the total if it has changed.
     """
-    disable = _out.quiet or not _err.is_terminal
+    disable = out.quiet or not _err.is_terminal
     times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), *times, "{task.fields[note]}")
     with Progress(*columns, console=_err, disable=disable, transient=True) as progress:

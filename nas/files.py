@@ -61,8 +61,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; a UserError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); restore it or run its stage again") from None
     if not isinstance(value, dict):
@@ -78,10 +76,9 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
     """Reads a CSV that must have at least ``columns``; a UserError if it is missing, no CSV, or lacks one."""
     try:
         frame = pd.read_csv(path, dtype={"vector": str})  # "4" is a vector of one layer
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; run the stage that writes it") from None
-    except ValueError as error:  # as pandas' parser errors are
-        raise UserError(f"{path} is not a valid CSV ({' '.join(str(error).split())}); restore it") from None
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a valid CSV ({reason}); restore it or run its stage again") from None
     if missing := [column for column in columns if column not in frame.columns]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; restore it or run its stage again")
     return frame

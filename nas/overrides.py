@@ -18,21 +18,22 @@ from omegaconf import OmegaConf
 
 from nas import shipped
 from nas.config import STAGES
+from nas.errors import UserError, without_passwords
 
 _DECIMALS = re.compile(r"[][\d,+ -]*[.eE][][\d,+ .eE-]*")  # a number, or a list of some, not all written as integers
-
-
-def is_sweep(words: Sequence[str]) -> bool:
-    """Whether Hydra is to run the command once for each combination of values."""
-    return "-m" in words or "--multirun" in words
 
 
 def to_hydra(stage: str, words: Sequence[str]) -> list[str]:
     """The command line of a stage in Hydra's language; ``--budget 200`` and ``--budget=200`` become ``budget=200``."""
     left = iter(words)
     overrides = [f"budget={next(left, '')}" if w == "--budget" else re.sub("^--budget=", "budget=", w) for w in left]
-    if not is_sweep(words):
+    if "-m" not in words and "--multirun" not in words:
         return [_typed(stage, word) for word in overrides]
+    if any(without_passwords(word) != word for word in words):
+        raise UserError(
+            "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
+            "PGPASSWORD or ~/.pgpass instead"
+        )
     return _name_sweep_by_what_it_varies([_typed_sweep(stage, word) for word in overrides])
 
 

@@ -127,11 +127,8 @@ class Totals:
         for layer in reversed(range(len(choices))):
             for groups in choices[layer]:
                 self._ways[layer, groups:] += self._ways[layer + 1, :-groups]
-        self.reachable = np.flatnonzero(self._ways[0])  # ascending totals that some vector has
-
-    def count(self, total: int) -> float:
-        """How many vectors have this total."""
-        return float(self._ways[0, total])
+        self.counts = self._ways[0]  # of vectors, by total
+        self.reachable = np.flatnonzero(self.counts)  # ascending totals that some vector has
 
     def draw(self, totals: npt.ArrayLike, rng: np.random.Generator) -> list[Vector]:
         """One vector for each of n reachable ``totals``, uniform among the vectors of that total."""
@@ -181,12 +178,12 @@ def shipped_spaces() -> Iterator[str]:
 
 def load_space(reference: str) -> SearchSpace:
     """A space by the name of a shipped one or by the path of a YAML file."""
-    is_path = reference.endswith((".yaml", ".yml"))
-    path = Path(reference) if is_path else shipped("search_spaces") / f"{reference}.yaml"
-    if not path.is_file() or (not is_path and "/" in reference):
+    known = list(shipped_spaces())
+    path = shipped("search_spaces") / f"{reference}.yaml" if reference in known else Path(reference)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UserError(
-            f"there is no search space '{reference}'; use {', '.join(shipped_spaces())}, the path of a .yaml file, or "
-            "a trained model's directory"
+            f"there is no search space '{reference}'; use {', '.join(known)}, the path of a .yaml file, or a trained "
+            "model's directory"
         )
     try:
         # OmegaConf's YAML reads 1e-5 as a number, as JSON does
