@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 the user's input is wrong, in one sentence; 2 Hydra's usag
 
 import errno
 import importlib
-import itertools
 import os
 import re
 import signal
@@ -149,10 +148,9 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
 def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
     """The sentence about a mistake that Hydra or OmegaConf found, and the exit code."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    first, *more = str(cause).splitlines()
+    first = str(cause).splitlines()[0]
     if isinstance(error, MissingConfigException):
-        options = [line.strip() for line in itertools.takewhile(lambda line: line.startswith("\t"), more[2:])]
-        return f"{first}; use {', '.join(options)}", 1
+        return f"{first}; use {', '.join(error.options or [])}", 1
     if ambiguous := re.match("Ambiguous value for argument '(.*?)=(.*)'", first):
         key, text = ambiguous.groups()
         return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2

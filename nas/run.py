@@ -14,7 +14,6 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -32,8 +31,7 @@ from nas.files import append_json_lines, file_hash, read_json, write_json
 from nas.hardware import cpu_name, nvml_facts
 
 _PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
-_RUN, _COMPLETE = "run.json", "complete.json"
-_POLL_S = 2.0
+_RUN, _COMPLETE, _LOCK = "run.json", "complete.json", ".lock"
 
 
 class FinishedRun:
@@ -124,7 +122,7 @@ def start_run(
         return
     path.mkdir(parents=True, exist_ok=True)
     try:
-        lock = filelock.FileLock(path / ".lock").acquire(blocking=False)
+        lock = filelock.FileLock(path / _LOCK).acquire(blocking=False)
     except filelock.Timeout:
         raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
     with lock:
@@ -203,17 +201,15 @@ def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> Finished
     The name of ``path`` is a hash of what decides the run: what is finished there is right, and ``make`` resumes an
     interrupted attempt.
     """
-    waiting = False
     while not (path / _COMPLETE).is_file():
         try:
             make()
         except AlreadyFinishedError:
             break
         except InUseError:
-            if not waiting:
-                console.print(f"Waiting for another process to finish {path}")
-            waiting = True
-            time.sleep(_POLL_S)
+            console.print(f"Waiting for another process to finish {path}")
+            with filelock.FileLock(path / _LOCK):
+                pass
     return FinishedRun(path, stage)
 
 

@@ -119,10 +119,7 @@ def test_what_is_there_is_found_and_what_is_not_is_made_once(tmp_path: Path) -> 
     assert runs[0].digest() == runs[1].digest()
 
 
-def test_what_another_process_is_making_is_awaited(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("nas.run._POLL_S", 0.01)
+def test_what_another_process_is_making_is_awaited(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     begun, done = threading.Event(), threading.Event()
 
     def other() -> None:
