@@ -1,8 +1,7 @@
 """The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper."""
 
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any
 
 import hydra.utils
@@ -224,7 +223,7 @@ STAGES: dict[str, type[StageConfig]] = {
 }
 
 
-# What values must be, by the names of their fields: a name means the same in every command.
+# What values must be, by the names of their fields, which mean the same in every command; other numbers are positive.
 _NOT_NEGATIVE = "check energy_s equal_total grid_kg_per_kwh seeds temperature vectors weight_decay worker"
 _SHARES = "distillation_weight final_share largest_first largest_share smallest_share utilisation warmup_share"
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
@@ -259,11 +258,10 @@ def to_stage(config: DictConfig) -> Any:
 
 def validate(config: Any, prefix: str = "") -> None:
     """Refuses a tree of config dataclasses with a value out of range, or a key that Hydra was told to add."""
-    fields = {item.name for item in dataclasses.fields(config)}
-    if unknown := sorted(vars(config).keys() - fields):
+    if unknown := sorted(vars(config).keys() - {item.name for item in fields(config)}):
         raise UserError(f"there is no key {prefix}{unknown[0]}; --help lists the keys")
     for name, value in vars(config).items():
-        if dataclasses.is_dataclass(value):
+        if is_dataclass(value):
             validate(value, f"{prefix}{name}.")
         elif broken := _broken_rule(prefix + name, name, value):
             shown = f"'{value}'" if isinstance(value, str) else value

@@ -4,9 +4,8 @@ Field names are those of a Hugging Face Llama configuration, so that there is on
 exported model.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -98,7 +97,7 @@ class ModelShape:
     rope_scaling: Mapping[str, Any] | None = None  # of rotary embeddings, in Hugging Face's words; see `ROPE_KEYS`
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             if field.type in _KINDS:
                 _check_kind(field.name, getattr(self, field.name), field.type)
         if self.head_dim % 2:
@@ -108,8 +107,8 @@ class ModelShape:
 
     def layer(self, groups: int) -> LayerSpec:
         if groups not in self._made:
-            names = {field.name for field in dataclasses.fields(LayerSpec)} - {"kv_groups"}
-            self._made[groups] = LayerSpec(kv_groups=groups, **{name: getattr(self, name) for name in names})
+            shared = {f.name: getattr(self, f.name) for f in fields(LayerSpec) if f.name != "kv_groups"}
+            self._made[groups] = LayerSpec(kv_groups=groups, **shared)
         return self._made[groups]
 
     @cached_property
@@ -130,7 +129,7 @@ class ModelShape:
 
     def to_dict(self) -> dict[str, Any]:
         """The shape as plain values, without the features that it does not have."""
-        values = dataclasses.asdict(self)
+        values = asdict(self)
         return {key: value for key, value in values.items() if value or key not in FEATURES}
 
 

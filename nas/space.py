@@ -4,10 +4,9 @@ A *vector* holds the number of KV groups ``g`` of every layer and is written ``4
 shape and the groups that each layer may have.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class SearchSpace:
     name: str  # the stem of its YAML file, or the name of the checkpoint's folder that it was derived from
     shape: ModelShape
     choices: tuple[Vector, ...]  # per layer the allowed groups, ascending
-    known_vectors: Mapping[str, Vector] = dataclasses.field(default_factory=dict)  # published ones by name
+    known_vectors: Mapping[str, Vector] = field(default_factory=dict)  # published ones by name
 
     def __post_init__(self) -> None:
         layers, heads = self.shape.num_hidden_layers, self.shape.num_attention_heads
@@ -151,14 +150,14 @@ class Totals:
 
 def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     """Builds a space from the contents of a YAML file; a ValueError or UserError says what is wrong with these."""
-    fields = {field.name: field for field in dataclasses.fields(ModelShape)}
-    known = [*fields, "kv_groups", "known_vectors"]
+    defaults = {item.name: item.default for item in fields(ModelShape)}
+    known = [*defaults, "kv_groups", "known_vectors"]
     if unknown := [str(key) for key in values if key not in known]:
         raise ValueError(f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
-    required = ["kv_groups", *(key for key, field in fields.items() if field.default is dataclasses.MISSING)]
+    required = ["kv_groups", *(key for key, default in defaults.items() if default is MISSING)]
     if missing := [key for key in required if key not in values]:
         raise ValueError(f"{', '.join(missing)} is missing; add it")
-    shape = ModelShape(**{key: values[key] for key in values if key in fields})
+    shape = ModelShape(**{key: values[key] for key in values if key in defaults})
     stated = values["kv_groups"]
     nested = isinstance(stated, list) and any(isinstance(allowed, list) for allowed in stated)
     choices = stated if nested else [stated] * shape.num_hidden_layers
