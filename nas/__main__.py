@@ -1,7 +1,5 @@
 """``python -m nas`` is ``nas``."""
 
-import sys
-
 from nas.cli import main
 
-sys.exit(main())
+raise SystemExit(main())

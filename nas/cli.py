@@ -5,7 +5,6 @@ Exit codes: 0 done; 1 the user's input is wrong, in one sentence; 2 Hydra's usag
 
 import errno
 import importlib
-import itertools
 import os
 import re
 import signal
@@ -23,10 +22,9 @@ from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from nas import __version__, console, shipped
 from nas.config import STAGES, register, to_stage
-from nas.distributed import SIZE, broadcast, leave, process_group
+from nas.distributed import SIZE, broadcast, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
-from nas.files import without_passwords
-from nas.overrides import is_sweep, to_hydra
+from nas.overrides import to_hydra
 
 _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
 
@@ -74,8 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[0] not in STAGES:
         console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")
         return 1
-    code = _hydra(arguments[0], to_hydra(arguments[0], arguments[1:]))
-    return code if SIZE == 1 else leave(code)
+    code = _hydra(arguments[0], arguments[1:])
+    if SIZE > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # without the interpreter's clean-up, in which gloo's threads may abort the process
+    return code
 
 
 def _interrupt(*_: object) -> None:
@@ -84,7 +86,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _hydra(stage: str, overrides: list[str]) -> int:
+def _hydra(stage: str, words: list[str]) -> int:
     """Hands over to Hydra, and turns what the user can fix into one sentence and an exit code."""
     failed, home = False, os.getpid()
 
@@ -105,13 +107,9 @@ def _hydra(stage: str, overrides: list[str]) -> int:
 
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let Hydra's own errors reach us
-    argv, sys.argv = sys.argv, ["nas", *overrides]
+    argv = sys.argv
     try:
-        if is_sweep(overrides) and any(without_passwords(word) != word for word in overrides):
-            raise UserError(
-                "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
-                "PGPASSWORD or ~/.pgpass instead"
-            )
+        sys.argv = ["nas", *to_hydra(stage, words)]
         hydra.main(version_base="1.3", config_path=str(shipped("conf")), config_name=stage)(run)()
         return int(failed)
     except SystemExit as exit_:
@@ -150,10 +148,9 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
 def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
     """The sentence about a mistake that Hydra or OmegaConf found, and the exit code."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    first, *more = str(cause).splitlines()
+    first = str(cause).splitlines()[0]
     if isinstance(error, MissingConfigException):
-        options = [line.strip() for line in itertools.takewhile(lambda line: line.startswith("\t"), more[2:])]
-        return f"{first}; use {', '.join(options)}", 1
+        return f"{first}; use {', '.join(error.options or [])}", 1
     if ambiguous := re.match("Ambiguous value for argument '(.*?)=(.*)'", first):
         key, text = ambiguous.groups()
         return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2

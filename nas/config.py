@@ -1,6 +1,7 @@
 """The schema of every command. Hydra's DictConfig becomes these dataclasses here and goes no deeper."""
 
-from dataclasses import dataclass, field, make_dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass
 from typing import Any
 
 import hydra.utils
@@ -10,7 +11,6 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 
 from nas.errors import UserError
 from nas.metrics import LIMITS
-from nas.validation import validate
 
 FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; from those of a checkpoint
 
@@ -129,13 +129,10 @@ class Measure(LatencyParts):
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
 
-# Fields max_decode_ms, min_tokens_per_s and so on, one for each metric that can be limited.
-_Limits = make_dataclass("_Limits", [(key, float | None, None) for key in LIMITS])
-
-
-@dataclass
-class ConstraintsConfig(_Limits):  # type: ignore[misc, valid-type]
-    """Limits on what a vector may cost by the predictor: `nas.metrics` says which; null is no limit."""
+# Limits on what a vector may cost by the predictor: max_decode_ms, min_tokens_per_s and so on; null: no limit.
+ConstraintsConfig = make_dataclass(
+    "ConstraintsConfig", [(key, float | None, None) for key in LIMITS], namespace={"__module__": __name__}
+)
 
 
 @dataclass
@@ -143,7 +140,7 @@ class Search(LatencyParts, Train):
     budget: str = "60"
     cost: CostConfig = field(default_factory=CostConfig)
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
-    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)
+    constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)  # type: ignore[valid-type]
     sampler: dict[str, Any] = MISSING
     seed: int = 0
     supernet: str | None = None  # directory of a train run; null: the first that fits, else train one
@@ -222,8 +219,27 @@ class Fidelity(StageConfig):
     alone: AloneConfig = field(default_factory=AloneConfig)
 
 
-_STAGES: list[type[StageConfig]] = [Train, Measure, Search, Report, Export, Finetune, Generate, Fidelity]
-STAGES = {stage.__name__.lower(): stage for stage in _STAGES}
+STAGES: dict[str, type[StageConfig]] = {
+    stage.__name__.lower(): stage for stage in (Train, Measure, Search, Report, Export, Finetune, Generate, Fidelity)
+}
+
+
+# What values must be, by the names of their fields, which mean the same in every command; other numbers are positive.
+_NOT_NEGATIVE = "check energy_s equal_total grid_kg_per_kwh seeds temperature vectors weight_decay worker"
+_SHARES = "distillation_weight final_share largest_first largest_share smallest_share utilisation warmup_share"
+_RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
+    **dict.fromkeys(_NOT_NEGATIVE.split(), (lambda number: number >= 0, "be 0 or more")),
+    **dict.fromkeys(_SHARES.split(), (lambda number: 0 <= number <= 1, "lie between 0 and 1")),
+    "pue": (lambda number: number >= 1, "be 1 or more"),
+    "seed": (lambda number: 0 <= number < 2**32, f"lie between 0 and {2**32 - 1}"),
+}
+_MAY_BE_EMPTY = ("check_at", "objectives", "seeds", "warm_start")
+_OPTIONS = {
+    "precision": ("auto", "fp32", "bf16"),
+    "parallel": ("ddp", "fsdp"),
+    "dtype": ("auto", "fp32", "bf16"),
+    "runtime": ("auto", "eager", "graph", "compiled"),
+}
 
 
 def register() -> None:
@@ -239,6 +255,37 @@ def to_stage(config: DictConfig) -> Any:
     stage = OmegaConf.to_object(config)
     validate(stage)
     return stage
+
+
+def validate(config: Any, prefix: str = "") -> None:
+    """Refuses a tree of config dataclasses with a value out of range, or a key that Hydra was told to add."""
+    if unknown := sorted(vars(config).keys() - {item.name for item in fields(config)}):
+        raise UserError(f"there is no key {prefix}{unknown[0]}; --help lists the keys")
+    for name, value in vars(config).items():
+        if is_dataclass(value):
+            validate(value, f"{prefix}{name}.")
+        elif broken := _broken_rule(prefix + name, name, value):
+            shown = f"'{value}'" if isinstance(value, str) else value
+            raise UserError(f"{prefix}{name} is {shown}{broken}")
+
+
+def _broken_rule(key: str, name: str, value: Any) -> str | None:
+    """How the sentence about a value goes on, if it breaks a rule."""
+    if key == "workload.batch":
+        good = value == "max" or (type(value) is int and value > 0)
+        return None if good else " but must be a positive number of sequences, or max"
+    if name == "check_at" and not all(len(pair) == 2 and min(pair) > 0 for pair in value or ()):
+        return "; give pairs of batch and context, such as [[64,1024],[96,1500]]"
+    if name == "name" and not value.strip("./ "):
+        return ", which names no run directory; give another name="
+    if name in _OPTIONS and value not in _OPTIONS[name]:
+        return f"; use {', '.join(_OPTIONS[name])}"
+    numbers = value if isinstance(value, list) else [value]
+    if {type(number) for number in numbers} <= {int, float}:
+        keeps, rule = _RANGES.get(name, (lambda number: number > 0, "be positive"))
+        if not all(map(keeps, numbers)) or not (numbers or name in _MAY_BE_EMPTY):
+            return f" but must {rule}"
+    return None
 
 
 def build(spec: dict[str, Any], **more: Any) -> Any:

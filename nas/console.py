@@ -3,51 +3,33 @@
 Of several processes that work together only the first one prints, except what went wrong.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
 from nas.distributed import IS_MAIN
 
-_out = Console(soft_wrap=True, highlight=False, markup=False, quiet=not IS_MAIN)
-if not _out.is_terminal:
-    _out.width = max(_out.width, 160)  # in a pipe or a log tables need not be folded
+out = Console(soft_wrap=True, highlight=False, markup=False, quiet=not IS_MAIN)
+if not out.is_terminal:
+    out.width = max(out.width, 160)  # in a pipe or a log tables need not be folded
 _err = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
 
-
-def print(message: object = "") -> None:
-    """Print a line or a rich renderable to stdout."""
-    _out.print(message)
-
-
-def quiet() -> None:
-    """Makes this process silent, except for what went wrong."""
-    _out.quiet = True
-
-
-def warn(message: str) -> None:
-    """Print an error or a warning to stderr."""
-    _err.print(message)
-
-
-class Bar:
-    """A running progress bar."""
-
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self._progress, self._task = progress, task
-
-    def update(self, completed: float, note: str = "", total: float | None = None) -> None:
-        """Set how much is done, a short note beside the bar (a loss, a vector), and the total if it has changed."""
-        self._progress.update(self._task, completed=completed, total=total, note=note)
+Bar = Callable[..., None]
+print = out.print  # a line or a rich renderable
+warn = _err.print  # an error or a warning
 
 
 @contextmanager
 def progress_bar(title: str, total: float | None, completed: float = 0) -> Iterator[Bar]:
-    """A bar with the time left, unless the total is unknown; invisible when stderr is not a terminal."""
-    disable = _out.quiet or not _err.is_terminal
+    """A bar with the time left, unless the total is unknown; invisible when stderr is not a terminal.
+
+    Gives a function that sets how much is done, a note beside the bar, and the total if it has changed.
+    """
+    disable = out.quiet or not _err.is_terminal
     times = (TimeElapsedColumn(), "left", TimeRemainingColumn())
     columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), *times, "{task.fields[note]}")
     with Progress(*columns, console=_err, disable=disable, transient=True) as progress:
-        yield Bar(progress, progress.add_task(title, total=total, completed=int(completed), note=""))
+        task = progress.add_task(title, total=total, completed=int(completed), note="")
+        yield lambda done, note="", total=None: progress.update(task, completed=done, note=note, total=total)

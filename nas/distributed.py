@@ -4,10 +4,9 @@ Without torchrun there is one process, and everything here does nothing.
 """
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
 RANK, SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MAIN = RANK == 0
@@ -33,17 +32,9 @@ def process_group() -> Iterator[None]:
 
 def broadcast(value: Any) -> Any:
     """The first process's ``value``, in every process; a point where all wait for each other."""
-    if SIZE == 1:
-        return value
-    import torch.distributed as dist
-
     values = [value]
-    dist.broadcast_object_list(values)
+    if SIZE > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(values)
     return values[0]
-
-
-def leave(code: int) -> NoReturn:
-    """Ends one of several processes without the interpreter's clean-up, in which gloo's threads may abort it."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)

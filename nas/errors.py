@@ -1,4 +1,4 @@
-"""The exceptions for what the user can fix, and what stands behind an exception."""
+"""The exceptions for what the user can fix, and what their sentences say of others."""
 
 import re
 from collections.abc import Iterator
@@ -18,14 +18,13 @@ class InUseError(UserError):
     """Another process is writing the run directory at this moment."""
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and all that led to it, newest first, each once: a chain of exceptions can be a ring."""
-    seen: set[int] = set()
-    current: BaseException | None = error
-    while current is not None and id(current) not in seen:
-        seen.add(id(current))
-        yield current
-        current = current.__cause__ or current.__context__
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        error = error.__cause__ or error.__context__
 
 
 def in_short(error: BaseException) -> str:
@@ -41,3 +40,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(cause, RuntimeError | OSError) and _OUT_OF_MEMORY.search(str(cause)))
         for cause in causes(error)
     )
+
+
+def without_passwords(text: str) -> str:
+    """The text with ``***`` for the password of every URL in it."""
+    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
+    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", text)

@@ -3,11 +3,15 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from nas.errors import UserError, causes
 
@@ -26,30 +30,26 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(mode)
         temporary.replace(path)
     except Exception as error:
-        if (number := _system_error(error)) is None:
-            raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        for cause in causes(error):  # libraries wrap the system's error in errors of their own
+            if isinstance(cause, OSError):
+                number = cause.errno or errno.ENOSPC  # NumPy gives no number when a write stops short
+            elif match := re.search(r"\(os error (\d+)\)", str(cause)):  # tokenizers and safetensors
+                number = int(match[1])
+            else:
+                continue
+            raise OSError(number, os.strerror(number), str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _system_error(error: BaseException) -> int | None:
-    """The operating system's number of an error while writing, which libraries wrap in errors of their own."""
-    for cause in causes(error):
-        if isinstance(cause, OSError):
-            return cause.errno or errno.ENOSPC  # NumPy gives no number when a write stops short
-        if match := re.search(r"\(os error (\d+)\)", str(cause)):  # tokenizers and safetensors
-            return int(match[1])
-    return None
-
-
-def end_cut_line(file: Path) -> None:
-    """Closes a line that a kill cut short, so that the next one does not continue it."""
-    if file.is_file() and file.stat().st_size:
-        with file.open("r+b") as stream:
-            stream.seek(-1, os.SEEK_END)
-            if stream.read() != b"\n":
-                stream.write(b"\n")
+def append_json_lines(file: Path, values: Iterable[object]) -> None:
+    """Adds a line for each value, none of them to a line that a kill cut short."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a+b") as stream:
+        stream.seek(max(0, stream.tell() - 1))
+        cut_short = stream.read() not in (b"", b"\n")
+        stream.write(b"\n" * cut_short + b"".join(json.dumps(value).encode() + b"\n" for value in values))
 
 
 def write_json(path: Path, value: object) -> None:
@@ -61,13 +61,47 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; a UserError if there is none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
     except (ValueError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON ({error}); restore it or run its stage again") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} does not hold a JSON object; restore it or run its stage again")
     return value
+
+
+def write_csv(path: Path, frame: pd.DataFrame) -> None:
+    write_atomically(path, partial(frame.to_csv, index=False))
+
+
+def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
+    """Reads a CSV that must have at least ``columns``; a UserError if it is missing, no CSV, or lacks one."""
+    try:
+        frame = pd.read_csv(path, dtype={"vector": str})  # "4" is a vector of one layer
+    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path} is not a valid CSV ({reason}); restore it or run its stage again") from None
+    if missing := [column for column in columns if column not in frame.columns]:
+        raise UserError(f"{path} lacks the column {', '.join(missing)}; restore it or run its stage again")
+    return frame
+
+
+def require(path: Path, frame: pd.DataFrame, good: "pd.Series[bool]", rule: str) -> None:
+    """Refuses a table for its first row that is not good, with the row's line in the file."""
+    if not good.all():
+        raise UserError(f"{path} is corrupt (row {frame.index[~good][0] + 2}: {rule}); restore it or measure again")
+
+
+def positive_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
+    """Which rows have positive and finite numbers in all of the columns."""
+    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
+    good: pd.Series[bool] = ((numbers > 0) & (numbers < math.inf)).all(axis=1)
+    return good
+
+
+def counts(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
+    """Which rows have integers, none of them negative, in all of the columns."""
+    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
+    good: pd.Series[bool] = ((numbers >= 0) & (numbers % 1 == 0)).all(axis=1)
+    return good
 
 
 def file_hash(path: Path) -> str:
@@ -79,9 +113,3 @@ def file_hash(path: Path) -> str:
 def value_hash(value: object, length: int = 10) -> str:
     """A short stable hash of plain values, for names and cache keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:length]
-
-
-def without_passwords(text: str) -> str:
-    """The text with ``***`` for the password of every URL in it."""
-    text = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)
-    return re.sub(r"([?&]\w*password=)[^&\s]*", r"\1***", text)

@@ -6,7 +6,7 @@ a text stays as it was typed, and an integer may be written as ``1e3``.
 
 import dataclasses
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,35 +18,28 @@ from omegaconf import OmegaConf
 
 from nas import shipped
 from nas.config import STAGES
+from nas.errors import UserError, without_passwords
 
-_SWEEPS = {"-m", "--multirun"}
-_PROMPT = "prompt"
 _DECIMALS = re.compile(r"[][\d,+ -]*[.eE][][\d,+ .eE-]*")  # a number, or a list of some, not all written as integers
 
 
-def is_sweep(words: Sequence[str]) -> bool:
-    """Whether Hydra is to run the command once for each combination of values."""
-    return not _SWEEPS.isdisjoint(words)
-
-
 def to_hydra(stage: str, words: Sequence[str]) -> list[str]:
-    """The command line of a stage in Hydra's language."""
-    if not is_sweep(words):
-        return [_typed(stage, word) for word in _expand_budget(words)]
-    return _name_sweep_by_what_it_varies([_typed_sweep(stage, word) for word in _expand_budget(words)])
-
-
-def _expand_budget(words: Sequence[str]) -> Iterator[str]:
-    """``--budget 200`` and ``--budget=200`` are sugar for ``budget=200``."""
-    following = iter(words)
-    for word in following:
-        yield f"budget={next(following, '')}" if word == "--budget" else re.sub("^--budget=", "budget=", word)
+    """The command line of a stage in Hydra's language; ``--budget 200`` and ``--budget=200`` become ``budget=200``."""
+    left = iter(words)
+    overrides = [f"budget={next(left, '')}" if w == "--budget" else re.sub("^--budget=", "budget=", w) for w in left]
+    if "-m" not in words and "--multirun" not in words:
+        return [_typed(stage, word) for word in overrides]
+    if any(without_passwords(word) != word for word in words):
+        raise UserError(
+            "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
+            "PGPASSWORD or ~/.pgpass instead"
+        )
+    return _name_sweep_by_what_it_varies([_typed_sweep(stage, word) for word in overrides])
 
 
 def _typed_sweep(stage: str, word: str) -> str:
-    """As `_typed`, for each of the values that are swept over."""
     key, _, text = word.partition("=")
-    if key == _PROMPT or not text or re.search(r"""["'\[({]""", text):
+    if key == "prompt" or not text or re.search(r"""["'\[({]""", text):
         return _typed(stage, word)
     return f"{key}=" + ",".join(_typed(stage, f"{key}={value}").partition("=")[2] for value in text.split(","))
 
@@ -60,7 +53,7 @@ def _typed(stage: str, word: str) -> str:
     key, equals, text = word.partition("=")
     if not equals or word.startswith(("-", "~")):
         return word
-    if key == _PROMPT:
+    if key == "prompt":
         return f"{key}={_quoted(text)}"
     try:
         override = OverridesParser.create().parse_override(word)

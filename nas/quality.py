@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nas import console
-from nas.files import end_cut_line
+from nas.files import append_json_lines
 from nas.model import Supernet
 from nas.space import Vector, format_vector
 
@@ -81,10 +81,7 @@ class LossMemo(dict[str, float]):
     def add(self, losses: Mapping[str, float]) -> None:
         """Remembers losses, in the file too."""
         self.update(losses)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        end_cut_line(self.file)
-        with self.file.open("a", encoding="utf-8") as stream:
-            stream.writelines(json.dumps({"name": name, "loss_nats": loss}) + "\n" for name, loss in losses.items())
+        append_json_lines(self.file, ({"name": name, "loss_nats": loss} for name, loss in losses.items()))
 
 
 class InheritedLoss:
@@ -110,7 +107,7 @@ class InheritedLoss:
         with console.progress_bar("Evaluating vectors", len(missing)) as bar:
             for batch in _batches(missing, self.windows):
                 self._evaluate(batch)
-                bar.update(len(self.memo) - before)
+                bar(len(self.memo) - before)
         return [self.memo[format_vector(vector)] for vector in vectors]
 
     def _evaluate(self, vectors: list[Vector]) -> None:

@@ -37,11 +37,11 @@ def choose_vectors(space: SearchSpace, count: int, equal_total: int, seed: int) 
     """
     totals, rng = Totals(space.choices), np.random.default_rng(seed)
     reachable: list[int] = totals.reachable.tolist()
-    enough = [total for total in reachable if totals.count(total) >= equal_total]
+    enough = [total for total in reachable if totals.counts[total] >= equal_total]
     if not enough or count > space.size:
         raise UserError(
             f"vectors is {count} and equal_total {equal_total}, but space {space.name} has {space.size} vectors, "
-            f"at most {max(map(totals.count, reachable)):.0f} of one total; lower them"
+            f"at most {totals.counts.max():.0f} of one total; lower them"
         )
     middle = min(enough, key=lambda total: abs(2 * total - reachable[0] - reachable[-1]))
     places = np.linspace(0, len(reachable) - 1, count - equal_total).round().astype(int)

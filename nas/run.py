@@ -6,7 +6,7 @@
     (artifacts)     whatever the stage makes
     complete.json   written last: the hash of every artifact. Its absence means unfinished
 
-A run directory knows nothing of what a stage does. Reading an artifact of a finished run checks its hash.
+A run directory knows nothing of what a stage does.
 """
 
 import json
@@ -14,10 +14,10 @@ import os
 import platform
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,20 +26,16 @@ import filelock
 
 from nas import __version__, console
 from nas.distributed import IS_MAIN
-from nas.errors import AlreadyFinishedError, InUseError, UserError
-from nas.files import end_cut_line, file_hash, read_json, without_passwords, write_json
+from nas.errors import AlreadyFinishedError, InUseError, UserError, without_passwords
+from nas.files import append_json_lines, file_hash, read_json, write_json
 from nas.hardware import cpu_name, nvml_facts
 
 _PACKAGES = ("torch", "optuna", "numpy", "pandas", "hydra-core", "transformers", "tokenizers", "datasets", "moocore")
-_RUN, _METRICS, _COMPLETE, _LOCK = "run.json", "metrics.jsonl", "complete.json", ".lock"
-_POLL_S = 2.0
+_RUN, _COMPLETE, _LOCK = "run.json", "complete.json", ".lock"
 
 
 class FinishedRun:
-    """A finished run that another stage builds on; it must be of ``stage``, unless that is None.
-
-    ``info`` is what run.json holds, with ``config`` and ``parents``; ``artifacts`` are hashes by name.
-    """
+    """A finished run that another stage builds on; it must be of ``stage``, unless that is None."""
 
     def __init__(self, path: Path, stage: str | None = None) -> None:
         if not is_run(path):
@@ -54,11 +50,10 @@ class FinishedRun:
         try:
             self.config: dict[str, Any] = dict(self.info["config"])
             self.parents: dict[str, dict[str, str]] = dict(self.info["parents"])
-            self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])
+            self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])  # hashes by name
         except (KeyError, TypeError, ValueError):
-            raise UserError(
-                f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
-            ) from None
+            where = f"{path} is corrupt: {_RUN} or {_COMPLETE}"
+            raise UserError(f"{where} lacks a key; restore it or run its stage again") from None
 
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""
@@ -70,10 +65,8 @@ class FinishedRun:
         if not path.is_file():
             raise UserError(f"{path} is missing; run 'nas {self.info['stage']}' again under a new name")
         if file_hash(path) != self.artifacts.get(name):
-            raise UserError(
-                f"{path} is corrupt: it changed after the run finished; restore it, or remove {self.path} and run "
-                f"'nas {self.info['stage']}' again"
-            )
+            fix = f"restore it, or remove {self.path} and run 'nas {self.info['stage']}' again"
+            raise UserError(f"{path} is corrupt: it changed after the run finished; {fix}")
         return path
 
     def parent(self, role: str) -> "FinishedRun":
@@ -94,8 +87,7 @@ class Run:
     def log(self, **values: object) -> None:
         """Appends one line to metrics.jsonl."""
         if IS_MAIN:
-            with (self.path / _METRICS).open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(values) + "\n")
+            append_json_lines(self.path / "metrics.jsonl", [values])
 
     def finish(self, scaffold: Path | None = None) -> None:
         """Writes the completion mark, and only then removes the ``scaffold``, such as a checkpoint."""
@@ -117,8 +109,8 @@ def start_run(
     path: Path,
     stage: str,
     config: Mapping[str, Any],
-    seeds: Mapping[str, int] | None = None,
-    parents: Mapping[str, FinishedRun] | None = None,
+    seeds: Mapping[str, int] = {},
+    parents: Mapping[str, FinishedRun] = {},
     free: Collection[str] = (),
 ) -> Iterator[Run]:
     """Begins a run, or goes on with an unfinished one of the same name, parents and config, apart from ``free`` keys.
@@ -134,29 +126,22 @@ def start_run(
     except filelock.Timeout:
         raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
     with lock:
-        origins = {
-            role: {"path": os.path.relpath(run.path, path), "hash": run.digest()}
-            for role, run in (parents or {}).items()
-        }
+        origins = {role: {"path": os.path.relpath(r.path, path), "hash": r.digest()} for role, r in parents.items()}
         if is_run(path):
             check_begun(path, stage, {key: value for key, value in config.items() if key not in free})
             if read_json(path / _RUN).get("parents") != origins:
                 raise UserError(f"{path} was begun from other parent runs; give another name=")
             if (path / _COMPLETE).is_file():
                 raise AlreadyFinishedError(f"{path} is already finished; give another name= or remove it")
-            end_cut_line(path / _METRICS)
         else:
-            argv = [without_passwords(word) for word in sys.orig_argv]
-            info = {"stage": stage, "started": now(), "argv": argv, "config": config}
-            write_json(path / _RUN, info | {"seeds": dict(seeds or {}), "parents": origins} | _provenance())
+            argv = list(map(without_passwords, sys.orig_argv))
+            versions = {"gqa-nas": __version__, "python": platform.python_version()}
+            versions |= {package: metadata.version(package) for package in _PACKAGES}
+            device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
+            info: dict[str, object] = {"stage": stage, "started": now(), "argv": argv, "config": config, "seeds": seeds}
+            info |= {"parents": origins, "git": git_state(), "versions": versions, "device": device}
+            write_json(path / _RUN, info)
         yield Run(path)
-
-
-def _provenance() -> dict[str, Any]:
-    versions = {"gqa-nas": __version__, "python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in _PACKAGES}
-    device = {"cpu": cpu_name(), "gpu": nvml_facts() or None, "system": platform.platform()}
-    return {"git": git_state(), "versions": versions, "device": device}
 
 
 def now() -> str:
@@ -166,14 +151,11 @@ def now() -> str:
 
 def git_state() -> dict[str, object] | None:
     """Commit of the checkout that the package runs from, or None for an installed wheel."""
-
-    def git(*arguments: str) -> str:
-        here = Path(__file__).resolve().parent
-        return subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-
+    git = partial(subprocess.check_output, cwd=Path(__file__).resolve().parent, stderr=subprocess.DEVNULL, text=True)
     try:
-        git("ls-files", "--error-unmatch", "run.py")  # fails in a checkout of something else
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+        git(["git", "ls-files", "--error-unmatch", "run.py"])  # fails in a checkout of something else
+        commit, changes = git(["git", "rev-parse", "HEAD"]), git(["git", "status", "--porcelain"])
+        return {"commit": commit.strip(), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -192,10 +174,8 @@ def check_begun(path: Path, stage: str, config: Mapping[str, Any]) -> dict[str, 
     recorded: dict[str, Any] = begun.get("config", {})
     given = json.loads(json.dumps(config, default=str))
     if changed := [line for key in given for line in _differences(recorded.get(key), given[key], key)]:
-        raise UserError(
-            f"{path} was begun with another config ({'; '.join(changed[:3])}); repeat the first command to resume it, "
-            "or give another name="
-        )
+        what, fix = "; ".join(changed[:3]), "repeat the first command to resume it, or give another name="
+        raise UserError(f"{path} was begun with another config ({what}); {fix}")
     return recorded
 
 
@@ -221,17 +201,15 @@ def find_or_make(path: Path, stage: str, make: Callable[[], object]) -> Finished
     The name of ``path`` is a hash of what decides the run: what is finished there is right, and ``make`` resumes an
     interrupted attempt.
     """
-    waiting = False
     while not (path / _COMPLETE).is_file():
         try:
             make()
         except AlreadyFinishedError:
             break
         except InUseError:
-            if not waiting:
-                console.print(f"Waiting for another process to finish {path}")
-            waiting = True
-            time.sleep(_POLL_S)
+            console.print(f"Waiting for another process to finish {path}")
+            with filelock.FileLock(path / _LOCK):
+                pass
     return FinishedRun(path, stage)
 
 

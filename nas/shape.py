@@ -4,9 +4,8 @@ Field names are those of a Hugging Face Llama configuration, so that there is on
 exported model.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -25,8 +24,6 @@ ROPE_KEYS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {  # by rope_
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """A linear layer of ``inputs`` to ``outputs`` features."""
-
     inputs: int
     outputs: int
     bias: bool
@@ -73,7 +70,6 @@ class LayerSpec:
 
     @cached_property
     def parameters(self) -> int:
-        """Parameters of all linear layers and norms."""
         return sum(linear.parameters for linear in self.linears.values()) + sum(self.norms.values())
 
     @cached_property
@@ -84,8 +80,6 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Everything that fixes a Llama-style decoder apart from its KV groups."""
-
     num_hidden_layers: int
     hidden_size: int
     num_attention_heads: int
@@ -103,7 +97,7 @@ class ModelShape:
     rope_scaling: Mapping[str, Any] | None = None  # of rotary embeddings, in Hugging Face's words; see `ROPE_KEYS`
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
+        for field in fields(self):
             if field.type in _KINDS:
                 _check_kind(field.name, getattr(self, field.name), field.type)
         if self.head_dim % 2:
@@ -112,10 +106,9 @@ class ModelShape:
             _check_rope_scaling(self.rope_scaling)
 
     def layer(self, groups: int) -> LayerSpec:
-        """The description of a decoder layer with ``groups`` KV groups."""
         if groups not in self._made:
-            names = {field.name for field in dataclasses.fields(LayerSpec)} - {"kv_groups"}
-            self._made[groups] = LayerSpec(kv_groups=groups, **{name: getattr(self, name) for name in names})
+            shared = {f.name: getattr(self, f.name) for f in fields(LayerSpec) if f.name != "kv_groups"}
+            self._made[groups] = LayerSpec(kv_groups=groups, **shared)
         return self._made[groups]
 
     @cached_property
@@ -136,7 +129,7 @@ class ModelShape:
 
     def to_dict(self) -> dict[str, Any]:
         """The shape as plain values, without the features that it does not have."""
-        values = dataclasses.asdict(self)
+        values = asdict(self)
         return {key: value for key, value in values.items() if value or key not in FEATURES}
 
 

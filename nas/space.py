@@ -1,13 +1,12 @@
-"""Search spaces and group vectors: what can be searched; without torch.
+"""Search spaces and group vectors; without torch.
 
 A *vector* holds the number of KV groups ``g`` of every layer and is written ``4-2-2-1``. A *search space* is a model
 shape and the groups that each layer may have.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +24,10 @@ Vector = tuple[int, ...]
 
 
 def format_vector(vector: Sequence[int]) -> str:
-    """``(4, 2, 1)`` -> ``"4-2-1"``."""
     return "-".join(map(str, vector))
 
 
 def parse_vector(text: str) -> Vector:
-    """``"4-2-1"`` -> ``(4, 2, 1)``."""
     try:
         return tuple(map(int, text.split("-")))
     except ValueError:
@@ -39,12 +36,10 @@ def parse_vector(text: str) -> Vector:
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """A model shape and, for every layer, the KV groups that it may keep."""
-
     name: str  # the stem of its YAML file, or the name of the checkpoint's folder that it was derived from
     shape: ModelShape
     choices: tuple[Vector, ...]  # per layer the allowed groups, ascending
-    known_vectors: Mapping[str, Vector] = dataclasses.field(default_factory=dict)  # published ones by name
+    known_vectors: Mapping[str, Vector] = field(default_factory=dict)  # published ones by name
 
     def __post_init__(self) -> None:
         layers, heads = self.shape.num_hidden_layers, self.shape.num_attention_heads
@@ -62,17 +57,14 @@ class SearchSpace:
 
     @property
     def largest(self) -> Vector:
-        """The vector with the most groups everywhere."""
         return tuple(allowed[-1] for allowed in self.choices)
 
     @property
     def smallest(self) -> Vector:
-        """The vector with the fewest groups everywhere."""
         return tuple(allowed[0] for allowed in self.choices)
 
     @property
     def middle(self) -> Vector:
-        """The middle choice of every layer."""
         return tuple(allowed[(len(allowed) - 1) // 2] for allowed in self.choices)
 
     @property
@@ -111,10 +103,6 @@ class SearchSpace:
         """For each vector, which of a layer's choices it has in every layer; checks the vectors."""
         return [[self.choices[layer].index(g) for layer, g in enumerate(self.check(vector))] for vector in vectors]
 
-    def parse(self, text: str) -> Vector:
-        """Parses ``4-2-2-1`` and checks it."""
-        return self.check(parse_vector(text))
-
     def to_dict(self) -> dict[str, Any]:
         """The space as plain values, as its YAML file states it; `space_from_dict` reads it back."""
         return {
@@ -138,11 +126,8 @@ class Totals:
         for layer in reversed(range(len(choices))):
             for groups in choices[layer]:
                 self._ways[layer, groups:] += self._ways[layer + 1, :-groups]
-        self.reachable = np.flatnonzero(self._ways[0])  # ascending totals that some vector has
-
-    def count(self, total: int) -> float:
-        """How many vectors have this total."""
-        return float(self._ways[0, total])
+        self.counts = self._ways[0]  # of vectors, by total
+        self.reachable = np.flatnonzero(self.counts)  # ascending totals that some vector has
 
     def draw(self, totals: npt.ArrayLike, rng: np.random.Generator) -> list[Vector]:
         """One vector for each of n reachable ``totals``, uniform among the vectors of that total."""
@@ -164,19 +149,15 @@ class Totals:
 
 
 def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
-    """Builds a space from the contents of a YAML file.
-
-    Raises:
-        ValueError, UserError: A value is missing, unknown or out of range; the message names it.
-    """
-    fields = {field.name: field for field in dataclasses.fields(ModelShape)}
-    known = [*fields, "kv_groups", "known_vectors"]
+    """Builds a space from the contents of a YAML file; a ValueError or UserError says what is wrong with these."""
+    defaults = {item.name: item.default for item in fields(ModelShape)}
+    known = [*defaults, "kv_groups", "known_vectors"]
     if unknown := [str(key) for key in values if key not in known]:
         raise ValueError(f"unknown key {', '.join(unknown)}; known are {', '.join(known)}")
-    required = ["kv_groups", *(key for key, field in fields.items() if field.default is dataclasses.MISSING)]
+    required = ["kv_groups", *(key for key, default in defaults.items() if default is MISSING)]
     if missing := [key for key in required if key not in values]:
         raise ValueError(f"{', '.join(missing)} is missing; add it")
-    shape = ModelShape(**{key: values[key] for key in values if key in fields})
+    shape = ModelShape(**{key: values[key] for key in values if key in defaults})
     stated = values["kv_groups"]
     nested = isinstance(stated, list) and any(isinstance(allowed, list) for allowed in stated)
     choices = stated if nested else [stated] * shape.num_hidden_layers
@@ -189,24 +170,19 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
     return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in choices), vectors)
 
 
-def space_from_config(values: Mapping[str, Any]) -> SearchSpace:
-    """The space of a run, as its config records it: `SearchSpace.to_dict` and the name."""
-    return space_from_dict(values["name"], {key: value for key, value in values.items() if key != "name"})
-
-
 def shipped_spaces() -> Iterator[str]:
     """Names of the spaces that come with the package."""
     return (path.stem for path in sorted(shipped("search_spaces").glob("*.yaml")))
 
 
 def load_space(reference: str) -> SearchSpace:
-    """Loads a space by the name of a shipped one or by the path of a YAML file."""
-    is_path = reference.endswith((".yaml", ".yml"))
-    path = Path(reference) if is_path else shipped("search_spaces") / f"{reference}.yaml"
-    if not path.is_file() or (not is_path and "/" in reference):
+    """A space by the name of a shipped one or by the path of a YAML file."""
+    known = list(shipped_spaces())
+    path = shipped("search_spaces") / f"{reference}.yaml" if reference in known else Path(reference)
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
         raise UserError(
-            f"there is no search space '{reference}'; use {', '.join(shipped_spaces())}, the path of a .yaml file, or "
-            "a trained model's directory"
+            f"there is no search space '{reference}'; use {', '.join(known)}, the path of a .yaml file, or a trained "
+            "model's directory"
         )
     try:
         # OmegaConf's YAML reads 1e-5 as a number, as JSON does

@@ -24,8 +24,7 @@ import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
 
-from nas.csv_files import write_csv
-from nas.files import read_json, write_atomically, write_json
+from nas.files import read_json, write_atomically, write_csv, write_json
 from nas.latency import Device, Workload, find_device
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import MemoryModel

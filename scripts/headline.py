@@ -24,9 +24,8 @@ import torch
 from served_trial import copy_bandwidth, fits, memory_cap, served
 
 from nas import shipped
-from nas.csv_files import write_csv
 from nas.errors import UserError
-from nas.files import write_atomically
+from nas.files import write_atomically, write_csv
 from nas.hardware import nvml_facts
 from nas.latency.energy import measure_energy
 from nas.latency.memory import MemoryModel

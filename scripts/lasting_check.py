@@ -22,13 +22,12 @@ import pandas as pd
 import torch
 
 from nas import shipped
-from nas.csv_files import write_csv
-from nas.files import write_atomically
+from nas.files import write_atomically, write_csv
 from nas.hardware import nvml_facts
 from nas.latency.accuracy import random_vectors
 from nas.latency.energy import ENERGY, ENERGY_COLUMNS, measure_energy
-from nas.latency.points import Point
 from nas.latency.pool import LayerPool
+from nas.latency.predictor import Point
 from nas.run import git_state, now
 from nas.space import SearchSpace, Vector, format_vector, load_space
 
@@ -150,7 +149,7 @@ def main() -> None:
     what, steps = vars(parser.parse_args()).values()
     OUT.mkdir(parents=True, exist_ok=True)
     if what == "measure":
-        measure(OUT / "lasting.csv", [tuple(map(int, step.split("x"))) for step in steps])
+        measure(OUT / "lasting.csv", [(int(batch), int(context)) for batch, context in (s.split("x") for s in steps)])
     elif what == "calibrate":
         calibrate(table_folder(machine()["device"]))
 

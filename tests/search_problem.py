@@ -12,10 +12,10 @@ from typing import Literal
 import optuna
 import sqlalchemy
 
-from nas.budget import Budget
 from nas.metrics import Metrics
 from nas.search import Objectives, Problem, Storage, search
 from nas.search.front_sampler import FrontSampler
+from nas.search.problem import Budget
 from nas.space import SearchSpace, Vector, format_vector, load_space
 
 SAMPLERS: dict[str, Callable[..., optuna.samplers.BaseSampler]] = {

@@ -13,16 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nas.config import CostConfig, MeasureConfig
+from nas.config import CostConfig, MeasureConfig, validate
 from nas.errors import UserError
-from nas.hardware import nvml_facts, nvml_state
+from nas.hardware import nvml_facts
 from nas.latency.cost import money_and_emissions
 from nas.latency.energy import ENERGY_COLUMNS, Energy, EnergyTable, idle_watts, measure_energy
 from nas.latency.measurement import Grid, _energy
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Workload
 from nas.space import SearchSpace
-from nas.validation import validate
 
 NEVER = float("inf")
 
@@ -215,25 +214,12 @@ def test_idle_power(plug: Plug) -> None:
 
 def describe(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the plugged GPU answer everything."""
-
-    class Memory:
-        used = 2**30
-
-    answers: dict[str, Any] = {
-        "Name": "NVIDIA Fake",
-        "PowerManagementLimit": 700_000,
-        "EccMode": [1, 0],
-        "MemoryInfo": Memory,
-        "CurrentClocksThrottleReasons": 0x1 | 0x4 | 0x40,
-        "Temperature": 61,
-    }
+    answers: dict[str, Any] = {"Name": "NVIDIA Fake", "PowerManagementLimit": 700_000, "EccMode": [1, 0]}
     for key, value in answers.items():
         monkeypatch.setattr(pynvml, f"nvmlDeviceGet{key}", lambda *_, value=value: value)
-    clocks = {pynvml.NVML_CLOCK_SM: 1980, pynvml.NVML_CLOCK_MEM: 2619}
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetClockInfo", lambda _, which: clocks[which])
 
 
-def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_facts_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = plug(FakeGpu())
     describe(monkeypatch)
     assert nvml_facts("u") == {
@@ -242,28 +228,13 @@ def test_facts_and_state_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pyt
         "power_limit_watts": 700,
         "ecc": True,
     }
-    assert nvml_state() == {
-        "sm_clock_mhz": 1980,
-        "memory_clock_mhz": 2619,
-        "throttle_reasons": ["software power cap", "hardware thermal slowdown"],
-        "temperature_celsius": 61,
-        "memory_in_use_bytes": 2**30,
-    }
-    assert gpu.asked_for == ["GPU-u", 0]
+    assert gpu.asked_for == ["GPU-u"]
     assert gpu.opened == 0
-
-
-@pytest.mark.parametrize("reasons", [0, 1])
-def test_a_gpu_that_idles_is_not_throttled(plug: Plug, monkeypatch: pytest.MonkeyPatch, reasons: int) -> None:
-    plug(FakeGpu())
-    monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: reasons)
-    assert nvml_state()["throttle_reasons"] == []
 
 
 def test_what_nvml_refuses_is_left_out(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
     plug(FakeGpu())
     assert nvml_facts() == {"driver": "580.1"}
-    assert nvml_state() == {}
     monkeypatch.setattr(pynvml, "nvmlShutdown", refuse)
     assert nvml_facts() == {"driver": "580.1"}
     monkeypatch.setattr(pynvml, "nvmlInit", absent)

@@ -365,7 +365,7 @@ def test_decode_steps_are_predicted_as_a_lasting_load_takes_them(micro: SearchSp
         {"groups": 1, "batch": 4, "length": 16, "ratio": 1.1},
     ]
     loads.append({"groups": 4, "batch": 4, "length": 16, "ratio": 0.9})
-    changes = {"runtime": "graph", "lasting_load": loads}
+    changes: dict[str, Any] = {"runtime": "graph", "lasting_load": loads}
     table = TableLatency(write_table(tmp_path, micro, **changes))
     for batch, factor in ((3, 1.1), (4, 1.1), (5, 1.15), (6, 1.2)):
         at = batch, 16

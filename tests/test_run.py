@@ -9,8 +9,8 @@ import filelock
 import pandas as pd
 import pytest
 
-from nas.csv_files import read_csv, write_csv
 from nas.errors import AlreadyFinishedError, InUseError, UserError
+from nas.files import read_csv, write_csv
 from nas.run import FinishedRun, check_begun, find_or_make, find_runs, start_run
 from tests.helpers import Damage, flipped, harm, to
 
@@ -119,10 +119,7 @@ def test_what_is_there_is_found_and_what_is_not_is_made_once(tmp_path: Path) -> 
     assert runs[0].digest() == runs[1].digest()
 
 
-def test_what_another_process_is_making_is_awaited(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("nas.run._POLL_S", 0.01)
+def test_what_another_process_is_making_is_awaited(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     begun, done = threading.Event(), threading.Event()
 
     def other() -> None:

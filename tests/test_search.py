@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nas.budget import Budget, parse_budget
 from nas.errors import UserError
 from nas.metrics import METRICS
 from nas.search import Objectives, Storage, on_front, reference_point, search
 from nas.search.pareto import hypervolume_curve, knee
+from nas.search.problem import Budget, parse_budget
 from nas.space import SearchSpace, Vector, format_vector, load_space
 from tests.search_problem import SAMPLERS, TWO, additive_loss, costs, problem
 

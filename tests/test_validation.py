@@ -16,9 +16,9 @@ from nas.config import (
     Train,
     TrainConfig,
     WorkloadConfig,
+    validate,
 )
 from nas.errors import UserError
-from nas.validation import validate
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,7 @@ def test_a_value_out_of_range_is_named_with_what_it_must_be(config: Any, words: 
     [
         Train(name="a/b.1", train=SupernetConfig(warmup_share=0.0, final_share=1.0, weight_decay=0.0, seed=2**32 - 1)),
         Search(name="n", workload=WorkloadConfig(batch="max"), constraints=ConstraintsConfig(min_tokens_per_s=0.5)),
+        Measure(name="n", measure=MeasureConfig(check_at=[])),
         Measure(name="n", check=0, measure=MeasureConfig(batches=[1, 2], check_at=[[1, 8]])),
         Generate(name="n", checkpoint="c", prompt=""),
     ],

@@ -31,10 +31,10 @@ from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.budget import Budget
 from nas.errors import UserError
 from nas.search import Storage, search
 from nas.search import storage as storage_module
+from nas.search.problem import Budget
 from nas.space import Vector, load_space
 from tests.conftest import Nas
 from tests.search_problem import SAMPLERS, TWO, additive_loss, problem, work

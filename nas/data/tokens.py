@@ -84,7 +84,7 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
                 totals[index] += len(tokens)
                 _append(rows[index], tokens, totals[index])
                 characters += sum(map(len, texts))
-            bar.update(characters / 1e6)
+            bar(characters / 1e6)
     if min(totals) < 2:
         raise UserError(
             f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nas.csv_files import positive_numbers, read_csv, require
-from nas.hardware import Gpu
+from nas.files import positive_numbers, read_csv, require
+from nas.hardware import energy_joules, open_gpu
 
 ENERGY = "energy.csv"  # a row per number of groups, the same in every layer, and batch, all at one context
 ENERGY_COLUMNS = ["groups", "batch", "length", "watts", "joules_per_step", "seconds", "calls", "method"]
@@ -43,15 +43,15 @@ def measure_energy(
     It runs for at least ``seconds`` and 125 readings, which take 5 s or 125 calls. None where NVML has no such counter,
     or that stands still, is reset or fails on the way.
     """
-    with Gpu(uuid) as gpu:
-        if gpu.read("energy_joules") is None:
+    with open_gpu(uuid) as read:
+        if read(energy_joules) is None:
             return None
         repeats = _warm_up(call, wait, warm_up_s)
         begun, readings = time.perf_counter(), list[tuple[float, float | None]]()
         while time.perf_counter() - begun < seconds or len(readings) < _FEWEST_READINGS:
             for _ in range(repeats):
                 call()
-            joules = gpu.read("energy_joules")  # while the GPU works
+            joules = read(energy_joules)  # while the GPU works
             readings.append((time.perf_counter(), joules))
             wait()
         elapsed, calls = time.perf_counter() - begun, repeats * len(readings)

@@ -18,9 +18,8 @@ import numpy as np
 import pandas as pd
 from scipy.interpolate import make_interp_spline
 
-from nas.csv_files import counts, positive_numbers, read_csv, require
 from nas.errors import UserError, in_short
-from nas.files import file_hash, read_json
+from nas.files import counts, file_hash, positive_numbers, read_csv, read_json, require
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.predictor import (

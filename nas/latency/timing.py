@@ -29,8 +29,8 @@ import torch
 
 from nas import console
 from nas.config import MeasureConfig
-from nas.csv_files import read_csv
 from nas.errors import UserError
+from nas.files import read_csv
 from nas.latency.predictor import EMBEDDING_AND_HEAD, PARTS, POINT_COLUMNS, Point
 from nas.serving.runtime import milliseconds
 
@@ -172,7 +172,7 @@ def time_points(
                         after = stopwatch.look_at(sentinel)
                         samples.add(Segment(before, after, times))
                         load, before = load[len(times) :], after
-                        bar.update(done(), f"drift {max(samples.drifts()):.1%}", total)
+                        bar(done(), f"drift {max(samples.drifts()):.1%}", total)
     finally:
         torch.set_num_threads(threads)
 

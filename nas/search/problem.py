@@ -6,10 +6,11 @@ few costs to look at, however many vectors a space has, and whether limits can b
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -112,3 +113,23 @@ def ways_by_counts(space: SearchSpace) -> Counter[Vector]:
                 extended[tuple(sorted((*vector, groups)))] += number
         ways = extended
     return ways
+
+
+class Budget(NamedTuple):
+    """How long a search may go on: so many evaluations or seconds; without either, until all vectors are evaluated."""
+
+    evaluations: int | None = None
+    seconds: float | None = None
+
+
+def parse_budget(text: str) -> Budget:
+    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations; ``all`` is every vector of the space."""
+    if text == "all":
+        return Budget()
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])|(\d+)", text.strip())
+    if match and float(match[1] or match[3]) > 0:
+        seconds_per = {"s": 1, "m": 60, "h": 3600}
+        return Budget(int(match[3])) if match[3] else Budget(seconds=float(match[1]) * seconds_per[match[2]])
+    raise UserError(
+        f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, or all"
+    )

@@ -21,8 +21,7 @@ from optuna.storages._rdb.models import BaseModel  # has no public name
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from nas.errors import UserError
-from nas.files import without_passwords
+from nas.errors import UserError, without_passwords
 from nas.search.pareto import Objectives
 
 _BEATS_OF_GRACE = 6  # so many heartbeats may fail to arrive before a worker counts as dead

@@ -27,11 +27,10 @@ from optuna.storages._heartbeat import get_heartbeat_thread  # Study.optimize ca
 from optuna.trial import FrozenTrial, TrialState
 
 from nas import console
-from nas.budget import Budget
 from nas.errors import UserError
 from nas.metrics import COLUMNS, OPTIONAL_COLUMNS
 from nas.search.pareto import on_front
-from nas.search.problem import LOSS, Problem
+from nas.search.problem import LOSS, Budget, Problem
 from nas.search.sampler import COUNTED, DistinctSampler
 from nas.search.storage import Storage
 from nas.space import Vector, format_vector
@@ -73,7 +72,7 @@ def search(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what goes wrong is in our own sentences
     known = list(filter(problem.keeps_limits, dict.fromkeys(known)))
-    everything = problem.vectors() if budget.is_everything else ()
+    everything = problem.vectors() if budget == Budget() else ()
     early = filter(problem.keeps_limits, [*problem.space.reference_vectors().values(), *proposed])
     first = list(dict.fromkeys([*known, *early, *everything]))
     evaluations = len(known) + min(budget.evaluations or problem.size, problem.size - len(known))
@@ -135,7 +134,7 @@ class _Worker:
                 return True
             if not running:
                 return False
-            bar.update(self.spent())
+            bar(self.spent())
             time.sleep(_POLL_S)
 
     def evaluate_next(self, bar: console.Bar) -> None:
@@ -161,7 +160,7 @@ class _Worker:
                 trial.set_user_attr(key, value)
             values = [float(metrics[objective]) for objective in self.problem.objectives.names]
             self.study.tell(trial, values, skip_if_finished=True)
-            bar.update(self.spent(), f"{name} {loss:.4f}")
+            bar(self.spent(), f"{name} {loss:.4f}")
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)

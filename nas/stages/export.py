@@ -9,9 +9,9 @@ import torch
 
 from nas import console
 from nas.config import Export, build
-from nas.csv_files import read_csv
 from nas.errors import UserError
 from nas.export import Exporter
+from nas.files import read_csv
 from nas.latency.predictor import Workload
 from nas.model.checkpoint import load_supernet
 from nas.run import FinishedRun, is_run, start_run

@@ -19,10 +19,9 @@ import torch
 
 from nas import console
 from nas.config import Fidelity, TrainConfig, build
-from nas.csv_files import write_csv
 from nas.data import TokenData, prepare_tokens
 from nas.errors import UserError
-from nas.files import value_hash
+from nas.files import value_hash, write_csv
 from nas.model import Decoder, Supernet
 from nas.model.pretrained import read_checkpoint
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
@@ -158,7 +157,7 @@ class Comparison:
             while missing := [training for training in trainings if training not in rows]:
                 before = len(rows)
                 for series, vector, seed in missing:
-                    bar.update(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
+                    bar(sum(done.options.steps for done, _, _ in rows), f"{series.name} {format_vector(vector)}")
                     if (loss := self._loss(series, vector, seed, folder)) is not None:
                         rows[series, vector, seed] = (vector, series.name, seed, series.options.steps, loss)
                 if len(rows) == before:

@@ -43,7 +43,7 @@ def run(config: Generate, path: Path) -> None:
         tokens = torch.tensor([prompt] * config.batch, device=torch_device)
         runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
         with console.progress_bar("Generating", config.new_tokens) as bar:
-            new_BN = generate(runner, tokens, config.new_tokens, config.temperature, config.seed, stop, bar.update)
+            new_BN = generate(runner, tokens, config.new_tokens, config.temperature, config.seed, stop, bar)
         rows = [row[: row.index(stop)] if stop in row else row for row in new_BN.tolist()]
         seconds, count = time.perf_counter() - begun, sum(map(len, rows))
         # Decoded with the prompt, for some tokenizers drop the space at the beginning of a text.

@@ -19,9 +19,8 @@ import torch
 
 from nas import console
 from nas.config import LatencyParts, Measure, Search
-from nas.csv_files import write_csv
 from nas.errors import AlreadyFinishedError, UserError
-from nas.files import value_hash, write_atomically, write_json
+from nas.files import value_hash, write_atomically, write_csv, write_json
 from nas.latency import Device, Predictor, Workload, resolve_workload, this_device
 from nas.latency.accuracy import CHECK, lasting_load, predict_end_to_end, summarise_check
 from nas.latency.device import DEVICE, device_folders

@@ -12,8 +12,8 @@ import pandas as pd
 
 from nas import console
 from nas.config import Report
-from nas.csv_files import read_csv, write_csv
 from nas.errors import UserError
+from nas.files import read_csv, write_csv
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.report.figure import figure
@@ -23,7 +23,7 @@ from nas.report.predicted import draw_check
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance
-from nas.space import format_vector, space_from_config
+from nas.space import format_vector, space_from_dict
 
 Floats = npt.NDArray[np.float64]
 _COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
@@ -52,7 +52,8 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     columns = ["vector", "loss_nats", "on_front", *objectives.names]
     known_trials = [read_csv(search.artifact("trials.csv"), columns) for search in known]
     trials = known_trials[: len(searches)]
-    space = space_from_config(first.config["space"])
+    recorded = dict(first.config["space"])
+    space = space_from_dict(recorded.pop("name"), recorded)
     reference_vectors, name = space.reference_vectors(), space.name
     everything = pd.concat(trials).drop_duplicates("vector")
     everything["on_front"] = on_front(everything, objectives)

@@ -22,11 +22,9 @@ from typing import Any
 import pandas as pd
 
 from nas import console
-from nas.budget import parse_budget
 from nas.config import Search, build
-from nas.csv_files import read_csv, write_csv
-from nas.errors import InUseError, UserError
-from nas.files import value_hash, without_passwords
+from nas.errors import InUseError, UserError, without_passwords
+from nas.files import read_csv, value_hash, write_csv
 from nas.latency import Predictor, find_device, resolve_workload
 from nas.latency.cost import cost_function
 from nas.latency.memory import check_serving_memory
@@ -35,6 +33,7 @@ from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Objectives, Problem, Storage, search
+from nas.search.problem import Budget, parse_budget
 from nas.space import SearchSpace, Vector, format_vector, parse_vector
 from nas.stages.measure import find_latency
 from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
@@ -101,7 +100,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     training = Training(config)
     space, runs_dir = training.space, Path(config.runs_dir)
     objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
-    if budget.is_everything and space.size > _MOST:
+    if budget == Budget() and space.size > _MOST:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
@@ -160,7 +159,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
     work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
     work = partial(work, known=list(known), proposed=proposed, metadata=common)
-    return _Prepared(problem, loss, latency, work, budget.is_everything, recorded, parents)
+    return _Prepared(problem, loss, latency, work, budget == Budget(), recorded, parents)
 
 
 def _storage(config: Search, path: Path) -> Storage:

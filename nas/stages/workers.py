@@ -48,7 +48,7 @@ def more_workers(work: Callable[[], None], count: int) -> Iterator[None]:
 
 def _run(work: Callable[[], None], index: int, count: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    console.quiet()
+    console.out.quiet = True
     _take_share(index, count)
     try:
         work()

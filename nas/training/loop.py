@@ -128,7 +128,7 @@ def fit(
                         f"lower train.learning_rate (now {config.peak_learning_rate}) under a new name; {kept}"
                     )
                 run.log(step=step, loss_nats=loss, gradient_norm=norm, learning_rate=learning_rate_at(step - 1, config))
-                bar.update(step, f"loss {loss:.3f}")
+                bar(step, f"loss {loss:.3f}")
             if step % config.validate_every == 0 or last:
                 model.eval()
                 with torch.no_grad(), torch.compiler.set_stance("force_eager"):  # shapes differ: not worth a graph
