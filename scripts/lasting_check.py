@@ -20,16 +20,18 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import kendalltau
 
 from nas import shipped
-from nas.files import write_atomically, write_csv
+from nas.files import read_json, write_atomically, write_csv, write_json
 from nas.hardware import nvml_facts
-from nas.latency.accuracy import random_vectors
+from nas.latency.accuracy import lasting_load, random_vectors
 from nas.latency.energy import ENERGY, ENERGY_COLUMNS, measure_energy
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Point
+from nas.latency.table import META, TABLE, TableLatency
 from nas.run import git_state, now
-from nas.space import SearchSpace, Vector, format_vector, load_space
+from nas.space import SearchSpace, Vector, format_vector, load_space, parse_vector
 
 OUT = Path("docs/latency")
 SPACE, RUNTIME = "decilm-6b", "compiled"
@@ -117,7 +119,7 @@ def with_choice(call: Callable[[], torch.Tensor]) -> torch.Tensor:
 
 
 def calibrate(folder: Path) -> None:
-    """Writes `ENERGY` of a table: power and seconds of lasting steps of uniform models."""
+    """Writes `ENERGY` of a table: power and seconds of lasting steps of uniform models; and what follows from it."""
     space = load_space(SPACE)
     points = [
         Point("decode", "whole", vector, batch, POWER_CONTEXT)
@@ -135,6 +137,51 @@ def calibrate(folder: Path) -> None:
         rows.append([*values, found.seconds, found.calls, "energy counter", about["commit"], about["date"]])
         print(rows[-1], flush=True)
         write_csv(folder / ENERGY, pd.DataFrame(rows, columns=[*ENERGY_COLUMNS, "commit", "date"]))
+    relate(folder)
+
+
+def relate(folder: Path) -> None:
+    """Writes into latency.json how many times as long the lasting steps took as the table's, and when and by what."""
+    energy, points, meta = pd.read_csv(folder / ENERGY), pd.read_csv(folder / TABLE), read_json(folder / META)
+    layers = load_space(SPACE).shape.num_hidden_layers
+    meta["lasting_load"] = lasting_load(energy, points, TableLatency(folder), layers)
+    write_json(folder / META, meta | {"lasting_load_from": {key: energy[key].iloc[0] for key in ("date", "commit")}})
+
+
+def beside_predictions(rows: pd.DataFrame) -> pd.DataFrame:
+    """Adds what the shipped tables predict: of lasting steps, and of short runs."""
+    tables = {device: TableLatency(table_folder(device)) for device in rows["device"].unique()}
+    found = []
+    for row in rows.to_dict("records"):
+        table, at = tables[row["device"]], (parse_vector(row["vector"]), row["batch"], row["length"])
+        short_ms = table.forward_ms(row["phase"], *at)
+        lasting_ms = table.decode_ms(*at) if row["phase"] == "decode" else short_ms
+        found.append(row | {"short_ms": short_ms, "predicted_ms": lasting_ms})
+    return pd.DataFrame(found)
+
+
+def errors(rows: pd.DataFrame) -> pd.DataFrame:
+    """By session and workload: mean and worst error, of short runs' predictions too, Kendall's τ, uniform vectors'."""
+    found = []
+    for (date, *at), own in rows.groupby(["date", "phase", "batch", "length"]):
+        error, short = ((own[key] / own["measured_ms"] - 1).abs() for key in ("predicted_ms", "short_ms"))
+        found.append(dict(zip(("date", "phase", "batch", "length"), (date, *at), strict=True)))
+        found[-1] |= {"vectors": len(own), "mean": error.mean(), "worst": error.max(), "short_mean": short.mean()}
+        found[-1] |= {"uniform_worst": error[own["kind"] == "uniform"].max()}
+        found[-1] |= {"tau": kendalltau(own["predicted_ms"], own["measured_ms"]).statistic if len(own) > 3 else None}
+    return pd.DataFrame(found)
+
+
+def markdown(found: pd.DataFrame) -> str:
+    """docs/latency.md's table: the workloads at which many vectors were timed."""
+    lines = ["| decode step | mean error | worst | uniform, worst | Kendall τ | short runs, mean |"]
+    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    for row in found[found["tau"].notna() & (found["phase"] == "decode")].to_dict("records"):
+        lines.append(
+            f"| batch {row['batch']}, context {row['length']} | {row['mean']:.2%} | {row['worst']:.2%} | "
+            f"{row['uniform_worst']:.2%} | {row['tau']:.3f} | {row['short_mean']:.2%} |"
+        )
+    return "\n".join(lines)
 
 
 def table_folder(device: str) -> Path:
@@ -152,6 +199,10 @@ def main() -> None:
         measure(OUT / "lasting.csv", [(int(batch), int(context)) for batch, context in (s.split("x") for s in steps)])
     elif what == "calibrate":
         calibrate(table_folder(machine()["device"]))
+    else:
+        found = errors(beside_predictions(pd.read_csv(OUT / "lasting.csv")))
+        write_csv(OUT / "lasting_errors.csv", found)
+        print(found.round(4).to_string(index=False), markdown(found), sep="\n\n")
 
 
 if __name__ == "__main__":
