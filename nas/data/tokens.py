@@ -6,7 +6,6 @@ tokenizer. Documents go to training or validation by a hash of their key: the sp
 
 import hashlib
 import itertools
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,21 +73,23 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
     tokenizer_file, *rows = files = [folder / name for name in _NAMES]
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
-    for row in rows:
-        row.write_bytes(b"")  # a kill may have left half of it
-    totals, characters = [0, 0], 0
-    with console.progress_bar("Tokenising (MB of text)", None) as bar:
-        for batch in _batches(_splits(corpus)):
-            for index, texts in enumerate(zip(*batch, strict=True)):
-                tokens = _encode(model, texts)
-                totals[index] += len(tokens)
-                _append(rows[index], tokens, totals[index])
-                characters += sum(map(len, texts))
-            bar.update(characters / 1e6)
+    raw = [row.with_suffix(".raw") for row in rows]  # a .npy begins with its length, which the end will tell
+    characters = 0
+    with raw[0].open("wb") as train, raw[1].open("wb") as validation:
+        with console.progress_bar("Tokenising (MB of text)", None) as bar:
+            for batch in _batches(_splits(corpus)):
+                for stream, texts in zip((train, validation), zip(*batch, strict=True), strict=True):
+                    stream.write(_encode(model, texts))
+                    characters += sum(map(len, texts))
+                bar.update(characters / 1e6)
+        totals = [stream.tell() // 4 for stream in (train, validation)]
     if min(totals) < 2:
         raise UserError(
             f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"
         )
+    for source, row in zip(raw, rows, strict=True):
+        np.save(row, np.memmap(source, np.uint32, "r"))
+        source.unlink()
     digest = hashlib.sha256("".join(map(file_hash, files)).encode())
     write_json(folder / _MARK, {"digest": digest.hexdigest()})
 
@@ -130,12 +131,3 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
     for pieces in documents:
         chunks += [*(np.array(next(encodings).ids, dtype=np.uint32) for _ in pieces), closing]
     return np.concatenate(chunks)
-
-
-def _append(file: Path, tokens: Tokens, total: int) -> None:
-    """Adds tokens to a .npy file that holds ``total`` then; its header leaves room for an axis that grows."""
-    with file.open("r+b") as stream:
-        header = {"descr": tokens.dtype.str, "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        stream.seek(0, os.SEEK_END)
-        stream.write(tokens.tobytes())

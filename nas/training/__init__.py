@@ -2,7 +2,7 @@
 
 from nas.training.loop import fit
 from nas.training.parallel import full_state_dict, training_device
-from nas.training.text import check_training_memory, supernet_loss, text_loss, window_length
+from nas.training.recipes import check_training_memory, supernet_loss, text_loss, window_length
 
 __all__ = [
     "check_training_memory",

@@ -4,8 +4,7 @@ What is saved is the full state dict in plain tensors, so that any number of pro
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -56,16 +55,11 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
         return DistributedDataParallel(model, broadcast_buffers=False)
 
 
-@contextmanager
-def gradients_kept_local(model: nn.Module, local: bool) -> Iterator[None]:
+def gradients_kept_local(model: nn.Module, local: bool) -> AbstractContextManager[None]:
     """While the block runs, gradients are added up without a reduction over the processes, if ``local``."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(not local)
-    if local and isinstance(model, DistributedDataParallel):
-        with model.no_sync():
-            yield
-    else:
-        yield
+    return model.no_sync() if local and isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def mean_over_processes(values: Tensor) -> Tensor:
