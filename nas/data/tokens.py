@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 import numpy as np
@@ -73,23 +74,23 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
     tokenizer_file, *rows = files = [folder / name for name in _NAMES]
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
-    raw = [row.with_suffix(".raw") for row in rows]  # a .npy begins with its length, which the end will tell
-    characters = 0
-    with raw[0].open("wb") as train, raw[1].open("wb") as validation:
+    totals, characters = [0, 0], 0
+    with rows[0].open("wb") as train, rows[1].open("wb") as validation:
+        streams = (train, validation)
+        for stream in streams:
+            _write_header(stream, 0)
         with console.progress_bar("Tokenising (MB of text)", None) as bar:
             for batch in _batches(_splits(corpus)):
-                for stream, texts in zip((train, validation), zip(*batch, strict=True), strict=True):
-                    stream.write(_encode(model, texts))
+                for index, texts in enumerate(zip(*batch, strict=True)):
+                    totals[index] += streams[index].write(_encode(model, texts)) // 4
                     characters += sum(map(len, texts))
                 bar.update(characters / 1e6)
-        totals = [stream.tell() // 4 for stream in (train, validation)]
+        for stream, total in zip(streams, totals, strict=True):
+            _write_header(stream, total)
     if min(totals) < 2:
         raise UserError(
             f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"
         )
-    for source, row in zip(raw, rows, strict=True):
-        np.save(row, np.memmap(source, np.uint32, "r"))
-        source.unlink()
     digest = hashlib.sha256("".join(map(file_hash, files)).encode())
     write_json(folder / _MARK, {"digest": digest.hexdigest()})
 
@@ -131,3 +132,9 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
     for pieces in documents:
         chunks += [*(np.array(next(encodings).ids, dtype=np.uint32) for _ in pieces), closing]
     return np.concatenate(chunks)
+
+
+def _write_header(stream: BinaryIO, tokens: int) -> None:
+    """Begins a .npy file, or says at its beginning how long it became: the header leaves room for that."""
+    stream.seek(0)
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<u4", "fortran_order": False, "shape": (tokens,)})
