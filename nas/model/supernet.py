@@ -8,16 +8,23 @@ its choices, each smaller choice repeating its own; attention over repeated head
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 
-from nas.errors import UserError
+from nas.errors import UserError, in_short
+from nas.files import read_json, write_atomically, write_json
 from nas.model.decoder import Decoder
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
-from nas.space import SearchSpace, Vector, format_vector
+from nas.run import FinishedRun
+from nas.space import SearchSpace, Vector, format_vector, space_from_dict
+
+_WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
 
 
 class Supernet(nn.Module):
@@ -35,7 +42,10 @@ class Supernet(nn.Module):
             self.register_buffer(_buffer(choices), torch.stack(mixtures), persistent=False)  # (choices, G, S)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
-        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``."""
+        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
+
+        `SearchSpace.choice_indices` gives those numbers.
+        """
         if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
             return self.decoder(tokens_BT, self._mixtures(0)[choices_BL].unbind(1))  # type: ignore[no-any-return]
         layers = range(len(self.space.choices))
@@ -61,10 +71,6 @@ class Supernet(nn.Module):
             x_BTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options).flatten(0, 1)
             x_BTD = decoder.model.layers[layer](x_BTD, rope, selection_BGS)
         return _picked(decoder.logits(x_BTD).unflatten(0, (-1, texts)), beginning)
-
-    def choice_indices(self, vectors: Sequence[Vector]) -> Tensor:
-        """Vectors as the (B, L) index tensor that `forward` takes; see `SearchSpace.choice_indices`."""
-        return torch.tensor(self.space.choice_indices(vectors), device=self.decoder.rope_cos.device)
 
     @torch.no_grad()
     def extract(self, vector: Vector) -> Decoder:
@@ -92,6 +98,25 @@ class Supernet(nn.Module):
         plain = Decoder(self.space.shape, self.space.largest)
         plain.initialise(generator)
         self.load_plain(plain.state_dict(), plain.kv_heads)
+
+
+def save_supernet(space: SearchSpace, sharing: str, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes weights and config into ``folder``; ``state`` is the decoder's."""
+    tied = {"lm_head.weight"} if space.shape.tie_word_embeddings else set()
+    kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in tied}
+    write_atomically(folder / _WEIGHTS, lambda path: save_file(kept, path))
+    write_json(folder / _CONFIG, {"name": space.name, "space": space.to_dict(), "sharing": sharing})
+
+
+def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
+    """Loads the supernet of a finished train run."""
+    weights, config = run.artifact(_WEIGHTS), read_json(run.artifact(_CONFIG))
+    try:
+        supernet = Supernet(space_from_dict(config["name"], config["space"]), config["sharing"])
+        load_model(supernet.decoder, weights)  # which lacks a tied head
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"supernet {run.path} is corrupt ({in_short(error)}); train it again") from None
+    return supernet.to(device)
 
 
 def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:

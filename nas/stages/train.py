@@ -15,9 +15,9 @@ from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, broadcast
 from nas.files import value_hash
 from nas.model import Supernet
-from nas.model.checkpoint import load_supernet, save_supernet
 from nas.model.pretrained import read_checkpoint, resolve_space
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
+from nas.model.supernet import load_supernet, save_supernet
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.training import check_training_memory, fit, full_state_dict, supernet_loss, training_device, window_length
