@@ -82,7 +82,7 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
         with console.progress_bar("Tokenising (MB of text)", None) as bar:
             for batch in _batches(_splits(corpus)):
                 for index, texts in enumerate(zip(*batch, strict=True)):
-                    totals[index] += streams[index].write(_encode(model, texts)) // 4
+                    totals[index] += streams[index].write(_encode(model, texts).tobytes()) // 4
                     characters += sum(map(len, texts))
                 bar.update(characters / 1e6)
         for stream, total in zip(streams, totals, strict=True):

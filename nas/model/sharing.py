@@ -30,12 +30,9 @@ class SharingRule(ABC):
 def pooling(heads: int, groups: int) -> Tensor:
     """The (groups, heads) matrix of means over neighbouring heads, as in arXiv 2305.13245.
 
-    Group j covers the j-th of ``groups`` equal stretches of the heads; where ``groups`` does not divide ``heads``, a
-    head that lies in two stretches counts in each by the part that lies there.
-
-    Example:
-        ``pooling(4, 2)`` is ``[[1/2, 1/2, 0, 0], [0, 0, 1/2, 1/2]]``; ``pooling(3, 2)`` is
-        ``[[2/3, 1/3, 0], [0, 1/3, 2/3]]``.
+    Group j covers the j-th of ``groups`` equal stretches of the heads: ``pooling(4, 2)`` is
+    ``[[1/2, 1/2, 0, 0], [0, 0, 1/2, 1/2]]``. A head that lies in two stretches counts in each by the part that lies
+    there: ``pooling(3, 2)`` is ``[[2/3, 1/3, 0], [0, 1/3, 2/3]]``.
     """
     group = torch.arange(groups).unsqueeze(1) * heads  # in units of 1 / groups of a head, so that all is whole
     head = torch.arange(heads) * groups
