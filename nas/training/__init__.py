@@ -1,7 +1,6 @@
 """One training loop for the supernet, a sub-network and a finetuned model."""
 
-from nas.training.loop import fit
-from nas.training.parallel import full_state_dict, training_device
+from nas.training.loop import fit, full_state_dict, training_device
 from nas.training.recipes import check_training_memory, supernet_loss, text_loss, window_length
 
 __all__ = [

@@ -21,8 +21,7 @@ from nas.errors import UserError
 from nas.quality import row_losses
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Totals, Vector
-from nas.training.loop import Loss, Microbatch, autocast
-from nas.training.parallel import training_device
+from nas.training.loop import Loss, Microbatch, autocast, training_device
 
 Plan = list[list[Vector]]  # for each text of a step, the vectors that it runs at: as many for each text
 Recipe = Callable[[SearchSpace, SupernetConfig, np.random.Generator], Plan]
