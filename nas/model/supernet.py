@@ -22,7 +22,7 @@ from nas.files import read_json, write_atomically, write_json
 from nas.model.decoder import Decoder
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
 from nas.run import FinishedRun
-from nas.space import SearchSpace, Vector, format_vector, space_from_dict
+from nas.space import SearchSpace, Vector, space_from_dict
 
 _WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
 
@@ -36,10 +36,10 @@ class Supernet(nn.Module):
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
-        for choices in set(space.choices):
+        for layer, choices in enumerate(space.choices):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
-            self.register_buffer(_buffer(choices), torch.stack(mixtures), persistent=False)  # (choices, G, S)
+            self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
         """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
@@ -47,13 +47,11 @@ class Supernet(nn.Module):
         `SearchSpace.choice_indices` gives those numbers.
         """
         if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
-            return self.decoder(tokens_BT, self._mixtures(0)[choices_BL].unbind(1))  # type: ignore[no-any-return]
-        layers = range(len(self.space.choices))
-        return self.decoder(tokens_BT, [self._mixtures(layer)[choices_BL[:, layer]] for layer in layers])  # type: ignore[no-any-return]
-
-    def _mixtures(self, layer: int) -> Tensor:
-        """Every choice's mixture of the stored heads of a layer, (choices, G, S)."""
-        return getattr(self, _buffer(self.space.choices[layer]))  # type: ignore[no-any-return]
+            selections: Sequence[Tensor] = self.get_buffer("mixtures_0")[choices_BL].unbind(1)
+        else:
+            columns = enumerate(choices_BL.unbind(1))
+            selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
+        return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
     def shared_forward(self, tokens_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
         """Logits VNTW (W: vocabulary) of the same N texts at each of V vectors, in one pass.
@@ -67,7 +65,7 @@ class Supernet(nn.Module):
         for layer, choices in enumerate(np.array(self.space.choice_indices(vectors)).T):
             options = len(self.space.choices[layer])
             distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
-            selection_BGS = self._mixtures(layer)[distinct % options].repeat_interleave(texts, dim=0)
+            selection_BGS = self.get_buffer(f"mixtures_{layer}")[distinct % options].repeat_interleave(texts, dim=0)
             x_BTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options).flatten(0, 1)
             x_BTD = decoder.model.layers[layer](x_BTD, rope, selection_BGS)
         return _picked(decoder.logits(x_BTD).unflatten(0, (-1, texts)), beginning)
@@ -128,10 +126,6 @@ def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -
             if name in state:
                 mixed[name] = mix_heads(mixture, state[name])
     return mixed
-
-
-def _buffer(choices: Vector) -> str:
-    return f"mixtures_{format_vector(choices)}"
 
 
 def _picked(x: Tensor, index: npt.NDArray[np.intp]) -> Tensor:
