@@ -29,7 +29,8 @@ from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
-from nas.training import fit, text_loss
+from nas.training.loop import fit
+from nas.training.recipes import text_loss
 from tests.conftest import FAST, Nas, logits_at
 from tests.helpers import TEXT, TRAINING, check_refusal
 
