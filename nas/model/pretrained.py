@@ -191,8 +191,7 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(file)["weight_map"].values())) if sharded else [_WEIGHTS]
         for name in names:
             file = folder / name
-            with safe_open(file, "pt"):
-                pass
+            safe_open(file, "pt")  # reads its header
     except (KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(
             f"{file} cannot be read ({in_short(error)}); a checkpoint has its weights as safetensors: restore them or "

@@ -14,10 +14,6 @@ from torch import Tensor
 class SharingRule(ABC):
     """How the choices of one layer, ascending, share stored K/V heads: unless a rule says otherwise, the largest's."""
 
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        """S, the number of K/V heads that a layer with these choices keeps as weights."""
-        return max(choices)
-
     @abstractmethod
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         """The (groups, S) matrix that makes the heads of choice ``groups`` out of the stored ones."""
@@ -25,6 +21,10 @@ class SharingRule(ABC):
     def from_largest(self, choices: Sequence[int]) -> Tensor:
         """The (S, C) matrix that makes the stored heads out of a plain layer's C = max(choices) K/V heads."""
         return torch.eye(max(choices))
+
+    def stored_heads(self, choices: Sequence[int]) -> int:
+        """S, the number of K/V heads that a layer with these choices keeps as weights."""
+        return len(self.from_largest(choices))
 
 
 def pooling(heads: int, groups: int) -> Tensor:
@@ -67,9 +67,6 @@ class Pooled(SharingRule):
 
 class Separate(SharingRule):
     """Every choice has K/V heads of its own: with choices 1, 2 and 4, seven are stored."""
-
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return sum(choices)
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         before = sum(choice for choice in choices if choice < groups)
