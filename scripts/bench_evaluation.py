@@ -28,7 +28,7 @@ from nas.hardware import cpu_name
 from nas.model import Supernet
 from nas.quality import mean_loss, vector_losses
 from nas.space import load_space
-from nas.training import training_device
+from nas.training.loop import training_device
 
 DEVICE = training_device()
 SPACE = load_space("tiny")

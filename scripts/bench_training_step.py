@@ -25,9 +25,8 @@ from nas.hardware import cpu_name
 from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES
 from nas.space import load_space
-from nas.training import supernet_loss, text_loss, training_device
-from nas.training.loop import Loss, make_optimizer, training_step
-from nas.training.parallel import make_ready
+from nas.training.loop import Loss, make_optimizer, make_ready, training_device, training_step
+from nas.training.recipes import supernet_loss, text_loss
 
 ON_GPU = training_device().type == "cuda"
 SPACE = load_space("small" if ON_GPU else "tiny")

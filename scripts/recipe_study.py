@@ -30,7 +30,8 @@ from nas.model.sharing import SHARING_RULES, Pooled, pooling
 from nas.quality import mean_loss, vector_losses
 from nas.run import Run
 from nas.space import load_space
-from nas.training import fit, supernet_loss, text_loss, training_device
+from nas.training.loop import fit, training_device
+from nas.training.recipes import supernet_loss, text_loss
 
 TABLE = Path(__file__).resolve().parent.parent / "docs" / "fidelity" / "recipes.csv"
 SPACE = load_space("small")

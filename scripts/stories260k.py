@@ -28,8 +28,8 @@ from nas.data.tokenizer import END_OF_TEXT, load_tokenizer
 from nas.files import write_atomically
 from nas.hardware import cpu_name
 from nas.model import Supernet
-from nas.model.checkpoint import load_supernet
 from nas.model.pretrained import read_checkpoint
+from nas.model.supernet import load_supernet
 from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun
 from nas.space import Vector, format_vector, parse_vector

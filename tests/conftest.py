@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 
 from nas import cli
 from nas.model import Supernet
-from nas.space import SearchSpace, load_space
+from nas.space import SearchSpace, Vector, load_space
 
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="hf-home-")  # where transformers copies the code of exported models
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -154,3 +154,9 @@ def random_supernet(space: SearchSpace, seed: int = 0, spread: float = 0.3, shar
         for parameter in supernet.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, spread, generator=generator)
     return supernet.eval()
+
+
+def logits_at(supernet: Supernet, tokens_BT: torch.Tensor, vectors: Sequence[Vector]) -> torch.Tensor:
+    """A supernet's logits, each row of tokens at its own vector."""
+    logits: torch.Tensor = supernet(tokens_BT, torch.tensor(supernet.space.choice_indices(vectors)))
+    return logits

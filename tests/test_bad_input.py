@@ -452,7 +452,7 @@ def test_memory_that_ran_out_is_known_in_all_its_shapes(error: Exception, is_one
     ("place", "command", "fix"),
     [
         (
-            "nas.training.text.distilled_loss",
+            "nas.training.recipes.distilled_loss",
             "train space=micro.yaml data=text data.path=text.txt",
             "lower train.batch",
         ),

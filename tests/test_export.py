@@ -25,7 +25,7 @@ from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Vector
 from nas.stages.export import open_checkpoint, select
-from tests.conftest import Nas, random_supernet
+from tests.conftest import Nas, logits_at, random_supernet
 from tests.helpers import TRAINING
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]
@@ -74,7 +74,7 @@ def test_transformers_computes_the_sub_networks_logits(exported: tuple[Vector, P
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     tokens = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        ours = supernet(tokens, supernet.choice_indices([vector] * 3))
+        ours = logits_at(supernet, tokens, [vector] * 3)
         torch.testing.assert_close(model(tokens).logits, ours, atol=1e-4, rtol=1e-4)
 
 

@@ -38,7 +38,8 @@ from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
 from nas.run import Run
 from nas.space import SearchSpace, format_vector, load_space, parse_vector
-from nas.training import fit, text_loss
+from nas.training.loop import fit
+from nas.training.recipes import text_loss
 from tests.conftest import Workspace
 
 TINY = load_space("tiny")

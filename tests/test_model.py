@@ -15,7 +15,7 @@ from nas.model.sharing import SHARING_RULES, pooling
 from nas.quality import row_losses
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace, Vector
-from tests.conftest import random_supernet
+from tests.conftest import logits_at, random_supernet
 
 SHAPE = ModelShape(
     num_hidden_layers=3,
@@ -65,7 +65,7 @@ def test_a_row_of_a_mixed_batch_has_the_loss_of_its_extracted_sub_network(data: 
     supernet = random_supernet(space, data.draw(st.integers(0, 100)), sharing=data.draw(RULES))
     tokens = torch.randint(SHAPE.vocab_size, (len(vectors), 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        mixed = row_losses(supernet(tokens[:, :-1], supernet.choice_indices(vectors)), tokens[:, 1:])
+        mixed = row_losses(logits_at(supernet, tokens[:, :-1], vectors), tokens[:, 1:])
         for row, vector in enumerate(vectors):
             alone = row_losses(supernet.extract(vector)(tokens[row : row + 1, :-1]), tokens[row : row + 1, 1:])
             torch.testing.assert_close(mixed[row : row + 1], alone, atol=1e-4, rtol=0)
@@ -75,7 +75,7 @@ def test_vectors_of_a_batch_really_differ(micro: SearchSpace) -> None:
     supernet = random_supernet(micro)
     tokens = torch.randint(micro.shape.vocab_size, (1, 12)).expand(3, -1)
     with torch.no_grad():
-        logits = supernet(tokens, supernet.choice_indices([(1, 1, 1), (2, 2, 2), (4, 4, 4)]))
+        logits = logits_at(supernet, tokens, [(1, 1, 1), (2, 2, 2), (4, 4, 4)])
     assert (logits[0] - logits[1]).abs().max() > 1e-2
     assert (logits[1] - logits[2]).abs().max() > 1e-2
 
@@ -94,7 +94,7 @@ def test_the_largest_vector_equals_transformers_llama(tied: bool, sharing: str) 
     reference.load_state_dict(supernet.decoder.state_dict())
     tokens = torch.randint(shape.vocab_size, (3, 20), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        ours = supernet(tokens, supernet.choice_indices([supernet.space.largest] * 3))
+        ours = logits_at(supernet, tokens, [supernet.space.largest] * 3)
         torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -187,7 +187,7 @@ def test_an_unknown_sharing_rule_is_refused(micro: SearchSpace) -> None:
 def test_gradients_reach_only_the_heads_that_a_batch_uses(micro: SearchSpace) -> None:
     supernet = random_supernet(micro)
     tokens = torch.randint(micro.shape.vocab_size, (2, 8))
-    supernet(tokens, supernet.choice_indices([micro.smallest] * 2)).sum().backward()
+    logits_at(supernet, tokens, [micro.smallest] * 2).sum().backward()
     weight = supernet.decoder.get_parameter("model.layers.0.self_attn.v_proj.weight")
     assert weight.grad is not None
     gradient = weight.grad.unflatten(0, (4, -1)).abs().sum((1, 2))
@@ -208,7 +208,7 @@ def test_one_compiled_graph_serves_all_layers_at_all_vectors(micro: SearchSpace)
         layer.compile(backend=backend, fullgraph=True)
     tokens = torch.randint(micro.shape.vocab_size, (2, 8))
     for vectors in ([(1, 1, 1), (4, 4, 4)], [(4, 2, 1), (2, 2, 2)], [(1, 2, 4), (1, 2, 4)]):
-        compiled = supernet(tokens, supernet.choice_indices(vectors))
+        compiled = logits_at(supernet, tokens, vectors)
         with torch.compiler.set_stance("force_eager"):
-            torch.testing.assert_close(compiled, supernet(tokens, supernet.choice_indices(vectors)))
+            torch.testing.assert_close(compiled, logits_at(supernet, tokens, vectors))
     assert len(graphs) == 1

@@ -29,8 +29,9 @@ from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import find_supernet
-from nas.training import fit, text_loss
-from tests.conftest import FAST, Nas
+from nas.training.loop import fit
+from nas.training.recipes import text_loss
+from tests.conftest import FAST, Nas, logits_at
 from tests.helpers import TEXT, TRAINING, check_refusal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -116,9 +117,9 @@ def test_the_largest_vector_computes_what_the_checkpoint_computes_by_every_shari
     for sharing in SHARING_RULES:
         supernet = started(source, sharing)
         with torch.no_grad():
-            logits = supernet(tokens, supernet.choice_indices([supernet.space.largest] * 2))
+            logits = logits_at(supernet, tokens, [supernet.space.largest] * 2)
             torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-            smaller = supernet(tokens, supernet.choice_indices([supernet.space.smallest] * 2))
+            smaller = logits_at(supernet, tokens, [supernet.space.smallest] * 2)
         assert (smaller - expected).abs().max() > 0.01
 
 
@@ -162,7 +163,7 @@ def test_more_heads_than_the_largest_choice_become_means_of_neighbours(kind: str
     pooled.load_state_dict(state)
     tokens = some_tokens(2, 20)
     with torch.no_grad():
-        logits = supernet(tokens, supernet.choice_indices([(4, 4, 4)] * 2))
+        logits = logits_at(supernet, tokens, [(4, 4, 4)] * 2)
         torch.testing.assert_close(logits, pooled(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
@@ -250,7 +251,7 @@ def test_sharded_weights_are_read_and_hashed_as_a_whole(tmp_path: Path) -> None:
     tokens = some_tokens(1, 20)
     supernet = started(source, "sliced")
     with torch.no_grad():
-        logits = supernet(tokens, supernet.choice_indices([supernet.space.largest]))
+        logits = logits_at(supernet, tokens, [supernet.space.largest])
     torch.testing.assert_close(logits, reference_logits(folder, tokens), atol=1e-4, rtol=1e-4)
     before, changed = source.identity, load_file(shards[-1])
     save_file({name: tensor + 1 for name, tensor in changed.items()}, shards[-1], metadata={"format": "pt"})

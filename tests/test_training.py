@@ -18,9 +18,8 @@ from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
-from nas.training import check_training_memory, fit
-from nas.training.loop import Microbatch, learning_rate_at
-from nas.training.recipes import check_recipe, distilled_loss, step_plan
+from nas.training.loop import Microbatch, fit, learning_rate_at
+from nas.training.recipes import check_recipe, check_training_memory, distilled_loss, step_plan
 
 RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows
 

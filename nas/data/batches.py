@@ -12,10 +12,9 @@ from nas.errors import UserError
 
 
 def training_batch(tokens: Tokens, seed: int, step: int, rows: int, length: int, own: slice = slice(None)) -> Tensor:
-    """Of the ``rows`` random windows of a step those that are this process's ``own``.
+    """Of the ``rows`` random windows of a step those that are this process's ``own``: ids (rows, length + 1).
 
-    Returns:
-        Token ids (rows of ``own``, length + 1): inputs are all but the last column, targets all but the first.
+    Inputs are all but the last column, targets all but the first.
     """
     windows = _windows(tokens, length, "training")
     starts = np.random.default_rng([seed, step]).integers(0, len(windows), size=rows)[own]
@@ -23,11 +22,7 @@ def training_batch(tokens: Tokens, seed: int, step: int, rows: int, length: int,
 
 
 def validation_windows(tokens: Tokens, windows: int, length: int) -> Tensor:
-    """Fixed windows spread evenly over ``tokens``, without overlap where there is room.
-
-    Returns:
-        Token ids (windows, length + 1), as `training_batch`.
-    """
+    """Fixed windows spread evenly over ``tokens``, without overlap where there is room: ids (windows, length + 1)."""
     every = _windows(tokens, length, "validation")
     starts = np.linspace(0, len(every) - 1, min(windows, max(1, (len(tokens) - 1) // length))).astype(np.int64)
     return torch.from_numpy(every[starts].astype(np.int64))

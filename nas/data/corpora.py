@@ -83,7 +83,7 @@ class TextCorpus:
                     continue
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
-                        yield self._of_json(path, number, line)
+                        yield self._of_json(line, f"{path} line {number}")
 
     def _files(self) -> list[Path]:
         named = Path(_expanded(self.path))
@@ -95,13 +95,12 @@ class TextCorpus:
             raise UserError(f"data.path '{self.path}' has no .txt or .jsonl file (plain or compressed); check it")
         return files
 
-    def _of_json(self, path: Path, number: int, line: str) -> Document:
+    def _of_json(self, line: str, where: str) -> Document:
         try:
             return _document(json.loads(line)[self.text_key])
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(
-                f"{path} line {number} is not a JSON object with a text '{self.text_key}'; fix it or set data.text_key"
-            ) from None
+            wrong = f"{where} is not a JSON object with a text '{self.text_key}'"
+            raise UserError(f"{wrong}; fix it or set data.text_key") from None
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ tokenizer. Documents go to training or validation by a hash of their key: the sp
 
 import hashlib
 import itertools
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import filelock
 import numpy as np
@@ -25,7 +25,7 @@ from nas.files import file_hash, read_json, value_hash, write_atomically, write_
 _ONE_IN = 20  # documents that go to validation
 _FEW = 2 * _ONE_IN  # with fewer documents, each gives its tail to validation instead
 _PIECE = 100_000  # characters that are tokenised as one: long documents on all cores
-_BATCH = 4_000_000  # characters that are in memory at once, and the rest of the last document
+_BATCH = 40  # pieces that are tokenised together, and in memory at once
 _NAMES = ("tokenizer.json", "train.npy", "validation.npy")
 _MARK = "meta.json"  # written last
 
@@ -74,17 +74,24 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
     tokenizer_file, *rows = files = [folder / name for name in _NAMES]
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
-    for row in rows:
-        row.write_bytes(b"")  # a kill may have left half of it
-    totals, characters = [0, 0], 0
-    with console.progress_bar("Tokenising (MB of text)", None) as bar:
-        for batch in _batches(_splits(corpus)):
-            for index, texts in enumerate(zip(*batch, strict=True)):
-                tokens = _encode(model, texts)
-                totals[index] += len(tokens)
-                _append(rows[index], tokens, totals[index])
-                characters += sum(map(len, texts))
-            bar(characters / 1e6)
+    end = end_of_text_id(model)
+    closing = [] if end is None else [end]
+    totals, characters, pieces = [0, 0], 0, _pieces(corpus)
+    with rows[0].open("wb") as train, rows[1].open("wb") as validation:
+        streams = (train, validation)
+        for stream in streams:
+            _write_header(stream, 0)
+        with console.progress_bar("Tokenising (MB of text)", None) as bar:
+            while batch := list(itertools.islice(pieces, _BATCH)):
+                encodings = model.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+                for (index, text, is_last), encoding in zip(batch, encodings, strict=True):
+                    ids = np.array(encoding.ids + (closing if is_last else []), dtype=np.uint32)
+                    totals[index] += len(ids)
+                    streams[index].write(ids.tobytes())
+                    characters += len(text)
+                bar(characters / 1e6)
+        for stream, total in zip(streams, totals, strict=True):
+            _write_header(stream, total)
     if min(totals) < 2:
         raise UserError(
             f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"
@@ -107,35 +114,15 @@ def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
         yield text[:cut], text[cut:]
 
 
-def _batches(splits: Iterator[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Documents that are tokenised together, on all cores, in little memory."""
-    batch: list[tuple[str, str]] = []
-    characters = 0
-    for split in splits:
-        batch.append(split)
-        characters += sum(map(len, split))
-        if characters >= _BATCH:
-            yield batch
-            batch, characters = [], 0
-    yield batch
+def _pieces(corpus: Corpus) -> Iterator[tuple[int, str, bool]]:
+    """The texts of all documents in pieces: 0 for training or 1 for validation, the piece, whether its text ends."""
+    for split in _splits(corpus):
+        for index, text in enumerate(split):
+            for at in range(0, len(text), _PIECE):
+                yield index, text[at : at + _PIECE], at + _PIECE >= len(text)
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> Tokens:
-    """Token ids of all texts that are not empty, each closed by the tokenizer's end of text (if it has one)."""
-    end = end_of_text_id(tokenizer)
-    closing = np.array([] if end is None else [end], dtype=np.uint32)
-    documents = [[text[at : at + _PIECE] for at in range(0, len(text), _PIECE)] for text in texts if text]
-    encodings = iter(tokenizer.encode_batch_fast(list(itertools.chain(*documents)), add_special_tokens=False))
-    chunks = [np.empty(0, np.uint32)]
-    for pieces in documents:
-        chunks += [*(np.array(next(encodings).ids, dtype=np.uint32) for _ in pieces), closing]
-    return np.concatenate(chunks)
-
-
-def _append(file: Path, tokens: Tokens, total: int) -> None:
-    """Adds tokens to a .npy file that holds ``total`` then; its header leaves room for an axis that grows."""
-    with file.open("r+b") as stream:
-        header = {"descr": tokens.dtype.str, "fortran_order": False, "shape": (total,)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        stream.seek(0, os.SEEK_END)
-        stream.write(tokens.tobytes())
+def _write_header(stream: BinaryIO, tokens: int) -> None:
+    """Begins a .npy file, or says at its beginning how long it became: the header leaves room for that."""
+    stream.seek(0)
+    np.lib.format.write_array_header_1_0(stream, {"descr": "<u4", "fortran_order": False, "shape": (tokens,)})

@@ -19,6 +19,5 @@ class Exporter(Protocol):
     def read(self, folder: Path, with_weights: bool = True) -> Decoder:
         """Reads a model back, running none of its code; without its weights they are left undefined.
 
-        Raises:
-            UserError: It is not a model of this format, or it is corrupt.
+        A UserError tells that it is not a model of this format, or that it is corrupt.
         """

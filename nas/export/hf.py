@@ -27,6 +27,7 @@ from nas.space import format_vector
 _REMOTE_CODE = "modeling_decilm"
 _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
+_FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _CARD_HEAD = """---
 library_name: transformers
 pipeline_tag: text-generation
@@ -77,7 +78,7 @@ class HfExporter:
                 state = load_file(folder / self.weights)
                 if shape.tie_word_embeddings:
                     state["lm_head.weight"] = state["model.embed_tokens.weight"]
-                for name, axis, width in _ffn_tensors(model.specs):
+                for name, axis, width in _ffn_tensors(model.state_dict()):
                     state[name] = state[name].narrow(axis, 0, width)
                 model.load_state_dict(state)
         except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
@@ -128,12 +129,11 @@ def _shape(config: Mapping[str, Any]) -> ModelShape:
     return ModelShape(**own, o_bias=config.get("attention_bias", False))
 
 
-def _ffn_tensors(specs: Sequence[LayerSpec]) -> Iterator[tuple[str, int, int]]:
+def _ffn_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:
     """Names of the tensors with an axis as long as their layer's FFN is wide, that axis, and that width."""
-    for index, spec in enumerate(specs):
-        axes = {"gate_proj.weight": 0, "up_proj.weight": 0, "down_proj.weight": 1}
-        axes |= {"gate_proj.bias": 0, "up_proj.bias": 0} if spec.mlp_bias else {}
-        yield from ((f"model.layers.{index}.mlp.{name}", axis, spec.intermediate_size) for name, axis in axes.items())
+    for name, tensor in state.items():
+        if (axis := _FFN_AXES.get(name.partition(".mlp.")[2])) is not None:
+            yield name, axis, tensor.shape[axis]
 
 
 def _padded_state(model: Decoder) -> dict[str, Tensor]:
@@ -141,7 +141,7 @@ def _padded_state(model: Decoder) -> dict[str, Tensor]:
     state = model.state_dict()
     if model.shape.tie_word_embeddings:
         del state["lm_head.weight"]
-    for name, axis, width in _ffn_tensors(model.specs):  # silu(0) · 0 = 0: the added neurons change nothing
+    for name, axis, width in _ffn_tensors(state):  # silu(0) · 0 = 0: the added neurons change nothing
         after = [0] * (2 * (state[name].dim() - 1 - axis))  # F.pad counts axes from the last
         state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}

@@ -25,9 +25,6 @@ class Block(dict):
         except KeyError:
             raise AttributeError(name) from None
 
-    def __deepcopy__(self, memo):
-        return Block(copy.deepcopy(dict(self), memo))
-
 
 class DeciLMConfig(LlamaConfig):
     model_type = "nemotron-nas"

@@ -26,6 +26,7 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 _MOST_GROUPS = 4  # that a derived space allows
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_FROM_DISK = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,11 @@ class Checkpoint:
     shape: ModelShape
     kv_heads: int  # in each of its layers
 
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
     @cached_property
     def identity(self) -> dict[str, str]:
         """Its name and the hash of its weights; reads all of them once."""
-        return {"name": self.name, "hash": value_hash([file_hash(file) for file in _weight_files(self.folder)], 64)}
+        hashes = [file_hash(file) for file in _weight_files(self.folder)]
+        return {"name": self.folder.resolve().name, "hash": value_hash(hashes, 64)}
 
     def space(self) -> SearchSpace:
         """The space that suits it: the divisors of its K/V heads up to 4; where that is 1 alone, 1 and all of them."""
@@ -54,12 +52,12 @@ class Checkpoint:
             )
         groups = tuple(g for g in range(1, _MOST_GROUPS + 1) if self.kv_heads % g == 0)
         groups = groups if len(groups) > 1 else (1, self.kv_heads)
-        return SearchSpace(self.name, self.shape, (groups,) * self.shape.num_hidden_layers)
+        return SearchSpace(self.folder.resolve().name, self.shape, (groups,) * self.shape.num_hidden_layers)
 
     def check_space(self, space: SearchSpace) -> None:
         """Refuses a space whose supernet cannot take over these weights (`UserError`); its context may be shorter."""
-        for key in (field.name for field in dataclasses.fields(ModelShape)):
-            wanted, here = getattr(space.shape, key), getattr(self.shape, key)
+        for key, wanted in dataclasses.asdict(space.shape).items():
+            here = getattr(self.shape, key)
             if wanted != here and not (key == "max_position_embeddings" and wanted < here):
                 raise UserError(
                     f"space {space.name} has {key} {wanted} but checkpoint {self.folder} has {here}; change that in "
@@ -74,21 +72,17 @@ class Checkpoint:
     def load_into(self, supernet: Supernet) -> None:
         """Makes the checkpoint's weights the supernet's; see `Supernet.load_plain`."""
         try:
+            options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_FROM_DISK}
             model, report = _transformers().AutoModelForCausalLM.from_pretrained(
-                self.folder,
-                dtype=torch.float32,
-                local_files_only=True,
-                trust_remote_code=False,
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are in the report
-                output_loading_info=True,
-            )
+                self.folder, ignore_mismatched_sizes=True, **options
+            )  # `_problems` tells of those sizes
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
         weights: Mapping[str, Tensor] = model.state_dict()
         if problem := next(_problems(report, weights), None):
-            words = f"the weights of checkpoint {self.folder} do not fit its config.json"
-            raise UserError(f"{words}: {problem}; restore it")
+            raise UserError(
+                f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
+            )
         supernet.load_plain(weights, [self.kv_heads] * self.shape.num_hidden_layers)
 
 
@@ -109,7 +103,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"checkpoint {folder} is a '{stated.get('model_type')}' model; give one of type {', '.join(MODEL_TYPES)}"
         )
     try:
-        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = _transformers().AutoConfig.from_pretrained(folder, **_FROM_DISK)
         obstacle = next(_obstacles(stated, config), None)
         shape = None if obstacle else _shape(config)
     except Exception as error:  # whatever the library's checks raise, and what values of a wrong kind lead to
@@ -197,8 +191,7 @@ def _weight_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(file)["weight_map"].values())) if sharded else [_WEIGHTS]
         for name in names:
             file = folder / name
-            with safe_open(file, "pt"):
-                pass
+            safe_open(file, "pt")  # reads its header
     except (KeyError, AttributeError, TypeError, OSError, SafetensorError) as error:
         raise UserError(
             f"{file} cannot be read ({in_short(error)}); a checkpoint has its weights as safetensors: restore them or "

@@ -14,10 +14,6 @@ from torch import Tensor
 class SharingRule(ABC):
     """How the choices of one layer, ascending, share stored K/V heads: unless a rule says otherwise, the largest's."""
 
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        """S, the number of K/V heads that a layer with these choices keeps as weights."""
-        return max(choices)
-
     @abstractmethod
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         """The (groups, S) matrix that makes the heads of choice ``groups`` out of the stored ones."""
@@ -26,16 +22,17 @@ class SharingRule(ABC):
         """The (S, C) matrix that makes the stored heads out of a plain layer's C = max(choices) K/V heads."""
         return torch.eye(max(choices))
 
+    def stored_heads(self, choices: Sequence[int]) -> int:
+        """S, the number of K/V heads that a layer with these choices keeps as weights."""
+        return len(self.from_largest(choices))
+
 
 def pooling(heads: int, groups: int) -> Tensor:
     """The (groups, heads) matrix of means over neighbouring heads, as in arXiv 2305.13245.
 
-    Group j covers the j-th of ``groups`` equal stretches of the heads; where ``groups`` does not divide ``heads``, a
-    head that lies in two stretches counts in each by the part that lies there.
-
-    Example:
-        ``pooling(4, 2)`` is ``[[1/2, 1/2, 0, 0], [0, 0, 1/2, 1/2]]``; ``pooling(3, 2)`` is
-        ``[[2/3, 1/3, 0], [0, 1/3, 2/3]]``.
+    Group j covers the j-th of ``groups`` equal stretches of the heads: ``pooling(4, 2)`` is
+    ``[[1/2, 1/2, 0, 0], [0, 0, 1/2, 1/2]]``. A head that lies in two stretches counts in each by the part that lies
+    there: ``pooling(3, 2)`` is ``[[2/3, 1/3, 0], [0, 1/3, 2/3]]``.
     """
     group = torch.arange(groups).unsqueeze(1) * heads  # in units of 1 / groups of a head, so that all is whole
     head = torch.arange(heads) * groups
@@ -70,9 +67,6 @@ class Pooled(SharingRule):
 
 class Separate(SharingRule):
     """Every choice has K/V heads of its own: with choices 1, 2 and 4, seven are stored."""
-
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return sum(choices)
 
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         before = sum(choice for choice in choices if choice < groups)

@@ -8,16 +8,23 @@ its choices, each smaller choice repeating its own; attention over repeated head
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_file
 from torch import Tensor, nn
 
-from nas.errors import UserError
+from nas.errors import UserError, in_short
+from nas.files import read_json, write_atomically, write_json
 from nas.model.decoder import Decoder
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
-from nas.space import SearchSpace, Vector, format_vector
+from nas.run import FinishedRun
+from nas.space import SearchSpace, Vector, space_from_dict
+
+_WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
 
 
 class Supernet(nn.Module):
@@ -29,21 +36,22 @@ class Supernet(nn.Module):
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
-        for choices in set(space.choices):
+        for layer, choices in enumerate(space.choices):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
-            self.register_buffer(_buffer(choices), torch.stack(mixtures), persistent=False)  # (choices, G, S)
+            self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
-        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``."""
-        if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
-            return self.decoder(tokens_BT, self._mixtures(0)[choices_BL].unbind(1))  # type: ignore[no-any-return]
-        layers = range(len(self.space.choices))
-        return self.decoder(tokens_BT, [self._mixtures(layer)[choices_BL[:, layer]] for layer in layers])  # type: ignore[no-any-return]
+        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
 
-    def _mixtures(self, layer: int) -> Tensor:
-        """Every choice's mixture of the stored heads of a layer, (choices, G, S)."""
-        return getattr(self, _buffer(self.space.choices[layer]))  # type: ignore[no-any-return]
+        `SearchSpace.choice_indices` gives those numbers.
+        """
+        if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
+            selections: Sequence[Tensor] = self.get_buffer("mixtures_0")[choices_BL].unbind(1)
+        else:
+            columns = enumerate(choices_BL.unbind(1))
+            selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
+        return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
     def shared_forward(self, tokens_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
         """Logits VNTW (W: vocabulary) of the same N texts at each of V vectors, in one pass.
@@ -57,14 +65,10 @@ class Supernet(nn.Module):
         for layer, choices in enumerate(np.array(self.space.choice_indices(vectors)).T):
             options = len(self.space.choices[layer])
             distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
-            selection_BGS = self._mixtures(layer)[distinct % options].repeat_interleave(texts, dim=0)
+            selection_BGS = self.get_buffer(f"mixtures_{layer}")[distinct % options].repeat_interleave(texts, dim=0)
             x_BTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options).flatten(0, 1)
             x_BTD = decoder.model.layers[layer](x_BTD, rope, selection_BGS)
         return _picked(decoder.logits(x_BTD).unflatten(0, (-1, texts)), beginning)
-
-    def choice_indices(self, vectors: Sequence[Vector]) -> Tensor:
-        """Vectors as the (B, L) index tensor that `forward` takes; see `SearchSpace.choice_indices`."""
-        return torch.tensor(self.space.choice_indices(vectors), device=self.decoder.rope_cos.device)
 
     @torch.no_grad()
     def extract(self, vector: Vector) -> Decoder:
@@ -94,6 +98,25 @@ class Supernet(nn.Module):
         self.load_plain(plain.state_dict(), plain.kv_heads)
 
 
+def save_supernet(space: SearchSpace, sharing: str, state: Mapping[str, Tensor], folder: Path) -> None:
+    """Writes weights and config into ``folder``; ``state`` is the decoder's."""
+    tied = {"lm_head.weight"} if space.shape.tie_word_embeddings else set()
+    kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in tied}
+    write_atomically(folder / _WEIGHTS, lambda path: save_file(kept, path))
+    write_json(folder / _CONFIG, {"name": space.name, "space": space.to_dict(), "sharing": sharing})
+
+
+def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
+    """Loads the supernet of a finished train run."""
+    weights, config = run.artifact(_WEIGHTS), read_json(run.artifact(_CONFIG))
+    try:
+        supernet = Supernet(space_from_dict(config["name"], config["space"]), config["sharing"])
+        load_model(supernet.decoder, weights)  # which lacks a tied head
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        raise UserError(f"supernet {run.path} is corrupt ({in_short(error)}); train it again") from None
+    return supernet.to(device)
+
+
 def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
     """A state dict whose K/V heads are mixed, with a mixture per layer."""
     mixed = dict(state)
@@ -103,10 +126,6 @@ def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -
             if name in state:
                 mixed[name] = mix_heads(mixture, state[name])
     return mixed
-
-
-def _buffer(choices: Vector) -> str:
-    return f"mixtures_{format_vector(choices)}"
 
 
 def _picked(x: Tensor, index: npt.NDArray[np.intp]) -> Tensor:

@@ -13,7 +13,7 @@ from nas.errors import UserError
 from nas.export import Exporter
 from nas.files import read_csv
 from nas.latency.predictor import Workload
-from nas.model.checkpoint import load_supernet
+from nas.model.supernet import load_supernet
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives
 from nas.search.pareto import knee

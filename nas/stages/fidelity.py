@@ -32,8 +32,8 @@ from nas.report.figure import figure
 from nas.run import FinishedRun, Run, start_run
 from nas.space import Vector, format_vector
 from nas.stages.train import inherited_loss, weights_identity
-from nas.training import fit, text_loss
-from nas.training.loop import CHECKPOINT
+from nas.training.loop import CHECKPOINT, fit
+from nas.training.recipes import text_loss
 
 
 def run(config: Fidelity, path: Path) -> None:

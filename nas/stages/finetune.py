@@ -16,8 +16,8 @@ from nas.quality import mean_loss
 from nas.run import start_run
 from nas.space import format_vector
 from nas.stages.export import open_checkpoint
-from nas.training import check_training_memory, fit, full_state_dict, text_loss, training_device, window_length
-from nas.training.loop import CHECKPOINT, autocast
+from nas.training.loop import CHECKPOINT, autocast, fit, full_state_dict, training_device
+from nas.training.recipes import check_training_memory, text_loss, window_length
 
 
 def run(config: Finetune, path: Path) -> None:

@@ -15,14 +15,13 @@ from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN, broadcast
 from nas.files import value_hash
 from nas.model import Supernet
-from nas.model.checkpoint import load_supernet, save_supernet
 from nas.model.pretrained import read_checkpoint, resolve_space
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
+from nas.model.supernet import load_supernet, save_supernet
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
-from nas.training import check_training_memory, fit, full_state_dict, supernet_loss, training_device, window_length
-from nas.training.loop import CHECKPOINT, autocast
-from nas.training.recipes import check_recipe
+from nas.training.loop import CHECKPOINT, autocast, fit, full_state_dict, training_device
+from nas.training.recipes import check_recipe, check_training_memory, supernet_loss, window_length
 
 _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
 

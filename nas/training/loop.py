@@ -2,30 +2,40 @@
 
 What a step computes is a function of its number, given by the caller: the loop knows nothing of vectors or text. All
 randomness lives in that function and comes from a seed and the step, so a resumed run is the same run, and so is one
-that goes on with another number of processes.
+that goes on with another number of processes: what is saved is the full state dict in plain tensors.
 """
 
 import math
+import warnings
 import zipfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint import state_dict as dcp
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from nas import console
 from nas.config import TrainConfig
 from nas.distributed import IS_MAIN, RANK, SIZE
 from nas.errors import UserError, in_short
 from nas.files import write_atomically
+from nas.hardware import check_compiler
+from nas.model import Supernet
+from nas.model.decoder import Layer
 from nas.run import Run
-from nas.training.parallel import FULL, gradients_kept_local, make_ready, mean_over_processes
 
 CHECKPOINT = "checkpoint.pt"
+_FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,11 @@ Loss = Callable[[nn.Module, int, Microbatch], Tensor]
 """Mean training loss (nats per token, scalar) of a microbatch of a step: model, number of the step, microbatch."""
 
 
+def training_device() -> torch.device:
+    """This process's GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
     """The autocast context of a precision name; ``auto`` is bf16 on a GPU and fp32 elsewhere."""
     enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
@@ -67,7 +82,7 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=FULL)
+    model_state, optimizer_state = dcp.get_state_dict(model, optimizer, options=_FULL)
 
     def write(temporary: Path) -> None:
         with temporary.open("wb") as stream:  # a stream, so that a full disk is an OSError
@@ -85,13 +100,39 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
                 raise ValueError(f"the checksum of {damaged} is wrong")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         states = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
-        set_state_dict(model, optimizer, **states, options=StateDictOptions(full_state_dict=True))
+        dcp.set_state_dict(model, optimizer, **states, options=dcp.StateDictOptions(full_state_dict=True))
         return int(content["step"])
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise UserError(
             f"checkpoint {path} is corrupt ({in_short(error)}); remove it and run the same command to start this run "
             "over"
         ) from None
+
+
+def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Moves ``model`` to its device; returns what a training step calls: the model, or a wrapper that shares it out."""
+    if config.compile:
+        check_compiler("train.compile=false")
+    torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
+    layers = [module for module in model.modules() if isinstance(module, Layer)]
+    for layer in layers:
+        if config.recompute:
+            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+        if config.compile:  # one by one: all of one shape share a graph, which is compiled faster than the model
+            layer.compile(fullgraph=True)
+    if SIZE > 1 and config.parallel == "fsdp":
+        for layer in layers:
+            fully_shard(layer)
+        fully_shard(model)
+        if isinstance(model, Supernet):
+            register_fsdp_forward_method(model, "shared_forward")
+        return model
+    model.to(training_device())
+    if SIZE == 1:
+        return model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the name that replaces this one is not in every PyTorch yet
+        return DistributedDataParallel(model, broadcast_buffers=False)
 
 
 def fit(
@@ -149,6 +190,13 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=(0.9, 0.95), fused=True)
 
 
+def gradients_kept_local(model: nn.Module, local: bool) -> AbstractContextManager[None]:
+    """While the block runs, gradients are added up without a reduction over the processes, if ``local``."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(not local)
+    return model.no_sync() if local and isinstance(model, DistributedDataParallel) else nullcontext()
+
+
 def training_step(
     model: nn.Module, loss_at: Loss, step: int, optimizer: torch.optim.Optimizer, config: TrainConfig
 ) -> Tensor:
@@ -164,3 +212,14 @@ def training_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return torch.stack((torch.stack(losses).sum(), norm.full_tensor() if isinstance(norm, DTensor) else norm))
+
+
+def mean_over_processes(values: Tensor) -> Tensor:
+    if SIZE > 1:
+        dist.all_reduce(values)
+    return values / SIZE
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The full state dict on the CPU in the first process, nothing in the others; all must call it."""
+    return dcp.get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]
