@@ -72,7 +72,7 @@ def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
     axes.hlines(ceilings, places - 0.4, places + 0.4, color=COLOURS[1], label="other seeds with single seeds")
     labels = [f"{TRUTHS[truth]},\n{among}" for truth, among in groups.itertuples(index=False)]
     axes.set_xticks(places, labels, fontsize=7, rotation=20)
-    axes.set(ylabel="Kendall's τ (95 % over vectors and seeds)", ylim=(min(-0.05, axes.get_ylim()[0]), 1.05))
+    axes.set(ylabel="Kendall's τ, 95 % interval", ylim=(min(-0.05, axes.get_ylim()[0]), 1.05))
     axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
