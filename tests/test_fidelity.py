@@ -23,6 +23,7 @@ from nas import cli, ranking
 from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.errors import UserError
+from nas.files import read_json
 from nas.model import Decoder
 from nas.quality import LossMemo, mean_loss
 from nas.ranking import (
@@ -38,7 +39,7 @@ from nas.ranking import (
 )
 from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
-from nas.run import Run, origin
+from nas.run import Run
 from nas.space import SearchSpace, format_vector, load_space, parse_vector
 from nas.training import fit, text_loss
 from tests.conftest import Workspace
@@ -197,9 +198,8 @@ def test_agreement_holds_each_predictor_against_each_kind_of_trained_loss() -> N
     totals = [sum(parse_vector(vector)) for vector in vectors]
     by_hand = kendall(-np.array(totals, float), np.array(list(inherited.values())))
     assert table.loc[("further", "all", "total"), "tau"] == pytest.approx(by_hand)
-    assert table.loc[("alone", "all", "inherited"), ["seeds", "one_seed", "ceiling"]].tolist() == pytest.approx(
-        [2, -1, 1]
-    )
+    of_alone = table[["seeds", "one_seed", "ceiling"]].to_dict("index")["alone", "all", "inherited"]
+    assert of_alone == pytest.approx({"seeds": 2, "one_seed": -1, "ceiling": 1})
     unknown = table.isna()
     assert unknown.loc[("further", "all", "inherited"), "ceiling"]
     assert unknown.loc[("further", "all", "inherited"), "corrected"]  # all were changed alike
@@ -247,12 +247,16 @@ def trainings(workspace: Workspace, name: str) -> list[str]:
 def test_the_stage_leaves_measurements_their_agreement_and_a_figure(compared: Workspace) -> None:
     run = compared.runs / "fidelity" / "mine"
     rows = pd.read_csv(run / "measurements.csv")
-    assert list(rows) == [*MEASUREMENTS, *origin()]
-    assert rows[list(origin())].drop_duplicates().to_dict("records") == [origin()]
+    info = read_json(run / "run.json")
+    commit = info["git"]["commit"] + ("-dirty" if info["git"]["dirty"] else "")
+    made = {"device": info["device"]["cpu"], "gqa_nas": info["versions"]["gqa-nas"]}
+    made |= {"python": info["versions"]["python"], "torch": info["versions"]["torch"], "commit": commit}
+    assert list(rows) == [*MEASUREMENTS, *made, "date"]
+    assert rows[list(made)].drop_duplicates().to_dict("records") == [made]
     assert rows.groupby("kind").size().to_dict() == {"inherited": 6, "further": 6, "alone": 6}
     assert rows[rows["kind"] == "inherited"]["equal_total"].sum() == 3
     table = pd.read_csv(run / "agreement.csv")
-    assert list(table) == [*AGREEMENT, *origin()]
+    assert list(table) == [*AGREEMENT, *made, "date"]
     assert table["truth"].drop_duplicates().tolist() == ["alone", "further"]
     assert (run / "fidelity.png").stat().st_size > 10_000
     assert not list(run.rglob("checkpoint.pt"))

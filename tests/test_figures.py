@@ -98,8 +98,8 @@ def agreements() -> dict[Any, dict[str, Any]]:
 
 
 def test_models_trained_alone_are_quoted_as_measured(agreements: dict[Any, dict[str, Any]]) -> None:
-    cells = (("low", "sliced", "inherited"), ("low", "pooled", "inherited"), ("low", "sliced", "total"))
-    cells += (("high", "sliced", "inherited"), ("high", "sliced", "total"))
+    cells = [("low", "sliced", "inherited"), ("low", "pooled", "inherited"), ("low", "sliced", "total")]
+    cells += [("high", "sliced", "inherited"), ("high", "sliced", "total")]
     low, pooled, total, high, _ = rows = [agreements[place, rule, "alone", "all", by] for place, rule, by in cells]
     text, readme = page("docs/fidelity.md"), page("README.md")
     for name, shown in (
