@@ -249,7 +249,8 @@ def test_the_stage_leaves_measurements_their_agreement_and_a_figure(compared: Wo
     rows = pd.read_csv(run / "measurements.csv")
     info = read_json(run / "run.json")
     commit = info["git"]["commit"] + ("-dirty" if info["git"]["dirty"] else "")
-    made = {"device": info["device"]["cpu"], "gqa_nas": info["versions"]["gqa-nas"]}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else info["device"]["cpu"]
+    made = {"device": device, "gqa_nas": info["versions"]["gqa-nas"]}
     made |= {"python": info["versions"]["python"], "torch": info["versions"]["torch"], "commit": commit}
     assert list(rows) == [*MEASUREMENTS, *made, "date"]
     assert rows[list(made)].drop_duplicates().to_dict("records") == [made]
