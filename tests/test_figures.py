@@ -7,6 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
+from nas import ranking
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUNTIMES = ("compiled", "eager")
@@ -95,6 +97,16 @@ def agreements() -> dict[Any, dict[str, Any]]:
     rows = records("fidelity/agreement.csv", ["setting", "truth", "among", "predictor"])
     settings = {f"{rule}, learning rate {rate}": (name, rule) for rule in RULES for name, rate in RATES}
     return {(*settings[setting], *others): row for (setting, *others), row in rows.items()}
+
+
+def test_the_agreements_are_those_of_the_measured_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_RESAMPLES", 2)  # intervals and what is dealt at random are not compared
+    written = pd.read_csv(DOCS / "fidelity" / "agreement.csv").set_index("setting")
+    for rule, name, rate in [(rule, rule, "2e-3") for rule in RULES] + [("sliced", "low_sliced", "5e-4")]:
+        anew = ranking.agreement(pd.read_csv(DOCS / "fidelity" / f"{name}.csv"))
+        same = anew.columns.difference(["low", "high", "by_chance", "corrected", "p"], sort=False)
+        rows = written.loc[f"{rule}, learning rate {rate}", same].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, anew[same])
 
 
 def test_models_trained_alone_are_quoted_as_measured(agreements: dict[Any, dict[str, Any]]) -> None:
