@@ -105,7 +105,7 @@ def test_the_agreements_are_those_of_the_measured_losses(monkeypatch: pytest.Mon
     for rule, name, rate in [(rule, rule, "2e-3") for rule in RULES] + [("sliced", "low_sliced", "5e-4")]:
         anew = ranking.agreement(pd.read_csv(DOCS / "fidelity" / f"{name}.csv"))
         same = anew.columns.difference(["low", "high", "by_chance", "corrected", "p"], sort=False)
-        rows = written.loc[f"{rule}, learning rate {rate}", same].reset_index(drop=True)
+        rows = written.loc[[f"{rule}, learning rate {rate}"]][same].reset_index(drop=True)
         pd.testing.assert_frame_equal(rows, anew[same])
 
 
