@@ -1,22 +1,15 @@
 """Can inherited losses be trusted to rank vectors? Which vectors to compare, and what their trained losses say.
 
-The trainings happen in the stage. A *measurement* is one loss of one vector, a row with
-
-    vector, total     the vector and its total of groups
-    equal_total       whether it is of the set in which all have the same total
-    kind              inherited | further (after more training) | alone (trained from the start without a supernet)
-    seed, steps       of that training; empty for inherited losses
-    loss_nats         validation loss
+The trainings happen in the stage. A *measurement* is one loss of one vector (``loss_nats``, of validation), whose
+``kind`` is inherited, further (after more training) or alone (trained from the start without a supernet); ``seed`` and
+``steps`` are that training's. ``equal_total`` marks the set of vectors in which all have the same total of groups.
 """
-
-import itertools
-import warnings
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 from numpy.random import Generator
-from scipy.stats import DegenerateDataWarning, bootstrap, kendalltau
+from scipy.stats import kendalltau, permutation_test
 
 from nas.errors import UserError
 from nas.space import SearchSpace, Totals, Vector
@@ -25,7 +18,10 @@ Floats = npt.NDArray[np.float64]
 
 MEASUREMENTS = ["vector", "total", "equal_total", "kind", "seed", "steps", "loss_nats"]
 PREDICTORS = {"inherited": "inherited loss", "total": "total of groups"}
-TRUTHS = {"further": "trained further", "alone": "trained alone"}
+TRUTHS = {"alone": "trained alone", "further": "trained further"}  # which starts from the inherited weights
+AGREEMENT = ["truth", "among", "predictor", "vectors", "seeds", "tau", "low", "high"]
+AGREEMENT += ["by_chance", "corrected", "p", "one_seed", "ceiling"]
+_UNKNOWN = (np.nan, np.nan, np.nan)
 _RESAMPLES = 2000
 _ATTEMPTS = 1000
 
@@ -67,26 +63,30 @@ def choose_some(spread: list[Vector], equal: list[Vector], count: int) -> list[V
 
 
 def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """How well each predictor ranks vectors by each kind of trained loss; ``seed`` is the bootstrap's.
+    """How well each predictor ranks vectors by each kind of trained loss; ``seed`` is that of all resampling.
 
     Returns:
-        Rows with ``truth, among`` (all | equal total, if there are such), ``predictor, vectors, tau`` (Kendall's τ-b),
-        ``low, high`` (95 % by resampling vectors) and ``ceiling`` (see `noise_ceiling`).
+        Rows with ``truth, among`` (all | equal total, if there are such), ``predictor, vectors, seeds``; ``tau``,
+        Kendall's τ-b with the mean loss over seeds, and ``low, high`` (see `bootstrap_interval`); ``by_chance,
+        corrected, p`` of further training (see `beyond_chance`); and ``one_seed``, the mean τ with the losses of single
+        seeds, with ``ceiling``, what the other seeds reach there.
     """
     rows = []
     by_kind = {kind: rows_of.set_index("vector") for kind, rows_of in measurements.groupby("kind")}
-    inherited = by_kind["inherited"]
     for truth in (kind for kind in TRUTHS if kind in by_kind):
         losses = by_kind[truth].pivot_table("loss_nats", "vector", "seed")
-        predicted = inherited.loc[losses.index]
-        for among, chosen in (("all", slice(None)), ("equal total", predicted["equal_total"])):
-            true = losses.loc[chosen].to_numpy()
-            for predictor, values in (("inherited", predicted["loss_nats"]), ("total", -predicted["total"])):
-                pair = values.loc[chosen].to_numpy(float), true.mean(axis=1)
-                if len(true):
-                    numbers = kendall(*pair), *bootstrap_interval(*pair, seed), noise_ceiling(true)
-                    rows.append((truth, among, predictor, len(true), *numbers))
-    return pd.DataFrame(rows, columns=["truth", "among", "predictor", "vectors", "tau", "low", "high", "ceiling"])
+        start = by_kind["inherited"].loc[losses.index]
+        for among, chosen in (("all", slice(None)), ("equal total", start["equal_total"])):
+            true_VS, before = losses.loc[chosen].to_numpy(), start.loc[chosen, "loss_nats"].to_numpy()
+            for predictor, predicted in (("inherited", before), ("total", -start.loc[chosen, "total"].to_numpy(float))):
+                if not len(predicted):
+                    continue
+                mean, interval = true_VS.mean(axis=1), bootstrap_interval(predicted, true_VS, seed)
+                changed = beyond_chance(predicted, before, mean, seed) if truth == "further" else _UNKNOWN
+                one_seed = np.mean([kendall(predicted, true) for true in true_VS.T])
+                numbers = kendall(predicted, mean), *interval, *changed, one_seed, noise_ceiling(true_VS)
+                rows.append((truth, among, predictor, *true_VS.shape, *numbers))
+    return pd.DataFrame(rows, columns=AGREEMENT)
 
 
 def kendall(predicted: Floats, true: Floats) -> float:
@@ -94,26 +94,45 @@ def kendall(predicted: Floats, true: Floats) -> float:
     return float(kendalltau(predicted, true).statistic) if len(true) > 1 else np.nan
 
 
-def bootstrap_interval(predicted: Floats, true: Floats, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of `kendall` over resampled pairs; NaN where it is undefined."""
-    if np.isnan(kendall(predicted, true)):
+def bootstrap_interval(predicted: Floats, losses_VS: Floats, seed: int) -> tuple[float, float]:
+    """95 % of `kendall` with the mean loss over seeds, both vectors and seeds drawn anew; NaN where it is undefined."""
+    if np.isnan(kendall(predicted, losses_VS.mean(axis=1))):
         return np.nan, np.nan
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DegenerateDataWarning)  # constant resamples, which nanpercentile leaves out
-        pairs = (predicted, true)
-        resampled = bootstrap(pairs, kendall, n_resamples=_RESAMPLES, paired=True, method="percentile", rng=seed)
-    low, high = np.nanpercentile(resampled.bootstrap_distribution, [2.5, 97.5])
+    rng, (vectors, seeds) = np.random.default_rng(seed), losses_VS.shape
+    taus = []
+    for _ in range(_RESAMPLES):
+        drawn = rng.integers(vectors, size=vectors)
+        taus.append(kendall(predicted[drawn], losses_VS[drawn][:, rng.integers(seeds, size=seeds)].mean(axis=1)))
+    low, high = np.nanpercentile(taus, [2.5, 97.5])  # without constant samples
     return float(low), float(high)
 
 
-def noise_ceiling(losses_VS: Floats) -> float:
-    """Kendall's τ between mean losses of V vectors in disjoint halves of the S seeds, averaged over all halvings.
+def beyond_chance(predicted: Floats, before: Floats, after: Floats, seed: int) -> tuple[float, float, float]:
+    """What of `kendall` with losses after a training is more than the losses before it, which are in them, explain.
 
-    This is how well one measurement predicts another; a predictor that is compared with the mean over all seeds, which
-    is less noisy than a half, can do better. NaN for a single seed.
+    Returns:
+        The mean τ₀ if the changes were dealt to the vectors at random; τ corrected for it, (τ - τ₀) / (1 - τ₀): 0 where
+        changes agree as dealt at random, NaN where they are constant; the share p of deals that reach τ.
+    """
+    if np.isnan(tau := kendall(predicted, after)):
+        return _UNKNOWN
+
+    def agree(changes: Floats) -> float:
+        return kendall(predicted, before + changes)
+
+    dealt = permutation_test(
+        (after - before,), agree, permutation_type="pairings", alternative="greater", n_resamples=_RESAMPLES, rng=seed
+    )
+    chance = float(np.mean(dealt.null_distribution))
+    return chance, (tau - chance) / (1 - chance) if chance < 1 - 1e-9 else np.nan, float(dealt.pvalue)
+
+
+def noise_ceiling(losses_VS: Floats) -> float:
+    """Mean `kendall` of each seed's losses with the mean of the other seeds'; NaN for a single seed.
+
+    A predictor that is held against single seeds and exceeds this knows more than the other trainings do.
     """
     if (seeds := losses_VS.shape[1]) == 1:
         return np.nan
-    halves = map(list, itertools.combinations(range(seeds), seeds // 2))
-    taus = [kendall(losses_VS[:, half].mean(1), np.delete(losses_VS, half, axis=1).mean(1)) for half in halves]
-    return float(np.mean(taus))
+    others = [np.delete(losses_VS, seed, axis=1).mean(axis=1) for seed in range(seeds)]
+    return float(np.mean([kendall(*pair) for pair in zip(others, losses_VS.T, strict=True)]))

@@ -221,3 +221,14 @@ def runs_in(folder: Path) -> list[Path]:
 def is_run(path: Path) -> bool:
     """Whether ``path`` is a run directory, finished or not."""
     return (path / _RUN).is_file()
+
+
+def origin() -> dict[str, str | None]:
+    """Columns that say by what code, on what machine and when the numbers of a CSV were made."""
+    import torch  # here, for the CLI starts without it
+
+    git = git_state()
+    commit = f"{git['commit']}{'-dirty' if git['dirty'] else ''}" if git else None
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
+    versions = {"gqa_nas": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    return {"device": device, **versions, "commit": commit, "date": now()[:10]}

@@ -12,21 +12,19 @@ all. `prefix_speedup`: all 6,561 vectors of tiny one by one over all of them tog
 import argparse
 import itertools
 import json
-import platform
 import random
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
-from nas.hardware import cpu_name
 from nas.model import Supernet
 from nas.quality import mean_loss, vector_losses
+from nas.run import origin
 from nas.space import load_space
 from nas.training.loop import training_device
 
@@ -84,10 +82,7 @@ def main(rounds: int, table: Path | None) -> None:
         "space": SPACE.name,
         "windows": WINDOWS,
         "rounds": rounds,
-        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else cpu_name(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **origin(),
     }
     if table:
         pd.DataFrame([results]).to_csv(table, mode="a", header=not table.is_file(), index=False)

@@ -8,11 +8,9 @@ On a CPU the space is tiny, in fp32; on a GPU it is small, compiled, in bf16. Th
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +19,9 @@ import torch
 from torch import nn
 
 from nas.config import SupernetConfig, TrainConfig
-from nas.hardware import cpu_name
 from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES
+from nas.run import origin
 from nas.space import load_space
 from nas.training.loop import Loss, make_optimizer, make_ready, training_device, training_step
 from nas.training.recipes import supernet_loss, text_loss
@@ -80,13 +78,10 @@ def main(rounds: int, table: Path | None) -> None:
         "sandwich_over_plain": round(medians["sandwich"] / medians["plain"], 4),
         "pooled_over_plain": round(medians["mixed pooled"] / medians["plain"], 4),
         "separate_over_plain": round(medians["mixed separate"] / medians["plain"], 4),
-        "device": torch.cuda.get_device_name() if ON_GPU else cpu_name(),
         "space": SPACE.name,
         "rows": ROWS,
         "rounds": rounds,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **origin(),
     }
     if table:
         pd.DataFrame([results]).to_csv(table, mode="a", header=not table.is_file(), index=False)

@@ -9,13 +9,11 @@ import argparse
 import json
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pandas as pd
-import torch
 
-from nas.hardware import cpu_name
+from nas.run import origin
 
 TRAIN = ("steps=20", "batch=16", "learning_rate=5e-4", "precision=fp32", "log_every=1", "validation_windows=8")
 WAYS = {"one": (), "ddp": ("--nproc-per-node", "2"), "fsdp": ("--nproc-per-node", "2")}
@@ -36,9 +34,8 @@ def losses(way: str, text: str) -> pd.Series:
 def main(text: str, out: Path) -> None:
     """Trains in all ways and writes the table."""
     table = pd.concat([losses(way, text) for way in WAYS], axis=1)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    machine = {"device": f"2 x {device}", "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
-    table.rename_axis("step").assign(**machine).to_csv(out)
+    made = origin()
+    table.rename_axis("step").assign(**made | {"device": f"2 x {made['device']}"}).to_csv(out)
     print({way: float((table[way] - table["one"]).abs().max()) for way in WAYS})
 
 

@@ -11,21 +11,18 @@ on.
 
 import argparse
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
 from nas.cli import main as nas
 from nas.data import prepare_tokens
 from nas.data.corpora import TextCorpus
-from nas.hardware import cpu_name
 from nas.ranking import agreement
 from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
-from nas.run import FinishedRun
+from nas.run import FinishedRun, origin
 from nas.space import Vector, load_space, parse_vector
 from nas.stages.train import inherited_loss
 
@@ -57,13 +54,13 @@ def run(text: str, out: Path, index: int) -> None:
         )
     train_all(MORE, TRAIN, "", data, index)
     losses = [losses_of(text, f"{rule}-{seed}", [largest()])[0] for rule, seed in MORE]
-    table = pd.DataFrame(MORE, columns=["rule", "seed"]).assign(loss_nats=losses, **machine())
+    table = pd.DataFrame(MORE, columns=["rule", "seed"]).assign(loss_nats=losses, **origin())
     table.to_csv(out / "largest.csv", index=False)
 
     train_all([(rule, 0) for rule in RULES[:2]], LOW, "low-", data, index)
     low = compared(RULES[0], f"runs/train/low-{RULES[0]}-0", (*data, *COMPARE_LOW), index)
     low.to_csv(out / f"low_{RULES[0]}.csv", index=False)
-    others = low[low["kind"] == "inherited"].assign(rule=RULES[1])
+    others = low[low["kind"] == "inherited"].assign(rule=RULES[1], **origin())
     others["loss_nats"] = losses_of(text, f"low-{RULES[1]}-0", list(map(parse_vector, others["vector"])))
     others.to_csv(out / f"low_{RULES[1]}.csv", index=False)
 
@@ -87,7 +84,7 @@ def compared(rule: str, supernet: str, options: tuple[str, ...], index: int) -> 
     name = f"{Path(supernet).name}-{index}"
     if not Path("runs/fidelity", name, "complete.json").is_file():
         assert nas(("fidelity", f"supernet={supernet}", f"name={name}", *options)) == 0
-    return pd.read_csv(Path("runs/fidelity", name, "measurements.csv")).assign(rule=rule, **machine())
+    return pd.read_csv(Path("runs/fidelity", name, "measurements.csv")).assign(rule=rule)
 
 
 def losses_of(text: str, name: str, vectors: list[Vector]) -> list[float]:
@@ -101,20 +98,18 @@ def largest() -> Vector:
     return load_space(SPACE).largest
 
 
-def machine() -> dict[str, str]:
-    """Where and when."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name()
-    return {"device": device, "torch": torch.__version__, "date": datetime.now(UTC).date().isoformat()}
-
-
 def draw() -> None:
-    """Writes fidelity.png, agreement.csv and gaps.csv beside the measurements, and prints the tables."""
+    """Writes fidelity.png, agreement.csv and gaps.csv beside the measurements, and prints the tables.
+
+    Their columns of origin are those of the measurements; ``computed_commit`` and ``computed_date`` are of this.
+    """
     measured = {rule: pd.read_csv(DOCS / f"{rule}.csv") for rule in RULES}
     low = {rule: pd.read_csv(DOCS / f"low_{rule}.csv") for rule in RULES[:2]}
     low[RULES[1]] = pd.concat([low[RULES[1]], low[RULES[0]].query("kind == 'alone'")])  # which no supernet touched
     everything = {f"{rule}, learning rate 2e-3": rows for rule, rows in measured.items()}
     everything |= {f"{rule}, learning rate 5e-4": rows for rule, rows in low.items()}
-    tables = {title: agreement(rows) for title, rows in everything.items()}
+    computed = {f"computed_{name}": value for name, value in origin().items() if name in ("commit", "date")}
+    tables = {title: agreement(rows).assign(**made(rows), **computed) for title, rows in everything.items()}
     with figure(DOCS / "fidelity", width=12.6, height=3.7 * len(everything)) as drawing:
         panels = np.ravel([drawing.subfigures(len(everything), 1)])
         for panel, (title, rows) in zip(panels, everything.items(), strict=True):
@@ -130,9 +125,15 @@ def draw() -> None:
     plain = alone[alone["total"] == alone["total"].max()].set_index("seed")["loss_nats"]
     gaps["plain_loss_nats"] = gaps["seed"].map(plain)
     gaps["gap_percent"] = 100 * (gaps["loss_nats"] / gaps["plain_loss_nats"] - 1)
+    gaps = gaps.assign(**made(alone), **computed)
     gaps.sort_values(["rule", "seed"]).to_csv(DOCS / "gaps.csv", index=False)
     print(gaps.round(4).to_string(index=False))
     print(gaps.groupby("rule")["gap_percent"].mean().round(2).to_string())
+
+
+def made(measurements: pd.DataFrame) -> dict[str, str]:
+    """Where and when measurements were made, by the values of their columns."""
+    return {name: "; ".join(measurements[name].dropna().unique()) for name in origin()}
 
 
 if __name__ == "__main__":

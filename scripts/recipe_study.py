@@ -12,7 +12,6 @@ import argparse
 import math
 import os
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,10 @@ from torch import Tensor
 from nas.config import SupernetConfig, TrainConfig
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
-from nas.hardware import cpu_name
 from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES, Pooled, pooling
 from nas.quality import mean_loss, vector_losses
-from nas.run import Run
+from nas.run import Run, origin
 from nas.space import load_space
 from nas.training.loop import fit, training_device
 from nas.training.recipes import supernet_loss, text_loss
@@ -101,11 +99,7 @@ def run(text: str, out: Path, index: int = 0, count: int = 1) -> None:
         line = described(sharing, options)
         table = pd.read_csv(out) if out.is_file() else pd.DataFrame(columns=list(line))
         if line not in table[list(line)].astype(object).replace({np.nan: None}).to_dict("records"):
-            line |= trained(sharing, COMMON | options, data) | {
-                "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
-                "torch": torch.__version__,
-                "date": datetime.now(UTC).date().isoformat(),
-            }
+            line |= trained(sharing, COMMON | options, data) | origin()
             pd.concat([table, pd.DataFrame([line])]).to_csv(out, index=False)
             print(line, flush=True)
 
@@ -140,14 +134,18 @@ def trained(sharing: str, options: dict[str, Any], data: TokenData) -> dict[str,
     return fit(supernet, supernet_loss(SPACE, data.train, config, length), config, where, validate)
 
 
-def show() -> None:
-    """Prints the table, with the largest vector's distance to the plain model of the same steps, batches and seed."""
-    table = pd.read_csv(TABLE)
+def gaps(table: pd.DataFrame) -> pd.DataFrame:
+    """The table with the largest vector's distance to the plain model of the same steps, batches and seed."""
     alike = ["batch", "steps", "learning_rate", "seed"]
     plain = table.loc[table["sharing"] == "plain", [*alike, "loss_nats_4"]]
     table = table.merge(plain, how="left", on=alike, suffixes=("", "_plain"))
     table["gap_percent"] = 100 * (table["loss_nats_4"] / table.pop("loss_nats_4_plain") - 1)
-    print(table.drop(columns=["device", "torch", "date"]).round(4).to_string(index=False))
+    return table
+
+
+def show() -> None:
+    """Prints the table with gaps."""
+    print(gaps(pd.read_csv(TABLE)).drop(columns=list(origin())).round(4).to_string(index=False))
 
 
 if __name__ == "__main__":

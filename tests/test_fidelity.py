@@ -23,11 +23,14 @@ from nas import cli, ranking
 from nas.config import TrainConfig
 from nas.data.batches import validation_windows
 from nas.errors import UserError
+from nas.files import read_json
 from nas.model import Decoder
 from nas.quality import LossMemo, mean_loss
 from nas.ranking import (
+    AGREEMENT,
     MEASUREMENTS,
     agreement,
+    beyond_chance,
     bootstrap_interval,
     choose_some,
     choose_vectors,
@@ -115,28 +118,59 @@ def test_an_interval_shrinks_with_more_vectors_and_holds_what_was_planted() -> N
     for count in (12, 120):
         true = rng.normal(size=count)
         predicted = true + rng.normal(size=count)
-        low, high = bootstrap_interval(predicted, true, seed=1)
+        low, high = bootstrap_interval(predicted, true[:, None], seed=1)
         assert low < kendall(predicted, true) < high
         widths.append(high - low)
     assert widths[1] < widths[0] / 2
-    assert bootstrap_interval(predicted, true, seed=1) == (low, high)
+    assert bootstrap_interval(predicted, true[:, None], seed=1) == (low, high)
+
+
+def test_an_interval_is_over_seeds_too() -> None:
+    order = np.arange(40.0)
+    assert bootstrap_interval(order, np.stack([order, order], axis=1), seed=0) == pytest.approx((1, 1))
+    opposed = np.stack([order, -order / 2], axis=1)  # their mean is in order, and so is no draw of the second alone
+    assert bootstrap_interval(order, opposed, seed=0) == pytest.approx((-1, 1))
 
 
 def test_an_interval_leaves_out_constant_samples_and_is_empty_where_nothing_can_be_ranked() -> None:
     order = np.arange(3.0)  # one in nine resamples of three is constant
-    assert bootstrap_interval(order, order, seed=0) == pytest.approx((1, 1))
-    for nothing in (bootstrap_interval(order, np.ones(3), seed=0), bootstrap_interval(order[:1], order[:1], seed=0)):
-        assert np.isnan(nothing).all()
+    assert bootstrap_interval(order, order[:, None], seed=0) == pytest.approx((1, 1))
+    for few, losses in ((order, np.ones((3, 1))), (order[:1], order[:1, None])):
+        assert np.isnan(bootstrap_interval(few, losses, seed=0)).all()
 
 
-def test_the_noise_ceiling_is_how_well_halves_of_the_seeds_agree() -> None:
+def test_agreement_beyond_chance_is_what_changes_dealt_at_random_do_not_give() -> None:
+    before = np.array([1.0, 2.0, 3.0])
+    # One of three vectors gets better by 1.5. On the first that keeps the order (τ = 1), on the second or third it
+    # makes one pair of three wrong (τ = 1/3): dealt at random, 5/9 in the mean. Two of the six deals hit the first.
+    first, last = (before - 1.5 * np.eye(3)[place] for place in (0, 2))
+    assert beyond_chance(before, before, first, seed=0) == pytest.approx((5 / 9, 1, 1 / 3))
+    assert beyond_chance(before, before, last, seed=0) == pytest.approx((5 / 9, (1 / 3 - 5 / 9) / (4 / 9), 1))
+    # A predictor that has the first two in the wrong order: τ is 1/3, 1 and -1/3 by where the change is
+    wrong, second = np.array([2.0, 1.0, 3.0]), before - 1.5 * np.eye(3)[1]
+    assert beyond_chance(wrong, before, second, seed=0) == pytest.approx((1 / 3, 1, 1 / 3))
+
+
+def test_a_change_that_is_alike_for_all_is_no_agreement() -> None:
+    rng = np.random.default_rng(0)
+    before = rng.normal(size=12)
+    chance, corrected, p = beyond_chance(before, before, before - 0.05, seed=0)
+    assert (chance, p) == pytest.approx((1, 1))
+    assert np.isnan(corrected)
+    other = before + rng.normal(size=12)  # another predictor gains nothing by it
+    assert beyond_chance(other, before, before - 0.05, seed=0)[1] == pytest.approx(0, abs=1e-9)
+    few = [beyond_chance(before, before, before - rng.normal(0.05, 0.3, 12), seed=0)[1] for _ in range(30)]
+    assert abs(np.mean(few)) < 0.2  # changes that have nothing to do with the vector; τ itself is near 1
+    assert np.isnan(beyond_chance(np.ones(12), before, before, seed=0)).all()
+
+
+def test_the_noise_ceiling_is_how_well_the_other_seeds_rank_the_losses_of_one() -> None:
     order = np.arange(5.0)
-    assert noise_ceiling(np.stack([order, order + 7], axis=1)) == pytest.approx(
-        1
-    )  # what a seed does to all alike is no noise
+    alike = np.stack([order, order + 7], axis=1)  # what a seed does to all alike is no noise
+    assert noise_ceiling(alike) == pytest.approx(1)
     assert noise_ceiling(np.stack([order, -order], axis=1)) == pytest.approx(-1)
-    three = np.stack([order, order, -10 * order], axis=1)  # one seed against two: -1, and -1 twice with the wild one
-    assert noise_ceiling(three) == pytest.approx(-1)
+    three = np.stack([order, order, -order / 2], axis=1)  # the first two by one another and the wild one, in order
+    assert noise_ceiling(three) == pytest.approx((1 + 1 - 1) / 3)
     assert np.isnan(noise_ceiling(order[:, None]))
 
 
@@ -157,7 +191,7 @@ def test_agreement_holds_each_predictor_against_each_kind_of_trained_loss() -> N
         for vector, loss in inherited.items()
         for s, noise in ((0, 0.1), (1, 0))
     ]
-    table = agreement(pd.DataFrame(rows)).set_index(["truth", "among", "predictor"]).astype(float)
+    table = agreement(pd.DataFrame(rows)).set_index(["truth", "among", "predictor"]).astype(float).sort_index()
     assert table.loc[("further", "all", "inherited"), "tau"] == pytest.approx(1)
     assert table.loc[("alone", "all", "inherited"), "tau"] == pytest.approx(-1)
     assert table.loc[("further", "equal total", "inherited"), "vectors"] == 3
@@ -165,8 +199,12 @@ def test_agreement_holds_each_predictor_against_each_kind_of_trained_loss() -> N
     totals = [sum(parse_vector(vector)) for vector in vectors]
     by_hand = kendall(-np.array(totals, float), np.array(list(inherited.values())))
     assert table.loc[("further", "all", "total"), "tau"] == pytest.approx(by_hand)
-    assert table.loc[("alone", "all", "inherited"), "ceiling"] == pytest.approx(1)
-    assert table["ceiling"].isna().to_dict()[("further", "all", "inherited")]
+    of_alone = table[["seeds", "one_seed", "ceiling"]].to_dict("index")["alone", "all", "inherited"]
+    assert of_alone == pytest.approx({"seeds": 2, "one_seed": -1, "ceiling": 1})
+    unknown = table.isna()
+    assert unknown.loc[("further", "all", "inherited"), "ceiling"]
+    assert unknown.loc[("further", "all", "inherited"), "corrected"]  # all were changed alike
+    assert unknown.loc["alone", ["by_chance", "corrected", "p"]].all().all()
 
 
 def test_without_vectors_of_equal_total_only_the_whole_is_ranked(tmp_path: Path) -> None:
@@ -210,10 +248,18 @@ def trainings(workspace: Workspace, name: str) -> list[str]:
 def test_the_stage_leaves_measurements_their_agreement_and_a_figure(compared: Workspace) -> None:
     run = compared.runs / "fidelity" / "mine"
     rows = pd.read_csv(run / "measurements.csv")
-    assert list(rows) == MEASUREMENTS
+    info = read_json(run / "run.json")
+    commit = info["git"]["commit"] + ("-dirty" if info["git"]["dirty"] else "")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else info["device"]["cpu"]
+    made = {"device": device, "gqa_nas": info["versions"]["gqa-nas"]}
+    made |= {"python": info["versions"]["python"], "torch": info["versions"]["torch"], "commit": commit}
+    assert list(rows) == [*MEASUREMENTS, *made, "date"]
+    assert rows[list(made)].drop_duplicates().to_dict("records") == [made]
     assert rows.groupby("kind").size().to_dict() == {"inherited": 6, "further": 6, "alone": 6}
     assert rows[rows["kind"] == "inherited"]["equal_total"].sum() == 3
-    assert set(pd.read_csv(run / "agreement.csv")["truth"]) == {"further", "alone"}
+    table = pd.read_csv(run / "agreement.csv")
+    assert list(table) == [*AGREEMENT, *made, "date"]
+    assert table["truth"].drop_duplicates().tolist() == ["alone", "further"]
     assert (run / "fidelity.png").stat().st_size > 10_000
     assert not list(run.rglob("checkpoint.pt"))
 

@@ -8,12 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from nas import ranking
 from nas.files import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 RUNTIMES = ("compiled", "eager")
 KINDS = ("inherited", "further")
+RULES = ("sliced", "pooled", "separate")
+RATES = (("high", "2e-3"), ("low", "5e-4"))
 
 
 def page(name: str) -> str:
@@ -101,26 +104,152 @@ def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
     return {tuple(row[key] for key in keys): dict(row) for _, row in pd.read_csv(DOCS / name).iterrows()}
 
 
-def test_fidelity_is_quoted_as_measured() -> None:
+def signed(number: float) -> str:
+    """Two decimals, with a minus sign."""
+    return f"{number:.2f}".replace("-", "−")
+
+
+def interval(row: dict[str, Any]) -> str:
+    """Its bounds, as pages quote them."""
+    return f"{signed(row['low'])} to {signed(row['high'])}"
+
+
+@pytest.fixture(scope="module")
+def agreements() -> dict[Any, dict[str, Any]]:
+    """The rows of the fidelity study by setting (high or low), rule, kind of training, set of vectors and predictor."""
     rows = records("fidelity/agreement.csv", ["setting", "truth", "among", "predictor"])
-    high, low = ("{}, learning rate 2e-3".format, "{}, learning rate 5e-4".format)
-    rules = ("sliced", "pooled", "separate")
-    further = [rows[high(rule), "further", "all", "inherited"]["tau"] for rule in rules]
-    total = rows[high("sliced"), "further", "all", "total"]["tau"]
-    quoted = "was {:.2f} (`sliced`), {:.2f} (`pooled`) and {:.2f} (`separate`)".format(*further)
-    assert f"{quoted}, where the total of groups alone reaches {total:.2f}" in page("README.md")
-    noise, alone = (rows[setting("sliced"), "alone", "all", "inherited"] for setting in (high, low))
-    assert f"(τ −{-noise['tau']:.2f}; noise ceiling {noise['ceiling']:.2f})" in page("README.md")
-    of_total = rows[low("sliced"), "alone", "all", "total"]["tau"]
-    interval = f"95 % interval {alone['low']:.2f} to {alone['high']:.2f}"
-    assert f"was {alone['tau']:.2f} ({interval}), that of the total of groups {of_total:.2f}" in page("README.md")
-    gaps = pd.read_csv(DOCS / "fidelity" / "gaps.csv").groupby("rule")["gap_percent"].mean()
-    assert f"was {gaps['sliced']:.1f} % above a plain model's" in page("README.md")
+    settings = {f"{rule}, learning rate {rate}": (name, rule) for rule in RULES for name, rate in RATES}
+    return {(*settings[setting], *others): row for (setting, *others), row in rows.items()}
+
+
+def test_the_agreements_are_those_of_the_measured_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranking, "_RESAMPLES", 2)  # intervals and what is dealt at random are not compared
+    written = pd.read_csv(DOCS / "fidelity" / "agreement.csv").set_index("setting")
+    for rule, name, rate in [(rule, rule, "2e-3") for rule in RULES] + [("sliced", "low_sliced", "5e-4")]:
+        anew = ranking.agreement(pd.read_csv(DOCS / "fidelity" / f"{name}.csv"))
+        same = anew.columns.difference(["low", "high", "by_chance", "corrected", "p"], sort=False)
+        rows = written.loc[[f"{rule}, learning rate {rate}"]][same].reset_index(drop=True)
+        pd.testing.assert_frame_equal(rows, anew[same])
+
+
+def test_models_trained_alone_are_quoted_as_measured(agreements: dict[Any, dict[str, Any]]) -> None:
+    cells = [("low", "sliced", "inherited"), ("low", "pooled", "inherited"), ("low", "sliced", "total")]
+    cells += [("high", "sliced", "inherited"), ("high", "sliced", "total")]
+    low, pooled, total, high, _ = rows = [agreements[place, rule, "alone", "all", by] for place, rule, by in cells]
+    text, readme = page("docs/fidelity.md"), page("README.md")
+    for name, shown in (
+        ("τ with the mean of three seeds", [f"{signed(row['tau'])} ({interval(row)})" for row in rows]),
+        ("with single seeds", [signed(row["one_seed"]) for row in rows]),
+        ("noise ceiling", [signed(row["ceiling"]) for row in rows]),
+    ):
+        assert f"| {name} | {' | '.join(shown)} |" in text
+    assert {(row["vectors"], row["seeds"]) for row in rows} == {(8, 3)}
+    assert (
+        f"was {low['tau']:.2f} (`sliced`; 95 % interval over vectors and seeds {interval(low)}) at a learning rate of "
+        f"5e-4, that of the total of groups {total['tau']:.2f}"
+    ) in readme
+    assert (
+        f"these are {low['one_seed']:.2f} and {total['one_seed']:.2f}, where the other seeds reach {low['ceiling']:.2f}"
+    ) in readme
+    quoted = f"(τ {signed(high['tau'])}, {signed(high['low'])} to {high['high']:.2f}; the other seeds"
+    assert f"{quoted} {high['ceiling']:.2f})" in readme
+    assert (
+        f"({low['tau']:.2f} against {total['tau']:.2f}, against single seeds {low['one_seed']:.2f} against "
+        f"{total['one_seed']:.2f})"
+    ) in text
+    assert abs(low["tau"] - pooled["tau"]) < 0.1  # "about as well"
+    for name, decimals, apart in (("sliced", 2, "nats apart"), ("low_sliced", 3, "apart")):
+        measured = pd.read_csv(DOCS / "fidelity" / f"{name}.csv").query("kind == 'alone'")
+        ranges = measured.groupby("vector")["loss_nats"].agg(lambda losses: losses.max() - losses.min())
+        assert f"{ranges.min():.{decimals}f} to {ranges.max():.2f} {apart}" in text
+    means = measured.groupby("vector")["loss_nats"].mean()
+    assert f"means over seeds span {means.max() - means.min():.3f} nats" in text
+    assert means.idxmin() == "4-1-1-4-4-4-2-4"
+
+
+def test_further_training_is_quoted_as_measured(agreements: dict[Any, dict[str, Any]]) -> None:
+    text, readme = page("docs/fidelity.md"), page("README.md")
+
+    def cells(row: dict[str, Any]) -> str:
+        p = f"{row['p']:.3f}" if row["p"] < 0.1 else f"{row['p']:.2f}"
+        tau = signed(row["tau"]) + ("" if row["low"] > 0.999 else f" ({interval(row)})")
+        return " | ".join([tau, signed(row["by_chance"]), signed(row["corrected"]), p])
+
+    everything = [agreements["high", rule, "further", "all", "inherited"] for rule in RULES]
+    equal = [agreements["high", rule, "further", "equal total", "inherited"] for rule in RULES]
+    for rule, *both in zip(RULES, everything, equal, strict=True):
+        assert f"| `{rule}` | {' | '.join(map(cells, both))} |" in text
+    total = pd.DataFrame([agreements["high", rule, "further", "all", "total"] for rule in RULES])
+    low, high = (getattr(total[["tau", "by_chance", "corrected", "p"]], bound)() for bound in ("min", "max"))
+    spans = [f"{signed(low[name])} to {signed(high[name])}" for name in ("tau", "by_chance", "corrected")]
+    assert f"| total of groups | {' | '.join(spans)} | {low['p']:.3f} to {high['p']:.2f} | says nothing |" in text
+    of_low, of_total = (agreements["low", "sliced", "further", "all", by] for by in ("inherited", "total"))
+    assert (
+        f"(τ = {of_low['tau']:.2f}; by chance {of_low['by_chance']:.2f}, and {of_low['p']:.0%} of random deals"
+    ).replace("%", " %") in text
+    assert f"total of groups {of_total['tau']:.2f})" in text
+
+    def listed(rows: list[dict[str, Any]], name: str) -> str:
+        first, second, third = (signed(row[name]) for row in rows)
+        return f"{first}, {second} and {third}"
+
+    first, second, third = (signed(row["tau"]) for row in everything)
+    assert f"{first} (`sliced`), {second} (`pooled`) and {third} (`separate`) at 2e-3" in readme
+    assert (
+        f"give {listed(everything, 'by_chance')}; corrected for that {listed(everything, 'corrected')}, and" in readme
+    )
+    assert f"among vectors of one total {listed(equal, 'corrected')}." in readme
+
+
+@pytest.mark.parametrize("script", ["recipe_study.py"], indirect=True)
+def test_what_a_supernet_costs_the_largest_vector_is_quoted_as_measured(script: dict[str, Any]) -> None:
+    text = page("docs/fidelity.md")
+    gaps = pd.read_csv(DOCS / "fidelity" / "gaps.csv").sort_values(["rule", "seed"])
+    for rule, bold in (("sliced", "**"), ("pooled", "")):
+        one = gaps.loc[gaps["rule"] == rule, "gap_percent"]
+        shown = " | ".join(f"{gap:.2f} %" for gap in one)
+        assert f"| `{rule}` | {shown} | {bold}{one.mean():.2f} %{bold} |" in text
+    sliced = gaps[gaps["rule"] == "sliced"]
+    assert (
+        f"was {sliced['gap_percent'].mean():.1f} % above a plain model's (`sliced`, mean of three seeds, "
+        f"{sliced['gap_percent'].min():.1f} to {sliced['gap_percent'].max():.1f} %)"
+    ) in page("README.md")
+    plain = sliced["plain_loss_nats"]
+    assert f"({100 * (plain.max() / plain.min() - 1):.2f} % between the best and the worst of three)" in text
+
+    recipes = script["gaps"](pd.read_csv(DOCS / "fidelity" / "recipes.csv")).fillna({"recipe": "", "largest_share": 0})
+    again = recipes.query("sharing == 'plain' and learning_rate == 2e-3 and batch == 32")["loss_nats_4"].item()
+    first = plain[sliced["seed"] == 0].item()
+    assert f"ended {100 * (first / again - 1):.1f} % lower ({again:.3f} nats, not {first:.3f})" in text
+    few = recipes.query("batch == 16 and sharing == 'sliced' and recipe == 'mixed' and largest_first == 0")
+    shares = few[few["seed"] == 0].set_index("largest_share")["gap_percent"]
+    assert "{:.1f}, {:.1f} and {:.1f} %".format(*(shares[share] for share in (0.125, 0.25, 0.5))) in text
+    low = pd.read_csv(DOCS / "fidelity" / "low_sliced.csv").query("total == 32").groupby("kind")["loss_nats"]
+    alone = low.get_group("alone")
+    assert (
+        f"{100 * (low.get_group('inherited').item() / alone.iloc[0] - 1):.1f} % above seed 0 of the plain model, "
+        f"{100 * (low.get_group('inherited').item() / alone.mean() - 1):.1f} % above the mean"
+    ) in text
+
+
+def test_what_a_supernets_steps_and_evaluations_cost_is_quoted_as_measured() -> None:
+    text = page("docs/fidelity.md")
+    steps = pd.read_csv(DOCS / "benchmarks" / "training_step.csv").set_index("space").loc[["tiny", "small"]]
+    mixed, sandwich, pooled, separate = (
+        [f"{value:.3f}" for value in steps[f"{name}_over_plain"]]
+        for name in ("mixed", "sandwich", "pooled", "separate")
+    )
+    assert f"| a mixed step over a plain step, `sliced` | {' | '.join(mixed)} |" in text
+    assert f"| `pooled`, `separate` | {pooled[0]}, {separate[0]} | {pooled[1]}, {separate[1]} |" in text
+    assert f"| a sandwich step with the same rows | {' | '.join(sandwich)} |" in text
+    evaluation = pd.read_csv(DOCS / "benchmarks" / "evaluation.csv")
+    assert "{}, {} and {} in three runs".format(*evaluation["per_vector_over_plain"]) in text
+    assert f"take {evaluation['prefix_speedup'].min():.1f} to {evaluation['prefix_speedup'].max():.1f} times" in text
 
 
 def test_what_further_training_changes_is_quoted_as_measured() -> None:
     changes, deviations, inherited_deviations = [], [], []
-    for rule in ("sliced", "pooled", "separate"):
+    for rule in RULES:
         rows = pd.read_csv(DOCS / "fidelity" / f"{rule}.csv")
         inherited, further = (rows[rows["kind"] == kind].set_index("vector")["loss_nats"] for kind in KINDS)
         changes.append((inherited - further).mean())

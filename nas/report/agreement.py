@@ -1,5 +1,7 @@
 """Inherited against trained losses, and how well each predictor ranks vectors."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -9,6 +11,12 @@ from rich.table import Table
 
 from nas.ranking import PREDICTORS, TRUTHS
 from nas.report.figure import COLOURS, GREY
+
+NOTE = (
+    "Models trained alone are the evidence that counts. Further training starts from the inherited weights, so its τ "
+    "is partly the same number twice; corrected: beyond what changes dealt to the vectors at random give; p: the share "
+    "of those that do as well. 1 seed: mean τ with single seeds' losses; ceiling: what the other seeds reach there."
+)
 
 
 def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
@@ -57,22 +65,28 @@ def _draw_agreement(axes: Axes, table: pd.DataFrame) -> None:
         errors = [(rows["tau"] - rows["low"]).clip(lower=0), (rows["high"] - rows["tau"]).clip(lower=0)]
         axes.bar(at, rows["tau"], width=0.32, color=colour, label=PREDICTORS[predictor])
         axes.errorbar(at, rows["tau"], yerr=errors, fmt="none", color="black", linewidth=0.8, capsize=2)
+        axes.plot(at, rows["by_chance"], "k_", ms=14, label=None if index else "with random changes")
+        several = rows["one_seed"].where(rows["seeds"] > 1)
+        axes.plot(at, several, "wD", mec="black", ms=4, label=None if index else "with single seeds")
     ceilings = table.drop_duplicates(["truth", "among"])["ceiling"].to_numpy()
-    axes.hlines(ceilings, places - 0.4, places + 0.4, color=COLOURS[1], label="noise ceiling")
+    axes.hlines(ceilings, places - 0.4, places + 0.4, color=COLOURS[1], label="other seeds with single seeds")
     labels = [f"{TRUTHS[truth]},\n{among}" for truth, among in groups.itertuples(index=False)]
     axes.set_xticks(places, labels, fontsize=7, rotation=20)
-    axes.set(ylabel="Kendall's τ (95 % over vectors)", ylim=(min(-0.05, axes.get_ylim()[0]), 1.05))
+    axes.set(ylabel="Kendall's τ, 95 % interval", ylim=(min(-0.05, axes.get_ylim()[0]), 1.05))
     axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3)
 
 
 def agreement_table(table: pd.DataFrame) -> Table:
     """The agreements for the terminal."""
-    shown = Table("trained loss", "among", "by")
-    for heading in ("vectors", "tau", "95 %", "ceiling"):
+    narrow: dict[str, Any] = {"box": None, "collapse_padding": True, "pad_edge": False}
+    shown = Table("trained", "among", "by", caption=NOTE, caption_justify="left", **narrow)
+    for heading in ("n", "τ", "95 %", "cor-\nrected", "p", "1\nseed", "ceil-\ning"):
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in table.to_dict("records"):
+        tau, corrected, p, one, ceiling = (
+            "" if np.isnan(row[key]) else f"{row[key]:.2f}" for key in ("tau", "corrected", "p", "one_seed", "ceiling")
+        )
         interval = "" if np.isnan(row["low"]) else f"{row['low']:.2f} to {row['high']:.2f}"
-        tau, ceiling = ("" if np.isnan(row[key]) else f"{row[key]:.3f}" for key in ("tau", "ceiling"))
-        names = TRUTHS[row["truth"]], row["among"], PREDICTORS[row["predictor"]]
-        shown.add_row(*names, str(row["vectors"]), tau, interval, ceiling)
+        names = row["truth"], row["among"], row["predictor"]
+        shown.add_row(*names, str(row["vectors"]), tau, interval, corrected, p, one, ceiling)
     return shown
