@@ -32,7 +32,7 @@ from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.latency.table import TableLatency
 from nas.report.figure import COLOURS, figure
-from nas.run import git_state, now
+from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 
@@ -53,17 +53,13 @@ def models() -> dict[str, tuple[ModelShape, Vector]]:
 def measure(gib: float, energy_s: float, file: Path) -> None:
     """Writes all rows, each as it comes."""
     uuid = str(torch.cuda.get_device_properties(0).uuid)
-    nvml, bandwidth = nvml_facts(uuid), copy_bandwidth()
+    bandwidth = copy_bandwidth()
     machine = {
         "context": CONTEXT,
         "memory_gib": gib,
         "copy_tb_per_s": bandwidth / 1e12,
-        "device": nvml.get("nvml_name"),
-        "driver": nvml.get("driver"),
-        "torch": torch.__version__,
-        "commit": str((git_state() or {}).get("commit"))[:7],
-        "date": now(),
-    }
+        "driver": nvml_facts(uuid).get("driver"),
+    } | origin()
     rows: list[dict[str, Any]] = []
     for (name, (shape, vector)), runtime in itertools.product(models().items(), ("eager", "compiled")):
         with memory_cap(gib):

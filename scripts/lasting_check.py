@@ -30,7 +30,7 @@ from nas.latency.energy import ENERGY, ENERGY_COLUMNS, measure_energy
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Point
 from nas.latency.table import META, TABLE, TableLatency
-from nas.run import git_state, now
+from nas.run import now, origin
 from nas.space import SearchSpace, Vector, format_vector, load_space, parse_vector
 
 OUT = Path("docs/latency")
@@ -74,15 +74,7 @@ def lasting_ms(call: Callable[[], object]) -> float:
 
 def machine() -> dict[str, Any]:
     uuid = str(torch.cuda.get_device_properties(0).uuid)
-    git, nvml = git_state() or {}, nvml_facts(uuid)
-    return {
-        "device": nvml.get("nvml_name"),
-        "card": uuid.partition("-")[0],
-        "driver": nvml.get("driver"),
-        "torch": torch.__version__,
-        "commit": str(git.get("commit"))[:7],
-        "date": now(),
-    }
+    return {"card": uuid.partition("-")[0], "driver": nvml_facts(uuid).get("driver")} | origin() | {"date": now()}
 
 
 def pool_for(space: SearchSpace, points: list[Point]) -> LayerPool:

@@ -21,7 +21,7 @@ from nas.files import write_atomically
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
-from nas.run import now
+from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 
@@ -55,13 +55,8 @@ def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> 
 
 
 def main() -> None:
-    nvml = nvml_facts(str(torch.cuda.get_device_properties(0).uuid))
-    machine = {
-        "device": nvml.get("nvml_name"),
-        "driver": nvml.get("driver"),
-        "torch": torch.__version__,
-        "date": now(),
-    }
+    driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
+    machine = {"driver": driver} | origin()
     rows: list[dict[str, Any]] = []
     for cap, context, (name, (shape, vector)) in itertools.product(CAPS_GIB, CONTEXTS, vectors().items()):
         with memory_cap(cap):

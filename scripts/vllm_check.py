@@ -32,7 +32,7 @@ from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.latency.table import TableLatency
-from nas.run import git_state, now
+from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space, parse_vector
 
@@ -73,8 +73,8 @@ def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None
 
 def serve(python: str, file: Path, only: list[str]) -> None:
     """Runs vLLM once for each model and writes what it did."""
-    uuid, git = str(torch.cuda.get_device_properties(0).uuid), git_state() or {}
-    about = {"memory_gib": GIB, "device": nvml_facts(uuid).get("nvml_name"), "commit": str(git.get("commit"))[:7]}
+    driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
+    about = {"memory_gib": GIB, "driver": driver} | origin()
     rows: list[dict[str, Any]] = []
     for name, (shape, vector) in all_models().items():
         if only and name not in only:
@@ -88,7 +88,7 @@ def serve(python: str, file: Path, only: list[str]) -> None:
             print(name, "failed:", run.stdout[-500:], run.stderr[-3000:], flush=True)
             continue
         found = json.loads(run.stdout.strip().splitlines()[-1])
-        rows.append({"model": name, "vector": format_vector(vector), **found, **about, "date": now()})
+        rows.append({"model": name, "vector": format_vector(vector), **found, **about})
         print(rows[-1], flush=True)
         write_atomically(file, partial(pd.DataFrame(rows).to_csv, index=False))
 
