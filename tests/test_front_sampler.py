@@ -15,10 +15,9 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from nas.search import exact
 from nas.search.exact import best_by_counts
-from nas.search.front_sampler import FrontSampler, learned_costs
-from nas.search.improvement import expected_hypervolume_improvement
-from nas.search.informed import Layers
+from nas.search.front_sampler import FrontSampler, expected_hypervolume_improvement, learned_costs
 from nas.search.loss_model import LayerLosses, LossModel
+from nas.search.sampler import Layers
 
 Vector = tuple[int, ...]
 LAYERS, CHOICES = 12, 3

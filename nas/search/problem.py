@@ -8,7 +8,6 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,7 @@ class Problem:
     """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted.
 
     ``costs`` gives all metrics of a vector but its loss, and must depend on the sorted vector alone. ``limits`` are
-    bounds on them by their keys in `nas.metrics.LIMITS`; None is no limit.
-
-    Raises:
-        UserError: No vector keeps all limits.
+    bounds on them by their keys in `nas.metrics.LIMITS`; None is no limit. A `UserError` if no vector keeps them all.
     """
 
     def __init__(
@@ -42,8 +38,7 @@ class Problem:
     ) -> None:
         self.space, self.objectives, self.costs = space, objectives, costs
         self._limits = {key: bound for key, bound in limits.items() if bound is not None}
-        if self._limits:
-            self._check_reachable()
+        self.size = self._count_within_limits() if self._limits else space.size  # how many vectors keep all limits
 
     def keeps_limits(self, vector: Vector) -> bool:
         """Whether a vector may be evaluated."""
@@ -51,16 +46,7 @@ class Problem:
 
     def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
         """Which of many vectors keep all limits."""
-        if not self._limits:
-            return np.ones(len(vectors_NL), dtype=bool)
         return np.asarray(_by_counts(self.keeps_limits, vectors_NL), dtype=bool)
-
-    @cached_property
-    def size(self) -> int:
-        """How many vectors keep all limits."""
-        if not self._limits:
-            return self.space.size
-        return sum(ways for vector, ways in ways_by_counts(self.space).items() if self.keeps_limits(vector))
 
     def vectors(self) -> Iterator[Vector]:
         """All vectors that keep all limits, in lexicographic order."""
@@ -70,8 +56,8 @@ class Problem:
         """The objectives of many vectors as far as they are costs, (N, O); NaN for the loss."""
 
         def known(vector: Vector) -> list[float]:
-            costs = self.costs(vector)
-            return [math.nan if name == LOSS else float(costs[name]) for name in self.objectives.names]
+            costs = {**self.costs(vector), LOSS: math.nan}
+            return [float(costs[name]) for name in self.objectives.names]
 
         return _by_counts(known, vectors_NL)
 
@@ -81,17 +67,18 @@ class Problem:
         over = float(costs[metric.name]) - bound
         return (-over if metric.maximise else over) - _TOLERANCE * abs(bound)
 
-    def _check_reachable(self) -> None:
-        left, before = list(map(self.costs, ways_by_counts(self.space))), ""
+    def _count_within_limits(self) -> int:
+        left, before = [(self.costs(vector), ways) for vector, ways in ways_by_counts(self.space).items()], ""
         for key, bound in self._limits.items():
-            closest = min(left, key=lambda costs: self._excess(key, costs))
-            left = [costs for costs in left if self._excess(key, costs) <= 0]
+            closest, _ = min(left, key=lambda one: self._excess(key, one[0]))
+            left = [(costs, ways) for costs, ways in left if self._excess(key, costs) <= 0]
             if not left:
                 raise UserError(
                     f"constraints.{key} is {bound:g}, but the closest that a vector of {self.space.name} comes{before} "
                     f"is {closest[LIMITS[key].name]:.9g}; change it to that or beyond"
                 )
             before += f" {'and' if before else 'with'} {key} {bound:g}"
+        return sum(ways for _, ways in left)
 
 
 def _by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[Any]:

@@ -1,29 +1,66 @@
-"""A wrapper that makes any Optuna sampler propose only vectors that no worker has yet, and resume exactly.
-
-What a sampler proposes against this, or against the limits, becomes the nearest vector that may be proposed.
+"""Samplers of whole vectors, and a wrapper with which none proposes a vector twice, and all resume exactly.
 
 Every proposal is seeded by the study's seed and by how many evaluations precede it, never by how often this process
 asked before: a search that was killed and resumed proposes what the uninterrupted one would have, and workers on one
 study draw differently.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.search.exact import best_vectors
-from nas.search.informed import InformedSampler, Layers
+from nas.search.exact import Floats, Ints, best_vectors
 from nas.search.problem import Problem
 from nas.space import Vector
 
+Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN for what is not known beforehand
+COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
-COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What each layer may be, as a study's parameters state it."""
+
+    levels_K: Ints  # the numbers of groups that any layer may have, ascending; choice k is levels_K[k] groups
+    allowed_LK: npt.NDArray[np.bool_]  # which choices each layer has
+
+    @classmethod
+    def of(cls, distributions: Iterable[BaseDistribution]) -> "Layers":
+        """From the distributions of a study's parameters, one per layer."""
+        allowed = []
+        for distribution in distributions:
+            allowed.append(getattr(distribution, "choices", [None]))
+            if not all(isinstance(groups, int) for groups in allowed[-1]):
+                raise ValueError(f"{distribution} is no choice among whole numbers; this sampler takes nothing else")
+        levels = np.unique(np.concatenate(allowed))
+        return cls(levels, np.array([np.isin(levels, groups) for groups in allowed]))
+
+    def choices(self, vectors: Iterable[Sequence[int]]) -> Ints:
+        """Vectors of groups as choices, (N, L)."""
+        groups = np.array([list(vector) for vector in vectors], dtype=np.intp).reshape(-1, len(self.allowed_LK))
+        return np.searchsorted(self.levels_K, groups)
+
+    def best(self, penalties_LK: Floats | float, couplings_MKK: Floats | None = None) -> Ints:
+        """The choices (T, L) of the best vector for each combination of counts, see `best_vectors`."""
+        return best_vectors(np.where(self.allowed_LK, penalties_LK, np.inf), couplings_MKK, self.levels_K)
+
+
+class InformedSampler(BaseSampler):
+    """A sampler that makes use of more than a study's trials: `DistinctSampler` sets these before every proposal."""
+
+    costs: Costs | None = None
+    permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None  # which vectors of groups (N, L); None: all
+    taken: Set[Vector] = frozenset()  # must not be proposed, beside the vectors of the study's trials
+    evaluations: int | None = None  # how many the search will have; None: unknown
 
 
 class DistinctSampler(BaseSampler):
@@ -130,7 +167,7 @@ class DistinctSampler(BaseSampler):
         noise = 0.5 / len(differs_LK)  # in all smaller than one layer
         while True:
             penalties_LK = differs_LK + rng.uniform(0.0, noise, differs_LK.shape)
-            vectors_NL = best_vectors(np.where(layers.allowed_LK, penalties_LK, np.inf), None, layers.levels_K)
+            vectors_NL = layers.best(penalties_LK)
             vectors_NL = vectors_NL[self._problem.permits(layers.levels_K[vectors_NL])]
             nearest_first = penalties_LK[np.arange(len(penalties_LK)), vectors_NL].sum(axis=1).argsort()
             for vector in map(tuple, layers.levels_K[vectors_NL[nearest_first]].tolist()):
