@@ -16,12 +16,13 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.search.exact import Floats, Ints, best_vectors
+from nas.search.exact import Floats, Ints, best_by_counts, best_by_weights
 from nas.search.problem import Problem
 from nas.space import Vector
 
 Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN for what is not known beforehand
 COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
+_CELLS = 50_000  # of the table of counts; a larger one takes too long
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
 
@@ -50,8 +51,11 @@ class Layers:
         return np.searchsorted(self.levels_K, groups)
 
     def best(self, penalties_LK: Floats | float, couplings_MKK: Floats | None = None) -> Ints:
-        """The choices (T, L) of the best vector for each combination of counts, see `best_vectors`."""
-        return best_vectors(np.where(self.allowed_LK, penalties_LK, np.inf), couplings_MKK, self.levels_K)
+        """Choices (T, L): of `best_by_counts`, or where counts are too many, the best for every total of groups."""
+        penalties_LK = np.where(self.allowed_LK, penalties_LK, np.inf)
+        if (len(penalties_LK) + 1) ** (len(self.levels_K) - 1) <= _CELLS:
+            return best_by_counts(penalties_LK, couplings_MKK).vectors_TL
+        return best_by_weights(penalties_LK, couplings_MKK, self.levels_K[:, None]).vectors_TL
 
 
 class InformedSampler(BaseSampler):
