@@ -3,9 +3,8 @@
 The first vectors change one layer at a time: each layer once to its smallest choice, all others at their largest. Then
 `nas.search.loss_model` learns from all finished trials what each layer adds to the loss, and what a sum misses;
 `nas.search.exact` finds the best vector for every combination of counts, under that sum's mean and under a posterior
-sample. Of those that are new, the one of largest expected hypervolume improvement is proposed: it follows from the mean
-and uncertainty of the whole model, and from costs that depend on counts alone. Where `FrontSampler.costs` does not tell
-these beforehand, the trials show which objectives are costs.
+sample. Of those that are new, the one of largest expected hypervolume improvement is proposed, by the whole model and
+by costs that depend on counts alone. Where `FrontSampler.costs` does not tell these, the trials show which ones are.
 """
 
 from collections.abc import Iterable, Mapping
@@ -137,10 +136,6 @@ def _most_promising(
     def deviations(vectors: Ints) -> Floats:
         return models[uncertain].deviations(vectors) if models else np.zeros(len(vectors))
 
-    def improvements(chosen: Ints, deviations_N: Floats) -> Floats:
-        losses_N, costs_NC = promised[chosen, 0], promised[chosen, 1:]
-        return expected_hypervolume_improvement(losses_N, deviations_N, costs_NC, front, reference)
-
     promised = expected(candidates)
     points = np.where(np.isnan(values_NO).any(axis=1, keepdims=True), expected(vectors_NL), values_NO[:, order])
     worst = points.max(axis=0)
@@ -148,11 +143,13 @@ def _most_promising(
         worst[1:] = np.maximum(worst[1:], promised[:, 1:].max(axis=0))
     reference = worst + _MARGIN * (worst - points.min(axis=0))
     front = points[moocore.is_nondominated(points)]
-    considered = np.arange(len(candidates))
     if len(candidates) > _CONSIDERED:
         typical = np.full(len(candidates), deviations(candidates[:: len(candidates) // 20]).mean())
-        considered = np.argsort(-improvements(considered, typical), kind="stable")[:_CONSIDERED]
-    return np.asarray(candidates[considered[improvements(considered, deviations(candidates[considered])).argmax()]])
+        improvements = expected_hypervolume_improvement(promised, typical, front, reference)
+        considered = np.argsort(-improvements, kind="stable")[:_CONSIDERED]
+        candidates, promised = candidates[considered], promised[considered]
+    improvements = expected_hypervolume_improvement(promised, deviations(candidates), front, reference)
+    return np.asarray(candidates[improvements.argmax()])
 
 
 def learned_costs(layers: Layers, vectors_NL: Ints, values_NO: Floats) -> Costs:
@@ -182,37 +179,35 @@ def learned_costs(layers: Layers, vectors_NL: Ints, values_NO: Floats) -> Costs:
 
 
 def expected_hypervolume_improvement(
-    means_N: Floats, deviations_N: Floats, costs_NC: Floats, front: Floats, reference: Floats
+    points_NO: Floats, deviations_N: Floats, front_FO: Floats, reference_O: Floats
 ) -> Floats:
-    """How much each candidate is expected to add to the hypervolume of the front.
+    """How much each candidate, of expected loss and known costs, is expected to add to the hypervolume of the front.
 
     At loss u a candidate with costs c adds, of the hypervolume of costs, what the front's points with losses up to u
     leave uncovered; the expectation is the integral of that over u, times the probability that the loss is below u. It
     is a step function of u, and the integral of a normal distribution's probability is elementary.
 
-    Losses are normally distributed, a deviation of 0 being certainty. Front and reference point have loss and costs,
-    (F, 1 + C) and (1 + C,).
+    The first objective is the loss, which is normally distributed, a deviation of 0 being certainty; all are minimised.
     """
-    ordered = front[np.argsort(front[:, 0], kind="stable")]
-    edges_E = np.concatenate((ordered[:, 0], reference[:1]))  # the upper end of each slice of losses
+    ordered = front_FO[np.argsort(front_FO[:, 0], kind="stable")]
+    edges_E = np.concatenate((ordered[:, 0], reference_O[:1]))  # the upper end of each slice of losses
     deviations_N1 = np.maximum(deviations_N, 1e-12)[:, None]
-    above_NE = edges_E - means_N[:, None]
+    above_NE = edges_E - points_NO[:, :1]
     z_NE = above_NE / deviations_N1
     below_NE = above_NE * ndtr(z_NE) + deviations_N1 * np.exp(-(z_NE**2) / 2) / np.sqrt(2 * np.pi)  # the integrals
     weights_NE = np.diff(below_NE, axis=1, prepend=0.0)
-    return np.asarray((weights_NE * _uncovered(costs_NC, ordered[:, 1:], reference[1:])).sum(axis=1))
+    return np.asarray((weights_NE * _uncovered(points_NO[:, 1:], ordered[:, 1:], reference_O[1:])).sum(axis=1))
 
 
 def _uncovered(costs_NC: Floats, front_FC: Floats, reference_C: Floats) -> Floats:
     """The hypervolume that each candidate's costs add to those of the front's first 0, 1, … F points, (N, F + 1)."""
     if costs_NC.shape[1] == 1:
-        best_E = np.minimum.accumulate(np.concatenate((reference_C, front_FC[:, 0])))
-        return np.maximum(0.0, best_E - costs_NC)
+        return np.maximum(0.0, np.minimum.accumulate(np.concatenate((reference_C, front_FC[:, 0]))) - costs_NC)
     different, which = np.unique(costs_NC, axis=0, return_inverse=True)  # vectors of the same counts cost the same
     found = np.empty((len(different), len(front_FC) + 1))
-    for points in range(found.shape[1]):
+    for points in range(len(front_FC) + 1):
         base = front_FC[:points]
         covered = moocore.hypervolume(base, ref=reference_C) if points else 0.0
-        for number, costs in enumerate(different):
-            found[number, points] = moocore.hypervolume(np.vstack((base, costs)), ref=reference_C) - covered
+        with_each = [moocore.hypervolume(np.vstack((base, costs)), ref=reference_C) for costs in different]
+        found[:, points] = np.array(with_each) - covered
     return found[which.ravel()]

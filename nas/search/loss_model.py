@@ -92,8 +92,7 @@ class LossModel:
 
     def mean(self) -> LayerLosses:
         """The posterior mean of the sum, in units of a layer's mean penalty."""
-        correction = self._evaluated.features.T @ self._solved_N
-        return self._layer_losses(self._evaluated.expected_P + self._variances_P * correction)
+        return self._corrected(torch.zeros_like(self._variances_P), self._residual_N)
 
     def draw(self, rng: np.random.Generator) -> LayerLosses:
         """A draw from the posterior of the sum: one from the prior, corrected by its errors (Matheron's rule)."""
@@ -101,13 +100,11 @@ class LossModel:
         other = self.hyperparameters.noise**2 + self._layers * self.hyperparameters.residual**2
         others_N = torch.from_numpy(rng.normal(size=len(self._residual_N))) * other.sqrt()
         wrong = self._residual_N - self._evaluated.features @ weights_P - others_N
-        correction = self._evaluated.features.T @ self._solve(wrong)
-        return self._layer_losses(self._evaluated.expected_P + weights_P + self._variances_P * correction)
+        return self._corrected(weights_P, wrong)
 
     def means(self, vectors_NL: Ints) -> Floats:
         """Expected losses of vectors, shape (N,)."""
-        sums_N, _ = self._forecast(_Inputs(vectors_NL, self._choices))
-        return self._losses(sums_N)
+        return self._losses(self._forecast(_Inputs(vectors_NL, self._choices))[0])
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Posterior standard deviations of the losses of vectors that were not evaluated, shape (N,)."""
@@ -130,9 +127,12 @@ class LossModel:
     def _solve(self, values_N: Tensor) -> Tensor:
         return torch.cholesky_solve(values_N[:, None], self._root)[:, 0]
 
-    def _layer_losses(self, weights_P: Tensor) -> LayerLosses:
+    def _corrected(self, weights_P: Tensor, wrong_N: Tensor) -> LayerLosses:
+        """The sum of such weights, beside the expected ones, after they were corrected by their errors."""
         steps, layers = self._choices - 1, self._layers
-        offset, common, own, couplings = np.split(weights_P.numpy(), np.cumsum([1, steps, steps * layers]))
+        correction = self._evaluated.features.T @ self._solve(wrong_N)
+        weights = (self._evaluated.expected_P + weights_P + self._variances_P * correction).numpy()
+        offset, common, own, couplings = np.split(weights, np.cumsum([1, steps, steps * layers]))
         penalties = np.zeros((layers, self._choices))
         for step, own_L in enumerate(own.reshape(steps, layers)):
             penalties[:, : step + 1] += (common[step] + own_L)[:, None]  # so a choice pays for every step down to it
@@ -151,9 +151,7 @@ class _Inputs:
         # What a vector has of each weight, (N, P): 1; layers at or below each step; each of them; pairs of neighbours.
         features = np.concatenate([np.ones((rows, 1)), below_NSL.sum(axis=2), own, coupled], axis=1, dtype=float)
         self.features = torch.from_numpy(features)
-        self.onehot = torch.from_numpy(
-            np.eye(choices)[vectors_NL].reshape(rows, -1)
-        )  # choice of each layer, (N, L · K)
+        self.onehot = torch.from_numpy(np.eye(choices)[vectors_NL].reshape(rows, -1))  # (N, L · K)
         # Prior mean of each weight, (P,): each step costs each layer its share of the whole range.
         self.expected_P = torch.zeros(features.shape[1], dtype=torch.float64)
         self.expected_P[1:choices] = 1.0 / max(choices - 1, 1)

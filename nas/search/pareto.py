@@ -44,9 +44,9 @@ def on_front(frame: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.bool
 def reference_point(reference_vectors: pd.DataFrame, objectives: Objectives) -> Floats:
     """The hypervolume's reference point: a tenth of the reference vectors' range beyond the worst of them.
 
-    Every search evaluates the same reference vectors first, so searches of one space and workload share this point,
-    unless their limits or a small budget leave some out: then give all that was evaluated. A margin in proportion to
-    the value instead of the range would drown the front: losses differ in the third digit.
+    Searches of one space and workload share this point, as all evaluate the reference vectors first; where limits or a
+    small budget leave some out, give all that was evaluated. A margin in proportion to the value instead of the range
+    would drown the front: losses differ in the third digit.
     """
     points = objectives.points(reference_vectors)
     worst = np.where(objectives.maximise, points.min(0), points.max(0))

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import numpy.typing as npt
 
 from nas.errors import UserError
 from nas.metrics import LIMITS, Metrics
+from nas.search.exact import Floats, Ints
 from nas.search.pareto import Objectives
 from nas.space import SearchSpace, Vector
 
@@ -22,29 +24,25 @@ LOSS = "loss_nats"
 _TOLERANCE = 1e-8  # of a limit, which is given with no more digits than are printed
 
 
+@dataclass
 class Problem:
-    """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted.
+    """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted."""
 
-    ``costs`` gives all metrics of a vector but its loss, and must depend on the sorted vector alone. ``limits`` are
-    bounds on them by their keys in `nas.metrics.LIMITS`; None is no limit. A `UserError` if no vector keeps them all.
-    """
+    space: SearchSpace
+    objectives: Objectives
+    costs: Callable[[Vector], Metrics]  # all metrics of a vector but its loss; must depend on the sorted vector alone
+    limits: Mapping[str, float | None]  # bounds on costs by their keys in `nas.metrics.LIMITS`; None is no limit
 
-    def __init__(
-        self,
-        space: SearchSpace,
-        objectives: Objectives,
-        costs: Callable[[Vector], Metrics],
-        limits: Mapping[str, float | None],
-    ) -> None:
-        self.space, self.objectives, self.costs = space, objectives, costs
-        self._limits = {key: bound for key, bound in limits.items() if bound is not None}
-        self.size = self._count_within_limits() if self._limits else space.size  # how many vectors keep all limits
+    def __post_init__(self) -> None:
+        """Raises a `UserError` if no vector keeps all limits."""
+        self._limits = {key: bound for key, bound in self.limits.items() if bound is not None}
+        self.size = self._count_within_limits() if self._limits else self.space.size  # vectors that keep all limits
 
     def keeps_limits(self, vector: Vector) -> bool:
         """Whether a vector may be evaluated."""
         return all(self._excess(key, self.costs(vector)) <= 0 for key in self._limits)
 
-    def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    def permits(self, vectors_NL: Ints) -> npt.NDArray[np.bool_]:
         """Which of many vectors keep all limits."""
         return np.asarray(_by_counts(self.keeps_limits, vectors_NL), dtype=bool)
 
@@ -52,7 +50,7 @@ class Problem:
         """All vectors that keep all limits, in lexicographic order."""
         return filter(self.keeps_limits, itertools.product(*self.space.choices))
 
-    def known_objectives(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    def known_objectives(self, vectors_NL: Ints) -> Floats:
         """The objectives of many vectors as far as they are costs, (N, O); NaN for the loss."""
 
         def known(vector: Vector) -> list[float]:
@@ -81,7 +79,7 @@ class Problem:
         return sum(ways for _, ways in left)
 
 
-def _by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+def _by_counts(function: Callable[[Vector], Any], vectors_NL: Ints) -> npt.NDArray[Any]:
     """A function of many vectors that depends only on the sorted vector, and is called once for each of these."""
     rows_NL = np.ascontiguousarray(np.sort(vectors_NL, axis=1))
     keys_N = rows_NL.view(f"V{rows_NL.itemsize * rows_NL.shape[1]}").ravel()  # far faster to sort than rows
@@ -94,8 +92,7 @@ def ways_by_counts(space: SearchSpace) -> Counter[Vector]:
     ways = Counter[Vector]({(): 1})
     for allowed in space.choices:
         extended = Counter[Vector]()
-        for vector, number in ways.items():
-            for groups in allowed:
-                extended[tuple(sorted((*vector, groups)))] += number
+        for (vector, number), groups in itertools.product(ways.items(), allowed):
+            extended[tuple(sorted((*vector, groups)))] += number
         ways = extended
     return ways

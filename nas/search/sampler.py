@@ -67,43 +67,38 @@ class InformedSampler(BaseSampler):
     evaluations: int | None = None  # how many the search will have; None: unknown
 
 
+@dataclass(eq=False)
 class DistinctSampler(BaseSampler):
     """Proposes what an inner sampler proposes, unless the study has it already. Serves one study.
 
-    ``make`` makes the inner sampler from a ``seed``. Some vectors come before all that: those of failed trials, which a
-    dead worker left, unless another one has them; and then the ``first`` ones, in order. ``evaluations``, if known, is
-    how many the search will have.
+    Some vectors come before all that: those of failed trials, which a dead worker left, unless another one has them;
+    and then the ``first`` ones, in order. What is taken or breaks a limit becomes the nearest that may be proposed.
     """
 
-    def __init__(
-        self,
-        make: Callable[..., BaseSampler],
-        problem: Problem,
-        seed: int,
-        first: Sequence[Vector] = (),
-        evaluations: int | None = None,
-    ) -> None:
-        self._make, self._problem, self._seed = make, problem, seed
-        self._first, self._evaluations = first, evaluations
-        self._vectors: dict[int, Vector] = {}  # by trial number
-        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(problem.space.choices)}
-        self._inner = make(seed=seed)
+    make: Callable[..., BaseSampler]  # the inner sampler, from a ``seed``
+    problem: Problem
+    seed: int
+    first: Sequence[Vector]
+    evaluations: int  # how many the search will have
+
+    def __post_init__(self) -> None:
+        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(self.problem.space.choices)}
+        self._inner = self.make(seed=self.seed)
 
     def vectors_of(self, trials: Iterable[FrozenTrial]) -> dict[Vector, FrozenTrial]:
         """Trials by vector, as far as they have one; of the same vector the first counts."""
         found: dict[Vector, FrozenTrial] = {}
         for trial in trials:
-            if vector := self._vector_of(trial):
-                found.setdefault(vector, trial)
+            if len(trial.params) == len(self.choices):
+                found.setdefault(tuple(map(trial.params.__getitem__, self.choices)), trial)
         return found
 
     def before(self, number: int, trials: Iterable[FrozenTrial]) -> tuple[set[Vector], int]:
         """The vectors of the trials below a number, and how many of these have none yet."""
         below = [trial for trial in trials if trial.number < number]
-        return set(self.vectors_of(below)), sum(self._vector_of(trial) is None for trial in below)
+        return set(self.vectors_of(below)), sum(len(trial.params) < len(self.choices) for trial in below)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All layers: a proposal is always a whole vector."""
         return {name: CategoricalDistribution(choices) for name, choices in self.choices.items()}
 
     def sample_relative(
@@ -114,14 +109,14 @@ class DistinctSampler(BaseSampler):
         vectors, proposing = self.before(trial.number, others)
         slot, taken = len(vectors) + proposing, set(self.vectors_of(others))
         failed = self.vectors_of(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
-        queue = [vector for vector in dict.fromkeys([*failed, *self._first]) if vector not in taken]
+        queue = [vector for vector in dict.fromkeys([*failed, *self.first]) if vector not in taken]
         if proposing < len(queue):  # as many workers propose at this moment, and take those before
             # NSGA-II records generations in the study even where its proposal is not used; an InformedSampler nothing.
             if not isinstance(self._inner, InformedSampler):
                 self._ask_inner(study, trial, slot, attempt=0)
             return dict(zip(search_space, queue[proposing], strict=True))
         taken.update(queue)
-        if len(taken) >= self._problem.size:
+        if len(taken) >= self.problem.size:
             return dict(zip(search_space, min(taken), strict=True))
         for attempt in range(_ATTEMPTS):
             joint = self._ask_inner(study, trial, slot, attempt, taken)
@@ -131,8 +126,8 @@ class DistinctSampler(BaseSampler):
             )
             if vector not in taken:
                 break
-        if vector in taken or not self._problem.keeps_limits(vector):
-            rng = np.random.default_rng([self._seed, slot, _ATTEMPTS])
+        if vector in taken or not self.problem.keeps_limits(vector):
+            rng = np.random.default_rng([self.seed, slot, _ATTEMPTS])
             vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)
         return dict(zip(search_space, vector, strict=True))
 
@@ -148,21 +143,15 @@ class DistinctSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._inner.after_trial(study, trial, state, values)
 
-    def _vector_of(self, trial: FrozenTrial) -> Vector | None:
-        """The vector of a trial, if it has been proposed and written."""
-        if trial.number not in self._vectors and len(trial.params) == len(self.choices):
-            self._vectors[trial.number] = tuple(trial.params[name] for name in self.choices)
-        return self._vectors.get(trial.number)
-
     def _ask_inner(
         self, study: Study, trial: FrozenTrial, slot: int, attempt: int, taken: Iterable[Vector] = ()
     ) -> dict[str, Any]:
         """What a fresh inner sampler, told all that is known, draws jointly."""
-        seed = int(np.random.default_rng([self._seed, slot, attempt]).integers(2**31))
-        self._inner = self._make(seed=seed)
+        seed = int(np.random.default_rng([self.seed, slot, attempt]).integers(2**31))
+        self._inner = self.make(seed=seed)
         if isinstance(self._inner, InformedSampler):
-            self._inner.costs, self._inner.permitted = self._problem.known_objectives, self._problem.permits
-            self._inner.taken, self._inner.evaluations = frozenset(taken), self._evaluations
+            self._inner.costs, self._inner.permitted = self.problem.known_objectives, self.problem.permits
+            self._inner.taken, self._inner.evaluations = frozenset(taken), self.evaluations
         return self._inner.sample_relative(study, trial, self._inner.infer_relative_search_space(study, trial))
 
     def _nearest(self, start: Vector, taken: set[Vector], layers: Layers, rng: np.random.Generator) -> Vector:
@@ -172,9 +161,9 @@ class DistinctSampler(BaseSampler):
         while True:
             penalties_LK = differs_LK + rng.uniform(0.0, noise, differs_LK.shape)
             vectors_NL = layers.best(penalties_LK)
-            vectors_NL = vectors_NL[self._problem.permits(layers.levels_K[vectors_NL])]
             nearest_first = penalties_LK[np.arange(len(penalties_LK)), vectors_NL].sum(axis=1).argsort()
-            for vector in map(tuple, layers.levels_K[vectors_NL[nearest_first]].tolist()):
+            groups_NL = layers.levels_K[vectors_NL[nearest_first]]
+            for vector in map(tuple, groups_NL[self.problem.permits(groups_NL)].tolist()):
                 if vector not in taken:
                     return vector
             noise = min(2 * noise, _MOST_NOISE)  # until distance counts for nothing

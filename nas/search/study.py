@@ -71,7 +71,7 @@ def search(
     sampler = DistinctSampler(make_sampler, problem, seed, first, evaluations)
     with storage.in_reach():
         study = storage.open(problem.objectives, sampler, metadata or {})
-        worker = _Worker(study, sampler, problem, loss, evaluations, budget.seconds)
+        worker = _Worker(study, sampler, loss, budget.seconds)
         if running == "fail":
             for trial in worker.trials(TrialState.RUNNING):
                 with suppress(UpdateFinishedTrialError):  # it ended at this very moment
@@ -97,10 +97,8 @@ class _Worker:
 
     study: optuna.Study
     sampler: DistinctSampler
-    problem: Problem
     loss: Callable[[Vector], float]
-    evaluations: int  # of all workers together, as are the seconds
-    seconds: float | None
+    seconds: float | None  # of all workers together
     _seen: set[int] = field(default_factory=set)
 
     @cached_property
@@ -126,7 +124,7 @@ class _Worker:
         while True:
             running, finished = self.running(), self.finished()
             in_time = self.seconds is None or self.spent() < self.seconds
-            if in_time and len(finished) + len(running) < self.evaluations:
+            if in_time and len(finished) + len(running) < self.sampler.evaluations:
                 return True
             if not running:
                 return False
@@ -142,7 +140,7 @@ class _Worker:
         ):
             vector = tuple(trial.suggest_categorical(name, ways) for name, ways in self.sampler.choices.items())
             taken, proposing = self.sampler.before(trial.number, self.trials(*COUNTED))
-            if vector in taken or len(taken) + proposing >= self.evaluations:
+            if vector in taken or len(taken) + proposing >= self.sampler.evaluations:
                 self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 return
             name, loss = format_vector(vector), self.loss(vector)
@@ -151,10 +149,10 @@ class _Worker:
                     f"the loss of {name} is {loss}: the supernet has diverged; train another one with a lower "
                     "train.learning_rate"
                 )
-            metrics = {"vector": name, **self.problem.costs(vector), LOSS: loss}
+            metrics = {"vector": name, **self.sampler.problem.costs(vector), LOSS: loss}
             for key, value in metrics.items():
                 trial.set_user_attr(key, value)
-            values = [float(metrics[objective]) for objective in self.problem.objectives.names]
+            values = [float(metrics[objective]) for objective in self.sampler.problem.objectives.names]
             self.study.tell(trial, values, skip_if_finished=True)
             bar.update(self.spent(), f"{name} {loss:.4f}")
 
