@@ -1,4 +1,4 @@
-"""The model of losses, the expected gain, and the sampler that is made of both."""
+"""The model of losses, the expected improvement, and the sampler that is made of both."""
 
 import functools
 import itertools
@@ -120,19 +120,19 @@ POINTS = st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=6)
 
 @settings(max_examples=50, deadline=None)
 @given(POINTS, POINTS, st.integers(2, 3))
-def test_the_gain_of_a_certain_loss_is_moocores_hypervolume(
+def test_the_improvement_of_a_certain_loss_is_moocores_hypervolume(
     front: Sequence[tuple[float, ...]], candidates: Sequence[tuple[float, ...]], objectives: int
 ) -> None:
     points, others = np.array(front)[:, :objectives], np.array(candidates)[:, :objectives]
     points, reference = points[moocore.is_nondominated(points)], np.full(objectives, 1.1)
-    gains = expected_hypervolume_improvement(others, np.zeros(len(others)), points, reference)
+    improvements = expected_hypervolume_improvement(others, np.zeros(len(others)), points, reference)
     before = moocore.hypervolume(points, ref=reference)
     wanted = [moocore.hypervolume(np.vstack((points, other)), ref=reference) - before for other in others]
-    np.testing.assert_allclose(gains, wanted, atol=1e-9)
+    np.testing.assert_allclose(improvements, wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("objectives", [2, 3])
-def test_the_gain_of_an_uncertain_loss_is_the_mean_over_it(objectives: int) -> None:
+def test_the_improvement_of_an_uncertain_loss_is_the_mean_over_it(objectives: int) -> None:
     rng = np.random.default_rng(0)
     points = rng.random((8, objectives))
     points, reference = points[moocore.is_nondominated(points)], np.full(objectives, 1.1)
@@ -141,9 +141,9 @@ def test_the_gain_of_an_uncertain_loss_is_the_mean_over_it(objectives: int) -> N
     certain = np.column_stack((losses, np.repeat(costs, 20_000, axis=0)))
     wanted = expected_hypervolume_improvement(certain, np.zeros(20_000), points, reference).mean()
     uncertain = np.column_stack(([mean], costs))
-    gain = expected_hypervolume_improvement(uncertain, np.array([deviation]), points, reference)
-    assert gain[0] == pytest.approx(wanted, rel=0.03)
-    assert gain[0] > 0
+    improvement = expected_hypervolume_improvement(uncertain, np.array([deviation]), points, reference)
+    assert improvement[0] == pytest.approx(wanted, rel=0.03)
+    assert improvement[0] > 0
 
 
 # The sampler in a study of its own, told nothing.

@@ -83,8 +83,11 @@ class FrontSampler(InformedSampler):
             return kept[self.permitted(layers.levels_K[kept])] if self.permitted else kept
 
         enough = _DESIGN * len(layers.allowed_LK)
-        if len(vectors_NL) < enough <= (self.evaluations or enough) and len(design := new(_one_at_a_time(layers))):
-            return np.asarray(self._rng.choice(design))
+        if len(vectors_NL) < enough <= (self.evaluations or enough):
+            smallest_L = layers.allowed_LK.argmax(axis=1)
+            largest_L = len(layers.levels_K) - 1 - layers.allowed_LK[:, ::-1].argmax(axis=1)
+            if len(design := new(np.where(np.eye(len(smallest_L), dtype=bool), smallest_L, largest_L))):
+                return np.asarray(self._rng.choice(design))
         finished = ~np.isnan(values_NO).any(axis=1)
         evaluated, values = vectors_NL[finished], values_NO[finished]
         if len(evaluated) >= (_STARTUP if costs else len(layers.levels_K) + 2):
@@ -107,12 +110,6 @@ class FrontSampler(InformedSampler):
         losses = [loss for model in models for loss in (model.mean(), model.draw(self._rng))]
         best = [layers.best(loss.penalties_LK, loss.couplings_MKK) for loss in losses]
         return np.concatenate(best or [layers.best(0.0)])
-
-
-def _one_at_a_time(layers: Layers) -> Ints:
-    """The L vectors in which one layer has its smallest choice and all others have their largest, (L, L)."""
-    smallest, largest = layers.allowed_LK.argmax(1), len(layers.levels_K) - 1 - layers.allowed_LK[:, ::-1].argmax(1)
-    return np.asarray(np.where(np.eye(len(smallest), dtype=bool), smallest, largest))
 
 
 def _most_promising(
@@ -153,10 +150,9 @@ def _most_promising(
 
 
 def learned_costs(layers: Layers, vectors_NL: Ints, values_NO: Floats) -> Costs:
-    """Costs as the evaluated vectors show them: objectives that, or whose inverse, is linear in counts.
+    """Costs as the evaluated vectors, more than there are choices, show them: what is linear in counts, or its inverse.
 
-    Latency and bytes are linear in counts, throughput is the inverse of something that is. There must be more vectors
-    than choices.
+    Latency and bytes are linear in counts, throughput is the inverse of something that is.
     """
 
     def counts(vectors: Ints) -> Floats:

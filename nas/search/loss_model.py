@@ -26,15 +26,16 @@ from torch import Tensor
 
 from nas.search.exact import Floats, Ints
 
-# What is expected of each hyperparameter, and the deviation of its logarithm. A layer's mean penalty is the unit.
+# The hyperparameters: what is expected of each, and the deviation of its logarithm. A layer's mean penalty is the unit.
 _PRIOR = {
-    "step": (0.7, 0.7),
-    "coupling": (0.15, 1.0),
-    "residual": (0.2, 1.5),
-    "decay": (0.1, 1.0),
-    "noise": (0.02, 1.5),
-    "bend": (0.3, 2.0),
+    "steps": (0.7, 0.7),  # deviation of a layer's own penalty, for each step
+    "coupling": (0.15, 1.0),  # deviation of a coupling of neighbours
+    "residual": (0.2, 1.5),  # deviation of the residual, per square root of the layers
+    "decay": (0.1, 1.0),  # how fast the residual's correlation falls with each layer in which vectors differ
+    "noise": (0.02, 1.5),  # deviation of each vector's own noise
+    "bends": (0.3, 2.0),  # how much steeper the sum is as a function of the loss at its least and largest, less 1
 }
+Hyperparameters = dict[str, Tensor]  # vectors: one value per step, two bends, and one of each other
 _STARTS = ((0.1, 0.1), (10.0, 0.1), (0.1, 10.0))  # bends from which the most likely ones are looked for
 _LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
 _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluations at which all that is learned again
@@ -56,24 +57,6 @@ class LayerLosses:
         return np.asarray(self.offset + own + pairs)
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What is learned by marginal likelihood; standard deviations a priori are in units of a layer's mean penalty."""
-
-    step: Tensor  # deviation of a layer's own penalty, for each step
-    coupling: Tensor  # deviation of a coupling of neighbours
-    residual: Tensor  # deviation of the residual, per square root of the layers
-    decay: Tensor  # how fast the residual's correlation falls with each layer in which vectors differ
-    noise: Tensor  # deviation of each vector's own noise
-    bends: Tensor  # how much steeper the sum is as a function of the loss at its least and largest: a factor less 1
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Hyperparameters":
-        scales = values.exp()  # logarithms, in the order above
-        coupling, residual, decay, noise = scales[-6:-2]
-        return cls(scales[:-6], coupling, residual, decay, noise + _LEAST_NOISE, scales[-2:])
-
-
 class LossModel:
     """The model, given the losses of some vectors; at least two."""
 
@@ -82,12 +65,12 @@ class LossModel:
         self._low, self._range = losses_N.min(), max(float(np.ptp(losses_N)), 1e-12)
         count = max((number for number in _RETUNE if number <= len(losses_N)), default=0)
         known = vectors_NL[:count].tobytes(), losses_N[:count].tobytes()
-        self.hyperparameters = _learned(*known, count, self._layers, choices)
+        self._learned = _learned(*known, count, self._layers, choices)
         self._evaluated = _Inputs(vectors_NL, choices)
-        self._variances_P = _variances(self.hyperparameters, self._layers)
+        self._variances_P = _variances(self._learned, self._layers)
         scaled_N = (torch.from_numpy(losses_N) - self._low) / self._range
-        self._residual_N, self._mean, _ = _residuals(self.hyperparameters, self._evaluated, scaled_N)
-        self._root = torch.linalg.cholesky(_kernel(self.hyperparameters, self._evaluated))
+        self._residual_N, self._mean, _ = _residuals(self._learned, self._evaluated, scaled_N)
+        self._root = torch.linalg.cholesky(_kernel(self._learned, self._evaluated))
         self._solved_N = self._solve(self._residual_N)
 
     def mean(self) -> LayerLosses:
@@ -97,7 +80,7 @@ class LossModel:
     def draw(self, rng: np.random.Generator) -> LayerLosses:
         """A draw from the posterior of the sum: one from the prior, corrected by its errors (Matheron's rule)."""
         weights_P = torch.from_numpy(rng.normal(size=len(self._variances_P))) * self._variances_P.sqrt()
-        other = self.hyperparameters.noise**2 + self._layers * self.hyperparameters.residual**2
+        other = self._learned["noise"] ** 2 + self._layers * self._learned["residual"] ** 2
         others_N = torch.from_numpy(rng.normal(size=len(self._residual_N))) * other.sqrt()
         wrong = self._residual_N - self._evaluated.features @ weights_P - others_N
         return self._corrected(weights_P, wrong)
@@ -111,17 +94,17 @@ class LossModel:
         vectors = _Inputs(vectors_NL, self._choices)
         sums_N, across = self._forecast(vectors)
         explained = torch.linalg.solve_triangular(self._root, across.T, upper=False).square().sum(dim=0)
-        own = vectors.features.square() @ self._variances_P + self._layers * self.hyperparameters.residual**2
-        deviations_N = (own + self.hyperparameters.noise**2 - explained).clamp(min=0).sqrt()
+        own = vectors.features.square() @ self._variances_P + self._layers * self._learned["residual"] ** 2
+        deviations_N = (own + self._learned["noise"] ** 2 - explained).clamp(min=0).sqrt()
         return (self._losses(sums_N + deviations_N) - self._losses(sums_N - deviations_N)) / 2
 
     def _forecast(self, vectors: "_Inputs") -> tuple[Tensor, Tensor]:
         """Expected sums, and their prior covariance with those of what was evaluated."""
-        across = _covariance(self.hyperparameters, vectors, self._evaluated)
+        across = _covariance(self._learned, vectors, self._evaluated)
         return self._mean + vectors.features @ vectors.expected_P + across @ self._solved_N, across
 
     def _losses(self, sums_N: Tensor) -> Floats:
-        losses = _losses(sums_N / self._layers, self.hyperparameters.bends)
+        losses = _losses(sums_N / self._layers, self._learned["bends"])
         return np.asarray(self._low + self._range * losses.numpy())
 
     def _solve(self, values_N: Tensor) -> Tensor:
@@ -160,27 +143,27 @@ class _Inputs:
 def _covariance(learned: Hyperparameters, rows: _Inputs, columns: _Inputs) -> Tensor:
     """Prior covariance of the sums, with the residual but without noise."""
     differing = rows.layers - rows.onehot @ columns.onehot.T
-    residual: Tensor = rows.layers * learned.residual**2 * torch.exp(-learned.decay * differing)
+    residual: Tensor = rows.layers * learned["residual"] ** 2 * torch.exp(-learned["decay"] * differing)
     return residual + (rows.features * _variances(learned, rows.layers)) @ columns.features.T
 
 
 def _kernel(learned: Hyperparameters, evaluated: _Inputs) -> Tensor:
     """Prior covariance of what was evaluated, with noise."""
     kernel = _covariance(learned, evaluated, evaluated)
-    return kernel + learned.noise**2 * torch.eye(len(kernel), dtype=kernel.dtype)
+    return kernel + learned["noise"] ** 2 * torch.eye(len(kernel), dtype=kernel.dtype)
 
 
 def _variances(learned: Hyperparameters, layers: int) -> Tensor:
     """Prior variance of each feature's weight, (P,)."""
-    steps = len(learned.step)
+    steps = len(learned["steps"])
     fixed = torch.tensor([layers**2, *[4.0] * steps], dtype=torch.float64)
-    own = learned.step.square().repeat_interleave(layers)
-    return torch.cat((fixed, own, learned.coupling.square().repeat((layers - 1) * (steps + 1) ** 2)))
+    own = learned["steps"].square().repeat_interleave(layers)
+    return torch.cat((fixed, own, learned["coupling"].square().repeat((layers - 1) * (steps + 1) ** 2)))
 
 
 def _residuals(learned: Hyperparameters, evaluated: _Inputs, losses_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """How far the sums (of losses in 0 … 1) lie from what is expected and a common offset; that, and log slopes."""
-    sums_N, log_slopes_N = _sums(losses_N, learned.bends)
+    sums_N, log_slopes_N = _sums(losses_N, learned["bends"])
     excess_N = sums_N * evaluated.layers - evaluated.features @ evaluated.expected_P
     return excess_N - excess_N.mean(), excess_N.mean(), log_slopes_N
 
@@ -212,19 +195,23 @@ def _straightened(values: Tensor, bend: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
-    steps = choices - 1
-    prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64)
-    prior = prior.repeat_interleave(torch.tensor([steps, 1, 1, 1, 1, 2]), dim=0)
+    sizes = [choices - 1, 1, 1, 1, 1, 2]
+    prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64).repeat_interleave(torch.tensor(sizes), dim=0)
     typical, spread = prior[:, 0].log(), prior[:, 1]
+
+    def scales(logarithms: Tensor) -> Hyperparameters:
+        learned = dict(zip(_PRIOR, logarithms.exp().split(sizes), strict=True))
+        return learned | {"noise": learned["noise"] + _LEAST_NOISE}
+
     if not count:
-        return Hyperparameters.of(typical)
+        return scales(typical)
     inputs = _Inputs(np.frombuffer(vectors, dtype=np.intp).reshape(count, layers), choices)
     losses_N = torch.tensor(np.frombuffer(losses))
     losses_N = (losses_N - losses_N.min()) / (losses_N.max() - losses_N.min()).clamp(min=1e-12)
 
     def negative_log_posterior(values: Floats) -> tuple[float, Floats]:
         values_T = torch.tensor(values, requires_grad=True)
-        learned = Hyperparameters.of(values_T)
+        learned = scales(values_T)
         residual_N, _, log_slopes_N = _residuals(learned, inputs, losses_N)
         root, failed = torch.linalg.cholesky_ex(_kernel(learned, inputs))
         if failed:
@@ -239,4 +226,4 @@ def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: in
     for bends in _STARTS:
         start = np.concatenate((typical.numpy()[:-2], np.log(bends)))
         found.append(minimize(negative_log_posterior, start, jac=True, method="L-BFGS-B", options={"maxiter": 40}))
-    return Hyperparameters.of(torch.from_numpy(min(found, key=lambda one: float(one.fun)).x))
+    return scales(torch.from_numpy(min(found, key=lambda one: float(one.fun)).x))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.samplers import BaseSampler
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import BaseModel  # has no public name
 from sqlalchemy import URL, make_url
@@ -58,19 +59,14 @@ class Storage:
             return f"study {make_url(self.url).database}"
         return f"study {self.study} in {without_passwords(self.url)}"
 
-    def open(
-        self, objectives: Objectives, sampler: optuna.samplers.BaseSampler, metadata: Mapping[str, str]
-    ) -> optuna.Study:
+    def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
         """The study, made if it is not there yet; refused if it was begun with other metadata."""
         if self.url.startswith("sqlite:"):
             with closing(sqlite3.connect(str(make_url(self.url).database), timeout=_LOCKED_S)) as probe:
                 probe.execute("BEGIN EXCLUSIVE")  # who holds it longer is no worker, and Optuna would wait for minutes
+        ways, storage = ["maximize" if up else "minimize" for up in objectives.maximise], self._connect()
         study = optuna.create_study(
-            storage=self._connect(),
-            study_name=self.study,
-            directions=["maximize" if up else "minimize" for up in objectives.maximise],
-            sampler=sampler,
-            load_if_exists=True,
+            study_name=self.study, storage=storage, directions=ways, sampler=sampler, load_if_exists=True
         )
         study.set_metric_names(list(objectives.names))  # what optuna-dashboard shows
         if _METADATA not in study.user_attrs:
