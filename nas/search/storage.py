@@ -64,9 +64,12 @@ class Storage:
         if self.url.startswith("sqlite:"):
             with closing(sqlite3.connect(str(make_url(self.url).database), timeout=_LOCKED_S)) as probe:
                 probe.execute("BEGIN EXCLUSIVE")  # who holds it longer is no worker, and Optuna would wait for minutes
-        ways, storage = ["maximize" if up else "minimize" for up in objectives.maximise], self._connect()
         study = optuna.create_study(
-            study_name=self.study, storage=storage, directions=ways, sampler=sampler, load_if_exists=True
+            storage=self._connect(),
+            study_name=self.study,
+            directions=["maximize" if up else "minimize" for up in objectives.maximise],
+            sampler=sampler,
+            load_if_exists=True,
         )
         study.set_metric_names(list(objectives.names))  # what optuna-dashboard shows
         if _METADATA not in study.user_attrs:
