@@ -85,20 +85,15 @@ class LossMemo(dict[str, float]):
 
 
 class InheritedLoss:
-    """Inherited loss of vectors in nats per token, on validation windows of T + 1 tokens and the supernet's device.
-
-    ``memo`` must belong to this supernet and these windows alone.
-    """
+    """Inherited loss of vectors in nats per token, on validation windows of T + 1 tokens and the supernet's device."""
 
     def __init__(self, supernet: Supernet, windows_NT: Tensor, memo: LossMemo) -> None:
-        self.supernet = supernet.eval()
+        self.supernet, self.memo = supernet.eval(), memo  # which must be of this supernet and these windows alone
         self.windows = windows_NT.to(supernet.decoder.rope_cos.device)
-        self.memo = memo
 
     def __call__(self, vector: Vector) -> float:
-        if format_vector(vector) not in self.memo:
-            self._evaluate([vector])
-        return self.memo[format_vector(vector)]
+        name = format_vector(vector)
+        return self.memo[name] if name in self.memo else self._evaluate([vector])[0]
 
     def of(self, vectors: Sequence[Vector]) -> list[float]:
         """Losses of many vectors, far faster than one by one if they share their first layers."""
@@ -110,6 +105,7 @@ class InheritedLoss:
                 bar(len(self.memo) - before)
         return [self.memo[format_vector(vector)] for vector in vectors]
 
-    def _evaluate(self, vectors: list[Vector]) -> None:
+    def _evaluate(self, vectors: list[Vector]) -> list[float]:
         losses = vector_losses(self.supernet, vectors, self.windows)
         self.memo.add(dict(zip(map(format_vector, vectors), losses, strict=True)))
+        return losses

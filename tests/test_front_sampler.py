@@ -1,4 +1,4 @@
-"""The model of losses, the expected gain, and the sampler that is made of both."""
+"""The model of losses, the expected improvement, and the sampler that is made of both."""
 
 import functools
 import itertools
@@ -13,12 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from nas.search import exact
+from nas.search import sampler as sampler_module
 from nas.search.exact import best_by_counts
-from nas.search.front_sampler import FrontSampler, learned_costs
-from nas.search.improvement import expected_hypervolume_improvement
-from nas.search.informed import Layers
+from nas.search.front_sampler import FrontSampler, expected_hypervolume_improvement, learned_costs
 from nas.search.loss_model import LayerLosses, LossModel
+from nas.search.sampler import Layers
 
 Vector = tuple[int, ...]
 LAYERS, CHOICES = 12, 3
@@ -121,30 +120,30 @@ POINTS = st.lists(st.tuples(*[st.floats(0, 1)] * 3), min_size=1, max_size=6)
 
 @settings(max_examples=50, deadline=None)
 @given(POINTS, POINTS, st.integers(2, 3))
-def test_the_gain_of_a_certain_loss_is_moocores_hypervolume(
+def test_the_improvement_of_a_certain_loss_is_moocores_hypervolume(
     front: Sequence[tuple[float, ...]], candidates: Sequence[tuple[float, ...]], objectives: int
 ) -> None:
     points, others = np.array(front)[:, :objectives], np.array(candidates)[:, :objectives]
     points, reference = points[moocore.is_nondominated(points)], np.full(objectives, 1.1)
-    gains = expected_hypervolume_improvement(others[:, 0], np.zeros(len(others)), others[:, 1:], points, reference)
+    improvements = expected_hypervolume_improvement(others, np.zeros(len(others)), points, reference)
     before = moocore.hypervolume(points, ref=reference)
     wanted = [moocore.hypervolume(np.vstack((points, other)), ref=reference) - before for other in others]
-    np.testing.assert_allclose(gains, wanted, atol=1e-9)
+    np.testing.assert_allclose(improvements, wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("objectives", [2, 3])
-def test_the_gain_of_an_uncertain_loss_is_the_mean_over_it(objectives: int) -> None:
+def test_the_improvement_of_an_uncertain_loss_is_the_mean_over_it(objectives: int) -> None:
     rng = np.random.default_rng(0)
     points = rng.random((8, objectives))
     points, reference = points[moocore.is_nondominated(points)], np.full(objectives, 1.1)
     costs, mean, deviation = rng.random((1, objectives - 1)), 0.4, 0.2
     losses = rng.normal(mean, deviation, 20_000)
-    certain = expected_hypervolume_improvement(
-        losses, np.zeros(20_000), np.repeat(costs, 20_000, axis=0), points, reference
-    )
-    gain = expected_hypervolume_improvement(np.array([mean]), np.array([deviation]), costs, points, reference)
-    assert gain[0] == pytest.approx(certain.mean(), rel=0.03)
-    assert gain[0] > 0
+    certain = np.column_stack((losses, np.repeat(costs, 20_000, axis=0)))
+    wanted = expected_hypervolume_improvement(certain, np.zeros(20_000), points, reference).mean()
+    uncertain = np.column_stack(([mean], costs))
+    improvement = expected_hypervolume_improvement(uncertain, np.array([deviation]), points, reference)
+    assert improvement[0] == pytest.approx(wanted, rel=0.03)
+    assert improvement[0] > 0
 
 
 # The sampler in a study of its own, told nothing.
@@ -249,7 +248,7 @@ def test_layers_may_differ_in_their_choices_and_have_many() -> None:
     def objectives(vector: Vector) -> tuple[float, float]:
         return float(sum(s / g for s, g in zip(sensitive, vector, strict=True))), float(sum(vector))
 
-    assert exact._CELLS < 21**4  # solved by totals, not by counts
+    assert sampler_module._CELLS < 21**4  # solved by totals, not by counts
     vectors = search(choices, objectives, ["minimize"] * 2, 40, FrontSampler(seed=0))
     assert len(set(vectors)) == 40
     assert all(groups in allowed for vector in vectors for groups, allowed in zip(vector, choices, strict=True))

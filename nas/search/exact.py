@@ -17,8 +17,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.intp]
 
-_CELLS = 50_000  # of the table of counts; a larger one takes too long
-
 
 @dataclass(frozen=True)
 class BestVectors:
@@ -77,16 +75,6 @@ def best_by_weights(penalties_LK: Floats, couplings_MKK: Floats | None, weights_
             befores[layer, choice, ...][to] = before[source]
         best = extended
     return _trace_back(best, befores, weights_KW)
-
-
-def best_vectors(penalties_LK: Floats, couplings_MKK: Floats | None, levels_K: Ints) -> Ints:
-    """The vectors (T, L) of `best_by_counts`, or where counts are too many, the best one for every total of groups.
-
-    ``levels_K`` are the groups of each choice.
-    """
-    if (len(penalties_LK) + 1) ** (len(levels_K) - 1) <= _CELLS:
-        return best_by_counts(penalties_LK, couplings_MKK).vectors_TL
-    return best_by_weights(penalties_LK, couplings_MKK, levels_K[:, None]).vectors_TL
 
 
 def _trace_back(best: Floats, befores: npt.NDArray[np.int8], weights_KW: Ints) -> BestVectors:

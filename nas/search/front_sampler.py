@@ -3,12 +3,11 @@
 The first vectors change one layer at a time: each layer once to its smallest choice, all others at their largest. Then
 `nas.search.loss_model` learns from all finished trials what each layer adds to the loss, and what a sum misses;
 `nas.search.exact` finds the best vector for every combination of counts, under that sum's mean and under a posterior
-sample. Of those that are new, the one of largest expected hypervolume improvement is proposed: it follows from the mean
-and uncertainty of the whole model, and from costs that depend on counts alone. Where `FrontSampler.costs` does not tell
-these beforehand, the trials show which objectives are costs.
+sample. Of those that are new, the one of largest expected hypervolume improvement is proposed, by the whole model and
+by costs that depend on counts alone. Where `FrontSampler.costs` does not tell these, the trials show which ones are.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import moocore
@@ -18,11 +17,11 @@ from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
 
-from nas.search.exact import best_vectors
-from nas.search.improvement import expected_hypervolume_improvement
-from nas.search.informed import Costs, Floats, InformedSampler, Ints, Layers
+from nas.search.exact import Floats, Ints
 from nas.search.loss_model import LossModel
+from nas.search.sampler import COUNTED, Costs, InformedSampler, Layers
 
 _STARTUP = 3  # evaluations, random ones if need be, before anything is learned; without costs more are needed
 _ENUMERATED = 10_000  # vectors; a space no larger is looked at as a whole
@@ -61,8 +60,8 @@ class FrontSampler(InformedSampler):
             return {}
         layers = Layers.of([search_space[name] for name in names])
         signs = np.array([-1.0 if way == StudyDirection.MAXIMIZE else 1.0 for way in study.directions])
-        others = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING))
-        others = [other for other in others if all(name in other.params for name in names)]
+        others = study.get_trials(deepcopy=False, states=COUNTED)
+        others = [other for other in others if other.params.keys() >= search_space.keys()]
         vectors = layers.choices([other.params[name] for name in names] for other in others)
         values = np.array([other.values or [np.nan] * len(signs) for other in others]).reshape(-1, len(signs)) * signs
         known = self.costs
@@ -76,89 +75,84 @@ class FrontSampler(InformedSampler):
         All objectives are to be minimised; they are NaN for running trials. ``costs`` takes choices here.
         """
         taken = {*map(tuple, vectors_NL.tolist()), *map(tuple, layers.choices(self.taken).tolist())}
+
+        def new(some_NL: Ints) -> Ints:
+            """Those of some vectors that may be proposed, each once."""
+            places = {vector: place for place, vector in enumerate(map(tuple, some_NL.tolist())) if vector not in taken}
+            kept = some_NL[list(places.values())]
+            return kept[self.permitted(layers.levels_K[kept])] if self.permitted else kept
+
         enough = _DESIGN * len(layers.allowed_LK)
         if len(vectors_NL) < enough <= (self.evaluations or enough):
-            design = self._new(layers, taken, layers.one_at_a_time())
-            if len(design):
+            smallest_L = layers.allowed_LK.argmax(axis=1)
+            largest_L = len(layers.levels_K) - 1 - layers.allowed_LK[:, ::-1].argmax(axis=1)
+            if len(design := new(np.where(np.eye(len(smallest_L), dtype=bool), smallest_L, largest_L))):
                 return np.asarray(self._rng.choice(design))
         finished = ~np.isnan(values_NO).any(axis=1)
         evaluated, values = vectors_NL[finished], values_NO[finished]
-        if len(evaluated) < (_STARTUP if costs else len(layers.levels_K) + 2):
-            return self._random_vector(layers, taken)
-        costs_of = costs or learned_costs(layers, evaluated, values)
-        loss_columns = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
-        models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in loss_columns}
-        candidates = self._new(layers, taken, self._candidates(layers, models.values()))
-        if not len(candidates):
-            return self._random_vector(layers, taken)
-
-        uncertain = loss_columns[0] if loss_columns else 0  # the objective whose uncertainty counts; a cost has none
-        order = sorted(range(values.shape[1]), key=lambda objective: objective != uncertain)
-
-        def expected(vectors: Ints) -> Floats:
-            objectives = costs_of(vectors)
-            for column, model in models.items():
-                objectives[:, column] = model.means(vectors)
-            return objectives[:, order]
-
-        def deviations(vectors: Ints) -> Floats:
-            return models[uncertain].deviations(vectors) if models else np.zeros(len(vectors))
-
-        points, promised = expected(vectors_NL), expected(candidates)
-        points[finished] = values[:, order]
-        worst = points.max(axis=0)
-        if costs:  # limits may rule out the vectors that would have shown how much others cost
-            worst[1:] = np.maximum(worst[1:], promised[:, 1:].max(axis=0))
-        reference = worst + _MARGIN * (worst - points.min(axis=0))
-        front = points[moocore.is_nondominated(points)]
-        return _most_promising(candidates, promised, deviations, front, reference)
+        if len(evaluated) >= (_STARTUP if costs else len(layers.levels_K) + 2):
+            costs_of = costs or learned_costs(layers, evaluated, values)
+            losses = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
+            models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in losses}
+            if len(candidates := new(self._candidates(layers, models.values()))):
+                return _most_promising(candidates, vectors_NL, values_NO, models, costs_of, bool(costs))
+        for _ in range(20):
+            drawn = np.stack([self._rng.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)
+            if len(found := new(drawn)):
+                return np.asarray(found[0])
+        return np.asarray(drawn[0])  # whoever asked must cope with a space that is used up
 
     def _candidates(self, layers: Layers, models: Iterable[LossModel]) -> Ints:
         """All vectors of a small space; of a large one the best for all counts, by the model's mean and a sample."""
         if np.prod(layers.allowed_LK.sum(axis=1), dtype=float) <= _ENUMERATED:
             axes = np.meshgrid(*map(np.flatnonzero, layers.allowed_LK), indexing="ij")
             return np.stack([axis.ravel() for axis in axes], axis=1)
-        forbidden = np.where(layers.allowed_LK, 0.0, np.inf)
         losses = [loss for model in models for loss in (model.mean(), model.draw(self._rng))]
-        best = [best_vectors(forbidden + loss.penalties_LK, loss.couplings_MKK, layers.levels_K) for loss in losses]
-        return np.concatenate(best or [best_vectors(forbidden, None, layers.levels_K)])
-
-    def _new(self, layers: Layers, taken: set[tuple[int, ...]], vectors_NL: Ints) -> Ints:
-        """Those of some vectors that may be proposed, each once."""
-        places = {vector: place for place, vector in enumerate(map(tuple, vectors_NL.tolist())) if vector not in taken}
-        kept = vectors_NL[list(places.values())]
-        return kept[self.permitted(layers.levels_K[kept])] if self.permitted else kept
-
-    def _random_vector(self, layers: Layers, taken: set[tuple[int, ...]]) -> Ints:
-        for _ in range(20):
-            drawn = np.stack([self._rng.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)
-            if len(found := self._new(layers, taken, drawn)):
-                return np.asarray(found[0])
-        return np.asarray(drawn[0])  # whoever asked must cope with a space that is used up
+        best = [layers.best(loss.penalties_LK, loss.couplings_MKK) for loss in losses]
+        return np.concatenate(best or [layers.best(0.0)])
 
 
 def _most_promising(
-    candidates: Ints, promised: Floats, deviations: Callable[[Ints], Floats], front: Floats, reference: Floats
+    candidates: Ints,
+    vectors_NL: Ints,
+    values_NO: Floats,
+    models: Mapping[int, LossModel],
+    costs_of: Costs,
+    costs_known: bool,
 ) -> Ints:
     """The candidate of largest expected improvement; works out the uncertainty of those alone that may be it."""
+    uncertain = min(models, default=0)  # the objective whose uncertainty counts; a cost has none
+    order = sorted(range(values_NO.shape[1]), key=lambda objective: objective != uncertain)
 
-    def improvements(chosen: Ints, deviations_N: Floats) -> Floats:
-        losses_N, costs_NC = promised[chosen, 0], promised[chosen, 1:]
-        return expected_hypervolume_improvement(losses_N, deviations_N, costs_NC, front, reference)
+    def expected(vectors: Ints) -> Floats:
+        objectives = costs_of(vectors)
+        for column, model in models.items():
+            objectives[:, column] = model.means(vectors)
+        return objectives[:, order]
 
-    considered = np.arange(len(candidates))
+    def deviations(vectors: Ints) -> Floats:
+        return models[uncertain].deviations(vectors) if models else np.zeros(len(vectors))
+
+    promised = expected(candidates)
+    points = np.where(np.isnan(values_NO).any(axis=1, keepdims=True), expected(vectors_NL), values_NO[:, order])
+    worst = points.max(axis=0)
+    if costs_known:  # limits may rule out the vectors that would have shown how much others cost
+        worst[1:] = np.maximum(worst[1:], promised[:, 1:].max(axis=0))
+    reference = worst + _MARGIN * (worst - points.min(axis=0))
+    front = points[moocore.is_nondominated(points)]
     if len(candidates) > _CONSIDERED:
         typical = np.full(len(candidates), deviations(candidates[:: len(candidates) // 20]).mean())
-        considered = np.argsort(-improvements(considered, typical), kind="stable")[:_CONSIDERED]
-    best = improvements(considered, deviations(candidates[considered])).argmax()
-    return np.asarray(candidates[considered[best]])
+        improvements = expected_hypervolume_improvement(promised, typical, front, reference)
+        considered = np.argsort(-improvements, kind="stable")[:_CONSIDERED]
+        candidates, promised = candidates[considered], promised[considered]
+    improvements = expected_hypervolume_improvement(promised, deviations(candidates), front, reference)
+    return np.asarray(candidates[improvements.argmax()])
 
 
 def learned_costs(layers: Layers, vectors_NL: Ints, values_NO: Floats) -> Costs:
-    """Costs as the evaluated vectors show them: objectives that, or whose inverse, is linear in counts.
+    """Costs as the evaluated vectors, more than there are choices, show them: what is linear in counts, or its inverse.
 
-    Latency and bytes are linear in counts, throughput is the inverse of something that is. There must be more vectors
-    than choices.
+    Latency and bytes are linear in counts, throughput is the inverse of something that is.
     """
 
     def counts(vectors: Ints) -> Floats:
@@ -178,3 +172,38 @@ def learned_costs(layers: Layers, vectors_NL: Ints, values_NO: Floats) -> Costs:
         return known
 
     return costs
+
+
+def expected_hypervolume_improvement(
+    points_NO: Floats, deviations_N: Floats, front_FO: Floats, reference_O: Floats
+) -> Floats:
+    """How much each candidate, of expected loss and known costs, is expected to add to the hypervolume of the front.
+
+    At loss u a candidate with costs c adds, of the hypervolume of costs, what the front's points with losses up to u
+    leave uncovered; the expectation is the integral of that over u, times the probability that the loss is below u. It
+    is a step function of u, and the integral of a normal distribution's probability is elementary.
+
+    The first objective is the loss, which is normally distributed, a deviation of 0 being certainty; all are minimised.
+    """
+    ordered = front_FO[np.argsort(front_FO[:, 0], kind="stable")]
+    edges_E = np.concatenate((ordered[:, 0], reference_O[:1]))  # the upper end of each slice of losses
+    deviations_N1 = np.maximum(deviations_N, 1e-12)[:, None]
+    above_NE = edges_E - points_NO[:, :1]
+    z_NE = above_NE / deviations_N1
+    below_NE = above_NE * ndtr(z_NE) + deviations_N1 * np.exp(-(z_NE**2) / 2) / np.sqrt(2 * np.pi)  # the integrals
+    weights_NE = np.diff(below_NE, axis=1, prepend=0.0)
+    return np.asarray((weights_NE * _uncovered(points_NO[:, 1:], ordered[:, 1:], reference_O[1:])).sum(axis=1))
+
+
+def _uncovered(costs_NC: Floats, front_FC: Floats, reference_C: Floats) -> Floats:
+    """The hypervolume that each candidate's costs add to those of the front's first 0, 1, … F points, (N, F + 1)."""
+    if costs_NC.shape[1] == 1:
+        return np.maximum(0.0, np.minimum.accumulate(np.concatenate((reference_C, front_FC[:, 0]))) - costs_NC)
+    different, which = np.unique(costs_NC, axis=0, return_inverse=True)  # vectors of the same counts cost the same
+    found = np.empty((len(different), len(front_FC) + 1))
+    for points in range(len(front_FC) + 1):
+        base = front_FC[:points]
+        covered = moocore.hypervolume(base, ref=reference_C) if points else 0.0
+        with_each = [moocore.hypervolume(np.vstack((base, costs)), ref=reference_C) for costs in different]
+        found[:, points] = np.array(with_each) - covered
+    return found[which.ravel()]

@@ -18,26 +18,24 @@ neighbours, P features.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
+from nas.search.exact import Floats, Ints
 
-# What is expected of each hyperparameter, and the deviation of its logarithm. A layer's mean penalty is the unit.
+# The hyperparameters: what is expected of each, and the deviation of its logarithm. A layer's mean penalty is the unit.
 _PRIOR = {
-    "step": (0.7, 0.7),
-    "coupling": (0.15, 1.0),
-    "residual": (0.2, 1.5),
-    "decay": (0.1, 1.0),
-    "noise": (0.02, 1.5),
-    "bend": (0.3, 2.0),
+    "steps": (0.7, 0.7),  # deviation of a layer's own penalty, for each step
+    "coupling": (0.15, 1.0),  # deviation of a coupling of neighbours
+    "residual": (0.2, 1.5),  # deviation of the residual, per square root of the layers
+    "decay": (0.1, 1.0),  # how fast the residual's correlation falls with each layer in which vectors differ
+    "noise": (0.02, 1.5),  # deviation of each vector's own noise
+    "bends": (0.3, 2.0),  # how much steeper the sum is as a function of the loss at its least and largest, less 1
 }
+Hyperparameters = dict[str, Tensor]  # vectors: one value per step, two bends, and one of each other
 _STARTS = ((0.1, 0.1), (10.0, 0.1), (0.1, 10.0))  # bends from which the most likely ones are looked for
 _LEAST_NOISE = 1e-3  # of a unit: keeps the kernel positive definite
 _RETUNE = (6, 9, 13, 18, 25, 35, 49, 69, 97, 136, 190, 266, 372, 520)  # evaluations at which all that is learned again
@@ -59,34 +57,6 @@ class LayerLosses:
         return np.asarray(self.offset + own + pairs)
 
 
-@dataclass(frozen=True)
-class Hyperparameters:
-    """What is learned by marginal likelihood; standard deviations a priori are in units of a layer's mean penalty.
-
-    Attributes:
-        step: Deviation of a layer's own penalty, for each step.
-        coupling: Deviation of a coupling of neighbours.
-        residual: Deviation of the residual, per square root of the layers.
-        decay: How fast the residual's correlation falls with each layer in which vectors differ.
-        noise: Deviation of each vector's own noise.
-        bends: How much steeper the sum is as a function of the loss at its least and largest, as a factor less 1.
-    """
-
-    step: Tensor
-    coupling: Tensor
-    residual: Tensor
-    decay: Tensor
-    noise: Tensor
-    bends: Tensor
-
-    @classmethod
-    def of(cls, values: Tensor) -> "Hyperparameters":
-        """From the logarithms of all, in this order."""
-        scales = values.exp()
-        coupling, residual, decay, noise = scales[-6:-2]
-        return cls(scales[:-6], coupling, residual, decay, noise + _LEAST_NOISE, scales[-2:])
-
-
 class LossModel:
     """The model, given the losses of some vectors; at least two."""
 
@@ -94,122 +64,108 @@ class LossModel:
         self._choices, self._layers = choices, vectors_NL.shape[1]
         self._low, self._range = losses_N.min(), max(float(np.ptp(losses_N)), 1e-12)
         count = max((number for number in _RETUNE if number <= len(losses_N)), default=0)
-        rows = np.ascontiguousarray(vectors_NL[:count]), np.ascontiguousarray(losses_N[:count])
-        self.hyperparameters = _learned(rows[0].tobytes(), rows[1].tobytes(), count, self._layers, choices)
+        known = vectors_NL[:count].tobytes(), losses_N[:count].tobytes()
+        self._learned = _learned(*known, count, self._layers, choices)
         self._evaluated = _Inputs(vectors_NL, choices)
-        self._variances_P = _variances(self.hyperparameters, self._layers, choices)
-        self._expected_P = _expected(self._layers, choices)
-        sums_N, _ = _sums((torch.from_numpy(losses_N) - self._low) / self._range, self.hyperparameters.bends)
-        residual_N = sums_N * self._layers - self._evaluated.features @ self._expected_P
-        self._mean = residual_N.mean()
-        self._residual_N = residual_N - self._mean
-        self._root = torch.linalg.cholesky(_kernel(self.hyperparameters, self._evaluated, self._variances_P))
+        self._variances_P = _variances(self._learned, self._layers)
+        scaled_N = (torch.from_numpy(losses_N) - self._low) / self._range
+        self._residual_N, self._mean, _ = _residuals(self._learned, self._evaluated, scaled_N)
+        self._root = torch.linalg.cholesky(_kernel(self._learned, self._evaluated))
         self._solved_N = self._solve(self._residual_N)
 
     def mean(self) -> LayerLosses:
         """The posterior mean of the sum, in units of a layer's mean penalty."""
-        correction = self._evaluated.features.T @ self._solved_N
-        return self._layer_losses(self._expected_P + self._variances_P * correction)
+        return self._corrected(torch.zeros_like(self._variances_P), self._residual_N)
 
     def draw(self, rng: np.random.Generator) -> LayerLosses:
         """A draw from the posterior of the sum: one from the prior, corrected by its errors (Matheron's rule)."""
         weights_P = torch.from_numpy(rng.normal(size=len(self._variances_P))) * self._variances_P.sqrt()
-        other = self.hyperparameters.noise**2 + self._layers * self.hyperparameters.residual**2
+        other = self._learned["noise"] ** 2 + self._layers * self._learned["residual"] ** 2
         others_N = torch.from_numpy(rng.normal(size=len(self._residual_N))) * other.sqrt()
         wrong = self._residual_N - self._evaluated.features @ weights_P - others_N
-        correction = self._evaluated.features.T @ self._solve(wrong)
-        return self._layer_losses(self._expected_P + weights_P + self._variances_P * correction)
+        return self._corrected(weights_P, wrong)
 
     def means(self, vectors_NL: Ints) -> Floats:
         """Expected losses of vectors, shape (N,)."""
-        vectors = _Inputs(vectors_NL, self._choices)
-        return self._losses(self._expected_sums(vectors, self._across(vectors)))
+        return self._losses(self._forecast(_Inputs(vectors_NL, self._choices))[0])
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Posterior standard deviations of the losses of vectors that were not evaluated, shape (N,)."""
         vectors = _Inputs(vectors_NL, self._choices)
-        across = self._across(vectors)
+        sums_N, across = self._forecast(vectors)
         explained = torch.linalg.solve_triangular(self._root, across.T, upper=False).square().sum(dim=0)
-        own = vectors.features.square() @ self._variances_P + self._layers * self.hyperparameters.residual**2
-        deviations = (own + self.hyperparameters.noise**2 - explained).clamp(min=0).sqrt()
-        sums = self._expected_sums(vectors, across)
-        return (self._losses(sums + deviations) - self._losses(sums - deviations)) / 2
+        own = vectors.features.square() @ self._variances_P + self._layers * self._learned["residual"] ** 2
+        deviations_N = (own + self._learned["noise"] ** 2 - explained).clamp(min=0).sqrt()
+        return (self._losses(sums_N + deviations_N) - self._losses(sums_N - deviations_N)) / 2
 
-    def _across(self, vectors: "_Inputs") -> Tensor:
-        return _covariance(self.hyperparameters, vectors, self._evaluated, self._variances_P)
-
-    def _expected_sums(self, vectors: "_Inputs", across: Tensor) -> Tensor:
-        sums: Tensor = self._mean + vectors.features @ self._expected_P + across @ self._solved_N
-        return sums
+    def _forecast(self, vectors: "_Inputs") -> tuple[Tensor, Tensor]:
+        """Expected sums, and their prior covariance with those of what was evaluated."""
+        across = _covariance(self._learned, vectors, self._evaluated)
+        return self._mean + vectors.features @ vectors.expected_P + across @ self._solved_N, across
 
     def _losses(self, sums_N: Tensor) -> Floats:
-        losses = _losses(sums_N / self._layers, self.hyperparameters.bends)
+        losses = _losses(sums_N / self._layers, self._learned["bends"])
         return np.asarray(self._low + self._range * losses.numpy())
 
     def _solve(self, values_N: Tensor) -> Tensor:
         return torch.cholesky_solve(values_N[:, None], self._root)[:, 0]
 
-    def _layer_losses(self, weights_P: Tensor) -> LayerLosses:
+    def _corrected(self, weights_P: Tensor, wrong_N: Tensor) -> LayerLosses:
+        """The sum of such weights, beside the expected ones, after they were corrected by their errors."""
         steps, layers = self._choices - 1, self._layers
-        weights = weights_P.numpy()
-        offset, common = weights[0], weights[1 : 1 + steps]
-        own_SL = weights[1 + steps :][: steps * layers].reshape(steps, layers)
-        couplings = weights[1 + steps + steps * layers :].reshape(layers - 1, self._choices, self._choices)
+        correction = self._evaluated.features.T @ self._solve(wrong_N)
+        weights = (self._evaluated.expected_P + weights_P + self._variances_P * correction).numpy()
+        offset, common, own, couplings = np.split(weights, np.cumsum([1, steps, steps * layers]))
         penalties = np.zeros((layers, self._choices))
-        for step in range(steps):  # a choice pays for every step from the largest one down to it
-            penalties[:, : step + 1] += (common[step] + own_SL[step])[:, None]
-        return LayerLosses(float(self._mean + offset), penalties, couplings)
+        for step, own_L in enumerate(own.reshape(steps, layers)):
+            penalties[:, : step + 1] += (common[step] + own_L)[:, None]  # so a choice pays for every step down to it
+        couplings_MKK = couplings.reshape(layers - 1, self._choices, self._choices)
+        return LayerLosses(float(self._mean + offset[0]), penalties, couplings_MKK)
 
 
 class _Inputs:
-    """Vectors as the kernel takes them.
-
-    Attributes:
-        features: What a vector has of each weight, (N, P): 1; layers at or below each step; each of them; pairs of
-            neighbours.
-        onehot: Which choice each layer has, (N, L · K).
-    """
+    """Vectors as the kernel takes them."""
 
     def __init__(self, vectors_NL: Ints, choices: int) -> None:
-        def flat(block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-            return block.reshape(len(block), np.prod(block.shape[1:], dtype=int))
-
-        rows, layers = vectors_NL.shape
+        rows, self.layers = vectors_NL.shape
         below_NSL = vectors_NL[:, None, :] <= np.arange(choices - 1)[:, None]
-        pairs = vectors_NL[:, :-1] * choices + vectors_NL[:, 1:]
-        coupled = np.zeros((rows, layers - 1, choices**2))
-        np.put_along_axis(coupled, pairs[:, :, None], 1.0, axis=2)
-        blocks = [np.ones((rows, 1)), below_NSL.sum(axis=2), *(flat(block) for block in (below_NSL, coupled))]
-        self.features = torch.from_numpy(np.concatenate(blocks, axis=1, dtype=float))
-        self.onehot = torch.from_numpy(flat(vectors_NL[:, :, None] == np.arange(choices)).astype(float))
-        self.layers = layers
+        pairs_NM = vectors_NL[:, :-1] * choices + vectors_NL[:, 1:]
+        own, coupled = (block.reshape(rows, -1) for block in (below_NSL, np.eye(choices**2)[pairs_NM]))
+        # What a vector has of each weight, (N, P): 1; layers at or below each step; each of them; pairs of neighbours.
+        features = np.concatenate([np.ones((rows, 1)), below_NSL.sum(axis=2), own, coupled], axis=1, dtype=float)
+        self.features = torch.from_numpy(features)
+        self.onehot = torch.from_numpy(np.eye(choices)[vectors_NL].reshape(rows, -1))  # (N, L · K)
+        # Prior mean of each weight, (P,): each step costs each layer its share of the whole range.
+        self.expected_P = torch.zeros(features.shape[1], dtype=torch.float64)
+        self.expected_P[1:choices] = 1.0 / max(choices - 1, 1)
 
 
-def _covariance(learned: Hyperparameters, rows: _Inputs, columns: _Inputs, variances_P: Tensor) -> Tensor:
+def _covariance(learned: Hyperparameters, rows: _Inputs, columns: _Inputs) -> Tensor:
     """Prior covariance of the sums, with the residual but without noise."""
     differing = rows.layers - rows.onehot @ columns.onehot.T
-    residual: Tensor = rows.layers * learned.residual**2 * torch.exp(-learned.decay * differing)
-    return residual + (rows.features * variances_P) @ columns.features.T
+    residual: Tensor = rows.layers * learned["residual"] ** 2 * torch.exp(-learned["decay"] * differing)
+    return residual + (rows.features * _variances(learned, rows.layers)) @ columns.features.T
 
 
-def _kernel(learned: Hyperparameters, evaluated: _Inputs, variances_P: Tensor) -> Tensor:
+def _kernel(learned: Hyperparameters, evaluated: _Inputs) -> Tensor:
     """Prior covariance of what was evaluated, with noise."""
-    kernel = _covariance(learned, evaluated, evaluated, variances_P)
-    return kernel + learned.noise**2 * torch.eye(len(kernel), dtype=kernel.dtype)
+    kernel = _covariance(learned, evaluated, evaluated)
+    return kernel + learned["noise"] ** 2 * torch.eye(len(kernel), dtype=kernel.dtype)
 
 
-def _variances(learned: Hyperparameters, layers: int, choices: int) -> Tensor:
+def _variances(learned: Hyperparameters, layers: int) -> Tensor:
     """Prior variance of each feature's weight, (P,)."""
-    fixed = torch.tensor([layers**2, *[4.0] * (choices - 1)], dtype=torch.float64)
-    own = learned.step.square().repeat_interleave(layers)
-    return torch.cat((fixed, own, learned.coupling.square().repeat((layers - 1) * choices**2)))
+    steps = len(learned["steps"])
+    fixed = torch.tensor([layers**2, *[4.0] * steps], dtype=torch.float64)
+    own = learned["steps"].square().repeat_interleave(layers)
+    return torch.cat((fixed, own, learned["coupling"].square().repeat((layers - 1) * (steps + 1) ** 2)))
 
 
-def _expected(layers: int, choices: int) -> Tensor:
-    """Prior mean of each feature's weight, (P,): each step costs each layer its share of the whole range."""
-    steps = choices - 1
-    others = np.zeros(steps * layers + (layers - 1) * choices**2)
-    return torch.from_numpy(np.concatenate(([0.0], np.full(steps, 1.0 / max(steps, 1)), others)))
+def _residuals(learned: Hyperparameters, evaluated: _Inputs, losses_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How far the sums (of losses in 0 … 1) lie from what is expected and a common offset; that, and log slopes."""
+    sums_N, log_slopes_N = _sums(losses_N, learned["bends"])
+    excess_N = sums_N * evaluated.layers - evaluated.features @ evaluated.expected_P
+    return excess_N - excess_N.mean(), excess_N.mean(), log_slopes_N
 
 
 def _sums(losses: Tensor, bends: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,26 +195,28 @@ def _straightened(values: Tensor, bend: Tensor) -> Tensor:
 @lru_cache(maxsize=64)
 def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
-    steps = choices - 1
-    prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64)
-    prior = prior.repeat_interleave(torch.tensor([steps, 1, 1, 1, 1, 2]), dim=0)
+    sizes = [choices - 1, 1, 1, 1, 1, 2]
+    prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64).repeat_interleave(torch.tensor(sizes), dim=0)
     typical, spread = prior[:, 0].log(), prior[:, 1]
+
+    def scales(logarithms: Tensor) -> Hyperparameters:
+        learned = dict(zip(_PRIOR, logarithms.exp().split(sizes), strict=True))
+        return learned | {"noise": learned["noise"] + _LEAST_NOISE}
+
     if not count:
-        return Hyperparameters.of(typical)
+        return scales(typical)
     inputs = _Inputs(np.frombuffer(vectors, dtype=np.intp).reshape(count, layers), choices)
     losses_N = torch.tensor(np.frombuffer(losses))
     losses_N = (losses_N - losses_N.min()) / (losses_N.max() - losses_N.min()).clamp(min=1e-12)
-    expected_N = inputs.features @ _expected(layers, choices)
 
     def negative_log_posterior(values: Floats) -> tuple[float, Floats]:
         values_T = torch.tensor(values, requires_grad=True)
-        learned = Hyperparameters.of(values_T)
-        sums_N, log_slopes_N = _sums(losses_N, learned.bends)
-        residual_N = sums_N * layers - expected_N
-        root, failed = torch.linalg.cholesky_ex(_kernel(learned, inputs, _variances(learned, layers, choices)))
+        learned = scales(values_T)
+        residual_N, _, log_slopes_N = _residuals(learned, inputs, losses_N)
+        root, failed = torch.linalg.cholesky_ex(_kernel(learned, inputs))
         if failed:
             return np.inf, np.zeros_like(values)
-        fit = torch.linalg.solve_triangular(root, (residual_N - residual_N.mean())[:, None], upper=False)
+        fit = torch.linalg.solve_triangular(root, residual_N[:, None], upper=False)
         value = fit.square().sum() / 2 + root.diagonal().log().sum() - log_slopes_N.sum()
         value = value + ((values_T - typical) / spread).square().sum() / 2
         value.backward()
@@ -268,4 +226,4 @@ def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: in
     for bends in _STARTS:
         start = np.concatenate((typical.numpy()[:-2], np.log(bends)))
         found.append(minimize(negative_log_posterior, start, jac=True, method="L-BFGS-B", options={"maxiter": 40}))
-    return Hyperparameters.of(torch.from_numpy(min(found, key=lambda one: float(one.fun)).x))
+    return scales(torch.from_numpy(min(found, key=lambda one: float(one.fun)).x))

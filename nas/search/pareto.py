@@ -44,9 +44,9 @@ def on_front(frame: pd.DataFrame, objectives: Objectives) -> npt.NDArray[np.bool
 def reference_point(reference_vectors: pd.DataFrame, objectives: Objectives) -> Floats:
     """The hypervolume's reference point: a tenth of the reference vectors' range beyond the worst of them.
 
-    Every search evaluates the same reference vectors first, so searches of one space and workload share this point,
-    unless their limits or a small budget leave some out: then give all that was evaluated. A margin in proportion to
-    the value instead of the range would drown the front: losses differ in the third digit.
+    Searches of one space and workload share this point, as all evaluate the reference vectors first; where limits or a
+    small budget leave some out, give all that was evaluated. A margin in proportion to the value instead of the range
+    would drown the front: losses differ in the third digit.
     """
     points = objectives.points(reference_vectors)
     worst = np.where(objectives.maximise, points.min(0), points.max(0))
@@ -64,17 +64,12 @@ def hypervolume_curve(trials: pd.DataFrame, objectives: Objectives, reference: F
 
 def front_distance(points: Floats, best: Floats, objectives: Objectives) -> float:
     """How far points stay behind those of a reference front: IGD+, each objective scaled to that front's range."""
-    points, best = _scaled(points, best), _scaled(best, best)
-    return float(moocore.igd_plus(points, best, maximise=objectives.maximise))
+    low, high = best.min(axis=0), best.max(axis=0)
+    scaled = (moocore.normalise(some, lower=low, upper=high, maximise=objectives.maximise) for some in (points, best))
+    return float(moocore.igd_plus(*scaled))
 
 
 def knee(front: pd.DataFrame, objectives: Objectives) -> int:
     """Position of the knee: the front point nearest to the ideal, each objective scaled to the front's range."""
-    points = objectives.points(front) * np.where(objectives.maximise, -1.0, 1.0)
-    return int(np.linalg.norm(_scaled(points, points), axis=1).argmin())
-
-
-def _scaled(points: Floats, front: Floats) -> Floats:
-    """Points in units of a front's range, from its smallest values."""
-    spread = np.ptp(front, axis=0)
-    return np.asarray((points - front.min(axis=0)) / np.where(spread > 0, spread, 1.0))
+    scaled = moocore.normalise(objectives.points(front), maximise=objectives.maximise)
+    return int(np.linalg.norm(scaled, axis=1).argmin())

@@ -9,7 +9,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from nas.errors import UserError
 from nas.metrics import LIMITS, Metrics
+from nas.search.exact import Floats, Ints
 from nas.search.pareto import Objectives
 from nas.space import SearchSpace, Vector
 
@@ -24,55 +25,38 @@ LOSS = "loss_nats"
 _TOLERANCE = 1e-8  # of a limit, which is given with no more digits than are printed
 
 
+@dataclass
 class Problem:
-    """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted.
+    """The vectors of a space that keep all limits, and the objectives in which the best of them are wanted."""
 
-    ``costs`` gives all metrics of a vector but its loss, and must depend on the sorted vector alone. ``limits`` are
-    bounds on them by their keys in `nas.metrics.LIMITS`; None is no limit.
+    space: SearchSpace
+    objectives: Objectives
+    costs: Callable[[Vector], Metrics]  # all metrics of a vector but its loss; must depend on the sorted vector alone
+    limits: Mapping[str, float | None]  # bounds on costs by their keys in `nas.metrics.LIMITS`; None is no limit
 
-    Raises:
-        UserError: No vector keeps all limits.
-    """
-
-    def __init__(
-        self,
-        space: SearchSpace,
-        objectives: Objectives,
-        costs: Callable[[Vector], Metrics],
-        limits: Mapping[str, float | None],
-    ) -> None:
-        self.space, self.objectives, self.costs = space, objectives, costs
-        self._limits = {key: bound for key, bound in limits.items() if bound is not None}
-        if self._limits:
-            self._check_reachable()
+    def __post_init__(self) -> None:
+        """Raises a `UserError` if no vector keeps all limits."""
+        self._limits = {key: bound for key, bound in self.limits.items() if bound is not None}
+        self.size = self._count_within_limits() if self._limits else self.space.size  # vectors that keep all limits
 
     def keeps_limits(self, vector: Vector) -> bool:
         """Whether a vector may be evaluated."""
         return all(self._excess(key, self.costs(vector)) <= 0 for key in self._limits)
 
-    def permits(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
+    def permits(self, vectors_NL: Ints) -> npt.NDArray[np.bool_]:
         """Which of many vectors keep all limits."""
-        if not self._limits:
-            return np.ones(len(vectors_NL), dtype=bool)
         return np.asarray(_by_counts(self.keeps_limits, vectors_NL), dtype=bool)
-
-    @cached_property
-    def size(self) -> int:
-        """How many vectors keep all limits."""
-        if not self._limits:
-            return self.space.size
-        return sum(ways for vector, ways in ways_by_counts(self.space).items() if self.keeps_limits(vector))
 
     def vectors(self) -> Iterator[Vector]:
         """All vectors that keep all limits, in lexicographic order."""
         return filter(self.keeps_limits, itertools.product(*self.space.choices))
 
-    def known_objectives(self, vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[np.float64]:
+    def known_objectives(self, vectors_NL: Ints) -> Floats:
         """The objectives of many vectors as far as they are costs, (N, O); NaN for the loss."""
 
         def known(vector: Vector) -> list[float]:
-            costs = self.costs(vector)
-            return [math.nan if name == LOSS else float(costs[name]) for name in self.objectives.names]
+            costs = {**self.costs(vector), LOSS: math.nan}
+            return [float(costs[name]) for name in self.objectives.names]
 
         return _by_counts(known, vectors_NL)
 
@@ -82,20 +66,21 @@ class Problem:
         over = float(costs[metric.name]) - bound
         return (-over if metric.maximise else over) - _TOLERANCE * abs(bound)
 
-    def _check_reachable(self) -> None:
-        left, before = list(map(self.costs, ways_by_counts(self.space))), ""
+    def _count_within_limits(self) -> int:
+        left, before = [(self.costs(vector), ways) for vector, ways in ways_by_counts(self.space).items()], ""
         for key, bound in self._limits.items():
-            closest = min(left, key=lambda costs: self._excess(key, costs))
-            left = [costs for costs in left if self._excess(key, costs) <= 0]
+            closest, _ = min(left, key=lambda one: self._excess(key, one[0]))
+            left = [(costs, ways) for costs, ways in left if self._excess(key, costs) <= 0]
             if not left:
                 raise UserError(
                     f"constraints.{key} is {bound:g}, but the closest that a vector of {self.space.name} comes{before} "
                     f"is {closest[LIMITS[key].name]:.9g}; change it to that or beyond"
                 )
             before += f" {'and' if before else 'with'} {key} {bound:g}"
+        return sum(ways for _, ways in left)
 
 
-def _by_counts(function: Callable[[Vector], Any], vectors_NL: npt.NDArray[np.intp]) -> npt.NDArray[Any]:
+def _by_counts(function: Callable[[Vector], Any], vectors_NL: Ints) -> npt.NDArray[Any]:
     """A function of many vectors that depends only on the sorted vector, and is called once for each of these."""
     rows_NL = np.ascontiguousarray(np.sort(vectors_NL, axis=1))
     keys_N = rows_NL.view(f"V{rows_NL.itemsize * rows_NL.shape[1]}").ravel()  # far faster to sort than rows
@@ -108,9 +93,8 @@ def ways_by_counts(space: SearchSpace) -> Counter[Vector]:
     ways = Counter[Vector]({(): 1})
     for allowed in space.choices:
         extended = Counter[Vector]()
-        for vector, number in ways.items():
-            for groups in allowed:
-                extended[tuple(sorted((*vector, groups)))] += number
+        for (vector, number), groups in itertools.product(ways.items(), allowed):
+            extended[tuple(sorted((*vector, groups)))] += number
         ways = extended
     return ways
 

@@ -1,68 +1,104 @@
-"""A wrapper that makes any Optuna sampler propose only vectors that no worker has yet, and resume exactly.
-
-What a sampler proposes against this, or against the limits, becomes the nearest vector that may be proposed.
+"""Samplers of whole vectors, and a wrapper with which none proposes a vector twice, and all resume exactly.
 
 Every proposal is seeded by the study's seed and by how many evaluations precede it, never by how often this process
 asked before: a search that was killed and resumed proposes what the uninterrupted one would have, and workers on one
 study draw differently.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from optuna import Study
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.search.exact import best_vectors
-from nas.search.informed import InformedSampler, Layers
+from nas.search.exact import Floats, Ints, best_by_counts, best_by_weights
 from nas.search.problem import Problem
 from nas.space import Vector
 
+Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN for what is not known beforehand
+COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
+_CELLS = 50_000  # of the table of counts; a larger one takes too long
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
-COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
 
 
+@dataclass(frozen=True)
+class Layers:
+    """What each layer may be, as a study's parameters state it."""
+
+    levels_K: Ints  # the numbers of groups that any layer may have, ascending; choice k is levels_K[k] groups
+    allowed_LK: npt.NDArray[np.bool_]  # which choices each layer has
+
+    @classmethod
+    def of(cls, distributions: Iterable[BaseDistribution]) -> "Layers":
+        """From the distributions of a study's parameters, one per layer."""
+        allowed = []
+        for distribution in distributions:
+            allowed.append(getattr(distribution, "choices", [None]))
+            if not all(isinstance(groups, int) for groups in allowed[-1]):
+                raise ValueError(f"{distribution} is no choice among whole numbers; this sampler takes nothing else")
+        levels = np.unique(np.concatenate(allowed))
+        return cls(levels, np.array([np.isin(levels, groups) for groups in allowed]))
+
+    def choices(self, vectors: Iterable[Sequence[int]]) -> Ints:
+        """Vectors of groups as choices, (N, L)."""
+        groups = np.array([list(vector) for vector in vectors], dtype=np.intp).reshape(-1, len(self.allowed_LK))
+        return np.searchsorted(self.levels_K, groups)
+
+    def best(self, penalties_LK: Floats | float, couplings_MKK: Floats | None = None) -> Ints:
+        """Choices (T, L): of `best_by_counts`, or where counts are too many, the best for every total of groups."""
+        penalties_LK = np.where(self.allowed_LK, penalties_LK, np.inf)
+        if (len(penalties_LK) + 1) ** (len(self.levels_K) - 1) <= _CELLS:
+            return best_by_counts(penalties_LK, couplings_MKK).vectors_TL
+        return best_by_weights(penalties_LK, couplings_MKK, self.levels_K[:, None]).vectors_TL
+
+
+class InformedSampler(BaseSampler):
+    """A sampler that makes use of more than a study's trials: `DistinctSampler` sets these before every proposal."""
+
+    costs: Costs | None = None
+    permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None  # which vectors of groups (N, L); None: all
+    taken: Set[Vector] = frozenset()  # must not be proposed, beside the vectors of the study's trials
+    evaluations: int | None = None  # how many the search will have; None: unknown
+
+
+@dataclass(eq=False)
 class DistinctSampler(BaseSampler):
     """Proposes what an inner sampler proposes, unless the study has it already. Serves one study.
 
-    ``make`` makes the inner sampler from a ``seed``. Some vectors come before all that: those of failed trials, which a
-    dead worker left, unless another one has them; and then the ``first`` ones, in order. ``evaluations``, if known, is
-    how many the search will have.
+    Some vectors come before all that: those of failed trials, which a dead worker left, unless another one has them;
+    and then the ``first`` ones, in order. What is taken or breaks a limit becomes the nearest that may be proposed.
     """
 
-    def __init__(
-        self,
-        make: Callable[..., BaseSampler],
-        problem: Problem,
-        seed: int,
-        first: Sequence[Vector] = (),
-        evaluations: int | None = None,
-    ) -> None:
-        self._make, self._problem, self._seed = make, problem, seed
-        self._first, self._evaluations = first, evaluations
-        self._vectors: dict[int, Vector] = {}  # by trial number
-        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(problem.space.choices)}
-        self._inner = make(seed=seed)
+    make: Callable[..., BaseSampler]  # the inner sampler, from a ``seed``
+    problem: Problem
+    seed: int
+    first: Sequence[Vector]
+    evaluations: int  # how many the search will have
+
+    def __post_init__(self) -> None:
+        self.choices = {f"layer_{index:02d}": choices for index, choices in enumerate(self.problem.space.choices)}
+        self._inner = self.make(seed=self.seed)
 
     def vectors_of(self, trials: Iterable[FrozenTrial]) -> dict[Vector, FrozenTrial]:
         """Trials by vector, as far as they have one; of the same vector the first counts."""
         found: dict[Vector, FrozenTrial] = {}
         for trial in trials:
-            if vector := self._vector_of(trial):
-                found.setdefault(vector, trial)
+            if len(trial.params) == len(self.choices):
+                found.setdefault(tuple(map(trial.params.__getitem__, self.choices)), trial)
         return found
 
     def before(self, number: int, trials: Iterable[FrozenTrial]) -> tuple[set[Vector], int]:
         """The vectors of the trials below a number, and how many of these have none yet."""
         below = [trial for trial in trials if trial.number < number]
-        return set(self.vectors_of(below)), sum(self._vector_of(trial) is None for trial in below)
+        return set(self.vectors_of(below)), sum(len(trial.params) < len(self.choices) for trial in below)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """All layers: a proposal is always a whole vector."""
         return {name: CategoricalDistribution(choices) for name, choices in self.choices.items()}
 
     def sample_relative(
@@ -73,14 +109,14 @@ class DistinctSampler(BaseSampler):
         vectors, proposing = self.before(trial.number, others)
         slot, taken = len(vectors) + proposing, set(self.vectors_of(others))
         failed = self.vectors_of(study.get_trials(deepcopy=False, states=(TrialState.FAIL,)))
-        queue = [vector for vector in dict.fromkeys([*failed, *self._first]) if vector not in taken]
+        queue = [vector for vector in dict.fromkeys([*failed, *self.first]) if vector not in taken]
         if proposing < len(queue):  # as many workers propose at this moment, and take those before
             # NSGA-II records generations in the study even where its proposal is not used; an InformedSampler nothing.
             if not isinstance(self._inner, InformedSampler):
                 self._ask_inner(study, trial, slot, attempt=0)
             return dict(zip(search_space, queue[proposing], strict=True))
         taken.update(queue)
-        if len(taken) >= self._problem.size:
+        if len(taken) >= self.problem.size:
             return dict(zip(search_space, min(taken), strict=True))
         for attempt in range(_ATTEMPTS):
             joint = self._ask_inner(study, trial, slot, attempt, taken)
@@ -90,8 +126,8 @@ class DistinctSampler(BaseSampler):
             )
             if vector not in taken:
                 break
-        if vector in taken or not self._problem.keeps_limits(vector):
-            rng = np.random.default_rng([self._seed, slot, _ATTEMPTS])
+        if vector in taken or not self.problem.keeps_limits(vector):
+            rng = np.random.default_rng([self.seed, slot, _ATTEMPTS])
             vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)
         return dict(zip(search_space, vector, strict=True))
 
@@ -107,21 +143,15 @@ class DistinctSampler(BaseSampler):
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._inner.after_trial(study, trial, state, values)
 
-    def _vector_of(self, trial: FrozenTrial) -> Vector | None:
-        """The vector of a trial, if it has been proposed and written."""
-        if trial.number not in self._vectors and len(trial.params) == len(self.choices):
-            self._vectors[trial.number] = tuple(trial.params[name] for name in self.choices)
-        return self._vectors.get(trial.number)
-
     def _ask_inner(
         self, study: Study, trial: FrozenTrial, slot: int, attempt: int, taken: Iterable[Vector] = ()
     ) -> dict[str, Any]:
         """What a fresh inner sampler, told all that is known, draws jointly."""
-        seed = int(np.random.default_rng([self._seed, slot, attempt]).integers(2**31))
-        self._inner = self._make(seed=seed)
+        seed = int(np.random.default_rng([self.seed, slot, attempt]).integers(2**31))
+        self._inner = self.make(seed=seed)
         if isinstance(self._inner, InformedSampler):
-            self._inner.costs, self._inner.permitted = self._problem.known_objectives, self._problem.permits
-            self._inner.taken, self._inner.evaluations = frozenset(taken), self._evaluations
+            self._inner.costs, self._inner.permitted = self.problem.known_objectives, self.problem.permits
+            self._inner.taken, self._inner.evaluations = frozenset(taken), self.evaluations
         return self._inner.sample_relative(study, trial, self._inner.infer_relative_search_space(study, trial))
 
     def _nearest(self, start: Vector, taken: set[Vector], layers: Layers, rng: np.random.Generator) -> Vector:
@@ -130,10 +160,10 @@ class DistinctSampler(BaseSampler):
         noise = 0.5 / len(differs_LK)  # in all smaller than one layer
         while True:
             penalties_LK = differs_LK + rng.uniform(0.0, noise, differs_LK.shape)
-            vectors_NL = best_vectors(np.where(layers.allowed_LK, penalties_LK, np.inf), None, layers.levels_K)
-            vectors_NL = vectors_NL[self._problem.permits(layers.levels_K[vectors_NL])]
+            vectors_NL = layers.best(penalties_LK)
             nearest_first = penalties_LK[np.arange(len(penalties_LK)), vectors_NL].sum(axis=1).argsort()
-            for vector in map(tuple, layers.levels_K[vectors_NL[nearest_first]].tolist()):
+            groups_NL = layers.levels_K[vectors_NL[nearest_first]]
+            for vector in map(tuple, groups_NL[self.problem.permits(groups_NL)].tolist()):
                 if vector not in taken:
                     return vector
             noise = min(2 * noise, _MOST_NOISE)  # until distance counts for nothing

@@ -108,33 +108,31 @@ class Storage:
             fix = "free disk space or restore it" if self.url.startswith("sqlite:") else "see that the server runs"
             raise UserError(f"{self} cannot be read or written ({cause}); {fix}, and run again") from None
 
-    def _connect(self) -> _PatientStorage:
+    def _connect(self, attempt: int = 1) -> _PatientStorage:
         """Optuna's storage with its tables, which another worker may be making at the same moment."""
-        url, attempt = self._parsed(), 0
-        options = {"connect_args": _CONNECT[url.get_backend_name()], "pool_pre_ping": True}  # reconnects after a break
-        while True:
-            try:
-                storage = _PatientStorage(
-                    url.render_as_string(hide_password=False),
-                    options,
-                    heartbeat_interval=self.heartbeat_s,  # type: ignore[arg-type]  # fractions work too
-                    grace_period=_BEATS_OF_GRACE * self.heartbeat_s,  # type: ignore[arg-type]
-                )
-                # A kill can leave a table without its index, and then every start would make one more study.
-                for index in itertools.chain(*(table.indexes for table in BaseModel.metadata.sorted_tables)):
-                    index.create(storage.engine, checkfirst=True)
-                return storage
-            except ImportError as error:
-                raise UserError(
-                    f"storage {without_passwords(self.url)} needs a driver that is not installed "
-                    f"({error.__cause__ or error}); pip install 'gqa-nas[postgresql]'"
-                ) from None
-            except (SQLAlchemyError, StorageInternalError) as error:
-                attempt += 1
-                raced = re.search("already exists|duplicate|unique", str(error.__cause__ or error), re.IGNORECASE)
-                if not raced or attempt == _ATTEMPTS:
-                    raise
-                time.sleep(0.02 * attempt)
+        url = self._parsed()
+        try:
+            storage = _PatientStorage(
+                url.render_as_string(hide_password=False),
+                {"connect_args": _CONNECT[url.get_backend_name()], "pool_pre_ping": True},  # reconnects after a break
+                heartbeat_interval=self.heartbeat_s,  # type: ignore[arg-type]  # fractions work too
+                grace_period=_BEATS_OF_GRACE * self.heartbeat_s,  # type: ignore[arg-type]
+            )
+            # A kill can leave a table without its index, and then every start would make one more study.
+            for index in itertools.chain(*(table.indexes for table in BaseModel.metadata.sorted_tables)):
+                index.create(storage.engine, checkfirst=True)
+            return storage
+        except ImportError as error:
+            raise UserError(
+                f"storage {without_passwords(self.url)} needs a driver that is not installed "
+                f"({error.__cause__ or error}); pip install 'gqa-nas[postgresql]'"
+            ) from None
+        except (SQLAlchemyError, StorageInternalError) as error:
+            raced = re.search("already exists|duplicate|unique", str(error.__cause__ or error), re.IGNORECASE)
+            if not raced or attempt == _ATTEMPTS:
+                raise
+        time.sleep(0.02 * attempt)
+        return self._connect(attempt + 1)
 
     def _parsed(self) -> URL:
         with suppress(ArgumentError, ValueError):  # ValueError: a port that is no number

@@ -3,15 +3,15 @@
 It gets a function from vector to loss and knows nothing of supernets or GPUs. Any number of workers, processes of one
 machine or of many, can call `search` for the same study: they share its budget, and no vector counts twice.
 
-A trial's number is the worker's ticket: Optuna gives each number once, in order. Of two workers with the same vector,
-or with the last evaluation of the budget, the one with the higher number gives way: its trial is set FAIL. While a
-worker evaluates, Optuna's heartbeat shows the others that it lives. When the beats stop, the trial is set FAIL, and its
-vector is the first that is proposed next. So whatever kills a worker costs at most the evaluation that it was at.
+Optuna numbers trials in order. Of two workers with the same vector, or with the last evaluation of the budget, the one
+with the higher number gives way: its trial is set FAIL. While a worker evaluates, Optuna's heartbeat shows the others
+that it lives. When the beats stop, the trial is set FAIL, and its vector is proposed next. So whatever kills a worker
+costs at most the evaluation that it was at.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -21,8 +21,6 @@ from typing import Literal
 import optuna
 import pandas as pd
 from optuna.exceptions import UpdateFinishedTrialError
-from optuna.samplers import BaseSampler
-from optuna.storages import fail_stale_trials
 from optuna.storages._heartbeat import get_heartbeat_thread  # Study.optimize cannot be told of trials that others ended
 from optuna.trial import FrozenTrial, TrialState
 
@@ -41,7 +39,7 @@ _POLL_S = 0.5  # between looks at what the others still evaluate
 def search(
     problem: Problem,
     loss: Callable[[Vector], float],
-    make_sampler: Callable[..., BaseSampler],
+    make_sampler: Callable[..., optuna.samplers.BaseSampler],
     budget: Budget,
     seed: int,
     storage: Storage,
@@ -55,20 +53,13 @@ def search(
 
     ``known`` vectors, whose loss is known from an earlier search, come first and are no part of the budget; then come
     the space's reference vectors, ``proposed`` ones, and what the sampler that ``make_sampler`` makes from a ``seed``
-    proposes. No vector is evaluated that breaks a limit. Returns when all other workers are finished too.
+    proposes. No vector is evaluated that breaks a limit. A budget in seconds is time in which any worker was at work.
+    ``metadata`` is what else all workers must have in common. Returns when all other workers are finished too, with all
+    evaluated vectors in the order of their trials: `COLUMNS` and what is known of `OPTIONAL_COLUMNS`.
 
-    Args:
-        budget: When to stop; a duration is that in which any worker was at work.
-        running: What becomes of trials that run already. ``fail``: no other worker lives, so they are half-done ones
-            of a killed one, and are made again. ``wait``: until each is finished, or its heartbeat has stopped, since
-            a killed process may have had this one's place. ``ignore``: other workers see to them.
-        metadata: What else all workers must have in common.
-
-    Returns:
-        All evaluated vectors in the order of their trials, with `COLUMNS` and what is known of `OPTIONAL_COLUMNS`.
-
-    Raises:
-        UserError: The study cannot be reached, read or written, or was begun with other metadata; a loss is no number.
+    ``running`` says what becomes of trials that run already. ``fail``: no other worker lives, so they are those of a
+    killed one, and are made again. ``wait``: until each is finished, or its heartbeat has stopped, since a killed
+    process may have had this one's place. ``ignore``: other workers see to them.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what goes wrong is in our own sentences
     known = list(filter(problem.keeps_limits, dict.fromkeys(known)))
@@ -79,7 +70,7 @@ def search(
     sampler = DistinctSampler(make_sampler, problem, seed, first, evaluations)
     with storage.in_reach():
         study = storage.open(problem.objectives, sampler, metadata or {})
-        worker = _Worker(study, sampler, problem, loss, evaluations, budget.seconds)
+        worker = _Worker(study, sampler, loss, budget.seconds)
         if running == "fail":
             for trial in worker.trials(TrialState.RUNNING):
                 with suppress(UpdateFinishedTrialError):  # it ended at this very moment
@@ -101,21 +92,23 @@ def search(
 
 @dataclass
 class _Worker:
-    """Works on a study; ``evaluations`` and ``seconds`` are for all its workers together."""
+    """Works on a study."""
 
     study: optuna.Study
     sampler: DistinctSampler
-    problem: Problem
     loss: Callable[[Vector], float]
-    evaluations: int
-    seconds: float | None
-
+    seconds: float | None  # of all workers together
     _seen: set[int] = field(default_factory=set)
 
     @cached_property
     def _begun(self) -> float:
         """When this worker would have begun if it had done all finished work, by its own clock."""
-        return time.monotonic() - _seconds_worked(self.finished().values())
+        seconds, until = 0.0, datetime.min  # in which at least one trial ran
+        for start, end in sorted((trial.datetime_start, trial.datetime_complete) for trial in self.finished().values()):
+            assert start is not None and end is not None, "a finished trial has both times"
+            seconds += max(0.0, (end - max(start, until)).total_seconds())
+            until = max(until, end)
+        return time.monotonic() - seconds
 
     def finished(self) -> dict[Vector, FrozenTrial]:
         """The trials with metrics by vector, in the order of their numbers."""
@@ -130,7 +123,7 @@ class _Worker:
         while True:
             running, finished = self.running(), self.finished()
             in_time = self.seconds is None or self.spent() < self.seconds
-            if in_time and len(finished) + len(running) < self.evaluations:
+            if in_time and len(finished) + len(running) < self.sampler.evaluations:
                 return True
             if not running:
                 return False
@@ -146,7 +139,7 @@ class _Worker:
         ):
             vector = tuple(trial.suggest_categorical(name, ways) for name, ways in self.sampler.choices.items())
             taken, proposing = self.sampler.before(trial.number, self.trials(*COUNTED))
-            if vector in taken or len(taken) + proposing >= self.evaluations:
+            if vector in taken or len(taken) + proposing >= self.sampler.evaluations:
                 self.study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
                 return
             name, loss = format_vector(vector), self.loss(vector)
@@ -155,10 +148,10 @@ class _Worker:
                     f"the loss of {name} is {loss}: the supernet has diverged; train another one with a lower "
                     "train.learning_rate"
                 )
-            metrics = {"vector": name, **self.problem.costs(vector), LOSS: loss}
+            metrics = {"vector": name, **self.sampler.problem.costs(vector), LOSS: loss}
             for key, value in metrics.items():
                 trial.set_user_attr(key, value)
-            values = [float(metrics[objective]) for objective in self.problem.objectives.names]
+            values = [float(metrics[objective]) for objective in self.sampler.problem.objectives.names]
             self.study.tell(trial, values, skip_if_finished=True)
             bar(self.spent(), f"{name} {loss:.4f}")
 
@@ -167,21 +160,10 @@ class _Worker:
 
     def running(self) -> set[int]:
         """The numbers of the trials that run, after those were failed whose heartbeat has stopped."""
-        fail_stale_trials(self.study)
+        optuna.storages.fail_stale_trials(self.study)
         running = {trial.number: trial for trial in self.trials(TrialState.RUNNING)}
         # A worker that was killed before its first heartbeat would never count as dead, so each gets one from us.
         for number in running.keys() - self._seen:
-            self._seen.add(number)
             with get_heartbeat_thread(running[number]._trial_id, self.study._storage):
-                pass
+                self._seen.add(number)
         return set(running)
-
-
-def _seconds_worked(trials: Iterable[FrozenTrial]) -> float:
-    """Seconds in which at least one of some finished trials ran."""
-    total, until = 0.0, datetime.min
-    for start, end in sorted((trial.datetime_start, trial.datetime_complete) for trial in trials):
-        assert start is not None and end is not None, "a finished trial has both times"
-        total += max(0.0, (end - max(start, until)).total_seconds())
-        until = max(until, end)
-    return total
