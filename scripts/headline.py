@@ -212,7 +212,7 @@ def beside_the_announcement(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
         ("throughput, optimized over optimized", "–", f"{over('compiled')} (`compiled`)"),
         ("the same in a serving engine", "–", f"{vllm_over:.1f} × ({version}, {batches})"),
     ]
-    heads = ["DeciLM-6B over Llama 2 7B | announced, A10G | here", "--- | ---: | ---:"]
+    heads = ["DeciLM-6B over Llama 2 7B | announced, A10G or A10 | here", "--- | ---: | ---:"]
     return "\n".join(f"| {line} |" for line in [*heads, *map(" | ".join, lines)])
 
 
