@@ -1,14 +1,15 @@
 """Is the largest batch that we predict the largest that fits? Tried out on a GPU, for vectors, contexts and caps.
 
 Each trial reads a chunk of prompts and decodes a step under a cap on PyTorch's memory. The predicted batch must do so,
-and then larger ones are tried until one does not. Writes docs/memory/batch_max.csv.
+and then larger ones are tried until one does not. Adds its rows to docs/memory/batch_max.csv.
 
     python scripts/memory_check.py
+    python scripts/memory_check.py --runtime compiled --contexts 512 3000 --caps-gib 16 60 --random 3
 """
 
 import argparse
 import itertools
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +18,27 @@ import pandas as pd
 import torch
 from served_trial import fits, memory_cap
 
-from nas.files import write_atomically
+from nas.files import write_csv
 from nas.hardware import nvml_facts
+from nas.latency.accuracy import random_vectors
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.run import origin
+from nas.serving.runtime import RUNTIMES
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 
 OUT = Path("docs/memory/batch_max.csv")
-CONTEXTS, CAPS_GIB, PROMPT, RUNTIME = (1024, 2048, 4096), (22.5, 40.0), 1024, "graph"
+CONTEXTS, CAPS_GIB, PROMPT = (1024, 2048, 4096), (22.5, 40.0), 1024
 
 
-def vectors() -> dict[str, tuple[ModelShape, Vector]]:
-    """Six vectors by name."""
+def vectors(random: int) -> dict[str, tuple[ModelShape, Vector]]:
+    """Six vectors by name, or so many random ones."""
     llama, decilm = load_space("llama-2-7b"), load_space("decilm-6b")
+    if random:
+        return {
+            f"random {n}": (decilm.shape, vector) for n, vector in enumerate(random_vectors(decilm, random, seed=7))
+        }
     mixed = tuple(int(groups) for groups in np.random.default_rng(0).choice([1, 2, 4], 32))
     named = {"DeciLM-6B": decilm.known_vectors["DeciLM-6B"], "mixed": mixed}
     named |= {f"uniform {vector[0]}": vector for vector in decilm.uniform_vectors()}
@@ -39,11 +46,11 @@ def vectors() -> dict[str, tuple[ModelShape, Vector]]:
     return shaped | {"Llama-2-7B": (llama.shape, llama.largest)}
 
 
-def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> int:
+def largest(shape: ModelShape, vector: Vector, workload: Workload, predicted: int) -> int:
     """The largest batch that fits: up from the prediction in steps, then by bisection."""
 
     def fit(batch: int) -> bool:
-        return fits(shape, vector, Workload(batch, context, PROMPT, "bf16", RUNTIME))
+        return fits(shape, vector, replace(workload, batch=batch))
 
     good, bad, step = 0, max(1, predicted), max(2, predicted // 20)
     while fit(bad):
@@ -55,22 +62,28 @@ def largest(shape: ModelShape, vector: Vector, context: int, predicted: int) -> 
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runtime", choices=RUNTIMES, default="graph")
+    parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
+    parser.add_argument("--caps-gib", type=float, nargs="+", default=CAPS_GIB)
+    parser.add_argument("--random", type=int, default=0, metavar="N", help="so many random vectors instead of the six")
+    options = parser.parse_args()
     driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
     machine = {"driver": driver} | origin()
+    earlier = [pd.read_csv(OUT)] if OUT.is_file() else []
     rows: list[dict[str, Any]] = []
-    for cap, context, (name, (shape, vector)) in itertools.product(CAPS_GIB, CONTEXTS, vectors().items()):
+    trials = itertools.product(options.caps_gib, options.contexts, vectors(options.random).items())
+    for cap, context, (name, (shape, vector)) in trials:
+        workload = Workload(1, context, min(PROMPT, context), "bf16", options.runtime)
+        predicted = MemoryModel(shape, workload, on_gpu=True).largest_batch(vector, cap * 2**30)
         with memory_cap(cap):
-            model = MemoryModel(shape, Workload(1, context, PROMPT, "bf16", RUNTIME), on_gpu=True)
-            predicted = model.largest_batch(vector, cap * 2**30)
-            real = largest(shape, vector, context, predicted)
-        row = {"name": name, "vector": format_vector(vector), "context": context, "memory_gib": cap}
-        row |= {"predicted": predicted, "largest": real, "fits": predicted <= real}
+            real = largest(shape, vector, workload, predicted)
+        row = {"name": name, "vector": format_vector(vector), "runtime": options.runtime, "context": context}
+        row |= {"memory_gib": cap, "predicted": predicted, "largest": real, "fits": predicted <= real}
         rows.append(row | {"left_unused": 1 - predicted / real if real else 0.0} | machine)
-        print(name, context, cap, predicted, real, flush=True)
-        write_atomically(OUT, partial(pd.DataFrame(rows).to_csv, index=False))
+        print(options.runtime, name, context, cap, predicted, real, flush=True)
+        write_csv(OUT, pd.concat([*earlier, pd.DataFrame(rows)]))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
     main()

@@ -90,6 +90,16 @@ def test_lasting_steps_are_quoted_as_measured(script: dict[str, Any]) -> None:
     assert f"mean and {earlier['worst'].max():.1f} % at worst" in page("docs/latency.md")
 
 
+def test_the_trials_of_memory_are_quoted_as_measured() -> None:
+    trials = pd.read_csv(DOCS / "memory" / "batch_max.csv")
+    assert trials["fits"].all()
+    unused = 100 * trials["left_unused"].max()
+    assert f"fitted in all {len(trials)} trials and was at most {unused:.1f} %, one sequence," in page(
+        "docs/latency.md"
+    )
+    assert (trials["largest"] - trials["predicted"]).max() == 1
+
+
 @pytest.mark.parametrize("script", ["vllm_check.py"], indirect=True)
 def test_vllm_is_quoted_as_measured(script: dict[str, Any]) -> None:
     rows = script["beside_predictions"](pd.read_csv(DOCS / "vllm" / "served.csv"))
