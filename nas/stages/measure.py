@@ -11,6 +11,7 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,7 @@ def find_latency(
     """The latency predictor of a search: the named table; else that of an interrupted attempt; else one that fits; else
     one measured now, where the device is at hand; else an estimate.
 
+    A table whose machine drifted is only taken where the device is not at hand: elsewhere it is measured again.
     ``begun`` is the config that the search was begun with, empty if this is its first attempt.
     """
 
@@ -171,43 +173,51 @@ def find_latency(
         return table.fits(device.slug, space, workload, batches)
 
     def ranks(table: TableLatency) -> bool:
-        try:
+        with _passing_over():
             table.check_ranking()
-        except UserError as error:
-            console.warn(f"Passing over a latency table: {error}")
-            return False
-        return True
+            return True
+        return False
 
-    batches = batches_of(space, device, workload)
+    def measure_now() -> None:
+        kind, when = ("table of a steady machine", "again") if drifting else ("measured table", "first")
+        console.print(f"No {kind} covers this space, device and workload: measuring {when}")
+        measure_space(config, space, device, workload, path)
+
+    batches, wanted = batches_of(space, device, workload), workload.to_dict()
     if config.latency:
         if covers(named := table_of(FinishedRun(Path(config.latency), "measure"))):
             return named
         raise UserError(
             f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
         )
-    tables = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
-    if begun:
-        tables = [table for table in tables if table.digest == begun["latency_table"]]
-    else:
-        tables = list(filter(ranks, tables))
-    if tables:  # of those of the present decode step, first one that need not interpolate
-        wanted = workload.to_dict()
-        return min(tables, key=lambda t: (not t.is_current, t.meta.get("workload") != wanted))
-    if begun and begun["latency_table"]:
+    covering = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
+    tables = [table for table in covering if (table.digest == begun["latency_table"] if begun else ranks(table))]
+    if begun and begun["latency_table"] and not tables:
         raise UserError("the latency table that this search was begun with is gone; restore it, or give another name=")
-    if begun or config.device != "this":
-        return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
-    console.print("No measured table covers this space, device and workload: measuring first")
-    decisive: list[Any] = [space.to_dict(), device.slug, workload.to_dict()]
-    decisive += [dataclasses.asdict(config.measure), config.check, STEP_REVISION[workload.runtime]]
-    path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
-    make = partial(measure_space, config, space, device, workload, path)
-    if covers(measured := table_of(find_or_make(path, "measure", make))):
-        return measured
-    raise UserError(
-        f"{path} was measured, but memory ended before it covered {space.name} at {workload}; lower "
-        f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
-    )
+    if config.device == "this" and not begun and not any(table.is_steady for table in tables):
+        drifting = sorted(table.digest for table in covering if not table.is_steady)
+        decisive: list[Any] = [space.to_dict(), device.slug, wanted, dataclasses.asdict(config.measure), config.check]
+        # Every attempt has its own path; but whoever joins a shared study, however late, must find the table of that.
+        decisive += [STEP_REVISION[workload.runtime], *([config.name] if config.storage else drifting)]
+        path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
+        if covers(measured := table_of(find_or_make(path, "measure", measure_now))):
+            return measured
+        if not tables:
+            raise UserError(
+                f"{path} was measured, but memory ended before it covered {space.name} at {workload}; lower "
+                f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
+            )
+    if tables:  # of those of the present decode step, first one that need not interpolate
+        return min(tables, key=lambda t: (not t.is_steady, not t.is_current, t.meta.get("workload") != wanted))
+    return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
+
+
+@contextmanager
+def _passing_over() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        console.warn(f"Passing over a latency table: {error}")
 
 
 def _tables(runs_dir: Path, slug: str) -> Iterator[TableLatency]:
@@ -215,10 +225,7 @@ def _tables(runs_dir: Path, slug: str) -> Iterator[TableLatency]:
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == slug]
     published = [meta.parent for folder in device_folders(slug) for meta in sorted(folder.glob(f"*/{META}"))]
     for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
-        try:
+        with _passing_over():
             table = load()
             table.check()
-        except UserError as error:
-            console.warn(f"Passing over a latency table: {error}")
-        else:
             yield table
