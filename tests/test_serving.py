@@ -672,7 +672,7 @@ def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_pat
 def test_what_cannot_be_generated_is_one_sentence(changes: dict[str, Any], tokens: list[int], words: str) -> None:
     config = Generate(checkpoint="model", prompt="", runtime="eager", dtype="fp32", **changes)
     with pytest.raises(UserError, match=words):
-        workload_of(config, tokens, SHAPE, [4, 1, 2], this_device())
+        workload_of(config, tokens, Decoder(SHAPE, [4, 1, 2]), this_device())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run graphs")

@@ -11,7 +11,7 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,11 +51,8 @@ def run(config: Measure, path: Path) -> None:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
     workload = resolve_workload(config.workload, space.shape, device)
     check_serving_memory(space, device, workload)
-    try:
+    with suppress(AlreadyFinishedError) if config.publish else nullcontext():  # publishing is all that is left then
         measure_space(config, space, device, workload, path)
-    except AlreadyFinishedError:
-        if not config.publish:  # which is all that is left to do then
-            raise
     if config.publish:
         _publish(table_of(FinishedRun(path, "measure")), space, device, Path(config.publish))
 
@@ -96,50 +93,36 @@ def measure_space(config: LatencyParts, space: SearchSpace, device: Device, work
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    shared = {
-        "workload": workload.to_dict(),
-        "measure": dataclasses.asdict(options),
-        "step_revision": STEP_REVISION[workload.runtime],
-    }
+    revision = STEP_REVISION[workload.runtime]
+    shared = {"workload": workload.to_dict(), "measure": dataclasses.asdict(options), "step_revision": revision}
     resolved = {"space": {"name": space.name, **space.to_dict()}, "device": device.slug, "check": config.check} | shared
     with start_run(path, "measure", resolved, {"measure": options.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, options, config.check, device, path / SAMPLES)
-        meta: dict[str, Any] = {
-            "date": now(),
-            "device": dataclasses.asdict(device),
-            "shape": layer_shape(space.shape),
-            "dtype": workload.dtype,
-            "runtime": workload.runtime,
-            "torch": torch.__version__,
-            "git": git_state(),
-            "check": [],
-            **shared,
-            **found.metadata,
-        }
-        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {meta['date'][:10]}"
-        check = _write(path, found, meta, space.shape.num_hidden_layers, title)
+        meta: dict[str, Any] = {"date": now(), "device": dataclasses.asdict(device), "shape": layer_shape(space.shape)}
+        meta |= {"dtype": workload.dtype, "runtime": workload.runtime, "torch": torch.__version__, "git": git_state()}
+        check = _write(path, found, meta | {"check": [], **shared, **found.metadata}, space)
         _print_findings(found, check)
         run.finish()
 
 
-def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title: str) -> list[dict[str, float | str]]:
+def _write(path: Path, found: Measured, meta: dict[str, Any], space: SearchSpace) -> list[dict[str, float | str]]:
     """Writes all files and returns how far the predictor is off, which it says only once its table is there."""
     write_csv(path / TABLE, found.table)
-    if found.energy is not None:
-        write_csv(path / ENERGY, found.energy)
     write_json(path / META, meta)
     predictor = TableLatency(path)
     check = predict_end_to_end(found.end_to_end_ms, predictor)
     write_csv(path / CHECK, check)
-    results: dict[str, Any] = {"check": summarise_check(check)}
+    meta["check"] = summary = summarise_check(check)
     if found.energy is not None:
-        results["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
-    write_json(path / META, meta | results)
+        write_csv(path / ENERGY, found.energy)
+        meta["lasting_load"] = lasting_load(found.energy, found.table, predictor, space.shape.num_hidden_layers)
+    write_json(path / META, meta)
     if not check.empty:
+        title = f"{space.name} on {meta['device']['name']}, {meta['dtype']}, {meta['runtime']}, {meta['date'][:10]}"
         with figure(path / _FIGURE, "Predicted and measured models", title) as drawing:
             draw_check(drawing, check)
-    return summarise_check(check)
+    return summary
 
 
 def _print_findings(found: Measured, check: list[dict[str, float | str]]) -> None:
