@@ -11,7 +11,7 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,10 +156,12 @@ def find_latency(
         return table.fits(device.slug, space, workload, batches)
 
     def ranks(table: TableLatency) -> bool:
-        with _passing_over():
+        try:
             table.check_ranking()
-            return True
-        return False
+        except UserError as error:
+            console.warn(f"Passing over a latency table: {error}")
+            return False
+        return True
 
     def measure_now() -> None:
         kind, when = ("table of a steady machine", "again") if drifting else ("measured table", "first")
@@ -174,9 +176,11 @@ def find_latency(
             f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
         )
     covering = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
-    tables = [table for table in covering if (table.digest == begun["latency_table"] if begun else ranks(table))]
-    if begun and begun["latency_table"] and not tables:
+    if digest := begun.get("latency_table"):
+        if same := [table for table in covering if table.digest == digest]:
+            return same[0]
         raise UserError("the latency table that this search was begun with is gone; restore it, or give another name=")
+    tables = [] if begun else list(filter(ranks, covering))
     if config.device == "this" and not begun and not any(table.is_steady for table in tables):
         drifting = sorted(table.digest for table in covering if not table.is_steady)
         decisive: list[Any] = [space.to_dict(), device.slug, wanted, dataclasses.asdict(config.measure), config.check]
@@ -195,20 +199,15 @@ def find_latency(
     return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
 
 
-@contextmanager
-def _passing_over() -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        console.warn(f"Passing over a latency table: {error}")
-
-
 def _tables(runs_dir: Path, slug: str) -> Iterator[TableLatency]:
     """A device's tables: this user's, newest first, then those that ship. Unusable ones are skipped with a warning."""
     own = [run for run in find_runs(runs_dir, "measure") if run.config.get("device") == slug]
     published = [meta.parent for folder in device_folders(slug) for meta in sorted(folder.glob(f"*/{META}"))]
     for load in [*(partial(table_of, run) for run in own), *(partial(TableLatency, folder) for folder in published)]:
-        with _passing_over():
+        try:
             table = load()
             table.check()
+        except UserError as error:
+            console.warn(f"Passing over a latency table: {error}")
+        else:
             yield table
