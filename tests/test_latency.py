@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nas import shipped
-from nas.config import ConstraintsConfig, CostConfig, MeasureConfig, WorkloadConfig
+from nas.config import ConstraintsConfig, CostConfig, MeasureConfig, Search, WorkloadConfig
 from nas.errors import UserError
 from nas.latency import Device, Predictor, Workload, find_device, resolve_workload, this_device
 from nas.latency.accuracy import (
@@ -37,8 +37,10 @@ from nas.latency.predictor import STEP_REVISION, Phase, Point
 from nas.latency.table import COLUMNS, OK, OUT_OF_MEMORY, TableLatency, layer_shape, summarise
 from nas.metrics import COLUMNS as METRIC_COLUMNS
 from nas.metrics import LIMITS, METRICS, OBJECTIVES
+from nas.run import start_run
 from nas.serving.batching import PREFILL_TOKENS, prefill_chunks
 from nas.space import SearchSpace, load_space, parse_vector
+from nas.stages.measure import find_latency
 
 WORKLOAD = Workload(batch=4, context=16, prompt=8, dtype="fp32", runtime="eager")
 GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, flops={"fp32": 1e14})
@@ -348,6 +350,101 @@ def test_a_table_says_where_its_numbers_come_from(micro: SearchSpace, tmp_path: 
         assert old.description == f"{unchecked.description}; {caution}"
     del changes["step_revision"]
     assert "an earlier version" in TableLatency(write_table(tmp_path, micro, **changes)).description
+
+
+@pytest.fixture
+def plant(micro: SearchSpace, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a finished measurement of so many times the times of `affine`, on a machine that drifted or not."""
+
+    def planted(path: Path | str, factor: float, drifting: bool, **changes: Any) -> Path:
+        path = tmp_path / "measure" / path
+        with start_run(path, "measure", {"device": "box"}) as run:
+            drift = {"segments": 3, "segments_beyond": 2 if drifting else 1, "worst": 0.3}
+            write_table(path, micro, lambda point: factor * affine(point), drift=drift, **changes)
+            pd.DataFrame(columns=CHECK_COLUMNS).to_csv(path / "check.csv", index=False)
+            run.finish()
+        return path
+
+    return planted
+
+
+@pytest.fixture
+def measured() -> list[Path]:
+    """Where `find` measured."""
+    return []
+
+
+@pytest.fixture
+def find(
+    micro: SearchSpace,
+    tmp_path: Path,
+    plant: Callable[..., Path],
+    measured: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Path | None]:
+    """The folder of the table that a search takes. If it measures, the machine drifts or not; None interrupts it."""
+
+    def found(begun: Path | None = None, drifts: bool | None = True, **changes: Any) -> Path | None:
+        def measure_space(*arguments: Any) -> None:
+            measured.append(arguments[-1])
+            if drifts is None:
+                raise KeyboardInterrupt
+            plant(arguments[-1], 10 + len(measured), drifts)
+
+        monkeypatch.setattr("nas.stages.measure.measure_space", measure_space)
+        config = Search(name="mine", runs_dir=str(tmp_path), data={}, sampler={}, **changes)
+        recorded = {"latency_table": TableLatency(begun).digest} if begun else {}
+        return find_latency(config, recorded, micro, Device("box", "Box", False, 2**33), WORKLOAD).folder
+
+    return found
+
+
+def test_a_steady_table_is_taken_before_a_newer_one_whose_machine_drifted(
+    plant: Callable[..., Path], find: Callable[..., Path], measured: list[Path]
+) -> None:
+    steady = plant("steady", 1, drifting=False)
+    drifting = plant("drifting", 2, drifting=True)
+    assert find() == find(device="box") == steady
+    assert find(latency=str(drifting)) == find(begun=drifting) == drifting
+    assert not measured
+
+
+def test_while_the_machine_drifts_every_search_measures_again_and_takes_what_it_gets(
+    find: Callable[..., Path], measured: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = find()
+    assert "No measured table covers this space, device and workload: measuring first" in capsys.readouterr().out
+    assert find(device="box") == first  # which is not at hand
+    assert find(begun=first) == first
+    assert not capsys.readouterr().out
+    second, third = find(), find(drifts=False)
+    again = "No table of a steady machine covers this space, device and workload: measuring again"
+    assert capsys.readouterr().out.splitlines() == [again, again]
+    assert [first, second, third] == measured
+    assert len(set(measured)) == 3
+    assert find() == find(device="box") == third
+    assert len(measured) == 3
+
+
+def test_a_measurement_that_was_begun_again_is_resumed_and_shared(
+    plant: Callable[..., Path], find: Callable[..., Path], measured: list[Path]
+) -> None:
+    for seed in (0, 1):  # of two searches
+        with pytest.raises(KeyboardInterrupt):
+            find(drifts=None, seed=seed)
+    nothing = {"phase": "decode", "batch": 4, "length": 16, "n": 8, "mape": 0.1, "worst": 0.2, "kendall_tau": 0.0}
+    plant(measured[0], 1, drifting=True, check=[nothing])
+    assert find() not in measured[:2]  # though the table there is passed over for its ranking, too
+    assert measured[0] == measured[1] != measured[2]
+
+
+def test_whoever_joins_a_study_late_takes_the_table_that_was_measured_for_it(
+    plant: Callable[..., Path], find: Callable[..., Path], measured: list[Path]
+) -> None:
+    plant("drifting", 1, drifting=True)
+    shared = find(storage="sqlite:///db")
+    assert find(storage="sqlite:///db") == shared
+    assert measured == [shared]
 
 
 def test_an_end_to_end_model_is_no_check_where_memory_ended_for_its_layers(micro: SearchSpace, tmp_path: Path) -> None:

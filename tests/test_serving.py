@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.batching import padded_batches
 from nas.serving.layers import InputMajorLinear, randomise, split_k_linear
 from nas.serving.runtime import DTYPES, compile_layers, fastest_rows
-from nas.shape import FEATURES, ModelShape
+from nas.shape import FEATURES, LayerSpec, ModelShape
 from nas.space import SearchSpace
 from nas.stages.generate import workload_of
 from tests.conftest import Nas, random_supernet
@@ -202,6 +202,18 @@ def test_the_workspace_is_what_prompts_and_a_step_hold_at_once(
 
     predicted = MemoryModel(shape, Workload(batch, 24, prompt, "fp32", "eager"), on_gpu=False).at(vector, batch)
     assert 0.95 < predicted.workspace / most_bytes(serve) < 1.2
+
+
+def test_the_widest_layer_decides_the_memory_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers, workload = ModelShape.layers, Workload(2, 20, 10, "fp32", "eager")
+    even = MemoryModel(SHAPE, workload, on_gpu=False).at([1, 1, 1], 2)
+
+    def uneven(shape: ModelShape, vector: Sequence[int]) -> list[LayerSpec]:
+        *others, last = layers(shape, vector)
+        return [*others, dataclasses.replace(last, intermediate_size=640)]
+
+    monkeypatch.setattr(ModelShape, "layers", uneven)
+    assert MemoryModel(SHAPE, workload, on_gpu=False).at([1, 1, 1], 2).workspace > even.workspace
 
 
 @settings(max_examples=25)
@@ -672,7 +684,7 @@ def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_pat
 def test_what_cannot_be_generated_is_one_sentence(changes: dict[str, Any], tokens: list[int], words: str) -> None:
     config = Generate(checkpoint="model", prompt="", runtime="eager", dtype="fp32", **changes)
     with pytest.raises(UserError, match=words):
-        workload_of(config, tokens, SHAPE, [4, 1, 2], this_device())
+        workload_of(config, tokens, Decoder(SHAPE, [4, 1, 2]), this_device())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run graphs")

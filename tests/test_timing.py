@@ -667,7 +667,9 @@ def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: S
     assert set(kept.by_point()) == {*grid.points(micro), *found.end_to_end_ms}
 
 
-def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(tmp_path: Path) -> None:
+def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(
+    micro: SearchSpace, tmp_path: Path
+) -> None:
     rows = [("decode", "layer", 2, batch, length, 1.0, 1.0, 1.0, 3, "ok") for batch in (1, 2) for length in (8, 16)]
     rows += [
         ("decode", part, 0, batch, 1, 0.5, 0.5, 0.5, 3, "ok") for part in ("embedding", "head") for batch in (1, 2)
@@ -675,7 +677,7 @@ def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(
     energy = pd.DataFrame([(2, 2, 16, 100.0, 0.5, 5.0, 1000, "energy counter")], columns=ENERGY_COLUMNS)
     found = Measured(pd.DataFrame(rows, columns=COLUMNS), {}, energy, {"drift": {}})
     meta = {"device": {"name": "", "slug": ""}, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": ""}
-    _write(tmp_path, found, meta | {"check": []}, layers=3, title="")
+    _write(tmp_path, found, meta | {"check": []}, micro)
     ratio = round(5000 / 1000 / (3 * 1.0 + 2 * 0.5), 4)
     assert TableLatency(tmp_path).meta["lasting_load"] == [{"groups": 2, "batch": 2, "length": 16, "ratio": ratio}]
 

@@ -60,9 +60,11 @@ class TableLatency(Predictor):
         self.folder, self.meta = folder, (meta := {"step_revision": 1} | read_json(folder / META))
         try:
             self.is_current = meta["step_revision"] >= STEP_REVISION.get(meta["runtime"], 1)
+            drift = meta.get("drift") or {"segments": 0, "segments_beyond": 0}
+            self.is_steady = drift["segments_beyond"] <= drift["segments"] / 2  # else too many to be timed again
             self._measured = meta["device"]["slug"], meta["shape"], meta["dtype"], meta["runtime"]
             self._slowdowns = _slowdowns(meta)
-            self.description = _describe(meta, self._slowdowns, self.is_current)
+            self.description = _describe(meta, self._slowdowns, self.is_steady, self.is_current)
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
@@ -137,7 +139,9 @@ def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float
     return found
 
 
-def _describe(meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], list[float]]], is_current: bool) -> str:
+def _describe(
+    meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], list[float]]], is_steady: bool, is_current: bool
+) -> str:
     words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
     if clock := meta.get("clock"):
         words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
@@ -149,10 +153,9 @@ def _describe(meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], 
     slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
     if slower >= _REPORTED_SLOWER:
         words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
-    drift = meta.get("drift")
-    if drift and drift["segments_beyond"] > drift["segments"] / 2:  # too many to be timed again
-        drifted = f"{drift['segments_beyond']} of {drift['segments']} segments, by up to {drift['worst']:.0%}"
-        words.append(f"the machine drifted in {drifted}")
+    if not is_steady:
+        segments = "{segments_beyond} of {segments} segments, by up to {worst:.0%}".format(**meta["drift"])
+        words.append(f"the machine drifted in {segments}")
     if not is_current:
         words.append("decode steps were of an earlier version of this software, so may be off by a tenth at few rows")
     return "; ".join(words)

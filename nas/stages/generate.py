@@ -4,7 +4,6 @@ generated.txt  the text, prompt included; of several continuations one after the
 """
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,10 +17,10 @@ from nas.files import write_atomically
 from nas.latency import Device, Workload, this_device
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import resolve_runtime
+from nas.model import Decoder
 from nas.run import start_run
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.runtime import DTYPES
-from nas.shape import ModelShape
 from nas.stages.export import open_checkpoint
 
 
@@ -29,10 +28,9 @@ def run(config: Generate, path: Path) -> None:
     """Generates into ``path``."""
     exporter: Exporter = build(config.export)
     source, parents = open_checkpoint(config.checkpoint, exporter)
-    model, tokenizer = exporter.read(source), load_tokenizer(str(source))
+    model, tokenizer, device = exporter.read(source), load_tokenizer(str(source)), this_device()
     stop, prompt = end_of_text_id(tokenizer), tokenizer.encode(config.prompt).ids
-    shape, vector, device = model.shape, model.kv_heads, this_device()
-    workload = workload_of(config, prompt, shape, vector, device)
+    workload, shape, vector = workload_of(config, prompt, model, device), model.shape, model.kv_heads
     kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")
     resolved = {name: getattr(config, name) for name in kept} | {"workload": str(workload)}
     with start_run(path, "generate", resolved, {"generate": config.seed}, parents) as run:
@@ -58,11 +56,10 @@ def run(config: Generate, path: Path) -> None:
     console.print(f"({count} tokens in {seconds:.2f} s, preparation included: {workload}, {device.name})")
 
 
-def workload_of(
-    config: Generate, prompt: list[int], shape: ModelShape, vector: Sequence[int], device: Device
-) -> Workload:
+def workload_of(config: Generate, prompt: list[int], model: Decoder, device: Device) -> Workload:
     """What the model is to serve; a UserError if prompt, model and memory do not go together."""
-    limit, length = shape.max_position_embeddings, len(prompt) + config.new_tokens
+    shape, length = model.shape, len(prompt) + config.new_tokens
+    limit = shape.max_position_embeddings
     if not prompt or length > limit:
         raise UserError(
             f"prompt has {len(prompt)} tokens and new_tokens is {config.new_tokens}, but the model takes 1 to {limit} "
@@ -75,7 +72,7 @@ def workload_of(
         )
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device)
     workload = Workload(config.batch, length, len(prompt), dtype, runtime)
-    needed = MemoryModel(shape, workload, device.is_gpu).at(vector, config.batch).total
+    needed = MemoryModel(shape, workload, device.is_gpu).at(model.kv_heads, config.batch).total
     if needed > device.usable_bytes:
         raise UserError(
             f"{config.batch} continuations of {length} tokens take {needed / 2**30:.1f} GiB but {device.name} has "

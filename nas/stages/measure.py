@@ -11,6 +11,7 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,11 +51,8 @@ def run(config: Measure, path: Path) -> None:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
     workload = resolve_workload(config.workload, space.shape, device)
     check_serving_memory(space, device, workload)
-    try:
+    with suppress(AlreadyFinishedError) if config.publish else nullcontext():  # publishing is all that is left then
         measure_space(config, space, device, workload, path)
-    except AlreadyFinishedError:
-        if not config.publish:  # which is all that is left to do then
-            raise
     if config.publish:
         _publish(table_of(FinishedRun(path, "measure")), space, device, Path(config.publish))
 
@@ -95,50 +93,36 @@ def measure_space(config: LatencyParts, space: SearchSpace, device: Device, work
             f"measure.check_at has {outside[0]}, which the grid of batches {list(grid.batches)} and contexts "
             f"{list(grid.contexts)} does not surround; widen measure.batches or .contexts"
         )
-    shared = {
-        "workload": workload.to_dict(),
-        "measure": dataclasses.asdict(options),
-        "step_revision": STEP_REVISION[workload.runtime],
-    }
+    revision = STEP_REVISION[workload.runtime]
+    shared = {"workload": workload.to_dict(), "measure": dataclasses.asdict(options), "step_revision": revision}
     resolved = {"space": {"name": space.name, **space.to_dict()}, "device": device.slug, "check": config.check} | shared
     with start_run(path, "measure", resolved, {"measure": options.seed}) as run:
         console.print(f"Timing the layers of {space.name} on {device.name} ({workload}) in {path}")
         found = measure(space, grid, shapes, workload, options, config.check, device, path / SAMPLES)
-        meta: dict[str, Any] = {
-            "date": now(),
-            "device": dataclasses.asdict(device),
-            "shape": layer_shape(space.shape),
-            "dtype": workload.dtype,
-            "runtime": workload.runtime,
-            "torch": torch.__version__,
-            "git": git_state(),
-            "check": [],
-            **shared,
-            **found.metadata,
-        }
-        title = f"{space.name} on {device.name}, {workload.dtype}, {workload.runtime}, {meta['date'][:10]}"
-        check = _write(path, found, meta, space.shape.num_hidden_layers, title)
+        meta: dict[str, Any] = {"date": now(), "device": dataclasses.asdict(device), "shape": layer_shape(space.shape)}
+        meta |= {"dtype": workload.dtype, "runtime": workload.runtime, "torch": torch.__version__, "git": git_state()}
+        check = _write(path, found, meta | {"check": [], **shared, **found.metadata}, space)
         _print_findings(found, check)
         run.finish()
 
 
-def _write(path: Path, found: Measured, meta: dict[str, Any], layers: int, title: str) -> list[dict[str, float | str]]:
+def _write(path: Path, found: Measured, meta: dict[str, Any], space: SearchSpace) -> list[dict[str, float | str]]:
     """Writes all files and returns how far the predictor is off, which it says only once its table is there."""
     write_csv(path / TABLE, found.table)
-    if found.energy is not None:
-        write_csv(path / ENERGY, found.energy)
     write_json(path / META, meta)
     predictor = TableLatency(path)
     check = predict_end_to_end(found.end_to_end_ms, predictor)
     write_csv(path / CHECK, check)
-    results: dict[str, Any] = {"check": summarise_check(check)}
+    meta["check"] = summary = summarise_check(check)
     if found.energy is not None:
-        results["lasting_load"] = lasting_load(found.energy, found.table, predictor, layers)
-    write_json(path / META, meta | results)
+        write_csv(path / ENERGY, found.energy)
+        meta["lasting_load"] = lasting_load(found.energy, found.table, predictor, space.shape.num_hidden_layers)
+    write_json(path / META, meta)
     if not check.empty:
+        title = f"{space.name} on {meta['device']['name']}, {meta['dtype']}, {meta['runtime']}, {meta['date'][:10]}"
         with figure(path / _FIGURE, "Predicted and measured models", title) as drawing:
             draw_check(drawing, check)
-    return summarise_check(check)
+    return summary
 
 
 def _print_findings(found: Measured, check: list[dict[str, float | str]]) -> None:
@@ -164,6 +148,7 @@ def find_latency(
     """The latency predictor of a search: the named table; else that of an interrupted attempt; else one that fits; else
     one measured now, where the device is at hand; else an estimate.
 
+    A table whose machine drifted is only taken where the device is not at hand: elsewhere it is measured again.
     ``begun`` is the config that the search was begun with, empty if this is its first attempt.
     """
 
@@ -178,36 +163,40 @@ def find_latency(
             return False
         return True
 
-    batches = batches_of(space, device, workload)
+    def measure_now() -> None:
+        kind, when = ("table of a steady machine", "again") if drifting else ("measured table", "first")
+        console.print(f"No {kind} covers this space, device and workload: measuring {when}")
+        measure_space(config, space, device, workload, path)
+
+    batches, wanted = batches_of(space, device, workload), workload.to_dict()
     if config.latency:
         if covers(named := table_of(FinishedRun(Path(config.latency), "measure"))):
             return named
         raise UserError(
             f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
         )
-    tables = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
-    if begun:
-        tables = [table for table in tables if table.digest == begun["latency_table"]]
-    else:
-        tables = list(filter(ranks, tables))
-    if tables:  # of those of the present decode step, first one that need not interpolate
-        wanted = workload.to_dict()
-        return min(tables, key=lambda t: (not t.is_current, t.meta.get("workload") != wanted))
-    if begun and begun["latency_table"]:
+    covering = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
+    if digest := begun.get("latency_table"):
+        if same := [table for table in covering if table.digest == digest]:
+            return same[0]
         raise UserError("the latency table that this search was begun with is gone; restore it, or give another name=")
-    if begun or config.device != "this":
-        return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
-    console.print("No measured table covers this space, device and workload: measuring first")
-    decisive: list[Any] = [space.to_dict(), device.slug, workload.to_dict()]
-    decisive += [dataclasses.asdict(config.measure), config.check, STEP_REVISION[workload.runtime]]
-    path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
-    make = partial(measure_space, config, space, device, workload, path)
-    if covers(measured := table_of(find_or_make(path, "measure", make))):
-        return measured
-    raise UserError(
-        f"{path} was measured, but memory ended before it covered {space.name} at {workload}; lower "
-        f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
-    )
+    tables = [] if begun else list(filter(ranks, covering))
+    if config.device == "this" and not begun and not any(table.is_steady for table in tables):
+        drifting = sorted(table.digest for table in covering if not table.is_steady)
+        decisive: list[Any] = [space.to_dict(), device.slug, wanted, dataclasses.asdict(config.measure), config.check]
+        # Every attempt has its own path; but whoever joins a shared study, however late, must find the table of that.
+        decisive += [STEP_REVISION[workload.runtime], *([config.name] if config.storage else drifting)]
+        path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
+        if covers(measured := table_of(find_or_make(path, "measure", measure_now))):
+            return measured
+        if not tables:
+            raise UserError(
+                f"{path} was measured, but memory ended before it covered {space.name} at {workload}; lower "
+                f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
+            )
+    if tables:  # of those of the present decode step, first one that need not interpolate
+        return min(tables, key=lambda t: (not t.is_steady, not t.is_current, t.meta.get("workload") != wanted))
+    return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
 
 
 def _tables(runs_dir: Path, slug: str) -> Iterator[TableLatency]:

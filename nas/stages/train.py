@@ -28,15 +28,14 @@ _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoi
 
 def run(config: Train, path: Path) -> None:
     """Trains a supernet into ``path``."""
-    training = Training(config)
-    training.check_memory()
-    training.make(path)
+    Training(config).make(path)
 
 
 class Training:
     """A command's supernet: its space, the checkpoint it starts from, and options and tokenizer that suit both."""
 
     def __init__(self, config: Train) -> None:
+        self._config, given = config, config.train
         self.init = init = read_checkpoint(Path(config.init)) if config.init else None
         if init and config.space in (None, config.init):
             self.space = init.space()
@@ -45,12 +44,10 @@ class Training:
             if init:
                 init.check_space(self.space)
         self.tokenizer = config.tokenizer or (str(init.folder / "tokenizer.json") if init else None)
-        given = config.train
         sharing = (INIT_SHARING if init else DEFAULT_SHARING) if given.sharing == "auto" else given.sharing
         rate = TRAINED_LEARNING_RATE if init and given.learning_rate is None else given.peak_learning_rate
         self.options = dataclasses.replace(given, sharing=sharing, learning_rate=rate)
         check_recipe(self.options)
-        self._data, self._cache = config.data, Path(config.runs_dir) / "cache"
 
     def check_memory(self) -> None:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
@@ -59,7 +56,8 @@ class Training:
     @cached_property
     def data(self) -> TokenData:
         """The tokens, read when they are first asked for."""
-        return prepare_tokens(build(self._data), self.tokenizer, self.space.shape.vocab_size, self._cache)
+        corpus, cache = build(self._config.data), Path(self._config.runs_dir) / "cache"
+        return prepare_tokens(corpus, self.tokenizer, self.space.shape.vocab_size, cache)
 
     @cached_property
     def recorded(self) -> dict[str, Any]:
@@ -67,7 +65,7 @@ class Training:
         return {
             "space": {"name": self.space.name, **self.space.to_dict()},
             "init": self.init.identity if self.init else None,
-            "data": {**self._data, "digest": self.data.digest},
+            "data": {**self._config.data, "digest": self.data.digest},
             "tokenizer": self.tokenizer,
             "train": dataclasses.asdict(self.options),
         }
@@ -78,24 +76,23 @@ class Training:
         self.check_memory()
         length = window_length(options, space.shape.max_position_embeddings)
         windows = validation_windows(self.data.validation, options.validation_windows, length).to(device)
+        named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}
+
+        def validate() -> dict[str, float]:
+            with autocast(options.precision, device):
+                losses = dict(zip(named, vector_losses(supernet, list(named.values()), windows), strict=True))
+            console.print("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+            return {f"{name}_loss_nats": loss for name, loss in losses.items()}
+
         with start_run(path, "train", self.recorded, {"train": options.seed}, free=free) as run:
+            vectors = f"{space.name} ({space.size:,} vectors)"
             start = f"the weights of {init.folder}" if init else "random weights"
-            console.print(
-                f"Training {space.name} ({space.size:,} vectors) from {start} for {options.steps} steps in {path}"
-            )
+            console.print(f"Training {vectors} from {start} for {options.steps} steps in {path}")
             supernet = Supernet(space, options.sharing)
             if init:
                 init.load_into(supernet)
             else:
                 supernet.initialise(torch.Generator().manual_seed(options.seed))
-
-            def validate() -> dict[str, float]:
-                named = {"largest": space.largest, "middle": space.middle, "smallest": space.smallest}
-                with autocast(options.precision, device):
-                    losses = dict(zip(named, vector_losses(supernet, list(named.values()), windows), strict=True))
-                console.print("  validation loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
-                return {f"{name}_loss_nats": loss for name, loss in losses.items()}
-
             fit(supernet, supernet_loss(space, self.data.train, options, length), options, run, validate)
             state = full_state_dict(supernet.decoder)
             if IS_MAIN:
