@@ -42,10 +42,15 @@ def run(config: Export, path: Path) -> None:
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
-            folder = path / row["vector"]
+            folder = path / _folder_name(row["vector"])
             exporter.write(model_of(parse_vector(row["vector"])), tokenizer, folder, model_card(row, search))
             console.print(f"Exported {folder}")
         run.finish()
+
+
+def _folder_name(vector: str) -> str:
+    """The vector, with underscores where it is long: transformers' cache spells hyphens out, within 255 characters."""
+    return vector if len(vector.replace("-", "_hyphen_")) < 250 else vector.replace("-", "_")
 
 
 def _without_weights(shape: ModelShape, vector: Vector) -> Decoder:
@@ -57,7 +62,8 @@ def _that_fits(tokenizer: Path, shape: ModelShape) -> Path | None:
     """The tokenizer, unless the served shape's vocabulary is smaller than the one that the proxy was trained with."""
     if (size := load_tokenizer(str(tokenizer)).get_vocab_size()) <= shape.vocab_size:
         return tokenizer
-    console.warn(f"The supernet's tokenizer is left out: it has {size} tokens but the vocab_size is {shape.vocab_size}")
+    beyond = f"its {size} tokens exceed the served vocab_size of {shape.vocab_size}"
+    console.warn(f"The supernet's tokenizer is left out: {beyond}; put a smaller one into the folders")
     return None
 
 
