@@ -2,7 +2,7 @@
 and how other stages open those.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,14 @@ def run(config: Export, path: Path) -> None:
     front, trials = (read_csv(search.artifact(f"{name}.csv"), COLUMNS) for name in ("front", "trials"))
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     exporter: Exporter = build(config.export)
-    tokenizer: Path | None = supernet_run.artifact("tokenizer.json")
+    model_of: Callable[[Vector], Decoder]
+    tokenizer: Path | None
+    own = supernet_run.artifact("tokenizer.json")
     if exporter.of_served:
         shape = searched_space(search.config)[0].shape
-        model_of, tokenizer = partial(_without_weights, shape), _that_fits(tokenizer, shape)
+        model_of, tokenizer = partial(_without_weights, shape), _that_fits(own, shape)
     else:
-        model_of = load_supernet(supernet_run, torch.device("cpu")).extract
+        model_of, tokenizer = load_supernet(supernet_run, torch.device("cpu")).extract, own
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
