@@ -223,7 +223,7 @@ def test_models_of_many_layers_get_folders_that_transformers_can_load(
     (workspace.path / "deep.yaml").write_text(deep)
     deep_search = arguments(workspace, "space=deep.yaml", "serve=null", "workload.context=32", "workload.memory_gib=1")
     assert nas(*deep_search, "budget=2", "sampler=random", "name=deep").code == 0
-    assert nas("export", "run=runs/search/deep", "select=fastest", "name=deep").code == 0
+    assert nas("export", "run=runs/search/deep", "select=fastest", "export=config", "name=deep").code == 0
     (folder,) = workspace.runs.glob("export/deep/*/")
     assert folder.name == "_".join(32 * "1")
-    AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).hidden_size == 32  # its own space's shape
