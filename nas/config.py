@@ -137,6 +137,7 @@ ConstraintsConfig = make_dataclass(
 
 @dataclass
 class Search(LatencyParts, Train):
+    serve: str | None = None  # the space that costs are of, if `space` is but a proxy for losses; null: the same
     budget: str = "60"
     cost: CostConfig = field(default_factory=CostConfig)
     objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
@@ -170,6 +171,7 @@ class Finetune(StageConfig):
     checkpoint: str = MISSING
     from_scratch: bool = False
     data: dict[str, Any] = MISSING
+    tokenizer: str | None = None  # as for nas train; null: the checkpoint's, else one is trained
     train: TrainConfig = field(default_factory=TrainConfig)
     export: dict[str, Any] = MISSING
 

@@ -1,12 +1,13 @@
 """Search spaces and group vectors; without torch.
 
 A *vector* holds the number of KV groups ``g`` of every layer and is written ``4-2-2-1``. A *search space* is a model
-shape and the groups that each layer may have.
+shape and the groups that each layer may have. A search may take its losses from one space, a small proxy, and its costs
+from another, the *served* one.
 """
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ class SearchSpace:
                 )
         return tuple(vector)
 
+    def served_as(self, served: "SearchSpace") -> "SearchSpace":
+        """``served`` with the known vectors of both; refuses one with other choices."""
+        if self.choices == served.choices:
+            return replace(served, known_vectors={**self.known_vectors, **served.known_vectors})
+        ours, theirs = (f"{len(space.choices)} layers" for space in (self, served))
+        if ours == theirs:
+            pairs = enumerate(zip(self.choices, served.choices, strict=True))
+            layer, pair = next((layer, pair) for layer, pair in pairs if pair[0] != pair[1])
+            ours, theirs = (f"kv_groups {list(groups)} in layer {layer}" for groups in pair)
+        raise UserError(
+            f"serve {served.name} has {theirs} but space {self.name} has {ours}; take a space with the same number of "
+            "layers and the same kv_groups in each"
+        )
+
     def choice_indices(self, vectors: Iterable[Vector]) -> list[list[int]]:
         """For each vector, which of a layer's choices it has in every layer; checks the vectors."""
         return [[self.choices[layer].index(g) for layer, g in enumerate(self.check(vector))] for vector in vectors]
@@ -168,6 +183,13 @@ def space_from_dict(name: str, values: Mapping[str, Any]) -> SearchSpace:
         raise ValueError(f"known_vectors is {named!r}; give a vector such as 4-2-2-1 by name")
     vectors = {str(name): parse_vector(str(text)) for name, text in named.items()}
     return SearchSpace(name, shape, tuple(tuple(sorted(set(allowed))) for allowed in choices), vectors)
+
+
+def searched_space(config: Mapping[str, Any]) -> tuple[SearchSpace, str]:
+    """The space that a recorded search's costs are of, and a title that also names the one that its losses are of."""
+    values = dict(config.get("serve") or config["space"])
+    space, trained = space_from_dict(values.pop("name"), values), config["space"]["name"]
+    return space, f"{space.name} (losses of {trained})" if config.get("serve") else space.name
 
 
 def shipped_spaces() -> Iterator[str]:

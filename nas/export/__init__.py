@@ -11,13 +11,14 @@ class Exporter(Protocol):
     """A format of models on disk: a folder for each, with these two files and the model's tokenizer.json."""
 
     config: str  # by which a folder is recognised
-    weights: str
+    weights: str  # not there if the model was on the meta device
+    of_served: bool  # whether `nas export` gives it the served shape, on the meta device, not the supernet's weights
 
-    def write(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
+    def write(self, model: Decoder, tokenizer: Path | None, folder: Path, card: Mapping[str, str]) -> None:
         """Writes ``model``, its ``tokenizer`` (a tokenizer.json) and a model card that states ``card``, by title."""
 
     def read(self, folder: Path, with_weights: bool = True) -> Decoder:
-        """Reads a model back, running none of its code; without its weights they are left undefined.
+        """Reads a model back, running none of its code; without its weights it is on the meta device.
 
         A UserError tells that it is not a model of this format, or that it is corrupt.
         """

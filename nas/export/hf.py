@@ -34,6 +34,13 @@ pipeline_tag: text-generation
 tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]
 ---
 """
+_WEIGHTLESS_CODE = """```python
+from transformers import AutoConfig, AutoModelForCausalLM
+
+config = AutoConfig.from_pretrained("this folder", trust_remote_code=True)
+model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)  # random weights
+```
+"""
 _CARD_CODE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -51,13 +58,16 @@ def padded_ffn_width(width: int) -> int:
 class HfExporter:
     """See `nas.export.Exporter`."""
 
-    config, weights = "config.json", "model.safetensors"
+    config, weights, of_served = "config.json", "model.safetensors", False
 
-    def write(self, model: Decoder, tokenizer: Path, folder: Path, card: Mapping[str, str]) -> None:
+    def write(self, model: Decoder, tokenizer: Path | None, folder: Path, card: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = _padded_state(model)
-        write_atomically(folder / self.weights, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
+        if _has_weights(model):
+            state = _padded_state(model)
+            write_atomically(folder / self.weights, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        if tokenizer:
+            special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
         write_json(folder / self.config, hf_config(model.shape, model.specs) | special)
         write_json(folder / "generation_config.json", special | {"do_sample": False})
         shutil.copy(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), folder)
@@ -73,7 +83,8 @@ class HfExporter:
             vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
             if len(vector) != shape.num_hidden_layers:
                 raise ValueError(f"block_configs lists {len(vector)} layers, not num_hidden_layers of them")
-            model = Decoder(shape, vector)
+            with torch.device("cpu" if with_weights else "meta"):
+                model = Decoder(shape, vector)
             if with_weights:
                 state = load_file(folder / self.weights)
                 if shape.tie_word_embeddings:
@@ -84,6 +95,12 @@ class HfExporter:
         except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder} is corrupt ({in_short(error)}); export it again") from None
         return model
+
+
+class ConfigExporter(HfExporter):
+    """The same without weights: the served shape's configuration, from which a model is trained from the start."""
+
+    of_served = True
 
 
 def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
@@ -158,13 +175,22 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, in
     return {f"{key}_token_id": index for key, index in ids.items()}
 
 
+def _has_weights(model: Decoder) -> bool:
+    return not model.lm_head.weight.is_meta
+
+
 def _card(model: Decoder, card: Mapping[str, str]) -> str:
     shape, widths = model.shape, sorted({spec.intermediate_size for spec in model.specs})
-    padded = [padded_ffn_width(width) for width in widths]
+    padded, has_weights = [padded_ffn_width(width) for width in widths], _has_weights(model)
+    added = _listed(new - old for new, old in zip(padded, widths, strict=True))
+    wide = f"The FFN is stored {_listed(padded)} wide: inference engines round its width up to a multiple of "
+    wide += f"{_FFN_MULTIPLE}, so {added}"
     notes = {
-        f"The FFN is stored {_listed(padded)} wide: inference engines round its width up to a multiple of "
-        f"{_FFN_MULTIPLE}, so {_listed(new - old for new, old in zip(padded, widths, strict=True))} zero neurons were "
-        "added, which change no output.": padded != widths,
+        "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
+        "code. A tokenizer.json that lies here, of at most as many tokens as the vocabulary, is used; replace it by "
+        "your own.": not has_weights,
+        f"{wide} zero neurons were added, which change no output.": has_weights and padded != widths,
+        f"{wide} neurons were added, which `nas finetune` leaves out.": not has_weights and padded != widths,
         f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
         "head_dim from the configuration, llama.cpp and mlx-lm do not.": (
             shape.head_dim * shape.num_attention_heads != shape.hidden_size
@@ -183,7 +209,7 @@ def _card(model: Decoder, card: Mapping[str, str]) -> str:
         f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
         *(note for note, holds in notes.items() if holds),
         f"| what | value |\n| --- | --- |\n{rows}",
-        _CARD_CODE,
+        _CARD_CODE if has_weights else _WEIGHTLESS_CODE,
     ]
     return "\n\n".join(paragraphs)
 

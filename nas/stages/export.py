@@ -1,6 +1,9 @@
-"""nas export: front vectors as model directories, with the supernet's weights; and how other stages open those."""
+"""nas export: front vectors as model directories, with the supernet's weights or as configurations of the served shape;
+and how other stages open those.
+"""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,33 +12,61 @@ import torch
 
 from nas import console
 from nas.config import Export, build
+from nas.data.tokenizer import load_tokenizer
 from nas.errors import UserError
 from nas.export import Exporter
 from nas.files import read_csv
 from nas.latency.predictor import Workload
+from nas.model import Decoder
 from nas.model.supernet import load_supernet
 from nas.run import FinishedRun, is_run, start_run
 from nas.search import COLUMNS, Objectives
 from nas.search.pareto import knee
-from nas.space import parse_vector
+from nas.shape import ModelShape
+from nas.space import Vector, parse_vector, searched_space
 
 
 def run(config: Export, path: Path) -> None:
     """Exports the selected vectors into ``path``, a folder each."""
     search = FinishedRun(Path(config.run), "search")
     supernet_run = search.parent("supernet")
-    supernet = load_supernet(supernet_run, torch.device("cpu"))
     front, trials = (read_csv(search.artifact(f"{name}.csv"), COLUMNS) for name in ("front", "trials"))
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     exporter: Exporter = build(config.export)
+    model_of: Callable[[Vector], Decoder]
+    tokenizer: Path | None
+    own = supernet_run.artifact("tokenizer.json")
+    if exporter.of_served:
+        shape = searched_space(search.config)[0].shape
+        model_of, tokenizer = partial(_without_weights, shape), _that_fits(own, shape)
+    else:
+        model_of, tokenizer = load_supernet(supernet_run, torch.device("cpu")).extract, own
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
-            folder = path / row["vector"]
-            model = supernet.extract(parse_vector(row["vector"]))
-            exporter.write(model, supernet_run.artifact("tokenizer.json"), folder, model_card(row, search))
+            folder = path / _folder_name(row["vector"])
+            exporter.write(model_of(parse_vector(row["vector"])), tokenizer, folder, model_card(row, search))
             console.print(f"Exported {folder}")
         run.finish()
+
+
+def _folder_name(vector: str) -> str:
+    """The vector, with underscores where it is long: transformers' cache spells hyphens out, within 255 characters."""
+    return vector if len(vector.replace("-", "_hyphen_")) < 250 else vector.replace("-", "_")
+
+
+def _without_weights(shape: ModelShape, vector: Vector) -> Decoder:
+    with torch.device("meta"):
+        return Decoder(shape, vector)
+
+
+def _that_fits(tokenizer: Path, shape: ModelShape) -> Path | None:
+    """The tokenizer, unless the served shape's vocabulary is smaller than the one that the proxy was trained with."""
+    if (size := load_tokenizer(str(tokenizer)).get_vocab_size()) <= shape.vocab_size:
+        return tokenizer
+    beyond = f"its {size} tokens exceed the served vocab_size of {shape.vocab_size}"
+    console.warn(f"The supernet's tokenizer is left out: {beyond}; put a smaller one into the folders")
+    return None
 
 
 def select(choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: Objectives) -> pd.DataFrame:
@@ -58,10 +89,12 @@ def select(choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: O
 
 
 def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, str]:
-    """What the model card states of a vector."""
+    """What the model card states of a vector. Costs are of the served shape, which need not be the model's."""
     source, at = row["latency_source"], Workload(**search.config["workload"] | {"batch": row["batch"]})
     return {
         "KV groups by layer": row["vector"],
+        "losses are of": search.config["space"]["name"],
+        "costs are of": searched_space(search.config)[0].name,
         "inherited validation loss": f"{row['loss_nats']:.5f} nats/token, with the supernet's weights (measured)",
         "decode step": f"{row['decode_ms']:.4f} ms ({source}; {at})",
         "decode throughput": f"{row['tokens_per_s']:,.1f} tokens/s ({source}; {at})",
@@ -72,10 +105,13 @@ def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, st
     }
 
 
-def open_checkpoint(reference: str, exporter: Exporter) -> tuple[Path, dict[str, FinishedRun]]:
+def open_checkpoint(
+    reference: str, exporter: Exporter, with_weights: bool = True
+) -> tuple[Path, dict[str, FinishedRun]]:
     """An exported model's directory, and as parent the run that wrote it if it still lies there, its files verified.
 
-    ``reference`` is the directory, or one with a single exported model inside.
+    ``reference`` is the directory, or one with a single exported model inside. Without weights the configuration is
+    enough.
     """
     folder = Path(reference)
     found = [*folder.glob(exporter.config)] or sorted(folder.glob(f"*/{exporter.config}"))
@@ -89,8 +125,10 @@ def open_checkpoint(reference: str, exporter: Exporter) -> tuple[Path, dict[str,
         raise UserError(f"checkpoint {folder} holds {len(found)} models; give one of them, such as {source}")
     writer = FinishedRun(source.parent) if is_run(source.parent) else None
     for name in (exporter.config, exporter.weights, "tokenizer.json"):
-        if writer:
+        if writer and f"{source.name}/{name}" in writer.artifacts:
             writer.artifact(f"{source.name}/{name}")
-        elif not (source / name).is_file():
-            raise UserError(f"{source} has no {name}; export it again")
+        elif with_weights and not (source / name).is_file():
+            raise UserError(
+                f"{source} has no {name}; export it again with weights, or train it by nas finetune from_scratch=true"
+            )
     return source, {"checkpoint": writer} if writer else {}

@@ -23,19 +23,23 @@ from nas.training.recipes import check_training_memory, text_loss, window_length
 def run(config: Finetune, path: Path) -> None:
     """Finetunes into ``path``/model."""
     exporter: Exporter = build(config.export)
-    source, parents = open_checkpoint(config.checkpoint, exporter)
+    source, parents = open_checkpoint(config.checkpoint, exporter, with_weights=not config.from_scratch)
     options, device = config.train, training_device()
     model = exporter.read(source, with_weights=not config.from_scratch)
     check_training_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
     length = window_length(options, model.shape.max_position_embeddings)
     if config.from_scratch:
+        model = Decoder(model.shape, model.kv_heads)
         model.initialise(torch.Generator().manual_seed(options.seed))
-    tokenizer = source / "tokenizer.json"
-    data = prepare_tokens(build(config.data), str(tokenizer), model.shape.vocab_size, Path(config.runs_dir) / "cache")
+    own = source / "tokenizer.json"
+    tokenizer = config.tokenizer or (str(own) if own.is_file() else None)
+    data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
-    weights = file_hash(source / exporter.weights)
+    weights = source / exporter.weights
+    origin = weights if weights.is_file() else source / exporter.config
+    digest = file_hash(origin)
     resolved = {
-        "checkpoint": {"name": source.name, "hash": weights},
+        "checkpoint": {"name": source.name, "hash": digest},
         "from_scratch": config.from_scratch,
         "data": {**config.data, "digest": data.digest},
         "train": dataclasses.asdict(options),
@@ -60,8 +64,8 @@ def run(config: Finetune, path: Path) -> None:
                 "KV groups by layer": format_vector(model.kv_heads),
                 "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
                 "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
-                "trained from": f"{source.name} (weights {weights[:12]})",
+                "trained from": f"{source.name} ({origin.name} {digest[:12]})",
             }
-            exporter.write(trained, tokenizer, path / "model", card)
+            exporter.write(trained, data.tokenizer, path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
     console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")

@@ -23,10 +23,10 @@ from nas.report.predicted import draw_check
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance
-from nas.space import format_vector, space_from_dict
+from nas.space import format_vector, searched_space
 
 Floats = npt.NDArray[np.float64]
-_COMPARABLE = ("space", "device", "workload", "objectives", "windows", "latency_table")
+_COMPARABLE = ("space", "serve", "device", "workload", "objectives", "windows", "latency_table")
 
 
 def run(config: Report, path: Path) -> None:
@@ -52,14 +52,13 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     columns = ["vector", "loss_nats", "on_front", *objectives.names]
     known_trials = [read_csv(search.artifact("trials.csv"), columns) for search in known]
     trials = known_trials[: len(searches)]
-    recorded = dict(first.config["space"])
-    space = space_from_dict(recorded.pop("name"), recorded)
-    reference_vectors, name = space.reference_vectors(), space.name
+    space, name = searched_space(first.config)
+    reference_vectors, caption = space.reference_vectors(), _caption(first.config)
     everything = pd.concat(trials).drop_duplicates("vector")
     everything["on_front"] = on_front(everything, objectives)
     points = front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
-    draw = partial(figure, caption=_caption(first.config))
+    draw = partial(figure, caption=caption)
 
     with draw(path / "front", f"{name}: Pareto front") as drawing:
         draw_front(drawing, points, objectives)
@@ -77,9 +76,10 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     if (first.path / "latency_check.csv").is_file():
         check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS)
         if not check.empty:
-            with draw(path / "latency_check", f"{name}: predicted and measured models") as drawing:
+            with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
                 draw_check(drawing, check)
 
+    console.print(f"{name}; {caption}")
     console.print(front_table(front, objectives))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(everything, uniform))

@@ -29,12 +29,13 @@ from nas.latency import Predictor, find_device, resolve_workload
 from nas.latency.cost import cost_function
 from nas.latency.memory import check_serving_memory
 from nas.metrics import LIMITS
+from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Objectives, Problem, Storage, search
 from nas.search.problem import Budget, parse_budget
-from nas.space import SearchSpace, Vector, format_vector, parse_vector
+from nas.space import SearchSpace, Vector, format_vector, parse_vector, searched_space
 from nas.stages.measure import find_latency
 from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
 from nas.stages.workers import more_workers
@@ -52,7 +53,7 @@ def run(config: Search, path: Path) -> None:
     try:
         with start_run(path, "search", prepared.recorded, {"search": config.seed}, parents, free=["latency"]) as run:
             kept = f"{problem.size:,} of " if problem.size < problem.space.size else ""
-            vectors = f"{kept}{problem.space.size:,} vectors of {problem.space.name}"
+            vectors = f"{kept}{problem.space.size:,} vectors of {searched_space(prepared.recorded)[1]}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
             if prepared.evaluates_all and not config.storage:
                 prepared.loss.of(list(problem.vectors()))  # together, far faster than one by one
@@ -98,7 +99,9 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     must be measured), the limits, which need that table, and the supernet (its training takes longest).
     """
     training = Training(config)
-    space, runs_dir = training.space, Path(config.runs_dir)
+    runs_dir = Path(config.runs_dir)
+    # The space of all that follows, whose costs count; of the trained one only the losses do.
+    space = training.space.served_as(resolve_space(config.serve)) if config.serve else training.space
     objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
     if budget == Budget() and space.size > _MOST:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
@@ -110,10 +113,12 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     workload = resolve_workload(config.workload, space.shape, device)
     check_serving_memory(space, device, workload)
     recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
+        "serve": {"name": space.name, **space.to_dict()} if config.serve else None,
         "device": device.slug,
         "workload": workload.to_dict(),
         "storage": without_passwords(config.storage) if config.storage else None,
     }
+    spaces = [training.space, space] if config.serve else [space]
     common: dict[str, str] = {}
 
     def agree(**metadata: str) -> None:
@@ -124,7 +129,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
 
     agree(
         **{key: json.dumps(recorded[key], sort_keys=True) for key in _COMMON},
-        space=f"{space.name} {value_hash(space.to_dict())}",
+        space=" served as ".join(f"{one.name} {value_hash(one.to_dict())}" for one in spaces),
         workload=str(workload),
     )
     recorded |= training.recorded  # reads the text
