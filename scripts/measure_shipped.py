@@ -23,7 +23,7 @@ _WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
 # After 64 and 128 rows other kernels follow, and after 132 sequences attention of one group splits some: a batch on
 # either side, so that nothing is interpolated across.
 _FEW = [1, 8, 16, 32, 64, 65, 96, 128, 129, 132, 133]
-_DENSE = (f"measure.batches={sorted([*_FEW, 24, 48, 80, 112, *range(144, 321, 16)])}".replace(" ", ""),)
+_DENSE = (f"measure.batches={sorted([*_FEW, 24, 48, 80, 112, *range(144, 369, 16)])}".replace(" ", ""),)
 _COARSE = (f"measure.batches={[1, 2, 4, *_FEW[1:], *range(160, 257, 32), 288, 320]}".replace(" ", ""),)
 _SPARSE = ("measure.batches=[1,8,32,64,128,192,320]",)
 _DECILM = ("space=decilm-6b", "workload.batch=192", *_WORKLOAD, _CONTEXTS, _PROMPTS)

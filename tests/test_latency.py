@@ -399,6 +399,18 @@ def find(
     return found
 
 
+def test_an_estimate_says_that_the_tables_of_its_device_do_not_reach_so_far(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space, device = load_space("decilm-6b"), find_device("nvidia-h100-80gb-hbm3")
+    config = Search(name="s", runs_dir=str(tmp_path), data={}, sampler={}, device=device.slug)
+    for gib, source in ((21, "measured"), (22.5, "estimated")):
+        workload = Workload("max", 2048, 1024, "bf16", "compiled", gib)
+        assert find_latency(config, {}, space, device, workload).source == source
+        told = "No table of NVIDIA H100 80GB HBM3 covers batches 87 to 354" in " ".join(capsys.readouterr().err.split())
+        assert told == (source == "estimated")
+
+
 def test_a_steady_table_is_taken_before_a_newer_one_whose_machine_drifted(
     plant: Callable[..., Path], find: Callable[..., Path], measured: list[Path]
 ) -> None:

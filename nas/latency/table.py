@@ -104,10 +104,14 @@ class TableLatency(Predictor):
         require(self.folder / CHECK, check, positive_numbers(check, CHECK_COLUMNS[2:]), "its numbers must be positive")
         return check
 
-    def fits(self, device: str, space: SearchSpace, workload: Workload, batches: Iterable[int]) -> bool:
-        """Whether the table is of a device, shape and runtime, and covers batches of a workload."""
+    def is_of(self, device: str, space: SearchSpace, workload: Workload) -> bool:
+        """Whether the table is of a device, shape, dtype and runtime; none is of a serving engine."""
         wanted = (device, layer_shape(space.shape), workload.dtype, workload.runtime)
-        if self._measured != wanted or workload.engine != NO_ENGINE:  # what is measured is no serving engine
+        return self._measured == wanted and workload.engine == NO_ENGINE
+
+    def fits(self, device: str, space: SearchSpace, workload: Workload, batches: Iterable[int]) -> bool:
+        """Whether the table is of these, and covers batches of a workload."""
+        if not self.is_of(device, space, workload):
             return False
         try:
             for batch, groups in itertools.product(batches, set().union(*space.choices)):

@@ -175,7 +175,8 @@ def find_latency(
         raise UserError(
             f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
         )
-    covering = list(filter(covers, _tables(Path(config.runs_dir), device.slug)))
+    known = list(_tables(Path(config.runs_dir), device.slug))
+    covering = list(filter(covers, known))
     if digest := begun.get("latency_table"):
         if same := [table for table in covering if table.digest == digest]:
             return same[0]
@@ -196,6 +197,10 @@ def find_latency(
             )
     if tables:  # of those of the present decode step, first one that need not interpolate
         return min(tables, key=lambda t: (not t.is_steady, not t.is_current, t.meta.get("workload") != wanted))
+    if any(table.is_of(device.slug, space, workload) for table in known):
+        console.warn(
+            f"No table of {device.name} covers batches {batches[0]} to {batches[-1]} at {workload}: estimating"
+        )
     return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
 
 
