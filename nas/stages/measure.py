@@ -197,7 +197,7 @@ def find_latency(
             )
     if tables:  # of those of the present decode step, first one that need not interpolate
         return min(tables, key=lambda t: (not t.is_steady, not t.is_current, t.meta.get("workload") != wanted))
-    if any(table.is_of(device.slug, space, workload) for table in known):
+    if not covering and any(table.is_of(device.slug, space, workload) for table in known):
         console.warn(
             f"No table of {device.name} covers batches {batches[0]} to {batches[-1]} at {workload}: estimating"
         )
