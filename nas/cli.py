@@ -49,7 +49,7 @@ _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR
 _LESS_MEMORY = {
     "train": "lower train.batch, train.length or train.validation_windows, or raise train.accumulate",
     "measure": "lower workload.batch, workload.context or measure.batches",
-    "search": "lower workers, train.batch, train.length or train.validation_windows",
+    "search": "lower workers, train.batch, train.length, train.validation_windows, workload.batch or measure.batches",
     "finetune": "lower train.batch, train.length or train.validation_windows, or raise train.accumulate",
     "generate": "lower batch or new_tokens",
     "fidelity": "lower validation_windows, or take a supernet that was trained with a smaller train.batch",

@@ -49,7 +49,8 @@ def append_json_lines(file: Path, values: Iterable[object]) -> None:
     with file.open("a+b") as stream:
         stream.seek(max(0, stream.tell() - 1))
         cut_short = stream.read() not in (b"", b"\n")
-        stream.write(b"\n" * cut_short + b"".join(json.dumps(value).encode() + b"\n" for value in values))
+        stream.write(b"\n" if cut_short else b"")
+        stream.writelines(json.dumps(value).encode() + b"\n" for value in values)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -70,7 +70,8 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
                     seconds = median(times) / 1e3
                     if "most" in why and (energy := measure_energy(trial.step, energy_s, uuid, torch.cuda.synchronize)):
                         seconds = energy.seconds / energy.calls  # of the very steps whose power was read
-                    row |= {"step_ms": 1e3 * seconds, "fastest_ms": min(times), "slowest_ms": max(times)}
+                    row |= {"step_ms": 1e3 * seconds, "step_of": "energy" if energy else "rounds"}
+                    row |= {"fastest_round_ms": min(times), "slowest_round_ms": max(times)}
                     row |= {"tokens_per_s": batch / seconds}
                     row["bandwidth_share"] = trial.bytes_per_step / seconds / bandwidth
                 row["joules_per_token"] = energy.joules_per_call / batch if energy else None

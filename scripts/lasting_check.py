@@ -27,6 +27,7 @@ from nas.files import read_json, write_atomically, write_csv, write_json
 from nas.hardware import nvml_facts
 from nas.latency.accuracy import lasting_load, random_vectors
 from nas.latency.energy import ENERGY, ENERGY_COLUMNS, measure_energy
+from nas.latency.measurement import step_and_choice
 from nas.latency.pool import LayerPool
 from nas.latency.predictor import Point
 from nas.latency.table import META, TABLE, TableLatency
@@ -97,17 +98,12 @@ def measure(file: Path, steps: list[tuple[int, int]]) -> None:
     for point in points:
         with torch.inference_mode():
             call, _ = pool.prepare(point)
-            ms = lasting_ms(partial(with_choice, call) if point.phase == "decode" else call)
+            ms = lasting_ms(partial(step_and_choice, call) if point.phase == "decode" else call)
         kind = kinds[point.groups]
         rows.append({"phase": point.phase, "kind": kind, "vector": format_vector(point.groups)})
         rows[-1] |= {"batch": point.batch, "length": point.length, "measured_ms": ms} | about
         print(point.phase, point.batch, point.length, kind, round(ms, 4), flush=True)
         write_atomically(file, partial(pd.concat([*earlier, pd.DataFrame(rows)]).to_csv, index=False))
-
-
-def with_choice(call: Callable[[], torch.Tensor]) -> torch.Tensor:
-    """A step and the likeliest next tokens."""
-    return call().argmax(-1)
 
 
 def calibrate(folder: Path) -> None:
@@ -123,7 +119,7 @@ def calibrate(folder: Path) -> None:
     for point in points:
         with torch.inference_mode():
             call, _ = pool.prepare(point)
-            found = measure_energy(partial(with_choice, call), POWER_S, uuid, torch.cuda.synchronize)
+            found = measure_energy(partial(step_and_choice, call), POWER_S, uuid, torch.cuda.synchronize)
         assert found is not None, "NVML has no energy counter here"
         values = [point.groups[0], point.batch, point.length, found.watts, found.joules_per_call]
         rows.append([*values, found.seconds, found.calls, "energy counter", about["commit"], about["date"]])
@@ -185,11 +181,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["measure", "calibrate"], help="default: the errors")
     parser.add_argument("steps", nargs="*", metavar="BATCHxCONTEXT", help="of measure; default: eight")
-    what, steps = vars(parser.parse_args()).values()
+    options = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    if what == "measure":
-        measure(OUT / "lasting.csv", [(int(batch), int(context)) for batch, context in (s.split("x") for s in steps)])
-    elif what == "calibrate":
+    if options.what == "measure":
+        measure(
+            OUT / "lasting.csv",
+            [(int(batch), int(context)) for batch, context in (s.split("x") for s in options.steps)],
+        )
+    elif options.what == "calibrate":
         calibrate(table_folder(machine()["device"]))
     else:
         found = errors(beside_predictions(pd.read_csv(OUT / "lasting.csv")))

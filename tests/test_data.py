@@ -403,7 +403,7 @@ def test_a_corpus_is_never_in_memory_as_a_whole(
             for number in range(60):
                 yield Document(str(number), "".join(rng.choices(string.ascii_letters, k=50_000)))
 
-    monkeypatch.setattr("nas.data.tokens._BATCH", 4)
+    monkeypatch.setattr("nas.data.tokens._BATCH", 200_000)
     tracemalloc.start()
     data = prepare_tokens(Stream(()), str(tokenizer_file), VOCABULARY, tmp_path)
     _, peak = tracemalloc.get_traced_memory()

@@ -371,7 +371,9 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
     micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planted(call: Callable[[], torch.Tensor], *_: object) -> Energy:
-        rows = len(call())
+        tokens = call()
+        assert (tokens.dim(), tokens.dtype) == (1, torch.int64)  # chosen from the logits, as in serving
+        rows = len(tokens)
         return Energy(300.0, 2.0 * rows, 1.0, 5)
 
     monkeypatch.setattr("nas.latency.measurement.measure_energy", planted)

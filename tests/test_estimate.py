@@ -195,7 +195,7 @@ def test_no_point_is_predicted_with_its_own_source(
     origin: str, recomputed: tuple[dict[str, Any], pd.DataFrame]
 ) -> None:
     cards, operators, published = calibrate_a10g.read_facts()
-    double = {name: 2.0 for name in (origin,)}
+    double = {origin: 2.0}
     moved = published.assign(value=published["value"] * published["origin"].map(double).fillna(1))
     kernels = operators.assign(median_ms=operators["median_ms"] * operators["origin"].map(double).fillna(1))
     after, before = calibrate_a10g.predict_all(cards, kernels, moved), recomputed[1]

@@ -205,10 +205,9 @@ def test_further_training_is_quoted_as_measured(agreements: dict[Any, dict[str, 
 
     first, second, third = (signed(row["tau"]) for row in everything)
     assert f"{first} (`sliced`), {second} (`pooled`) and {third} (`separate`) at 2e-3" in readme
-    assert (
-        f"give {listed(everything, 'by_chance')}; corrected for that {listed(everything, 'corrected')}, and" in readme
-    )
-    assert f"among vectors of one total {listed(equal, 'corrected')}." in readme
+    p_all, p_equal = (listed(rows, "p") for rows in (everything, equal))
+    corrected = f"corrected for that {listed(everything, 'corrected')} (p {p_all}), and among vectors of one total "
+    assert f"give {listed(everything, 'by_chance')}; {corrected}{listed(equal, 'corrected')} (p {p_equal})." in readme
 
 
 @pytest.mark.parametrize("script", ["recipe_study.py"], indirect=True)

@@ -25,11 +25,12 @@ from nas.files import file_hash, read_json, value_hash, write_atomically, write_
 _ONE_IN = 20  # documents that go to validation
 _FEW = 2 * _ONE_IN  # with fewer documents, each gives its tail to validation instead
 _PIECE = 100_000  # characters that are tokenised as one: long documents on all cores
-_BATCH = 40  # pieces that are tokenised together, and in memory at once
+_BATCH = 4_000_000  # characters that are tokenised together, and in memory at once
 _NAMES = ("tokenizer.json", "train.npy", "validation.npy")
 _MARK = "meta.json"  # written last
 
 Tokens = npt.NDArray[np.uint32]
+_Piece = tuple[int, str, bool]  # of a text: 0 for training or 1 for validation, the piece, whether the text ends there
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,13 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
     write_atomically(tokenizer_file, lambda path: model.save(str(path)))
     end = end_of_text_id(model)
     closing = [] if end is None else [end]
-    totals, characters, pieces = [0, 0], 0, _pieces(corpus)
+    totals, characters = [0, 0], 0
     with rows[0].open("wb") as train, rows[1].open("wb") as validation:
         streams = (train, validation)
         for stream in streams:
             _write_header(stream, 0)
         with console.progress_bar("Tokenising (MB of text)", None) as bar:
-            while batch := list(itertools.islice(pieces, _BATCH)):
+            for batch in _batches(_pieces(corpus)):
                 encodings = model.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
                 for (index, text, is_last), encoding in zip(batch, encodings, strict=True):
                     ids = np.array(encoding.ids + (closing if is_last else []), dtype=np.uint32)
@@ -114,12 +115,23 @@ def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:
         yield text[:cut], text[cut:]
 
 
-def _pieces(corpus: Corpus) -> Iterator[tuple[int, str, bool]]:
-    """The texts of all documents in pieces: 0 for training or 1 for validation, the piece, whether its text ends."""
+def _pieces(corpus: Corpus) -> Iterator[_Piece]:
     for split in _splits(corpus):
         for index, text in enumerate(split):
             for at in range(0, len(text), _PIECE):
                 yield index, text[at : at + _PIECE], at + _PIECE >= len(text)
+
+
+def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:
+    """Pieces that are tokenised together, on all cores, in little memory."""
+    batch, characters = list[_Piece](), 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[1])
+        if characters >= _BATCH:
+            yield batch
+            batch, characters = [], 0
+    yield batch
 
 
 def _write_header(stream: BinaryIO, tokens: int) -> None:

@@ -159,7 +159,7 @@ def _energy(
         for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
             with torch.inference_mode(), suppress(torch.OutOfMemoryError):
                 call, _ = pool.prepare(Point("decode", "whole", vector, batch, workload.context))
-                choose = partial(_step_and_choice, call)
+                choose = partial(step_and_choice, call)
                 found = measure_energy(choose, config.energy_s, uuid, torch.cuda.synchronize)
                 if found is None:
                     return None
@@ -167,6 +167,6 @@ def _energy(
     return pd.DataFrame(rows, columns=ENERGY_COLUMNS) if rows else None
 
 
-def _step_and_choice(step: Callable[[], torch.Tensor]) -> torch.Tensor:
+def step_and_choice(step: Callable[[], torch.Tensor]) -> torch.Tensor:
     """A decode step and the likeliest next tokens, as serving repeats it."""
     return step().argmax(-1)

@@ -57,8 +57,8 @@ class LayerPool:
         modules = nn.ModuleList([*every_layer, *(module for copy in self._embeddings_and_heads for module in copy)])
         held_bytes = sum(parameter.nbytes for parameter in modules.parameters())  # each once
         fits = max(0, memory_bytes - held_bytes) // (2 * self._dtype.itemsize)
-        depths = {"layer": self._depth}
-        most = max(self._cache_size(p.groups * depths.get(p.part, 1), p.batch * p.length) for p in points)
+        vectors = [(p, p.groups * self._depth if p.part == "layer" else p.groups) for p in points]
+        most = max(self._cache_size(vector, p.batch * p.length) for p, vector in vectors)
         self._room = min(fits, most)
         self._keys, self._values = (self._random(self._room) for _ in range(2))  # never time zeros
         self._graphs = torch.cuda.graph_pool_handle() if runtime != "eager" else None

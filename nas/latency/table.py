@@ -137,6 +137,8 @@ def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float
     found: dict[int, tuple[list[int], list[float]]] = {}
     loads = meta.get("lasting_load", []) if meta["runtime"] != "eager" else []
     for load in sorted(loads, key=lambda load: load["batch"]):
+        if not 0 < load["ratio"] < math.inf:
+            raise ValueError(f"a ratio of lasting_load is {load['ratio']}")
         batches, ratios = found.setdefault(load["groups"], ([], []))
         batches.append(load["batch"])
         ratios.append(load["ratio"])
@@ -153,7 +155,8 @@ def _describe(
         if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
             (mean, worst), where = overall_errors(checks), ", ".join(f"{c['batch']} x {c['length']}" for c in checks)
             at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
-            words.append(f"mean error of {phase} {mean:.1%}, worst {worst:.1%} ({at})")
+            what = "short runs of decode" if phase == "decode" and slowdowns else phase
+            words.append(f"mean error of {what} {mean:.1%}, worst {worst:.1%} ({at})")
     slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
     if slower >= _REPORTED_SLOWER:
         words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")

@@ -106,10 +106,13 @@ class Budget(NamedTuple):
     seconds: float | None = None
 
 
+EVERYTHING = Budget()
+
+
 def parse_budget(text: str) -> Budget:
     """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations; ``all`` is every vector of the space."""
     if text == "all":
-        return Budget()
+        return EVERYTHING
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])|(\d+)", text.strip())
     if match and float(match[1] or match[3]) > 0:
         seconds_per = {"s": 1, "m": 60, "h": 3600}

@@ -90,7 +90,7 @@ class DistinctSampler(BaseSampler):
         found: dict[Vector, FrozenTrial] = {}
         for trial in trials:
             if len(trial.params) == len(self.choices):
-                found.setdefault(tuple(map(trial.params.__getitem__, self.choices)), trial)
+                found.setdefault(tuple(trial.params[name] for name in self.choices), trial)
         return found
 
     def before(self, number: int, trials: Iterable[FrozenTrial]) -> tuple[set[Vector], int]:

@@ -28,7 +28,7 @@ from nas import console
 from nas.errors import UserError
 from nas.metrics import COLUMNS, OPTIONAL_COLUMNS
 from nas.search.pareto import on_front
-from nas.search.problem import LOSS, Budget, Problem
+from nas.search.problem import EVERYTHING, LOSS, Budget, Problem
 from nas.search.sampler import COUNTED, DistinctSampler
 from nas.search.storage import Storage
 from nas.space import Vector, format_vector
@@ -63,7 +63,7 @@ def search(
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)  # what goes wrong is in our own sentences
     known = list(filter(problem.keeps_limits, dict.fromkeys(known)))
-    everything = problem.vectors() if budget == Budget() else ()
+    everything = problem.vectors() if budget == EVERYTHING else ()
     early = filter(problem.keeps_limits, [*problem.space.reference_vectors().values(), *proposed])
     first = list(dict.fromkeys([*known, *early, *everything]))
     evaluations = len(known) + min(budget.evaluations or problem.size, problem.size - len(known))

@@ -11,7 +11,6 @@ samples.csv    every single sample, by which an interrupted measurement goes on
 import dataclasses
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,8 +50,11 @@ def run(config: Measure, path: Path) -> None:
         Path(config.publish).mkdir(parents=True, exist_ok=True)  # fails before anything is timed in vain
     workload = resolve_workload(config.workload, space.shape, device)
     check_serving_memory(space, device, workload)
-    with suppress(AlreadyFinishedError) if config.publish else nullcontext():  # publishing is all that is left then
+    try:
         measure_space(config, space, device, workload, path)
+    except AlreadyFinishedError:
+        if not config.publish:  # which is all that is left to do then
+            raise
     if config.publish:
         _publish(table_of(FinishedRun(path, "measure")), space, device, Path(config.publish))
 
@@ -164,7 +166,9 @@ def find_latency(
         return True
 
     def measure_now() -> None:
-        kind, when = ("table of a steady machine", "again") if drifting else ("measured table", "first")
+        kind, when = "measured table", "first"
+        if drifting:
+            kind, when = "table of a steady machine", "again; latency=RUN takes one as it is"
         console.print(f"No {kind} covers this space, device and workload: measuring {when}")
         measure_space(config, space, device, workload, path)
 

@@ -34,7 +34,7 @@ from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Objectives, Problem, Storage, search
-from nas.search.problem import Budget, parse_budget
+from nas.search.problem import EVERYTHING, parse_budget
 from nas.space import SearchSpace, Vector, format_vector, parse_vector, searched_space
 from nas.stages.measure import find_latency
 from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
@@ -103,7 +103,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     # The space of all that follows, whose costs count; of the trained one only the losses do.
     space = training.space.served_as(resolve_space(config.serve)) if config.serve else training.space
     objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
-    if budget == Budget() and space.size > _MOST:
+    if budget == EVERYTHING and space.size > _MOST:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
     build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
@@ -164,7 +164,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
     work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
     work = partial(work, known=list(known), proposed=proposed, metadata=common)
-    return _Prepared(problem, loss, latency, work, budget == Budget(), recorded, parents)
+    return _Prepared(problem, loss, latency, work, budget == EVERYTHING, recorded, parents)
 
 
 def _storage(config: Search, path: Path) -> Storage:
