@@ -3,7 +3,7 @@
 vLLM serves the configuration that `nas export` writes, with random weights, under a cap on memory. It needs a Python of
 its own with vllm installed (0.22 was tried), for its requirements are not ours.
 
-    python scripts/vllm_check.py serve PYTHON     on a GPU, by vLLM's Python: writes docs/vllm/served.csv
+    python scripts/vllm_check.py serve PYTHON     on a GPU, by vLLM's Python: adds what docs/vllm/served.csv lacks
     python scripts/vllm_check.py                  beside the shipped tables of that card: docs/vllm/check.csv
 """
 
@@ -15,7 +15,6 @@ import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -72,12 +71,12 @@ def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None
 
 
 def serve(python: str, file: Path, only: list[str]) -> None:
-    """Runs vLLM once for each model and writes what it did."""
+    """Runs vLLM once for each model, of ``only`` or that the file lacks, and adds what it did."""
     driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
     about = {"memory_gib": GIB, "driver": driver} | origin()
-    rows: list[dict[str, Any]] = []
+    rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["model"])
     for name, (shape, vector) in all_models().items():
-        if only and name not in only:
+        if name not in only if only else name in set(rows["model"]):
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_configuration(shape, vector, Path(folder))
@@ -88,9 +87,10 @@ def serve(python: str, file: Path, only: list[str]) -> None:
             print(name, "failed:", run.stdout[-500:], run.stderr[-3000:], flush=True)
             continue
         found = json.loads(run.stdout.strip().splitlines()[-1])
-        rows.append({"model": name, "vector": format_vector(vector), **found, **about})
-        print(rows[-1], flush=True)
-        write_atomically(file, partial(pd.DataFrame(rows).to_csv, index=False))
+        row = {"model": name, "vector": format_vector(vector), **found, **about}
+        print(row, flush=True)
+        rows = pd.concat([rows[rows["model"] != name], pd.DataFrame([row])])
+        write_atomically(file, partial(rows.to_csv, index=False))
 
 
 def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
