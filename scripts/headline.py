@@ -179,11 +179,11 @@ def table(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def served_by_vllm() -> pd.DataFrame:
-    """Rows like those measured here, of scripts/vllm_check.py."""
+def served_by_vllm(device: str) -> pd.DataFrame:
+    """Rows like those measured here, of scripts/vllm_check.py on that card."""
     served = pd.read_csv(VLLM)
-    served["runtime"] = "vLLM " + served["vllm"]
-    return served.assign(tokens_per_s=1e3 * served["batch"] / served["vllm_ms"])
+    served = served[served["device"] == device]
+    return served.assign(runtime="vLLM " + served["vllm"], tokens_per_s=1e3 * served["batch"] / served["vllm_ms"])
 
 
 def beside_the_announcement(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
@@ -231,7 +231,7 @@ def main() -> None:
     errors = predicted(rows)
     write_csv(OUT / "predicted.csv", errors)
     print(errors.groupby("runtime")["relative_error"].describe().round(4).to_string(), end="\n\n")
-    vllm = served_by_vllm()
+    vllm = served_by_vllm(rows["device"].iloc[0])
     print(beside_the_announcement(rows, vllm), table(rows, vllm), sep="\n\n")
 
 

@@ -39,7 +39,7 @@ SPACE, RUNTIME = "decilm-6b", "compiled"
 # Batch and context: below 64, between 65 and 127, and beyond; on the shipped grid and between its points.
 STEPS = [(1, 2048), (16, 3000), (48, 2048), (80, 1500), (112, 2048), (192, 2048), (208, 3000), (320, 1024)]
 PROMPTS = [(5, 768), (2, 2000)]  # prompts and their tokens
-POWER_BATCHES, POWER_CONTEXT, POWER_S = [1, 8, 32, 64, 128, 192, 256, 320], 2048, 5.0
+POWER_BATCHES, POWER_CONTEXT, POWER_S = [1, 8, 32, 64, 80, 112, 128, 192, 256, 320], 2048, 5.0
 RANDOM, MIXED, SEED = 4, 4, 17
 WARM_UP_S, LASTS_S = 0.7, 2.0
 MEMORY_SHARE = 0.85
@@ -150,10 +150,10 @@ def beside_predictions(rows: pd.DataFrame) -> pd.DataFrame:
 
 def errors(rows: pd.DataFrame) -> pd.DataFrame:
     """By session and workload: mean and worst error, of short runs' predictions too, Kendall's τ, uniform vectors'."""
-    found = []
-    for (date, *at), own in rows.groupby(["date", "phase", "batch", "length"]):
+    found, keys = [], ["date", "device", "phase", "batch", "length"]
+    for at, own in rows.groupby(keys):
         error, short = ((own[key] / own["measured_ms"] - 1).abs() for key in ("predicted_ms", "short_ms"))
-        found.append(dict(zip(("date", "phase", "batch", "length"), (date, *at), strict=True)))
+        found.append(dict(zip(keys, at, strict=True)))
         found[-1] |= {"vectors": len(own), "mean": error.mean(), "worst": error.max(), "short_mean": short.mean()}
         found[-1] |= {"uniform_worst": error[own["kind"] == "uniform"].max()}
         found[-1] |= {"tau": kendalltau(own["predicted_ms"], own["measured_ms"]).statistic if len(own) > 3 else None}
@@ -162,11 +162,12 @@ def errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(found: pd.DataFrame) -> str:
     """docs/latency.md's table: the workloads at which many vectors were timed."""
-    lines = ["| decode step | mean error | worst | uniform, worst | Kendall τ | short runs, mean |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
+    lines = ["| card | decode step | mean error | worst | uniform, worst | Kendall τ | short runs, mean |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in found[found["tau"].notna() & (found["phase"] == "decode")].to_dict("records"):
+        card = row["device"].split()[1]
         lines.append(
-            f"| batch {row['batch']}, context {row['length']} | {row['mean']:.2%} | {row['worst']:.2%} | "
+            f"| {card} | batch {row['batch']}, context {row['length']} | {row['mean']:.2%} | {row['worst']:.2%} | "
             f"{row['uniform_worst']:.2%} | {row['tau']:.3f} | {row['short_mean']:.2%} |"
         )
     return "\n".join(lines)

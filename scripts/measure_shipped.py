@@ -29,7 +29,7 @@ _SPARSE = ("measure.batches=[1,8,32,64,128,192,320]",)
 _DECILM = ("space=decilm-6b", "workload.batch=192", *_WORKLOAD, _CONTEXTS, _PROMPTS)
 _LLAMA = ("space=llama-2-7b", "workload.batch=8", *_WORKLOAD, _CONTEXTS, _PROMPTS, "measure.energy_batches=[1,8]")
 _CHECK = ("check=30", "measure.check_at=[[64,1536],[128,3000],[136,2500],[200,2500]]")
-_LASTING = "measure.energy_batches=[1,8,32,64,128,192,256,320]"  # by which lasting steps are predicted, too
+_LASTING = "measure.energy_batches=[1,8,32,64,80,112,128,192,256,320]"  # by which lasting steps are predicted, too
 TABLES = {
     "decilm-6b-compiled": (*_DECILM, "workload.runtime=compiled", *_DENSE, *_CHECK, _LASTING),
     "decilm-6b-eager": (*_DECILM, "workload.runtime=eager", *_SPARSE, "check=8", "measure.energy_batches=[32,192]"),

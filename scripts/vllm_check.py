@@ -71,12 +71,15 @@ def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None
 
 
 def serve(python: str, file: Path, only: list[str]) -> None:
-    """Runs vLLM once for each model, of ``only`` or that the file lacks, and adds what it did."""
+    """Runs vLLM once for each model, of ``only`` or that the file lacks of this card, and adds what it did."""
     driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
     about = {"memory_gib": GIB, "driver": driver} | origin()
     rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["model"])
+    if len(rows) and not only:
+        done = rows.loc[rows["device"] == about["device"], "model"]
+        only = [name for name in all_models() if name not in set(done)]
     for name, (shape, vector) in all_models().items():
-        if name not in only if only else name in set(rows["model"]):
+        if only and name not in only:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_configuration(shape, vector, Path(folder))
@@ -89,7 +92,7 @@ def serve(python: str, file: Path, only: list[str]) -> None:
         found = json.loads(run.stdout.strip().splitlines()[-1])
         row = {"model": name, "vector": format_vector(vector), **found, **about}
         print(row, flush=True)
-        rows = pd.concat([rows[rows["model"] != name], pd.DataFrame([row])])
+        rows = pd.concat([rows, pd.DataFrame([row])])
         write_atomically(file, partial(rows.to_csv, index=False))
 
 
@@ -116,13 +119,14 @@ def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def summary(rows: pd.DataFrame) -> str:
-    """Kendall's τ over the vectors of one shape, and the spread of the ratio."""
-    vectors = rows[rows["model"] != "Llama-2-7B"].dropna()
-    tau = kendalltau(vectors["our_tokens_per_s"], vectors["vllm_tokens_per_s"]).statistic if len(vectors) > 1 else None
-    ratio = rows["vllm_over_ours"]
-    ranked = f"Kendall's τ of the throughput of {len(vectors)} vectors {tau:.3f}; " if tau is not None else ""
-    return f"{ranked}vLLM's step over ours at its batch {ratio.min():.2f} to {ratio.max():.2f}"
+def rankings(rows: pd.DataFrame) -> dict[str, tuple[int, float]]:
+    """By card how many vectors of one shape vLLM served, and Kendall's τ of their throughput; for three or more."""
+    known = rows[rows["model"] != "Llama-2-7B"].dropna(subset="our_tokens_per_s")
+    return {
+        device: (len(own), float(kendalltau(own["our_tokens_per_s"], own["vllm_tokens_per_s"]).statistic))
+        for device, own in known.groupby("device")
+        if len(own) > 2
+    }
 
 
 def main() -> None:
@@ -135,8 +139,18 @@ def main() -> None:
         return
     rows = beside_predictions(pd.read_csv(OUT / "served.csv"))
     write_atomically(OUT / "check.csv", partial(rows.to_csv, index=False))
-    columns = ["model", "batch", "vllm_ms", "vllm_tokens_per_s", "our_batch", "our_tokens_per_s", "vllm_over_ours"]
-    print(rows[columns].round(3).to_string(index=False), summary(rows), sep="\n\n")
+    columns = [
+        "device",
+        "model",
+        "batch",
+        "vllm_ms",
+        "vllm_tokens_per_s",
+        "our_batch",
+        "our_tokens_per_s",
+        "vllm_over_ours",
+    ]
+    print(rows[columns].round(3).to_string(index=False))
+    print("Vectors, and Kendall's τ of their throughput:", rankings(rows))
 
 
 if __name__ == "__main__":
