@@ -123,7 +123,7 @@ def rankings(rows: pd.DataFrame) -> dict[str, tuple[int, float]]:
     """By card how many vectors of one shape vLLM served, and Kendall's τ of their throughput; for three or more."""
     known = rows[rows["model"] != "Llama-2-7B"].dropna(subset="our_tokens_per_s")
     return {
-        device: (len(own), float(kendalltau(own["our_tokens_per_s"], own["vllm_tokens_per_s"]).statistic))
+        str(device): (len(own), float(kendalltau(own["our_tokens_per_s"], own["vllm_tokens_per_s"]).statistic))
         for device, own in known.groupby("device")
         if len(own) > 2
     }
