@@ -174,11 +174,11 @@ class InheritedLoss:
 
 @contextmanager
 def on_tensor_cores(device: torch.device, dtype: torch.dtype = torch.float16) -> Iterator[None]:
-    """Linear layers and attention in ``dtype``; the logits stay in fp32, by TensorFloat-32."""
+    """Linear layers and attention in ``dtype``; what stays in fp32, as the logits do, by TensorFloat-32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
-        with torch.autocast(device.type, dtype):
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             yield
     finally:
         torch.set_float32_matmul_precision(before)

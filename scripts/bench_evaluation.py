@@ -6,8 +6,9 @@
   loss. All are timed in turn, in shuffled order, so that a slow moment of the machine meets all.
 - `seconds_together`: of ``vectors``, all of a small space, else random ones, in one call; `seconds_one_by_one`, as a
   search does it; and `prefix_speedup`, the ratio. Of thousands every 81st is timed, in stretches between the others.
-- `largest_difference_nats`: between losses of both ways. `fp16_difference_nats`, `bf16_difference_nats`: the largest
-  error of a difference between two of the ``compared`` vectors' losses, against fp32 (without TensorFloat-32).
+- `largest_difference_nats`: between losses of both ways. `fp16_difference_nats` and so on: the largest error of a
+  difference between any two of the ``compared`` vectors' losses, against fp32 (without TensorFloat-32), their standard
+  deviation, and the speed. A search takes fp16 on a GPU.
 
 With --supernet the weights are trained and the windows text; else both are random. The last line of stdout is JSON.
 
@@ -45,6 +46,7 @@ from nas.training.loop import training_device
 
 DEVICE = training_device()
 ON_GPU = DEVICE.type == "cuda"
+PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16, "tf32": torch.float32}
 MANY, EVERY, STRETCHES = 1000, 81, 27  # of more vectors than MANY, every so many are timed alone, in equal parts
 
 
@@ -165,18 +167,23 @@ def together(loss: InheritedLoss, vectors: list[Vector]) -> dict[str, float]:
 
 
 def compared(loss: InheritedLoss, vectors: list[Vector]) -> dict[str, float]:
-    """How far differences between vectors are from those in fp32, in both half precisions."""
+    """Errors of differences between vectors against fp32, and the speed, of each precision on tensor cores."""
 
-    def losses() -> Tensor:
-        return window_losses(loss.supernet, vectors, loss.windows, loss.rows).double().mean(1)
+    def losses(some: list[Vector]) -> list[float]:
+        means: list[float] = window_losses(loss.supernet, some, loss.windows, loss.rows).double().mean(1).tolist()
+        return means
 
-    found = {}
-    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+    found: dict[str, float] = {"compared": len(vectors)}
+    exact = np.array(losses(vectors))
+    for name, dtype in PRECISIONS.items():
         with on_tensor_cores(DEVICE, dtype):
-            found[name] = losses()
-    exact = losses()
-    errors = {f"{name}_difference_nats": float(np.ptp((half - exact).cpu().numpy())) for name, half in found.items()}
-    return {**errors, "compared": len(vectors), "range_nats": float(np.ptp(exact.cpu().numpy()))}
+            errors = losses(vectors) - exact  # compiles
+            few = vectors[:10]
+            took, _ = timed(lambda few=few: losses(few))  # type: ignore[misc]
+        found |= {f"{name}_difference_nats": float(np.ptp(errors)), f"{name}_sd_nats": float(errors.std(ddof=1))}
+        found[f"{name}_tokens_per_s"] = round(len(few) * loss.windows[:, 1:].numel() / took)
+        print(found, file=sys.stderr)
+    return {**found, "range_nats": float(np.ptp(exact))}
 
 
 def timed(what: Callable[[], Any]) -> tuple[float, Any]:
