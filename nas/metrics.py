@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from nas.latency.cost import Prediction  # which imports the config, whose limits are made from this registry
 
 Metrics = Mapping[str, float | int | str]  # values by column
+PAIRED_SE = "paired_se_nats"
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Metric:
     name: str  # of the column and the objective
     title: str  # in words, for figures
     unit: str  # empty for a plain number
-    # Its value from what is predicted of a vector, None where that is unknown; the loss alone is evaluated
+    # Its value from what is predicted of a vector, None where that is unknown; None for what is evaluated
     derive: "Callable[[Prediction], float | int | None] | None"
     maximise: bool = False  # larger is better
     objective: bool = False  # can be optimised
@@ -65,6 +66,7 @@ _WHERE_KNOWN = (
     _money("cost_per_million_tokens", "cost", "per million tokens"),
     _money("kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens"),
     _money("kg_co2e_per_year", "emissions", "kg CO2e per year"),
+    Metric(PAIRED_SE, "standard error of the loss's difference to the largest vector's", "nats/token", None),
 )
 
 METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}

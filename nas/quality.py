@@ -1,24 +1,40 @@
 """The loss of vectors on a fixed set of validation windows, remembered on disk by vector.
 
+On a CPU it is computed in fp32, eagerly. On a GPU the layers are compiled and run in fp16, but for residual stream,
+norms and logits: as fast as bf16, and it rounds eight times finer, which small differences between vectors need
+(scripts/bench_evaluation.py has both). What exceeds fp16's range becomes infinite, and is computed again in fp32.
+
 Shape suffixes: B rows, N windows, V vectors, T tokens, W words of the vocabulary.
 """
 
+import base64
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
+import numpy.typing as npt
+import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nas import console
+from nas.errors import UserError
 from nas.files import append_json_lines
+from nas.hardware import check_compiler
+from nas.metrics import PAIRED_SE, Metrics
 from nas.model import Supernet
+from nas.shape import ModelShape
 from nas.space import Vector, format_vector
 
-_TOKENS = 8192  # in one forward pass; their logits are what takes memory
+_TOKENS = 8192  # in one forward pass on a CPU; their logits are what takes memory
+_GPU_TOKENS = 65536  # on a GPU, if a quarter of its free memory holds their activations
+
+Windows = npt.NDArray[np.float32]  # losses of the windows, (N,)
 
 
 def row_losses(logits_BTW: Tensor, targets_BT: Tensor) -> Tensor:
@@ -30,43 +46,52 @@ def row_losses(logits_BTW: Tensor, targets_BT: Tensor) -> Tensor:
 @torch.no_grad()
 def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
     """Mean loss (nats per token), on windows of T + 1 ids, of a model from ids (rows, T) to logits (rows, T, V)."""
-    rows = _rows_at_once(windows_NT)
+    rows = max(1, _TOKENS // windows_NT.shape[1])
     losses = [row_losses(logits_of(windows[:, :-1]), windows[:, 1:]) for windows in windows_NT.split(rows)]
     return float(torch.cat(losses).double().mean())
 
 
-@torch.no_grad()
 def vector_losses(supernet: Supernet, vectors: Sequence[Vector], windows_NT: Tensor) -> list[float]:
-    """`mean_loss` of a supernet at each vector, in forward passes of many vectors that share their first layers.
+    """`mean_loss` of a supernet at each vector."""
+    rows = max(1, _TOKENS // windows_NT.shape[1])
+    means: list[float] = window_losses(supernet, vectors, windows_NT, rows).double().mean(1).tolist()
+    return means
 
-    Every pass takes as many vectors as fit, and only then several windows, for vectors share work and windows do not.
+
+@torch.no_grad()
+def window_losses(supernet: Supernet, vectors: Iterable[Vector], windows_NT: Tensor, rows: int) -> Tensor:
+    """Loss of a supernet at each vector on each window of T + 1 ids, (V, N), in passes of at most so many rows.
+
+    Vectors that share their first layers share those layers' work (`Supernet.shared_losses`). So every pass takes as
+    many vectors as fit, and only then several windows.
     """
-    losses: dict[Vector, float] = {}
-    for batch in _batches(vectors, windows_NT):
-        losses_VN = []
-        for windows in windows_NT.split(max(1, _rows_at_once(windows_NT) // len(batch))):
-            logits_VNTW = supernet.shared_forward(windows[:, :-1], batch)
-            targets = windows[:, 1:].repeat(len(batch), 1)
-            losses_VN.append(row_losses(logits_VNTW.flatten(0, 1), targets).view(len(batch), -1))
-        losses |= zip(batch, torch.cat(losses_VN, dim=1).double().mean(1).tolist(), strict=True)
-    return [losses[vector] for vector in vectors]
+    losses: dict[Vector, Tensor] = {}
+    for batch in _batches(vectors, rows):
+        pieces = windows_NT.split(_evenly(len(windows_NT), max(1, rows // len(batch))))
+        losses |= zip(batch, torch.cat([supernet.shared_losses(piece, batch) for piece in pieces], dim=1), strict=True)
+    return torch.stack([losses[vector] for vector in vectors])
 
 
-def _rows_at_once(windows_NT: Tensor) -> int:
-    return max(1, _TOKENS // windows_NT.shape[1])
-
-
-def _batches(vectors: Iterable[Vector], windows_NT: Tensor) -> Iterator[list[Vector]]:
+def _batches(vectors: Iterable[Vector], rows: int) -> Iterator[list[Vector]]:
     """The distinct vectors in lexicographic order, as many at a time as go through the model together."""
-    ordered, most = sorted(set(vectors)), _rows_at_once(windows_NT)
-    return (ordered[at : at + most] for at in range(0, len(ordered), most))
+    ordered = sorted(set(vectors))
+    size = _evenly(len(ordered), rows)
+    return (ordered[at : at + size] for at in range(0, len(ordered), size))
+
+
+def _evenly(count: int, most: int) -> int:
+    """The size of at most ``most`` that cuts ``count`` into few and equal pieces: of one shape, compiled once."""
+    return math.ceil(count / max(1, math.ceil(count / most))) or 1
 
 
 class LossMemo(dict[str, float]):
-    """Losses (nats per token) by name, remembered in a file of JSON lines, whose last one a kill may cut short."""
+    """Losses (nats per token) by name, remembered in a file of JSON lines, whose last one a kill may cut short.
+
+    ``windows`` has the losses of the single validation windows, as far as they were told.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.file = file
+        self.file, self.windows = file, dict[str, Windows]()
         self.reload()
 
     def reload(self) -> Self:
@@ -75,21 +100,38 @@ class LossMemo(dict[str, float]):
         for line in text.splitlines():
             with suppress(ValueError, KeyError, TypeError):
                 entry = json.loads(line)
+                if "windows" in entry:
+                    self.windows[str(entry["name"])] = np.frombuffer(base64.b64decode(entry["windows"]), "<f4")
                 self[str(entry["name"])] = float(entry["loss_nats"])
         return self
 
-    def add(self, losses: Mapping[str, float]) -> None:
+    def add(self, losses: Mapping[str, float], windows: Mapping[str, Windows] = {}) -> None:
         """Remembers losses, in the file too."""
         self.update(losses)
-        append_json_lines(self.file, ({"name": name, "loss_nats": loss} for name, loss in losses.items()))
+        self.windows.update(windows)
+        lines: dict[str, dict[str, Any]] = {name: {"name": name, "loss_nats": loss} for name, loss in losses.items()}
+        for name, values in windows.items():
+            lines[name]["windows"] = base64.b64encode(values.astype("<f4").tobytes()).decode()
+        append_json_lines(self.file, lines.values())
 
 
 class InheritedLoss:
-    """Inherited loss of vectors in nats per token, on validation windows of T + 1 tokens and the supernet's device."""
+    """Inherited loss of vectors in nats per token, on validation windows of T + 1 tokens and the supernet's device.
+
+    The supernet is from then on this object's: on a GPU its layers are compiled.
+    """
 
     def __init__(self, supernet: Supernet, windows_NT: Tensor, memo: LossMemo) -> None:
         self.supernet, self.memo = supernet.eval(), memo  # which must be of this supernet and these windows alone
-        self.windows = windows_NT.to(supernet.decoder.rope_cos.device)
+        device = supernet.decoder.rope_cos.device
+        self.windows = windows_NT.to(device)
+        self.rows, self._fast = max(1, _TOKENS // windows_NT.shape[1]), device.type == "cuda"  # rows of a pass
+        if self._fast:
+            tokens = min(_GPU_TOKENS, torch.cuda.mem_get_info()[0] // (4 * _activation_bytes(supernet.space.shape)))
+            self.rows = max(1, tokens // (windows_NT.shape[1] - 1))
+            with suppress(UserError):  # without a compiler it is slower, no more
+                check_compiler("")
+                supernet.decoder.compile_layers()
 
     def __call__(self, vector: Vector) -> float:
         name = format_vector(vector)
@@ -100,12 +142,48 @@ class InheritedLoss:
         missing = {vector for vector in vectors if format_vector(vector) not in self.memo}
         before = len(self.memo)
         with console.progress_bar("Evaluating vectors", len(missing)) as bar:
-            for batch in _batches(missing, self.windows):
+            for batch in _batches(missing, self.rows):
                 self._evaluate(batch)
                 bar(len(self.memo) - before)
         return [self.memo[format_vector(vector)] for vector in vectors]
 
+    def noise(self, vector: Vector) -> Metrics:
+        """Standard error (nats) of the difference between an evaluated vector's loss and the largest vector's.
+
+        Both are means over the same windows, so it is that of the mean of the windows' differences. Unknown for a
+        single window, and for a loss that was taken over without those of its windows.
+        """
+        own, largest = self.memo.windows.get(format_vector(vector)), self.supernet.space.largest
+        if own is None or len(own) < 2:
+            return {}
+        if format_vector(largest) not in self.memo.windows:
+            self._evaluate([largest])
+        return {PAIRED_SE: float(scipy.stats.sem(own.astype(float) - self.memo.windows[format_vector(largest)]))}
+
     def _evaluate(self, vectors: list[Vector]) -> list[float]:
-        losses = vector_losses(self.supernet, vectors, self.windows)
-        self.memo.add(dict(zip(map(format_vector, vectors), losses, strict=True)))
+        with on_tensor_cores(self.windows.device) if self._fast else nullcontext():
+            losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
+        if self._fast and not losses_VN.isfinite().all():  # beyond the range of fp16
+            losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
+        losses: list[float] = losses_VN.double().mean(1).tolist()
+        names = [format_vector(vector) for vector in vectors]
+        windows = dict(zip(names, losses_VN.cpu().numpy(), strict=True))
+        self.memo.add(dict(zip(names, losses, strict=True)), windows)
         return losses
+
+
+@contextmanager
+def on_tensor_cores(device: torch.device, dtype: torch.dtype = torch.float16) -> Iterator[None]:
+    """Linear layers and attention in ``dtype``; what stays in fp32, as the logits do, by TensorFloat-32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _activation_bytes(shape: ModelShape) -> int:
+    """That a token takes in a layer, at most."""
+    return 32 * max(shape.hidden_size, shape.num_attention_heads * shape.head_dim) + 8 * shape.intermediate_size

@@ -456,7 +456,7 @@ def test_memory_that_ran_out_is_known_in_all_its_shapes(error: Exception, is_one
             "train space=micro.yaml data=text data.path=text.txt",
             "lower train.batch",
         ),
-        ("nas.quality.vector_losses", "search seed=1 budget=3", "lower workers, train.batch"),
+        ("nas.quality.window_losses", "search seed=1 budget=3", "lower workers, train.batch"),
         (
             "nas.stages.generate.generate",
             "generate checkpoint=model prompt=import new_tokens=2",

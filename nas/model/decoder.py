@@ -20,6 +20,8 @@ from nas.shape import LayerSpec, LinearSpec, ModelShape
 
 Rope = tuple[Tensor, Tensor]
 
+_LOGITS = 2**26  # in memory at once while losses are evaluated, 256 MiB
+
 
 def rope_table(shape: ModelShape) -> Rope:
     """Cosines and sines of every position, each (max_position_embeddings, d), in fp32."""
@@ -197,3 +199,21 @@ class Decoder(nn.Module):
     def logits(self, x_BTD: Tensor) -> Tensor:
         """Logits BTV of what comes out of the last layer."""
         return self.lm_head(self.model.norm(x_BTD))  # type: ignore[no-any-return]
+
+    def row_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Mean loss (nats per token) of each row (B,) of what comes out of the last layer, logits made in pieces."""
+        tokens = max(1, _LOGITS // self.shape.vocab_size)
+        pieces = zip(x_BTD.flatten(0, 1).split(tokens), targets_BT.flatten().split(tokens), strict=True)
+        return torch.cat([self.token_losses(*piece) for piece in pieces]).view(targets_BT.shape).mean(1)
+
+    def token_losses(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
+        """Losses (N,) in nats. Logits are in fp32 under autocast too: half precision would blur small differences."""
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.cross_entropy(self.logits(x_ND.float()), targets_N, reduction="none")
+
+    def compile_layers(self) -> None:
+        """Compiles layers one by one, for all of one shape share a graph, and the losses of tokens."""
+        torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads
+        for layer in self.model.layers:
+            layer.compile(fullgraph=True)
+        self.token_losses = torch.compile(self.token_losses)  # type: ignore[method-assign]

@@ -53,22 +53,29 @@ class Supernet(nn.Module):
             selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
         return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
-    def shared_forward(self, tokens_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
-        """Logits VNTW (W: vocabulary) of the same N texts at each of V vectors, in one pass.
+    def shared_losses(self, windows_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
+        """Mean loss (V, N), nats per token, of each of V vectors on the same N windows of T + 1 ids, in one pass.
 
         Vectors with the same first layers share their computation: layer l runs once for every distinct beginning of
         l + 1 entries. Of vectors that are neighbours in lexicographic order, most of the work is shared.
         """
-        texts, decoder = len(tokens_NT), self.decoder
-        x_BTD, rope = decoder.model.embed_tokens(tokens_NT), decoder.rope(0, tokens_NT.shape[1])
+        texts, decoder = len(windows_NT), self.decoder
         beginning = np.zeros(len(vectors), dtype=int)  # number of each vector's beginning, among the distinct ones
+        steps: list[npt.NDArray[np.intp]] = []  # by layer: of each distinct beginning the shorter one, and its choice
         for layer, choices in enumerate(np.array(self.space.choice_indices(vectors)).T):
             options = len(self.space.choices[layer])
             distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
-            selection_BGS = self.get_buffer(f"mixtures_{layer}")[distinct % options].repeat_interleave(texts, dim=0)
-            x_BTD = _picked(x_BTD.unflatten(0, (-1, texts)), distinct // options).flatten(0, 1)
-            x_BTD = decoder.model.layers[layer](x_BTD, rope, selection_BGS)
-        return _picked(decoder.logits(x_BTD).unflatten(0, (-1, texts)), beginning)
+            steps += np.divmod(distinct, options)
+        on_device = torch.from_numpy(np.concatenate(steps)).to(windows_NT.device)  # all at once: it waits for the GPU
+        indices = on_device.split(list(map(len, steps)))
+        x_BTD, rope = decoder.model.embed_tokens(windows_NT[:, :-1]), decoder.rope(0, windows_NT.shape[1] - 1)
+        for layer, block in enumerate(decoder.model.layers):
+            if not np.array_equal(steps[2 * layer], np.arange(len(x_BTD) // texts)):  # else a copy for nothing
+                x_BTD = x_BTD.unflatten(0, (-1, texts))[indices[2 * layer]].flatten(0, 1)
+            selection_VGS = self.get_buffer(f"mixtures_{layer}")[indices[2 * layer + 1]]
+            x_BTD = block(x_BTD, rope, selection_VGS[:, None].expand(-1, texts, -1, -1).flatten(0, 1))
+        targets_BT = windows_NT[:, 1:].repeat(len(x_BTD) // texts, 1)
+        return decoder.row_losses(x_BTD, targets_BT).view(-1, texts)[torch.from_numpy(beginning)]
 
     @torch.no_grad()
     def extract(self, vector: Vector) -> Decoder:
@@ -126,8 +133,3 @@ def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -
             if name in state:
                 mixed[name] = mix_heads(mixture, state[name])
     return mixed
-
-
-def _picked(x: Tensor, index: npt.NDArray[np.intp]) -> Tensor:
-    """``x[index]``, without a copy where that is ``x``: logits are large."""
-    return x if np.array_equal(index, np.arange(len(x))) else x[index]

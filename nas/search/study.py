@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas import console
 from nas.errors import UserError
-from nas.metrics import COLUMNS, OPTIONAL_COLUMNS
+from nas.metrics import COLUMNS, OPTIONAL_COLUMNS, Metrics
 from nas.search.pareto import on_front
 from nas.search.problem import EVERYTHING, LOSS, Budget, Problem
 from nas.search.sampler import COUNTED, DistinctSampler
@@ -48,14 +48,16 @@ def search(
     known: Sequence[Vector] = (),
     proposed: Sequence[Vector] = (),
     metadata: Mapping[str, str] | None = None,
+    noise: Callable[[Vector], Metrics] = lambda _: {},
 ) -> pd.DataFrame:
     """Evaluates vectors until the budget or the space is used up; goes on with what ``storage`` holds.
 
     ``known`` vectors, whose loss is known from an earlier search, come first and are no part of the budget; then come
     the space's reference vectors, ``proposed`` ones, and what the sampler that ``make_sampler`` makes from a ``seed``
     proposes. No vector is evaluated that breaks a limit. A budget in seconds is time in which any worker was at work.
-    ``metadata`` is what else all workers must have in common. Returns when all other workers are finished too, with all
-    evaluated vectors in the order of their trials: `COLUMNS` and what is known of `OPTIONAL_COLUMNS`.
+    ``metadata`` is what else all workers must have in common, ``noise`` what is to be told of a loss beside it. Returns
+    when all other workers are finished too, with all evaluated vectors in the order of their trials: `COLUMNS` and what
+    is known of `OPTIONAL_COLUMNS`.
 
     ``running`` says what becomes of trials that run already. ``fail``: no other worker lives, so they are those of a
     killed one, and are made again. ``wait``: until each is finished, or its heartbeat has stopped, since a killed
@@ -70,7 +72,7 @@ def search(
     sampler = DistinctSampler(make_sampler, problem, seed, first, evaluations)
     with storage.in_reach():
         study = storage.open(problem.objectives, sampler, metadata or {})
-        worker = _Worker(study, sampler, loss, budget.seconds)
+        worker = _Worker(study, sampler, loss, noise, budget.seconds)
         if running == "fail":
             for trial in worker.trials(TrialState.RUNNING):
                 with suppress(UpdateFinishedTrialError):  # it ended at this very moment
@@ -97,6 +99,7 @@ class _Worker:
     study: optuna.Study
     sampler: DistinctSampler
     loss: Callable[[Vector], float]
+    noise: Callable[[Vector], Metrics]
     seconds: float | None  # of all workers together
     _seen: set[int] = field(default_factory=set)
 
@@ -148,7 +151,7 @@ class _Worker:
                     f"the loss of {name} is {loss}: the supernet has diverged; train another one with a lower "
                     "train.learning_rate"
                 )
-            metrics = {"vector": name, **self.sampler.problem.costs(vector), LOSS: loss}
+            metrics = {"vector": name, **self.sampler.problem.costs(vector), LOSS: loss, **self.noise(vector)}
             for key, value in metrics.items():
                 trial.set_user_attr(key, value)
             values = [float(metrics[objective]) for objective in self.sampler.problem.objectives.names]

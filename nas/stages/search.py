@@ -28,7 +28,7 @@ from nas.files import read_csv, value_hash, write_csv
 from nas.latency import Predictor, find_device, resolve_workload
 from nas.latency.cost import cost_function
 from nas.latency.memory import check_serving_memory
-from nas.metrics import LIMITS
+from nas.metrics import LIMITS, PAIRED_SE, Metrics
 from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss
 from nas.report.front import front_table
@@ -74,6 +74,11 @@ def run(config: Search, path: Path) -> None:
         return
     console.print(front_table(front, prepared.problem.objectives))
     console.print(f"{len(front)} of {len(trials)} evaluated vectors are on the front: {path / 'front.csv'}")
+    if PAIRED_SE in trials:
+        console.print(
+            f"Differences to the largest vector's loss have a standard error of {trials[PAIRED_SE].median():.1g} nats "
+            f"in the median ({PAIRED_SE}); train.validation_windows={4 * len(prepared.loss.windows)} would halve it"
+        )
 
 
 def _assist(config: Search, path: Path) -> None:
@@ -152,7 +157,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     console.print(f"Supernet: {supernet.path}")
     loss = inherited_loss(supernet, training.data, config.train.validation_windows, runs_dir)
     windows = list(loss.windows.shape)
-    known, proposed = _taken_over(earlier, supernet, loss)
+    known, proposed, errors = _taken_over(earlier, supernet, loss)
     agree(
         supernet=supernet.digest()[:12],
         validation=f"{windows[0]} windows of {windows[1]} tokens of {training.data.digest[:12]}",
@@ -164,6 +169,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
     work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
     work = partial(work, known=list(known), proposed=proposed, metadata=common)
+    work = partial(work, noise=lambda vector: loss.noise(vector) or errors.get(vector, {}))
     return _Prepared(problem, loss, latency, work, budget == EVERYTHING, recorded, parents)
 
 
@@ -209,13 +215,15 @@ def _earlier_searches(config: Search, space: SearchSpace) -> list[FinishedRun]:
 
 def _taken_over(
     earlier: Sequence[FinishedRun], supernet: FinishedRun, loss: InheritedLoss
-) -> tuple[dict[Vector, float], list[Vector]]:
-    """Losses that earlier searches know, which ``loss`` then knows too, and vectors that are worth evaluating early.
+) -> tuple[dict[Vector, float], list[Vector], dict[Vector, Metrics]]:
+    """Losses that earlier searches know, which ``loss`` then knows too, vectors that are worth evaluating early, and
+    the losses' standard errors.
 
     A loss holds where supernet and validation windows are the same. Of other searches the front is worth proposing.
     """
     known: dict[Vector, float] = {}
     proposed: list[Vector] = []
+    errors: dict[Vector, Metrics] = {}
     ours = supernet.digest(), list(loss.windows.shape)
     for run in earlier:
         holds = ours == (run.parents["supernet"]["hash"], run.config["windows"])
@@ -223,6 +231,8 @@ def _taken_over(
         losses = dict(zip(map(parse_vector, table["vector"]), table["loss_nats"].astype(float), strict=True))
         if holds:
             known = losses | known
+            if PAIRED_SE in table:
+                errors |= {vector: {PAIRED_SE: error} for vector, error in zip(losses, table[PAIRED_SE], strict=True)}
         else:
             proposed += list(losses)
     names = {format_vector(vector): value for vector, value in known.items()}
@@ -232,4 +242,4 @@ def _taken_over(
             f"From {', '.join(str(run.path) for run in earlier)}: {len(known)} losses taken over, {len(proposed)} "
             "vectors to be evaluated early"
         )
-    return known, proposed
+    return known, proposed, errors

@@ -125,7 +125,7 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
             fully_shard(layer)
         fully_shard(model)
         if isinstance(model, Supernet):
-            register_fsdp_forward_method(model, "shared_forward")
+            register_fsdp_forward_method(model, "shared_losses")
         return model
     model.to(training_device())
     if SIZE == 1:

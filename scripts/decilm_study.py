@@ -1,0 +1,340 @@
+"""The study behind docs/decilm.md: 3^32 vectors searched on a proxy with DeciLM-6B's layers, and tests of the result.
+
+    python scripts/decilm_study.py supernet --text TEXT --gpus 4    trains the proxies: main, narrow, and twice as long
+    python scripts/decilm_study.py search --text TEXT               500 evaluations for the H100 and the A10G
+    python scripts/decilm_study.py equal_cost --text TEXT           the best order of DeciLM-6B's own groups
+    python scripts/decilm_study.py alone --text TEXT --gpus 4       that, DeciLM-6B's and uniform ones, trained alone
+    python scripts/decilm_study.py transfer --text TEXT             do layers keep their order in the other proxies?
+    python scripts/decilm_study.py figures                          from the CSVs alone
+
+TEXT is what scripts/decilm_text.py made. Runs are runs/*/decilm-*, results CSVs in --out. A part that is stopped, by
+--seconds or a kill, goes on when its command is repeated where its runs/ are; what is finished is not made again.
+"""
+
+import argparse
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import sem, ttest_rel
+
+from nas.config import TrainConfig
+from nas.data import TokenData, prepare_tokens, validation_windows
+from nas.data.corpora import TextCorpus
+from nas.files import value_hash, write_csv
+from nas.model import Decoder, Supernet
+from nas.quality import InheritedLoss, LossMemo
+from nas.ranking import bootstrap_interval, kendall
+from nas.report.figure import COLOURS, GREY, figure
+from nas.report.front import draw_front, front_points
+from nas.run import FinishedRun, origin
+from nas.search import Objectives
+from nas.search.exact import best_by_counts
+from nas.search.loss_model import LossModel
+from nas.space import SearchSpace, Totals, Vector, format_vector, load_space, parse_vector
+from nas.stages.fidelity import Series, train
+from nas.stages.train import inherited_loss, weights_identity
+from nas.training.loop import training_device
+
+SUPERNETS = {"main": 1, "narrow": 1, "twice": 2}  # the training's length, in --steps
+DEVICES = {
+    "h100": ("device=nvidia-h100-80gb-hbm3", "workload.memory_gib=22.5"),
+    "a10g": ("device=nvidia-a10g",),
+}
+DECILM = "DeciLM-6B"
+COSTS = ["decode_ms", "tokens_per_s", "batch", "kv_bytes_per_token", "memory_gib", "latency_source"]
+MICROBATCH = 16  # rows that a GPU computes at once
+PROPOSALS = 8  # orders per round: the best by the mean of what is known of the layers, and by draws
+
+
+class OutOfTimeError(BaseException):
+    """--seconds are over."""
+
+
+def supernet(given: argparse.Namespace) -> None:
+    """Trains the proxies that are named, over the GPUs of this host."""
+    for name in given.supernets:
+        steps = given.steps * SUPERNETS[name]
+        keys = {"steps": steps, "accumulate": microbatches(given.batch, given.gpus), **training(given)}
+        print(f"{name}: {steps * given.batch * length(given):,} tokens", flush=True)
+        nas(given, "train", name, *(f"train.{key}={value}" for key, value in keys.items()), gpus=given.gpus)
+        size = (Path("runs/train") / f"decilm-{name}" / "supernet.safetensors").stat().st_size
+        print(f"{name}: {size / 1e6:.0f} MB of weights; its checkpoint took three times that", flush=True)
+
+
+def search(given: argparse.Namespace) -> None:
+    """Searches for both devices; the second search finds most losses in the memory of the first."""
+    for device, words in DEVICES.items():
+        words = given.device or words
+        nas(
+            given,
+            *("search", device, f"serve={given.serve}", "supernet=runs/train/decilm-main", f"budget={given.budget}"),
+            *("workload.batch=max", f"workload.context={given.context}", *words),
+            *(f"train.validation_windows={given.windows}", "check=0"),
+        )
+        trials = pd.read_csv(f"runs/search/decilm-{device}/trials.csv")
+        write(given, f"search_{device}", front_points(trials, space_of(given).reference_vectors()))
+
+
+def write(given: argparse.Namespace, name: str, table: pd.DataFrame) -> None:
+    """Writes a result with the columns of its origin, and shows its head."""
+    write_csv(given.out / f"{name}.csv", table.assign(**origin()))
+    print(f"{given.out / name}.csv", table.head(8).to_string(index=False), sep="\n", flush=True)
+
+
+def equal_cost(given: argparse.Namespace) -> None:
+    """What is to be had at DeciLM-6B's exact cost, and at its loss.
+
+    A cost depends on how many layers have each choice, so all orders of the same groups cost the same.
+    """
+    loss, rng = loss_of(given, "main"), np.random.default_rng(0)
+    trials, space = pd.read_csv("runs/search/decilm-h100/trials.csv"), loss.supernet.space
+    theirs = space.known_vectors[DECILM]
+    orders = {theirs: DECILM, theirs[::-1]: "reversed"}
+    while len(orders) < given.orders + 2:
+        orders.setdefault(tuple(rng.permutation(theirs).tolist()), "random order")
+    evaluated = dict.fromkeys([*map(parse_vector, trials["vector"]), *orders])
+    for _ in range(given.rounds):
+        losses = np.array(loss.of(list(evaluated)))
+        model = LossModel(np.array(space.choice_indices(evaluated)), losses, len(space.choices[0]))
+        for layers in (model.mean(), *(model.draw(rng) for _ in range(PROPOSALS - 1))):
+            best = best_by_counts(layers.penalties_LK, layers.couplings_MKK).vectors_TL
+            groups = (tuple(row) for row in np.array(space.choices[0])[best].tolist())
+            found = next(vector for vector in groups if sorted(vector) == sorted(theirs))
+            orders.setdefault(found, "searched order")
+            evaluated.setdefault(found)
+    losses_of = dict(zip(orders, loss.of(list(orders)), strict=True))
+    best_order = min(orders, key=lambda vector: losses_of[vector])
+    orders[best_order] = "best order" if best_order != theirs else DECILM
+    faster = trials[trials["loss_nats"] <= losses_of[theirs]].nlargest(1, "tokens_per_s")["vector"].item()
+    orders.setdefault(parse_vector(faster), "fastest at its loss")
+    windows = loss.memo.windows
+    costs = {tuple(sorted(parse_vector(row["vector"]))): row for row in trials.to_dict("records")}
+    rows = []
+    for vector, kind in orders.items():
+        difference = windows[format_vector(vector)].astype(float) - windows[format_vector(theirs)]
+        row = {"kind": kind, "vector": format_vector(vector), "loss_nats": loss(vector)}
+        row |= {"difference_nats": loss(vector) - loss(theirs), "difference_se_nats": float(sem(difference))}
+        rows.append(row | {column: costs[tuple(sorted(vector))].get(column) for column in COSTS})
+    write(given, "equal_cost", pd.DataFrame(rows).sort_values("loss_nats"))
+
+
+def alone(given: argparse.Namespace) -> None:
+    """Trains four vectors from the start by several seeds, a process per GPU, and compares them seed by seed.
+
+    Of a seed all have the same batches, and initial weights as far as they have the same ones.
+    """
+    found = pd.read_csv(given.out / "equal_cost.csv").set_index("kind")["vector"]
+    space, data = space_of(given), tokens(given, "main")
+    uniform = {f"uniform {groups}": (groups,) * len(space.choices) for groups in space.choices[0][:2]}
+    ours = {} if found.get("best order") is None else {"ours": parse_vector(found["best order"])}
+    vectors = {DECILM: space.known_vectors[DECILM], **ours, **uniform}
+
+    def start(vector: Vector, seed: int) -> Decoder:
+        whole = Supernet(space)
+        whole.initialise(torch.Generator().manual_seed(seed))
+        return whole.extract(vector)
+
+    steps = given.alone_steps
+    options = TrainConfig(**training(given) | {"steps": steps, "batch": given.alone_batch, "validate_every": steps})
+    options.accumulate = microbatches(given.alone_batch, 1)
+    windows = validation_windows(data.validation, given.windows, length(given)).to(training_device())
+    decisive = weights_identity(dataclasses.asdict(options) | {"seed": None})
+    identity = value_hash([space.to_dict(), decisive, data.digest, list(windows.shape)])
+    memo = LossMemo(Path("runs/cache") / f"decilm-alone-{identity}.jsonl")
+    series = Series("alone", start, options, data, windows, memo)
+    trainings = [(series, vector, seed) for seed in range(given.seeds) for vector in vectors.values()]
+    if given.worker is None:
+        workers = [[sys.executable, *sys.argv, "--worker", str(index)] for index in range(given.gpus)]
+        wait(*(subprocess.Popen(worker, env=on_gpu(index)) for index, worker in enumerate(workers)))
+    losses = train(trainings, Path("runs/fidelity/decilm-alone"))  # what others make is waited for, or is there
+    if given.worker is not None:
+        return
+    table = pd.DataFrame(losses, columns=["vector", "kind", "seed", "steps", "loss_nats"]).drop(columns="kind")
+    table.insert(0, "name", table["vector"].map({vector: name for name, vector in vectors.items()}))
+    table["vector"] = table["vector"].map(format_vector)
+    write(given, "alone", table.assign(batch=given.alone_batch, length=length(given)))
+    by_seed = table.pivot_table("loss_nats", "seed", "name")
+    rows = []
+    for name in by_seed.columns.drop(DECILM):
+        test = ttest_rel(by_seed[name], by_seed[DECILM])
+        low, high = test.confidence_interval(0.95)
+        rows.append((name, len(by_seed), (by_seed[name] - by_seed[DECILM]).mean(), low, high, test.pvalue))
+    columns = ["name", "seeds", "difference_nats", "low_nats", "high_nats", "p"]
+    write(given, "alone_differences", pd.DataFrame(rows, columns=columns))
+
+
+def transfer(given: argparse.Namespace) -> None:
+    """Penalties of single layers, and losses of whole vectors, in all proxies that are trained; Kendall's τ of them."""
+    space, rng = space_of(given), np.random.default_rng(1)
+    single = [
+        tuple(allowed[0] if at == layer else allowed[-1] for at, allowed in enumerate(space.choices))
+        for layer in range(len(space.choices))
+    ]
+    half = given.compared // 2
+    whole = Totals(space.choices).draw_stratified(half, rng)
+    whole += [tuple(rng.permutation(space.known_vectors[DECILM]).tolist()) for _ in range(half)]
+    kinds = {"largest": [space.largest], "layer": single, "vector": list(dict.fromkeys(whole))}
+    tables = []
+    for name in (name for name in SUPERNETS if finished("train", name)):
+        loss = loss_of(given, name)
+        for kind, vectors in kinds.items():
+            rows = [
+                (format_vector(vector), loss_nats) for vector, loss_nats in zip(vectors, loss.of(vectors), strict=True)
+            ]
+            errors = [loss.noise(vector).get("paired_se_nats") for vector in vectors]
+            tables.append(
+                pd.DataFrame(rows, columns=["vector", "loss_nats"]).assign(
+                    paired_se_nats=errors, kind=kind, supernet=name
+                )
+            )
+    table = pd.concat(tables)
+    write(given, "transfer", table)
+    rows = []
+    for kind in ("layer", "vector"):
+        by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet")
+        for other in by_net.columns.drop("main"):
+            first, second = by_net["main"].to_numpy(), by_net[[other]].to_numpy()
+            interval = bootstrap_interval(first, second, seed=0)
+            rows.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
+    write(given, "tau", pd.DataFrame(rows, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
+
+
+def figures(given: argparse.Namespace) -> None:
+    """The fronts, the orders of DeciLM-6B's groups, and what each layer loses, from the CSVs."""
+    for device in DEVICES:
+        points = pd.read_csv(given.out / f"search_{device}.csv", keep_default_na=False, na_values=[""])
+        points["name"] = points["name"].fillna("")
+        with figure(
+            given.out / f"front_{device}", f"{given.serve} on {device}, losses of {given.spaces[0]}"
+        ) as drawing:
+            draw_front(drawing, points, Objectives(("loss_nats", "tokens_per_s")))
+    orders, layers = pd.read_csv(given.out / "equal_cost.csv"), pd.read_csv(given.out / "transfer.csv")
+    with figure(given.out / "layers", width=11) as drawing:
+        left, right = drawing.subplots(1, 2)
+        left.hist(orders.loc[orders["kind"] == "random order", "difference_nats"], bins=20, color=GREY, label="random")
+        marked = orders[orders["kind"].isin([DECILM, "reversed", "best order"])]
+        for colour, (_, row) in zip(COLOURS, marked.iterrows(), strict=False):
+            left.axvline(row["difference_nats"], color=colour, label=row["kind"])
+        left.set(xlabel=f"loss beside {DECILM}'s (nats)", ylabel=f"orders of {DECILM}'s groups")
+        left.legend(fontsize=8)
+        for colour, (name, rows) in zip(COLOURS, layers.groupby("supernet"), strict=False):
+            largest = rows.loc[rows["kind"] == "largest", "loss_nats"].item()
+            single = rows.loc[rows["kind"] == "layer", "loss_nats"] - largest
+            right.plot(range(len(single)), single, "o-", color=colour, label=name, markersize=3)
+        right.set(xlabel="layer that alone has the fewest groups", ylabel="loss beside the largest vector's (nats)")
+        right.legend(fontsize=8)
+
+
+def training(given: argparse.Namespace) -> dict[str, object]:
+    """Options of all trainings."""
+    on_gpu = training_device().type == "cuda"
+    keys = {"batch": given.batch, "length": given.length, "learning_rate": given.learning_rate, "compile": on_gpu}
+    keys |= {"log_every": 50, "validate_every": 1000, "checkpoint_every": given.checkpoint_every}
+    return {key: value for key, value in keys.items() if value is not None}
+
+
+def microbatches(rows: int, processes: int) -> int:
+    """`train.accumulate` for so many rows per step."""
+    return max(1, rows // (processes * MICROBATCH))
+
+
+def space_of(given: argparse.Namespace, name: str = "main") -> SearchSpace:
+    """A proxy's space."""
+    return load_space(given.spaces[name == "narrow"])
+
+
+def length(given: argparse.Namespace) -> int:
+    """Tokens of a window."""
+    return given.length or space_of(given).shape.max_position_embeddings
+
+
+def finished(stage: str, name: str) -> bool:
+    """Whether a run of the study is complete."""
+    return (Path("runs") / stage / f"decilm-{name}" / "complete.json").is_file()
+
+
+def tokens(given: argparse.Namespace, name: str) -> TokenData:
+    """The text as a proxy reads it."""
+    return prepare_tokens(TextCorpus(given.text), None, space_of(given, name).shape.vocab_size, Path("runs/cache"))
+
+
+def loss_of(given: argparse.Namespace, name: str) -> InheritedLoss:
+    """The inherited loss of a proxy."""
+    run = FinishedRun(Path("runs/train") / f"decilm-{name}", "train")
+    return inherited_loss(run, tokens(given, name), given.windows, Path("runs"))
+
+
+def nas(given: argparse.Namespace, stage: str, name: str, *words: str, gpus: int = 1) -> None:
+    """Runs a command of the product for one of the proxies, or goes on with it, unless it is finished."""
+    if not finished(stage, name):
+        space = given.spaces[name == "narrow"]
+        launch = ["torch.distributed.run", "--nproc-per-node", str(gpus), "-m"] if gpus > 1 else []
+        run = [f"name=decilm-{name}", f"space={space}", "data=text", f"data.path={given.text}", *words]
+        wait(subprocess.Popen([sys.executable, "-m", *launch, "nas", stage, *run]))
+
+
+def on_gpu(index: int) -> dict[str, str]:
+    """The environment of a process that has one GPU to itself."""
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": str(index)}
+
+
+def wait(*processes: "subprocess.Popen[bytes]") -> None:
+    """Waits for processes, and ends them when this one's time is up: each can be started again to go on."""
+    try:
+        codes = [process.wait() for process in processes]
+    except OutOfTimeError:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+        raise
+    if any(codes):
+        sys.exit(max(codes, key=abs))
+
+
+def stop(*_: object) -> None:
+    """What becomes of an alarm."""
+    raise OutOfTimeError
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {part.__name__: part for part in (supernet, search, equal_cost, alone, transfer, figures)}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--text", default="runs/text", help="data.path")
+    parser.add_argument("--out", type=Path, default=Path("docs/decilm"), help="folder of the CSVs and figures")
+    parser.add_argument("--seconds", type=float, default=1e6, help="time after which the part stops")
+    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--spaces", nargs=2, default=["decilm-proxy", "decilm-proxy-narrow"], help="main and narrow")
+    parser.add_argument("--serve", default="decilm-6b")
+    parser.add_argument("--device", nargs="*", help="words that replace both searches' devices, for a trial")
+    parser.add_argument("--context", type=int, default=2048, help="of the served workload")
+    parser.add_argument("--supernets", nargs="*", default=list(SUPERNETS), choices=SUPERNETS, help="to train, in order")
+    parser.add_argument("--steps", type=int, default=4000, help="of a supernet")
+    parser.add_argument("--batch", type=int, default=256, help="rows per step")
+    parser.add_argument("--length", type=int, help="tokens per row; default: the proxy's context")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--checkpoint-every", type=int, default=200)
+    parser.add_argument("--windows", type=int, default=256, help="of validation")
+    parser.add_argument("--budget", default="500", help="evaluations of each search")
+    parser.add_argument("--orders", type=int, default=60, help="random orders of DeciLM-6B's groups")
+    parser.add_argument("--rounds", type=int, default=12, help="in which better orders are looked for")
+    parser.add_argument("--seeds", type=int, default=4, help="of models trained alone")
+    parser.add_argument("--alone-steps", type=int, default=1500)
+    parser.add_argument("--alone-batch", type=int, default=64)
+    parser.add_argument("--compared", type=int, default=60, help="whole vectors in transfer")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, given.seconds)
+    try:
+        parts[given.part](given)
+    except OutOfTimeError:
+        sys.exit("Stopped by --seconds; the same command goes on")
