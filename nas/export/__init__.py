@@ -26,5 +26,5 @@ def exporters(config: Mapping[str, Any]) -> list[tuple[Exporter, Path]]:
 
     That is the run's itself, but of several formats each has one by its name.
     """
-    formats = {name: spec for name, spec in config.items() if isinstance(spec, Mapping)}
+    formats = {name: spec for name, spec in config.items() if isinstance(spec, dict)}
     return [(build(spec), Path(name if len(formats) > 1 else "")) for name, spec in formats.items()]

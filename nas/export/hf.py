@@ -8,6 +8,7 @@ import dataclasses
 import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class HfDirectory:
         split = split_torch_state_dict_into_shards(state, max_shard_size=self.max_shard_size)
         for name, tensors in split.filename_to_tensors.items():
             shard = {tensor: state[tensor] for tensor in tensors}
-            write_atomically(folder / name, lambda path, of=shard: save_file(of, path, metadata={"format": "pt"}))
+            write_atomically(folder / name, partial(save_file, shard, metadata={"format": "pt"}))
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             write_json(folder / "model.safetensors.index.json", index)

@@ -34,7 +34,9 @@ def run(config: Export, path: Path) -> None:
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     formats = exporters(config.export)
     own = supernet_run.artifact("tokenizer.json")
-    shapes, tokenizers, supernet = {True: searched_space(search.config)[0].shape}, {False: own}, None  # by of_served
+    shapes = {True: searched_space(search.config)[0].shape}  # by of_served
+    tokenizers: dict[bool, Path | None] = {False: own}
+    supernet = None
     of_served = {exporter.of_served for exporter, _ in formats}
     if True in of_served:
         tokenizers[True] = _that_fits(own, shapes[True])
