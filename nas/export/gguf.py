@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
 from nas.errors import UserError
-from nas.export.card import Card
+from nas.export.card import write_card
 from nas.export.hf import untied_state
 from nas.files import read_json, write_atomically
 from nas.model import Decoder
@@ -32,11 +32,6 @@ _DTYPES = {
 # llama.cpp's names of ways to split a text before the merges of a byte-level BPE, by the regular expression.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
-_USAGE = f"""```
-llama-server -m {FILE}
-ollama create NAME -f Modelfile    # a file Modelfile that says: FROM ./{FILE}
-```
-"""
 
 
 class GgufExporter:
@@ -74,7 +69,7 @@ class GgufExporter:
             writer.close()
 
         write_atomically(folder / FILE, save)
-        Card("gguf", "gguf", _USAGE).write(model, folder, card)
+        write_card("gguf", model, folder, card)
 
     def _add_shape(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
         shape, layers = model.shape, len(model.specs)

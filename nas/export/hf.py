@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
 from nas.errors import UserError, in_short
-from nas.export.card import Card, has_weights, listed
+from nas.export.card import has_weights, listed, write_card
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
 from nas.shape import LayerSpec, ModelShape
@@ -34,18 +34,18 @@ _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
 _FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder"{code})
+tokenizer = AutoTokenizer.from_pretrained("this folder"{code})
+```
+"""
 _NO_WEIGHTS = """```python
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained("this folder", trust_remote_code=True)
 model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)  # random weights
-```
-"""
-_LOADING = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
 ```
 """
 
@@ -54,7 +54,9 @@ class HfDirectory:
     """What all formats share that are directories in Hugging Face's layout. ``max_shard_size``: such as 5GB."""
 
     of_served = False
+    form = ""  # the format's name
     has_code = False  # whether model code travels along
+    loading = _LOADING.format(code="")  # how the card says that it is loaded
 
     def __init__(self, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
         if dtype not in _DTYPES:
@@ -77,7 +79,8 @@ class HfDirectory:
         write_json(folder / "generation_config.json", special | {"do_sample": False})
         if self.has_code:
             copy_code(folder)
-        self.card(model).write(model, folder, card)
+        loading = self.loading if has_weights(model) else _NO_WEIGHTS
+        write_card(self.form, model, folder, card, self.notes(model), loading)
 
     def _save(self, state: dict[str, Tensor], folder: Path) -> None:
         split = split_torch_state_dict_into_shards(state, max_shard_size=self.max_shard_size)
@@ -96,15 +99,15 @@ class HfDirectory:
         """The tensors that are stored."""
         raise NotImplementedError
 
-    def card(self, model: Decoder) -> Card:
-        """What the model card says of the format."""
+    def notes(self, model: Decoder) -> list[str]:
+        """What a user of the directory must know."""
         raise NotImplementedError
 
 
 class HfExporter(HfDirectory):
     """See `nas.export.Exporter`."""
 
-    has_code = True
+    form, has_code, loading = "hf", True, _LOADING.format(code=", trust_remote_code=True")
 
     def config(self, model: Decoder) -> dict[str, Any]:
         return hf_config(model.shape, model.specs)
@@ -117,8 +120,29 @@ class HfExporter(HfDirectory):
             state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
         return state
 
-    def card(self, model: Decoder) -> Card:
-        return Card("hf", "transformers", _LOADING if has_weights(model) else _NO_WEIGHTS, _notes(model))
+    def notes(self, model: Decoder) -> list[str]:
+        widths = sorted({spec.intermediate_size for spec in model.specs})
+        padded = [padded_ffn_width(width) for width in widths]
+        added = listed(new - old for new, old in zip(padded, widths, strict=True))
+        wide = f"The FFN is stored {listed(padded)} wide: inference engines round its width up to a multiple of "
+        wide += f"{_FFN_MULTIPLE}, so {added}"
+        shape, loaded = model.shape, has_weights(model)
+        notes = {
+            "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
+            "code. A tokenizer.json that lies here, of at most as many tokens as the vocabulary, is used; replace it "
+            "by your own.": not loaded,
+            f"{wide} zero neurons were added, which change no output.": loaded and padded != widths,
+            f"{wide} neurons were added, which `nas finetune` leaves out.": not loaded and padded != widths,
+            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers and "
+            "vLLM read head_dim from the configuration, mlx-lm does not.": (
+                shape.head_dim * shape.num_attention_heads != shape.hidden_size
+            ),
+            "It normalises queries and keys head by head (q_norm, k_norm): its type is one of its own, which "
+            "transformers and vLLM compute with the code in this folder; other engines do not know it.": shape.qk_norm,
+            "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
+            "attention_bias which of them do, mlx-lm expects all or none.": shape.qkv_bias != shape.o_bias,
+        }
+        return [note for note, holds in notes.items() if holds]
 
     def read(self, folder: Path, with_weights: bool = True) -> Decoder:
         """Reads an exported model back, running none of its code; without its weights it is on the meta device.
@@ -249,29 +273,3 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, in
     }
     write_json(folder / "tokenizer_config.json", config | names)
     return {f"{key}_token_id": index for key, index in ids.items()}
-
-
-def _notes(model: Decoder) -> list[str]:
-    """What a user of the directory must know."""
-    widths = sorted({spec.intermediate_size for spec in model.specs})
-    padded = [padded_ffn_width(width) for width in widths]
-    added = listed(new - old for new, old in zip(padded, widths, strict=True))
-    wide = f"The FFN is stored {listed(padded)} wide: inference engines round its width up to a multiple of "
-    wide += f"{_FFN_MULTIPLE}, so {added}"
-    shape, loaded = model.shape, has_weights(model)
-    notes = {
-        "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
-        "code. A tokenizer.json that lies here, of at most as many tokens as the vocabulary, is used; replace it by "
-        "your own.": not loaded,
-        f"{wide} zero neurons were added, which change no output.": loaded and padded != widths,
-        f"{wide} neurons were added, which `nas finetune` leaves out.": not loaded and padded != widths,
-        f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers and vLLM "
-        "read head_dim from the configuration, mlx-lm does not.": (
-            shape.head_dim * shape.num_attention_heads != shape.hidden_size
-        ),
-        "It normalises queries and keys head by head (q_norm, k_norm): its type is one of its own, which transformers "
-        "and vLLM compute with the code in this folder; other engines do not know it.": shape.qk_norm,
-        "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
-        "attention_bias which of them do, mlx-lm expects all or none.": shape.qkv_bias != shape.o_bias,
-    }
-    return [note for note, holds in notes.items() if holds]

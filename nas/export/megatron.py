@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nas.errors import UserError
-from nas.export.card import Card
+from nas.export.card import write_card
 from nas.files import write_json
 from nas.model import Decoder
 from nas.shape import ModelShape
@@ -78,7 +78,7 @@ class MegatronExporter:
         }
         write_json(folder / LAYERS, {"block_configs": blocks})
         write_json(folder / ARGUMENTS, {"config": config, "model": arguments})
-        Card("megatron", "megatron-core", _USAGE, [_NOTE]).write(model, folder, card)
+        write_card("megatron", model, folder, card, [_NOTE], _USAGE)
 
 
 def _rope(shape: ModelShape) -> dict[str, Any]:

@@ -1,25 +1,21 @@
 """The dialect of NVIDIA's ModelOpt and Megatron-Bridge: a plain model type, with each layer's K/V heads beside it.
 
 Those read `block_configs` with ``attention.num_key_value_heads`` and ``ffn.intermediate_size``, and change
-transformers' Llama, Qwen2 or Qwen3 as they load it; transformers alone cannot.
+transformers' Llama or Qwen3 as they load it; transformers alone cannot.
 """
 
 from typing import Any
 
 from torch import Tensor
 
-from nas.export.card import Card
 from nas.export.uniform import UniformExporter, plain_config, plain_state
 from nas.model import Decoder
-
-_NOTE = (
-    "`block_configs` in config.json hold each layer's K/V heads and FFN width, as ModelOpt (Puzzletron's AnyModel) and "
-    "Megatron-Bridge read them. transformers, vLLM and llama.cpp do not: for those export `hf` and `gguf`."
-)
 
 
 class ModelOptExporter(UniformExporter):
     """See `nas.export.Exporter`."""
+
+    form, loading = "modelopt", ""
 
     def config(self, model: Decoder) -> dict[str, Any]:
         blocks = [
@@ -34,5 +30,9 @@ class ModelOptExporter(UniformExporter):
     def state(self, model: Decoder) -> dict[str, Tensor]:
         return plain_state(model)
 
-    def card(self, model: Decoder) -> Card:  # noqa: ARG002
-        return Card("modelopt", "transformers", "", [_NOTE])
+    def notes(self, model: Decoder) -> list[str]:  # noqa: ARG002
+        return [
+            "`block_configs` in config.json hold each layer's K/V heads and FFN width, as ModelOpt (Puzzletron's "
+            "AnyModel) and Megatron-Bridge read them. transformers, vLLM and llama.cpp do not read those: they need "
+            "the formats `hf` and `gguf`."
+        ]

@@ -1,4 +1,4 @@
-"""Plain Llama, Qwen2 or Qwen3, for what refuses layers of different KV groups: lossless, but it saves nothing.
+"""Plain Llama or Qwen3, for what refuses layers of different KV groups: lossless, but it saves nothing.
 
 K/V heads are repeated until every layer has as many, the least common multiple of the vector's groups; attention over
 repeated heads is attention over the fewer ones.
@@ -11,22 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from nas.errors import UserError
-from nas.export.card import Card
 from nas.export.hf import HfDirectory, llama_keys, untied_state
 from nas.model import Decoder
 from nas.shape import ModelShape
 
-_USAGE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder")
-tokenizer = AutoTokenizer.from_pretrained("this folder")
-```
-"""
-
 
 class UniformExporter(HfDirectory):
     """See `nas.export.Exporter`."""
+
+    form = "uniform"
 
     def check(self, shape: ModelShape, tokenizer: Path | None) -> None:  # noqa: ARG002
         if shape.qk_norm and shape.mlp_bias:
@@ -47,26 +40,28 @@ class UniformExporter(HfDirectory):
                     state[key] = heads.repeat_interleave(math.lcm(*model.kv_heads) // groups, dim=0).flatten(0, 1)
         return state
 
-    def card(self, model: Decoder) -> Card:
-        note = f"Its K/V heads are repeated to {math.lcm(*model.kv_heads)} in every layer, so that it is a plain model "
-        note += "which every engine takes. It computes the same and saves nothing: the KV cache is that of the largest."
-        return Card("uniform", "transformers", _USAGE, [note])
+    def notes(self, model: Decoder) -> list[str]:
+        heads = math.lcm(*model.kv_heads)
+        return [
+            f"Its K/V heads are repeated to {heads} in every layer, so that it is a plain model, which every engine "
+            "takes. It computes the same and saves nothing: each layer's KV cache is the largest's."
+        ]
 
 
 def plain_config(shape: ModelShape) -> dict[str, Any]:
-    """The config.json of the plain model type that computes a shape: Qwen3 has norms, Qwen2 biases of q, k and v."""
-    kind, keys = "llama", {"attention_bias": shape.qkv_bias or shape.o_bias}
-    if shape.qk_norm:
-        kind = "qwen3"
-    elif shape.qkv_bias and not shape.o_bias and not shape.mlp_bias:
-        kind, keys = "qwen2", {}
-    return {"architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind, **llama_keys(shape), **keys}
+    """The config.json of the plain model type that computes a shape: Llama, or Qwen3 where there are norms.
+
+    Not Qwen2, whose output projection has no bias: transformers 5 gives every model of that type Qwen's tokenizer.
+    """
+    kind = "qwen3" if shape.qk_norm else "llama"
+    architecture = {"architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind}
+    return architecture | llama_keys(shape) | {"attention_bias": shape.qkv_bias or shape.o_bias}
 
 
 def plain_state(model: Decoder) -> dict[str, Tensor]:
     """The state dict with zeros for biases that `plain_config`'s type has and the shape does not."""
     state = untied_state(model)
-    if plain_config(model.shape).get("attention_bias"):
+    if model.shape.qkv_bias or model.shape.o_bias:
         for name, tensor in list(state.items()):
             module, _, kind = name.rpartition(".")
             if ".self_attn." in name and module.endswith("_proj") and kind == "weight":
