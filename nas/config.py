@@ -186,7 +186,6 @@ class Generate(StageConfig):
     seed: int = 0
     dtype: str = "auto"  # as in workload
     runtime: str = "auto"
-    export: dict[str, Any] = MISSING  # the format of the checkpoint
 
 
 @dataclass

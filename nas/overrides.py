@@ -28,7 +28,8 @@ def to_hydra(stage: str, words: Sequence[str]) -> list[str]:
     left = iter(words)
     overrides = [f"budget={next(left, '')}" if w == "--budget" else re.sub("^--budget=", "budget=", w) for w in left]
     if "-m" not in words and "--multirun" not in words:
-        return [_typed(stage, word) for word in overrides]
+        several = [re.sub(r"^export=([\w-]+(,[\w-]+)+)$", r"export=[\1]", word) for word in overrides]  # formats
+        return [_typed(stage, word) for word in several]
     if any(without_passwords(word) != word for word in words):
         raise UserError(
             "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "

@@ -9,7 +9,6 @@ its own with vllm installed (0.22 was tried), for its requirements are not ours.
 
 import argparse
 import json
-import shutil
 import subprocess
 import tempfile
 from contextlib import suppress
@@ -24,8 +23,7 @@ from scipy.stats import kendalltau
 
 from nas import shipped
 from nas.errors import UserError
-from nas.export import modeling_decilm
-from nas.export.hf import hf_config
+from nas.export.hf import copy_code, hf_config
 from nas.files import write_atomically, write_json
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
@@ -63,7 +61,7 @@ def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None
     if set(vector) == {shape.num_attention_heads}:
         config = {key: value for key, value in config.items() if key not in ("auto_map", "block_configs")}
         config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    shutil.copy(modeling_decilm.__file__, folder)
+    copy_code(folder)
     write_json(
         folder / "config.json",
         config | {"bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16", "torch_dtype": "bfloat16"},

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,44 @@ def test_the_tokenizer_travels_along(exported: tuple[Vector, Path]) -> None:
     loaded = AutoTokenizer.from_pretrained(exported[1], trust_remote_code=True)
     assert loaded.decode(loaded("some words, é ∑").input_ids) == "some words, é ∑"
     assert loaded.eos_token == "<|endoftext|>"
+
+
+def test_a_batch_of_texts_of_several_lengths_is_continued_as_each_text_alone(exported: tuple[Vector, Path]) -> None:
+    texts = ["some words", "more", "and some more words to learn from"]
+    tokenizer = AutoTokenizer.from_pretrained(exported[1], trust_remote_code=True)
+    model = AutoModelForCausalLM.from_pretrained(exported[1], trust_remote_code=True)
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    several = model.generate(**batch, max_new_tokens=8, min_new_tokens=8)[:, batch.input_ids.shape[1] :]
+    for text, new in zip(texts, several, strict=True):
+        alone = model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=8, min_new_tokens=8)
+        assert torch.equal(alone[0, -8:], new)
+
+
+def test_the_tokenizer_loads_where_there_is_no_torch(tokenizer: Path, tmp_path: Path) -> None:
+    shape = dataclasses.replace(ModelShape(1, 32, 4, 8, 256, 280, 40), **FEATURED["llama-3"])
+    HfExporter().write(random_supernet(SearchSpace("m", shape, ((1, 2),))).extract((2,)), tokenizer, tmp_path, {})
+    code = "import sys; sys.modules['torch'] = None; from transformers import AutoTokenizer as A; "
+    code += f"print(A.from_pretrained({str(tmp_path)!r}, trust_remote_code=True).eos_token)"  # as mlx-lm does
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "<|endoftext|>" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_weights_in_shards_and_in_other_types_are_read_by_transformers_and_by_us(
+    dtype: str, supernet: Supernet, tokenizer: Path, tmp_path: Path
+) -> None:
+    model = supernet.extract((4, 1, 2))
+    HfExporter(dtype, max_shard_size="40KB").write(model, tokenizer, tmp_path, {})
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 1
+    kept = getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[dtype])
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype="auto")
+    assert theirs.dtype == kept
+    for name, tensor in HfExporter().read(tmp_path).state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].to(kept).float())
+        assert torch.equal(theirs.state_dict()[name].float(), tensor)
+    sorted(tmp_path.glob("model-*.safetensors"))[0].unlink()
+    with pytest.raises(UserError, match="is corrupt"):
+        HfExporter().read(tmp_path)
 
 
 @pytest.mark.parametrize("puts_it_first", [True, False])
@@ -218,6 +258,7 @@ def test_what_llamas_relatives_have_travels_to_transformers_and_back(
     HfExporter().write(model, tokenizer, tmp_path / "exported", {})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", trust_remote_code=True)
     loaded.save_pretrained(tmp_path / "saved")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported", trust_remote_code=True).padding_side == "left"
     tokens = torch.randint(280, (2, 40), generator=torch.Generator().manual_seed(0))
     for folder in (tmp_path / "exported", tmp_path / "saved"):
         reference = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -233,7 +274,7 @@ def test_what_llamas_relatives_have_travels_to_transformers_and_back(
     assert (config["qkv_bias"], config["attention_bias"]) == (shape.qkv_bias, shape.o_bias)
     assert {"rope_theta": 10000.0, **config.get("rope_scaling", {"rope_type": "default"})} == config["rope_parameters"]
     card = (tmp_path / "exported" / "README.md").read_text()
-    assert ("vLLM, llama.cpp and mlx-lm does not know it" in card) == shape.qk_norm
+    assert ("other engines do not know it" in card) == shape.qk_norm
     assert ("mlx-lm expects all or none" in card) == (shape.qkv_bias != shape.o_bias)
 
 
@@ -318,16 +359,16 @@ def test_a_damaged_model_is_refused(
 def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_once: Path, tmp_path: Path) -> None:
     for name in ("one", "two"):
         shutil.copytree(exported_once, tmp_path / "models" / name)
-        found = open_checkpoint(str(tmp_path / "models" / name), HfExporter())
+        found = open_checkpoint(str(tmp_path / "models" / name))
         assert found == (tmp_path / "models" / name, {})
         if name == "one":
-            assert open_checkpoint(str(tmp_path / "models"), HfExporter()) == found
+            assert open_checkpoint(str(tmp_path / "models")) == found
     with pytest.raises(UserError, match=r"holds 2 models; give one of them, such as .*models/one"):
-        open_checkpoint(str(tmp_path / "models"), HfExporter())
+        open_checkpoint(str(tmp_path / "models"))
     (tmp_path / "models" / "one" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"models/one has no model.safetensors; export it again"):
-        open_checkpoint(str(tmp_path / "models" / "one"), HfExporter())
+        open_checkpoint(str(tmp_path / "models" / "one"))
     with pytest.raises(UserError, match=r"checkpoint nowhere does not exist or has no config.json; .*'nas export'"):
-        open_checkpoint("nowhere", HfExporter())
+        open_checkpoint("nowhere")
     with pytest.raises(UserError, match=r"has no config\.json"):
-        open_checkpoint("", HfExporter())
+        open_checkpoint("")

@@ -1,81 +1,156 @@
 """The Hugging Face format: a directory that ``AutoModelForCausalLM.from_pretrained(…, trust_remote_code=True)`` loads.
 
-It is a `nemotron-nas` model (`DeciLMForCausalLM`), a type that vLLM, llama.cpp and mlx-lm implement, each layer with a
-KV cache of its own size. transformers does not, so a small file of model code travels along.
+It is a `nemotron-nas` model (`DeciLMForCausalLM`), a type that vLLM and mlx-lm implement, each layer with a KV cache of
+its own size. transformers does not, so two small files of model code travel along.
 """
 
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
 from nas.errors import UserError, in_short
+from nas.export.card import has_weights, listed, write_card
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
 from nas.shape import LayerSpec, ModelShape
-from nas.space import format_vector
 
-_REMOTE_CODE = "modeling_decilm"
+CONFIG = "config.json"
+_WEIGHTS = "model*.safetensors"  # one file, or shards
+_CODE = ("configuration_decilm", "modeling_decilm")
+_TYPES = {False: ("nemotron-nas", "DeciLM"), True: ("nemotron-nas-qk-norm", "DeciLMQKNorm")}  # by the shape's qk_norm
 _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
 _FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
-_CARD_HEAD = """---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]
----
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_LOADING = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("this folder"{code})
+tokenizer = AutoTokenizer.from_pretrained("this folder"{code})
+```
 """
-_WEIGHTLESS_CODE = """```python
+_NO_WEIGHTS = """```python
 from transformers import AutoConfig, AutoModelForCausalLM
 
 config = AutoConfig.from_pretrained("this folder", trust_remote_code=True)
 model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)  # random weights
 ```
 """
-_CARD_CODE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("this folder", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("this folder", trust_remote_code=True)
-```
-"""
 
 
-def padded_ffn_width(width: int) -> int:
-    """The FFN width as it is stored: engines compute it as 2/3 · ffn_mult · hidden_size, rounded up to a multiple."""
-    return math.ceil(width / _FFN_MULTIPLE) * _FFN_MULTIPLE
+class HfDirectory:
+    """What all formats share that are directories in Hugging Face's layout. ``max_shard_size``: such as 5GB."""
 
+    of_served = False
+    form = ""  # the format's name
+    has_code = False  # whether model code travels along
+    loading = _LOADING.format(code="")  # how the card says that it is loaded
 
-class HfExporter:
-    """See `nas.export.Exporter`."""
+    def __init__(self, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
+        if dtype not in _DTYPES:
+            raise UserError(f"export.dtype is '{dtype}'; use {', '.join(_DTYPES)}")
+        self.dtype, self.max_shard_size = _DTYPES[dtype], max_shard_size
 
-    config, weights, of_served = "config.json", "model.safetensors", False
+    def check(self, shape: ModelShape, tokenizer: Path | None) -> None:
+        """This format holds every model."""
 
     def write(self, model: Decoder, tokenizer: Path | None, folder: Path, card: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if _has_weights(model):
-            state = _padded_state(model)
-            write_atomically(folder / self.weights, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        if has_weights(model):
+            state = self.state(model)
+            self._save({n: x.detach().to("cpu", self.dtype).contiguous() for n, x in state.items()}, folder)
         special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
         if tokenizer:
             special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
-        write_json(folder / self.config, hf_config(model.shape, model.specs) | special)
+        dtype = str(self.dtype).removeprefix("torch.")
+        write_json(folder / CONFIG, self.config(model) | {"dtype": dtype, "torch_dtype": dtype} | special)
         write_json(folder / "generation_config.json", special | {"do_sample": False})
-        shutil.copy(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), folder)
-        (folder / "README.md").write_text(_card(model, card), encoding="utf-8")
+        if self.has_code:
+            copy_code(folder)
+        loading = self.loading if has_weights(model) else _NO_WEIGHTS
+        write_card(self.form, model, folder, card, self.notes(model), loading)
+
+    def _save(self, state: dict[str, Tensor], folder: Path) -> None:
+        split = split_torch_state_dict_into_shards(state, max_shard_size=self.max_shard_size)
+        for name, tensors in split.filename_to_tensors.items():
+            shard = {tensor: state[tensor] for tensor in tensors}
+            write_atomically(folder / name, partial(save_file, shard, metadata={"format": "pt"}))
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+            write_json(folder / "model.safetensors.index.json", index)
+
+    def config(self, model: Decoder) -> dict[str, Any]:
+        """The contents of config.json, but for the tokenizer's and the dtype."""
+        raise NotImplementedError
+
+    def state(self, model: Decoder) -> dict[str, Tensor]:
+        """The tensors that are stored."""
+        raise NotImplementedError
+
+    def notes(self, model: Decoder) -> list[str]:
+        """What a user of the directory must know."""
+        raise NotImplementedError
+
+
+class HfExporter(HfDirectory):
+    """See `nas.export.Exporter`."""
+
+    form, has_code, loading = "hf", True, _LOADING.format(code=", trust_remote_code=True")
+
+    def config(self, model: Decoder) -> dict[str, Any]:
+        return hf_config(model.shape, model.specs)
+
+    def state(self, model: Decoder) -> dict[str, Tensor]:
+        """With the FFN zero-padded to the widths that engines will compute."""
+        state = untied_state(model)
+        for name, axis, width in _ffn_tensors(state):  # silu(0) · 0 = 0: the added neurons change nothing
+            after = [0] * (2 * (state[name].dim() - 1 - axis))  # F.pad counts axes from the last
+            state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
+        return state
+
+    def notes(self, model: Decoder) -> list[str]:
+        widths = sorted({spec.intermediate_size for spec in model.specs})
+        padded = [padded_ffn_width(width) for width in widths]
+        added = listed(new - old for new, old in zip(padded, widths, strict=True))
+        wide = f"The FFN is stored {listed(padded)} wide: inference engines round its width up to a multiple of "
+        wide += f"{_FFN_MULTIPLE}, so {added}"
+        shape, loaded = model.shape, has_weights(model)
+        notes = {
+            "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
+            "code. A tokenizer.json that lies here, of at most as many tokens as the vocabulary, is used; replace it "
+            "by your own.": not loaded,
+            f"{wide} zero neurons were added, which change no output.": loaded and padded != widths,
+            f"{wide} neurons were added, which `nas finetune` leaves out.": not loaded and padded != widths,
+            f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers and "
+            "vLLM read head_dim from the configuration, mlx-lm does not.": (
+                shape.head_dim * shape.num_attention_heads != shape.hidden_size
+            ),
+            "It normalises queries and keys head by head (q_norm, k_norm): its type is one of its own, which "
+            "transformers and vLLM compute with the code in this folder; other engines do not know it.": shape.qk_norm,
+            "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
+            "attention_bias which of them do, mlx-lm expects all or none.": shape.qkv_bias != shape.o_bias,
+        }
+        return [note for note, holds in notes.items() if holds]
 
     def read(self, folder: Path, with_weights: bool = True) -> Decoder:
-        config = read_json(folder / self.config)
-        if config.get("model_type") != "nemotron-nas":
+        """Reads an exported model back, running none of its code; without its weights it is on the meta device.
+
+        A UserError tells that it is not a model of this format, or that it is corrupt.
+        """
+        config = read_json(folder / CONFIG)
+        if config.get("model_type") not in dict(_TYPES.values()):
             raise UserError(f"{folder} holds a '{config.get('model_type')}' model, not an exported nemotron-nas one")
         try:
             shape = _shape(config)
@@ -86,7 +161,7 @@ class HfExporter:
             with torch.device("cpu" if with_weights else "meta"):
                 model = Decoder(shape, vector)
             if with_weights:
-                state = load_file(folder / self.weights)
+                state = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
                 if shape.tie_word_embeddings:
                     state["lm_head.weight"] = state["model.embed_tokens.weight"]
                 for name, axis, width in _ffn_tensors(model.state_dict()):
@@ -103,19 +178,28 @@ class ConfigExporter(HfExporter):
     of_served = True
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of an exported directory."""
+    return sorted(folder.glob(_WEIGHTS))
+
+
+def padded_ffn_width(width: int) -> int:
+    """The FFN width as it is stored: engines compute it as 2/3 · ffn_mult · hidden_size, rounded up to a multiple."""
+    return math.ceil(width / _FFN_MULTIPLE) * _FFN_MULTIPLE
+
+
 def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
-    """The contents of config.json, but for the tokenizer's; FFN widths are as engines will compute them."""
-    own = dataclasses.asdict(shape)
-    o_bias, scaling = own.pop("o_bias"), own.pop("rope_scaling") or {}
+    """The contents of config.json, but for the tokenizer's and the dtype; FFN widths are as engines compute them."""
     width = max(padded_ffn_width(spec.intermediate_size) for spec in specs)
     heads, kept = shape.num_attention_heads, {"no_op": False, "replace_with_linear": False}
+    (kind, prefix), (configuration, modeling) = _TYPES[shape.qk_norm], _CODE
     return {
-        "architectures": ["DeciLMForCausalLM"],
-        "model_type": "nemotron-nas",
+        "architectures": [f"{prefix}ForCausalLM"],
+        "model_type": kind,
         "auto_map": {
-            "AutoConfig": f"{_REMOTE_CODE}.DeciLMConfig",
-            "AutoModel": f"{_REMOTE_CODE}.DeciLMModel",
-            "AutoModelForCausalLM": f"{_REMOTE_CODE}.DeciLMForCausalLM",
+            "AutoConfig": f"{configuration}.{prefix}Config",
+            "AutoModel": f"{modeling}.{prefix}Model",
+            "AutoModelForCausalLM": f"{modeling}.{prefix}ForCausalLM",
         },
         "block_configs": [
             {
@@ -126,16 +210,37 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
         ],
         "num_key_value_heads_per_layer": [spec.kv_groups for spec in specs],
         "num_key_value_heads": max(spec.kv_groups for spec in specs),
-        **own,
+        **llama_keys(shape),
+        "qkv_bias": shape.qkv_bias,
+        "qk_norm": shape.qk_norm,
+        "attention_bias": shape.o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
         "intermediate_size": width,
         **({} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}),
-        "rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **scaling},
-        **({"rope_scaling": scaling} if scaling else {}),  # where transformers 4 looks for it
-        "hidden_act": "silu",
-        "attention_bias": o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
-        "dtype": "float32",
-        "torch_dtype": "float32",
     }
+
+
+def llama_keys(shape: ModelShape) -> dict[str, Any]:
+    """What config.json says of a shape in any dialect of Llama, biases of the attention apart."""
+    own = dataclasses.asdict(shape)
+    scaling = own.pop("rope_scaling")
+    own = {key: value for key, value in own.items() if key not in ("qkv_bias", "o_bias", "qk_norm")}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **(scaling or {})}}
+    legacy = {"rope_scaling": scaling} if scaling else {}  # where transformers 4 looks for it, and engines do
+    return own | rope | legacy | {"hidden_act": "silu"}
+
+
+def copy_code(folder: Path) -> None:
+    """Copies the model code that transformers needs beside a configuration."""
+    for name in _CODE:
+        shutil.copy(Path(__file__).with_name(f"{name}.py"), folder)
+
+
+def untied_state(model: Decoder) -> dict[str, Tensor]:
+    """The state dict, without a head that is the embedding."""
+    state: dict[str, Tensor] = model.state_dict()
+    if model.shape.tie_word_embeddings:
+        del state["lm_head.weight"]
+    return state
 
 
 def _shape(config: Mapping[str, Any]) -> ModelShape:
@@ -153,66 +258,18 @@ def _ffn_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:
             yield name, axis, tensor.shape[axis]
 
 
-def _padded_state(model: Decoder) -> dict[str, Tensor]:
-    """The state dict with its FFN zero-padded to the widths that engines will compute."""
-    state = model.state_dict()
-    if model.shape.tie_word_embeddings:
-        del state["lm_head.weight"]
-    for name, axis, width in _ffn_tensors(state):  # silu(0) · 0 = 0: the added neurons change nothing
-        after = [0] * (2 * (state[name].dim() - 1 - axis))  # F.pad counts axes from the last
-        state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
-    return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
-
-
 def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, int | None]:
     """Writes the tokenizer in the form that transformers 4 and 5 both read; returns what config.json says of it."""
     loaded = load_tokenizer(str(tokenizer))
     ids = {"bos": beginning_id(loaded), "eos": end_of_text_id(loaded)}
     names = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in ids.items()}
     shutil.copy(tokenizer, folder / "tokenizer.json")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
-    write_json(folder / "tokenizer_config.json", config | {"pad_token": names["eos_token"]})
-    return {f"{key}_token_id": index for key, index in ids.items()}
-
-
-def _has_weights(model: Decoder) -> bool:
-    return not model.lm_head.weight.is_meta
-
-
-def _card(model: Decoder, card: Mapping[str, str]) -> str:
-    shape, widths = model.shape, sorted({spec.intermediate_size for spec in model.specs})
-    padded, has_weights = [padded_ffn_width(width) for width in widths], _has_weights(model)
-    added = _listed(new - old for new, old in zip(padded, widths, strict=True))
-    wide = f"The FFN is stored {_listed(padded)} wide: inference engines round its width up to a multiple of "
-    wide += f"{_FFN_MULTIPLE}, so {added}"
-    notes = {
-        "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
-        "code. A tokenizer.json that lies here, of at most as many tokens as the vocabulary, is used; replace it by "
-        "your own.": not has_weights,
-        f"{wide} zero neurons were added, which change no output.": has_weights and padded != widths,
-        f"{wide} neurons were added, which `nas finetune` leaves out.": not has_weights and padded != widths,
-        f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers reads "
-        "head_dim from the configuration, llama.cpp and mlx-lm do not.": (
-            shape.head_dim * shape.num_attention_heads != shape.hidden_size
-        ),
-        "It normalises queries and keys head by head (q_norm, k_norm): transformers computes that with the code in "
-        "this folder, but the nemotron-nas code of vLLM, llama.cpp and mlx-lm does not know it.": shape.qk_norm,
-        "Not all of its attention's projections have biases: transformers and vLLM read from qkv_bias and "
-        "attention_bias which of them do, mlx-lm expects all or none.": shape.qkv_bias != shape.o_bias,
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context,
+        "padding_side": "left",  # transformers 4 pads on the right and gives token types, with which batches fail
+        "model_input_names": ["input_ids", "attention_mask"],
+        "pad_token": names["eos_token"],
     }
-    rows = "\n".join(f"| {title} | {value} |" for title, value in card.items())
-    paragraphs = [
-        f"{_CARD_HEAD}# A model with KV groups {format_vector(model.kv_heads)}",
-        f"A Llama-style decoder whose layers differ in their number of KV groups: {shape.num_hidden_layers} layers, "
-        f"width {shape.hidden_size}, {shape.num_attention_heads} heads of {shape.head_dim}, "
-        f"FFN {_listed(widths)}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
-        f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
-        *(note for note, holds in notes.items() if holds),
-        f"| what | value |\n| --- | --- |\n{rows}",
-        _CARD_CODE if has_weights else _WEIGHTLESS_CODE,
-    ]
-    return "\n\n".join(paragraphs)
-
-
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+    write_json(folder / "tokenizer_config.json", config | names)
+    return {f"{key}_token_id": index for key, index in ids.items()}

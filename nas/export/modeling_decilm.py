@@ -1,47 +1,13 @@
-"""A Llama whose layers differ in their number of key/value heads (variable grouped-query attention).
-
-This file travels with every exported model: `trust_remote_code=True` lets transformers load it. The configuration's
-`block_configs` follow the nemotron-nas convention of inference engines; vLLM reads them as attributes, through the
-configuration class below.
-"""
+"""A Llama whose layers differ in their number of key/value heads (variable grouped-query attention)."""
 
 import copy
 
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-
-class Block(dict):
-    """A JSON object whose keys are attributes too, as inference engines expect of block configs."""
-
-    def __init__(self, values):
-        super().__init__({key: Block(value) if isinstance(value, dict) else value for key, value in values.items()})
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
-
-
-class DeciLMConfig(LlamaConfig):
-    model_type = "nemotron-nas"
-
-    def __init__(self, block_configs=(), qkv_bias=None, qk_norm=False, **kwargs):
-        super().__init__(**kwargs)
-        self.block_configs = [Block(block) for block in block_configs]
-        self.qkv_bias = self.attention_bias if qkv_bias is None else qkv_bias  # attention_bias: the output projection's
-        self.qk_norm = qk_norm
-
-    def to_dict(self):  # transformers 5 keeps these inside rope_parameters alone; engines read them here
-        values = super().to_dict()
-        parameters = dict(values.get("rope_parameters") or {})
-        values["rope_theta"] = parameters.pop("rope_theta", values.get("rope_theta"))
-        if parameters.get("rope_type", "default") != "default":
-            values["rope_scaling"] = parameters
-        return values
+from .configuration_decilm import DeciLMConfig, DeciLMQKNormConfig
 
 
 class DeciLMModel(LlamaModel):
@@ -54,7 +20,7 @@ class DeciLMModel(LlamaModel):
 
     @staticmethod
     def _layer(config, index):
-        own = copy.copy(config)
+        own = config.per_layer_config[index] if getattr(config, "is_heterogeneous", False) else copy.copy(config)
         own.num_key_value_heads = config.num_attention_heads // config.block_configs[index].attention.n_heads_in_group
         own.attention_bias = config.qkv_bias
         layer = LlamaDecoderLayer(own, index)
@@ -75,3 +41,11 @@ class DeciLMForCausalLM(LlamaForCausalLM):
         super().__init__(config)
         self.model = DeciLMModel(config)
         self.post_init()
+
+
+class DeciLMQKNormModel(DeciLMModel):
+    config_class = DeciLMQKNormConfig
+
+
+class DeciLMQKNormForCausalLM(DeciLMForCausalLM):
+    config_class = DeciLMQKNormConfig

@@ -25,18 +25,17 @@ _LOGITS = 2**26  # in memory at once while losses are evaluated, 256 MiB
 
 def rope_table(shape: ModelShape) -> Rope:
     """Cosines and sines of every position, each (max_position_embeddings, d), in fp32."""
-    if shape.rope_scaling is None:
-        steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
-        frequencies, amplitude = shape.rope_theta**-steps, 1.0
-    else:
-        frequencies, amplitude = _scaled_frequencies(shape, shape.rope_scaling)
+    frequencies, amplitude = rope_frequencies(shape, shape.rope_scaling)
     angles = torch.outer(torch.arange(shape.max_position_embeddings, dtype=torch.float32), frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos() * amplitude, angles.sin() * amplitude
 
 
-def _scaled_frequencies(shape: ModelShape, scaling: Mapping[str, Any]) -> tuple[Tensor, float]:
-    """Frequencies (d / 2) and the factor of sines and cosines, as transformers computes them."""
+def rope_frequencies(shape: ModelShape, scaling: Mapping[str, Any] | None) -> tuple[Tensor, float]:
+    """Frequencies (d / 2) and the factor of sines and cosines, scaled as transformers does it, or plain."""
+    if scaling is None:
+        steps = torch.arange(0, shape.head_dim, 2, dtype=torch.float32) / shape.head_dim
+        return shape.rope_theta**-steps, 1.0
     from transformers import LlamaConfig  # heavy, and only stretched embeddings need it
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 

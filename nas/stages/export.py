@@ -2,8 +2,7 @@
 and how other stages open those.
 """
 
-from collections.abc import Callable, Hashable, Mapping
-from functools import partial
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pandas as pd
 import torch
 
 from nas import console
-from nas.config import Export, build
+from nas.config import Export
 from nas.data.tokenizer import load_tokenizer
 from nas.errors import UserError
-from nas.export import Exporter
+from nas.export import exporters
+from nas.export.hf import CONFIG, weight_files
 from nas.files import read_csv
 from nas.latency.predictor import Workload
 from nas.metrics import PAIRED_SE
@@ -33,21 +33,30 @@ def run(config: Export, path: Path) -> None:
     supernet_run = search.parent("supernet")
     front, trials = (read_csv(search.artifact(f"{name}.csv"), COLUMNS) for name in ("front", "trials"))
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
-    exporter: Exporter = build(config.export)
-    model_of: Callable[[Vector], Decoder]
-    tokenizer: Path | None
+    formats = exporters(config.export)
     own = supernet_run.artifact("tokenizer.json")
-    if exporter.of_served:
-        shape = searched_space(search.config)[0].shape
-        model_of, tokenizer = partial(_without_weights, shape), _that_fits(own, shape)
-    else:
-        model_of, tokenizer = load_supernet(supernet_run, torch.device("cpu")).extract, own
+    shapes = {True: searched_space(search.config)[0].shape}  # by of_served
+    tokenizers: dict[bool, Path | None] = {False: own}
+    supernet = None
+    of_served = {exporter.of_served for exporter, _ in formats}
+    if True in of_served:
+        tokenizers[True] = _that_fits(own, shapes[True])
+    if False in of_served:
+        supernet = load_supernet(supernet_run, torch.device("cpu"))
+        shapes[False] = supernet.space.shape
+    for exporter, _ in formats:
+        exporter.check(shapes[exporter.of_served], tokenizers[exporter.of_served])
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
-            folder = path / _folder_name(row["vector"])
-            exporter.write(model_of(parse_vector(row["vector"])), tokenizer, folder, model_card(row, search))
-            console.print(f"Exported {folder}")
+            vector, card = parse_vector(row["vector"]), model_card(row, search)
+            models = {True: _without_weights(shapes[True], vector)}
+            if supernet:
+                models[False] = supernet.extract(vector)
+            for exporter, below in formats:
+                folder = path / below / _folder_name(row["vector"])
+                exporter.write(models[exporter.of_served], tokenizers[exporter.of_served], folder, card)
+                console.print(f"Exported {folder}")
         run.finish()
 
 
@@ -112,30 +121,31 @@ def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, st
     }
 
 
-def open_checkpoint(
-    reference: str, exporter: Exporter, with_weights: bool = True
-) -> tuple[Path, dict[str, FinishedRun]]:
+def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, dict[str, FinishedRun]]:
     """An exported model's directory, and as parent the run that wrote it if it still lies there, its files verified.
 
-    ``reference`` is the directory, or one with a single exported model inside. Without weights the configuration is
-    enough.
+    ``reference`` is the directory, or one with a single exported model inside, in hf/ if there are several formats.
+    Without weights the configuration is enough.
     """
     folder = Path(reference)
-    found = [*folder.glob(exporter.config)] or sorted(folder.glob(f"*/{exporter.config}"))
+    below = ("", "*/", "hf/*/")
+    found = next((files for at in below if (files := sorted(folder.glob(f"{at}{CONFIG}")))), [])
     if not found:
         raise UserError(
-            f"checkpoint {folder} does not exist or has no {exporter.config}; give a directory that 'nas export' or "
+            f"checkpoint {folder} does not exist or has no {CONFIG}; give a directory that 'nas export' or "
             "'nas finetune' wrote"
         )
     source = found[0].parent
     if len(found) > 1:
         raise UserError(f"checkpoint {folder} holds {len(found)} models; give one of them, such as {source}")
-    writer = FinishedRun(source.parent) if is_run(source.parent) else None
-    for name in (exporter.config, exporter.weights, "tokenizer.json"):
-        if writer and f"{source.name}/{name}" in writer.artifacts:
-            writer.artifact(f"{source.name}/{name}")
-        elif with_weights and not (source / name).is_file():
+    writer = next((FinishedRun(at) for at in list(source.parents)[:2] if is_run(at)), None)
+    files = [source / CONFIG, source / "tokenizer.json", *(weight_files(source) or [source / "model.safetensors"])]
+    for file in files:
+        if writer and (name := file.relative_to(writer.path).as_posix()) in writer.artifacts:
+            writer.artifact(name)
+        elif with_weights and not file.is_file():
             raise UserError(
-                f"{source} has no {name}; export it again with weights, or train it by nas finetune from_scratch=true"
+                f"{source} has no {file.name}; export it again with weights, or train it by nas finetune "
+                "from_scratch=true"
             )
     return source, {"checkpoint": writer} if writer else {}

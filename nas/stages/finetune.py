@@ -9,8 +9,9 @@ from nas import console
 from nas.config import Finetune, build
 from nas.data import prepare_tokens, validation_windows
 from nas.distributed import IS_MAIN
-from nas.export import Exporter
-from nas.files import file_hash
+from nas.export import exporters
+from nas.export.hf import CONFIG, HfExporter, weight_files
+from nas.files import file_hash, value_hash
 from nas.model import Decoder
 from nas.quality import mean_loss
 from nas.run import start_run
@@ -22,10 +23,10 @@ from nas.training.recipes import check_training_memory, text_loss, window_length
 
 def run(config: Finetune, path: Path) -> None:
     """Finetunes into ``path``/model."""
-    exporter: Exporter = build(config.export)
-    source, parents = open_checkpoint(config.checkpoint, exporter, with_weights=not config.from_scratch)
+    formats = exporters(config.export)
+    source, parents = open_checkpoint(config.checkpoint, with_weights=not config.from_scratch)
     options, device = config.train, training_device()
-    model = exporter.read(source, with_weights=not config.from_scratch)
+    model = HfExporter().read(source, with_weights=not config.from_scratch)
     check_training_memory(f"checkpoint {source}", options, model.shape, model.kv_heads)
     length = window_length(options, model.shape.max_position_embeddings)
     if config.from_scratch:
@@ -35,9 +36,11 @@ def run(config: Finetune, path: Path) -> None:
     tokenizer = config.tokenizer or (str(own) if own.is_file() else None)
     data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
-    weights = source / exporter.weights
-    origin = weights if weights.is_file() else source / exporter.config
-    digest = file_hash(origin)
+    for exporter, _ in formats:
+        exporter.check(model.shape, data.tokenizer)
+    origins = weight_files(source) or [source / CONFIG]
+    hashes = [file_hash(file) for file in origins]
+    digest = hashes[0] if len(hashes) == 1 else value_hash(hashes, 64)
     resolved = {
         "checkpoint": {"name": source.name, "hash": digest},
         "from_scratch": config.from_scratch,
@@ -64,8 +67,9 @@ def run(config: Finetune, path: Path) -> None:
                 "KV groups by layer": format_vector(model.kv_heads),
                 "validation loss before": f"{before:.5f} nats/token, with {start} (measured)",
                 "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
-                "trained from": f"{source.name} ({origin.name} {digest[:12]})",
+                "trained from": f"{source.name} ({origins[0].name} {digest[:12]})",
             }
-            exporter.write(trained, data.tokenizer, path / "model", card)
+            for exporter, below in formats:
+                exporter.write(trained, data.tokenizer, path / below / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
-    console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")
+    console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / formats[0][1] / 'model'}")

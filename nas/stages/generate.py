@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from nas import console
-from nas.config import Generate, build
+from nas.config import Generate
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
-from nas.export import Exporter
+from nas.export.hf import HfExporter
 from nas.files import write_atomically
 from nas.latency import Device, Workload, this_device
 from nas.latency.memory import MemoryModel
@@ -26,9 +26,8 @@ from nas.stages.export import open_checkpoint
 
 def run(config: Generate, path: Path) -> None:
     """Generates into ``path``."""
-    exporter: Exporter = build(config.export)
-    source, parents = open_checkpoint(config.checkpoint, exporter)
-    model, tokenizer, device = exporter.read(source), load_tokenizer(str(source)), this_device()
+    source, parents = open_checkpoint(config.checkpoint)
+    model, tokenizer, device = HfExporter().read(source), load_tokenizer(str(source)), this_device()
     stop, prompt = end_of_text_id(tokenizer), tokenizer.encode(config.prompt).ids
     workload, shape, vector = workload_of(config, prompt, model, device), model.shape, model.kv_heads
     kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")

@@ -1,0 +1,177 @@
+"""llama.cpp's format: one file, ``model.gguf``, for llama-server, Ollama and what else is built on llama.cpp.
+
+Its architecture is `deci`, whose heads and FFN widths are arrays, an entry per layer, so that each layer's KV cache has
+the size of its groups. llama.cpp's own converter refuses these models or drops parts of them; the tensors are named by
+the maintained table of the package `gguf`.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+from gguf import GGMLQuantizationType as Ggml
+from torch import Tensor
+
+from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
+from nas.errors import UserError
+from nas.export.card import write_card
+from nas.export.hf import untied_state
+from nas.files import read_json, write_atomically
+from nas.model import Decoder
+from nas.model.decoder import rope_frequencies
+from nas.shape import ModelShape
+
+FILE = "model.gguf"
+_DTYPES = {
+    "fp32": (Ggml.F32, gguf.LlamaFileType.ALL_F32),
+    "fp16": (Ggml.F16, gguf.LlamaFileType.MOSTLY_F16),
+    "bf16": (Ggml.BF16, gguf.LlamaFileType.MOSTLY_BF16),
+    "q8_0": (Ggml.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
+}
+# llama.cpp's names of ways to split a text before the merges of a byte-level BPE, by the regular expression.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
+
+
+class GgufExporter:
+    """See `nas.export.Exporter`."""
+
+    of_served = False
+
+    def __init__(self, dtype: str = "fp32") -> None:
+        if dtype not in _DTYPES:
+            raise UserError(f"export.dtype is '{dtype}'; for gguf use {', '.join(_DTYPES)}")
+        self.dtype, self.file_type = _DTYPES[dtype]
+
+    def check(self, shape: ModelShape, tokenizer: Path | None) -> None:
+        if shape.qk_norm:
+            raise UserError(
+                "gguf cannot hold this model: llama.cpp's deci architecture has no norms of queries and keys "
+                "(qk_norm); use export=hf, or export=uniform with llama.cpp's converter"
+            )
+        if tokenizer:
+            _kind(tokenizer)
+
+    def write(self, model: Decoder, tokenizer: Path | None, folder: Path, card: Mapping[str, str]) -> None:
+        self.check(model.shape, tokenizer)
+        writer = gguf.GGUFWriter(None, "deci")
+        self._add_shape(writer, model)
+        writer.add_name(folder.name)
+        if tokenizer:
+            _add_tokenizer(writer, tokenizer, model.shape.vocab_size)
+        self._add_tensors(writer, model)
+
+        def save(path: Path) -> None:
+            writer.write_header_to_file(path)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+            writer.close()
+
+        write_atomically(folder / FILE, save)
+        write_card("gguf", model, folder, card)
+
+    def _add_shape(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
+        shape, layers = model.shape, len(model.specs)
+        writer.add_type("model")
+        writer.add_file_type(self.file_type)
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        writer.add_block_count(layers)
+        writer.add_context_length(shape.max_position_embeddings)
+        writer.add_embedding_length(shape.hidden_size)
+        writer.add_vocab_size(shape.vocab_size)
+        writer.add_head_count([shape.num_attention_heads] * layers)
+        writer.add_head_count_kv(list(model.kv_heads))
+        writer.add_feed_forward_length([spec.intermediate_size for spec in model.specs])
+        for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+            add(shape.head_dim)
+        writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
+        writer.add_rope_freq_base(shape.rope_theta)
+        if shape.rope_scaling:  # as divisors of the frequencies and a factor, which hold every kind of scaling exactly
+            (plain, _), (scaled, amplitude) = (rope_frequencies(shape, how) for how in (None, shape.rope_scaling))
+            writer.add_tensor("rope_freqs.weight", (plain / scaled).numpy())
+            writer.add_rope_scaling_attn_factors(amplitude)
+
+    def _add_tensors(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.specs))
+        for name, tensor in untied_state(model).items():
+            module, _, kind = name.rpartition(".")
+            if module.endswith("q_proj"):
+                tensor = _neighbours(tensor, model.shape.num_attention_heads)
+            if module.endswith("k_proj"):
+                tensor = _neighbours(tensor, model.kv_heads[int(name.split(".")[2])])
+            values = tensor.detach().float().cpu().contiguous().numpy()
+            stored = self.dtype if values.ndim > 1 else Ggml.F32
+            if values.shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
+                stored = Ggml.F16  # what llama.cpp does with rows that are no multiple of a block
+            writer.add_tensor(
+                f"{names.get_name(module)}.{kind}", gguf.quants.quantize(values, stored), raw_dtype=stored
+            )
+
+
+def _neighbours(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of q or k reordered within each head, for llama.cpp rotates neighbours, and Hugging Face halves."""
+    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def _kind(tokenizer: Path) -> str:
+    """llama.cpp's name for how a text becomes the symbols that a tokenizer.json merges; `llama` for SentencePiece's."""
+    content = read_json(tokenizer)
+    model, normalizer = content["model"], _parts(content.get("normalizer"), "normalizers")
+    splits = _parts(content.get("pre_tokenizer"), "pretokenizers")
+    kinds = [part["type"] for part in splits]
+    if model["type"] == "BPE" and model.get("byte_fallback"):
+        if {part["type"] for part in normalizer} <= {"Prepend", "Replace"} and kinds in ([], ["Metaspace"]):
+            return "llama"
+    elif model["type"] == "BPE" and {part["type"] for part in normalizer} <= {"NFC"}:
+        plain = [part for part in splits if part["type"] == "ByteLevel" and not part["add_prefix_space"]]
+        if plain and kinds == ["ByteLevel"]:
+            return "gpt-2"
+        if plain and kinds == ["Digits", "ByteLevel"] and splits[0]["individual_digits"]:
+            return "smollm"
+        if plain and kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(splits[0]["pattern"].get("Regex"))):
+            return name
+    how = f"{model['type']} after {', '.join(kinds) or 'no split'}"
+    raise UserError(
+        f"gguf cannot hold {tokenizer}: llama.cpp has no name for its kind ({how}); train with one of the kind of "
+        "GPT-2, Llama 2, Llama 3, Qwen2 or SmolLM, or use export=hf"
+    )
+
+
+def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+    """The steps of a sequence in a tokenizer.json, or the only one."""
+    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Path, vocab_size: int) -> None:
+    """Adds the tokens, filled up with unused ones to the model's vocabulary, and the merges or what they amount to."""
+    kind, content, loaded = _kind(tokenizer), read_json(tokenizer), load_tokenizer(str(tokenizer))
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in content["model"]["merges"]]
+    tokens = [f"[UNUSED{index}]" for index in range(vocab_size)]
+    types = [gguf.TokenType.UNUSED] * vocab_size
+    for token, index in content["model"]["vocab"].items():
+        tokens[index], types[index] = token, gguf.TokenType.NORMAL
+        if kind == "llama" and token.startswith("<0x"):
+            types[index] = gguf.TokenType.BYTE
+    for added in content["added_tokens"]:
+        tokens[added["id"]] = added["content"]
+        types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if kind == "llama":  # SentencePiece merges to the token of the highest score first
+        if (unknown := content["model"].get("unk_token")) is not None:
+            types[content["model"]["vocab"][unknown]] = gguf.TokenType.UNKNOWN
+        rank = {left + right: -float(at) for at, (left, right) in reversed([*enumerate(merges)])}
+        writer.add_tokenizer_model("llama")
+        writer.add_token_scores([rank.get(token, 0.0) for token in tokens])
+        writer.add_add_space_prefix(loaded.encode("a", add_special_tokens=False).tokens[0].startswith("▁"))
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(kind)
+        writer.add_token_merges([" ".join(merge) for merge in merges])
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_add_bos_token(bool(loaded.encode("").ids))
+    if (begin := beginning_id(loaded)) is not None:
+        writer.add_bos_token_id(begin)
+    if (end := end_of_text_id(loaded)) is not None:
+        writer.add_eos_token_id(end)
+        writer.add_pad_token_id(end)

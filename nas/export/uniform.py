@@ -1,0 +1,69 @@
+"""Plain Llama or Qwen3, for what refuses layers of different KV groups: lossless, but it saves nothing.
+
+K/V heads are repeated until every layer has as many, the least common multiple of the vector's groups; attention over
+repeated heads is attention over the fewer ones.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nas.errors import UserError
+from nas.export.hf import HfDirectory, llama_keys, untied_state
+from nas.model import Decoder
+from nas.shape import ModelShape
+
+
+class UniformExporter(HfDirectory):
+    """See `nas.export.Exporter`."""
+
+    form = "uniform"
+
+    def check(self, shape: ModelShape, tokenizer: Path | None) -> None:  # noqa: ARG002
+        if shape.qk_norm and shape.mlp_bias:
+            raise UserError(
+                "no plain model type has both norms of queries and keys (qk_norm) and biases in its FFN (mlp_bias); "
+                "use export=hf"
+            )
+
+    def config(self, model: Decoder) -> dict[str, Any]:
+        return plain_config(model.shape) | {"num_key_value_heads": math.lcm(*model.kv_heads)}
+
+    def state(self, model: Decoder) -> dict[str, Tensor]:
+        state = plain_state(model)
+        for layer, groups in enumerate(model.kv_heads):
+            for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
+                if (key := f"model.layers.{layer}.self_attn.{name}") in state:
+                    heads = state[key].unflatten(0, (groups, -1))
+                    state[key] = heads.repeat_interleave(math.lcm(*model.kv_heads) // groups, dim=0).flatten(0, 1)
+        return state
+
+    def notes(self, model: Decoder) -> list[str]:
+        heads = math.lcm(*model.kv_heads)
+        return [
+            f"Its K/V heads are repeated to {heads} in every layer, so that it is a plain model, which every engine "
+            "takes. It computes the same and saves nothing: each layer's KV cache is the largest's."
+        ]
+
+
+def plain_config(shape: ModelShape) -> dict[str, Any]:
+    """The config.json of the plain model type that computes a shape: Llama, or Qwen3 where there are norms.
+
+    Not Qwen2, whose output projection has no bias: transformers 5 gives every model of that type Qwen's tokenizer.
+    """
+    kind = "qwen3" if shape.qk_norm else "llama"
+    architecture = {"architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind}
+    return architecture | llama_keys(shape) | {"attention_bias": shape.qkv_bias or shape.o_bias}
+
+
+def plain_state(model: Decoder) -> dict[str, Tensor]:
+    """The state dict with zeros for biases that `plain_config`'s type has and the shape does not."""
+    state = untied_state(model)
+    if model.shape.qkv_bias or model.shape.o_bias:
+        for name, tensor in list(state.items()):
+            module, _, kind = name.rpartition(".")
+            if ".self_attn." in name and module.endswith("_proj") and kind == "weight":
+                state.setdefault(f"{module}.bias", tensor.new_zeros(len(tensor)))
+    return state
