@@ -1,6 +1,7 @@
 """nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
 
-from collections.abc import Collection
+import shlex
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pandas as pd
 from nas import console
 from nas.config import Report
 from nas.errors import UserError
-from nas.files import read_csv, write_csv
+from nas.files import read_csv, write_atomically, write_csv
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
+from nas.metrics import LIMITS
 from nas.report.figure import figure
-from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
-from nas.report.hypervolume import curves, draw_hypervolume
+from nas.report.front import attained, draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
+from nas.report.hypervolume import curves, draw_hypervolume, reference_text
+from nas.report.learned import learned
+from nas.report.page import Page, costs, draw_page
 from nas.report.predicted import draw_check
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
@@ -54,11 +58,13 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     trials = known_trials[: len(searches)]
     space, name = searched_space(first.config)
     reference_vectors, caption = space.reference_vectors(), _caption(first.config)
-    everything = pd.concat(trials).drop_duplicates("vector")
+    everything = pd.concat(trials).drop_duplicates("vector", ignore_index=True)
     everything["on_front"] = on_front(everything, objectives)
     points = front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
     draw = partial(figure, caption=caption)
+    labels = _labels([search.config for search in searches])
+    runs = list(zip(labels, trials, strict=True))
 
     with draw(path / "front", f"{name}: Pareto front") as drawing:
         draw_front(drawing, points, objectives)
@@ -68,16 +74,15 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     # Limits and small budgets leave some reference vectors out.
     complete = set(map(format_vector, reference_vectors.values())) <= set(everything["vector"])
     reference = reference_point(points[points["name"] != ""] if complete else points, objectives)
-    labels = _labels([search.config for search in searches])
-    table = curves(zip(labels, trials, strict=True), objectives, reference)
+    table = curves(runs, objectives, reference)
     with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
         draw_hypervolume(drawing, table, objectives, reference)
 
-    if (first.path / "latency_check.csv").is_file():
-        check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS)
-        if not check.empty:
-            with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
-                draw_check(drawing, check)
+    timed = (first.path / "latency_check.csv").is_file()
+    check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame()
+    if len(check):
+        with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
+            draw_check(drawing, check)
 
     console.print(f"{name}; {caption}")
     console.print(front_table(front, objectives))
@@ -87,6 +92,26 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
     write_csv(path / "metrics.csv", metrics)
+    vectors, moves = learned(points.assign(**_finders(points, searches, runs)), space, _bases(points))
+    if len(runs) == 1:
+        vectors["hypervolume"] = table["median"]
+    limits = {LIMITS[key].name: bound for key, bound in first.config["constraints"].items() if bound is not None}
+    page = Page(
+        f"{name}: loss against cost",
+        caption,
+        vectors,
+        cost=next(metric for metric in [*objectives.names, *costs(vectors)] if metric in costs(vectors)),
+        fronts=attained(runs, costs(vectors)),
+        volumes=table,
+        reference=reference_text(objectives, reference),
+        limits=limits,
+        levels=sorted({groups for allowed in space.choices for groups in allowed}),
+        moves=moves,
+        check=check,
+        runs=metrics.set_index("run").join(_differences(searches)) if len(runs) > 1 else pd.DataFrame(),
+    )
+    html = draw_page(page)
+    write_atomically(path / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
     alone = len(known) == 1  # and would be compared with itself
     for label, runs in metrics.groupby("label", sort=False):
         middle = runs.median(numeric_only=True)
@@ -97,6 +122,26 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
             f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
+
+
+def _finders(
+    points: pd.DataFrame, searches: Sequence[FinishedRun], runs: Sequence[tuple[str, pd.DataFrame]]
+) -> dict[str, pd.Series]:
+    """Of each vector: the group of runs that evaluated it, when that was, and the command that exports it."""
+    label, evaluation, command = {}, {}, {}
+    for search, (of, trials) in zip(searches, runs, strict=True):
+        for number, vector in enumerate(trials["vector"], start=1):
+            label[vector] = of if label.get(vector, of) == of else "several"
+            evaluation[vector] = min(number, evaluation.get(vector, number))
+            command.setdefault(vector, shlex.join(["nas", "export", f"run={search.path}", f"select={vector}"]))
+    vectors = points["vector"]
+    return {name: vectors.map(of) for name, of in (("label", label), ("evaluation", evaluation), ("command", command))}
+
+
+def _bases(points: pd.DataFrame) -> list[str]:
+    """The vectors whose moves are shown: the largest evaluated one first, the other uniform ones, then the front."""
+    uniform = points[points["uniform"]].sort_values("parameters", ascending=False)
+    return list(dict.fromkeys([*uniform["vector"], *points[points["on_front"]]["vector"]]))
 
 
 def front_metrics(
@@ -142,3 +187,10 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
         sampler = values["sampler._target_"].rsplit(".", 1)[-1].removesuffix("Sampler")
         labels.append(", ".join([sampler, *(f"{key} {values[key]}" for key in varied)]))
     return labels
+
+
+def _differences(searches: list[FinishedRun]) -> pd.DataFrame:
+    """What differs between the configs of runs, by run."""
+    flat = pd.json_normalize([search.config for search in searches]).astype(str)
+    flat.index = pd.Index([search.path.name for search in searches], name="run")
+    return flat.loc[:, flat.nunique() > 1]
