@@ -47,7 +47,7 @@ def made_up(vectors: int) -> str:
     reference, runs = reference_point(points, objectives), [("front", points)]
     volumes = curves(runs, objectives, reference)
     found, moves = learned(points, space, points.loc[points["on_front"], "vector"])
-    found = found.assign(label="front", evaluation=volumes["evaluations"], hypervolume=volumes["median"])
+    found = found.assign(label="front", times=1, evaluation=volumes["evaluations"])
     found["command"] = "nas export run=runs/search/made-up select=" + found["vector"]
     return draw_page(
         Page(
@@ -57,13 +57,13 @@ def made_up(vectors: int) -> str:
             fronts=attained(runs, costs(found)),
             volumes=volumes,
             reference=reference_text(objectives, reference),
-            cost="tokens_per_s",
             limits={},
             levels=[1, 2, 4],
             moves=moves,
             check=pd.DataFrame(),
             runs=pd.DataFrame(),
-        )
+        ),
+        objectives,
     )
 
 

@@ -24,6 +24,7 @@ from matplotlib.colors import to_hex
 
 from nas.metrics import METRICS
 from nas.report.figure import COLOURS, GREY
+from nas.search import Objectives
 from nas.search.problem import LOSS
 from nas.space import parse_vector
 
@@ -39,18 +40,15 @@ class Page:
 
     title: str
     caption: str
-    vectors: (
-        pd.DataFrame
-    )  # one row each, numbered: metrics, on_front, latency_source, name, uniform, label, evaluation, command
+    vectors: pd.DataFrame  # one row each, numbered: `COLUMNS`, name, uniform, label, times, evaluation, command, …
     fronts: pd.DataFrame  # `nas.report.front.attained`
     volumes: pd.DataFrame  # `nas.report.hypervolume.curves`
     reference: str  # the hypervolume's reference point
-    cost: str  # of the front, at first
     limits: Mapping[str, float]  # by metric
     levels: Sequence[int]  # the groups that layers may have, ascending
     moves: pd.DataFrame  # `nas.report.learned.moves`; may be empty, as may be what follows
     check: pd.DataFrame  # predicted and measured end-to-end models
-    runs: pd.DataFrame  # metrics of each run, and what differs between their configs
+    runs: pd.DataFrame  # a row each: what differs between their configs, and their metrics
 
     @property
     def labels(self) -> list[str]:
@@ -68,18 +66,19 @@ def origin(metric: str) -> str | None:
 
 
 def costs(vectors: pd.DataFrame) -> list[str]:
-    """The metrics, loss aside, that are not the same for all vectors."""
-    columns = (name for name in METRICS if name in vectors and name not in (LOSS, *_BOUNDS))
-    return [name for name in columns if vectors[name].nunique() > 1]
+    """The metrics, loss aside, that are not the same for all vectors; all of them if there is but one vector."""
+    columns = [name for name in METRICS if name in vectors and name not in (LOSS, *_BOUNDS)]
+    return [name for name in columns if vectors[name].nunique() > 1] or columns
 
 
-def draw_page(found: Page) -> str:
-    """The page as HTML; its front is of the loss against ``found.cost`` until another is chosen."""
-    source = _marked(found)
+def draw_page(found: Page, objectives: Objectives) -> str:
+    """The page as HTML."""
+    cost = min(costs(found.vectors), key=lambda name: name not in objectives.names)  # the first objective, if it can be
+    source = _marked(found, cost)
     metrics = [LOSS, *costs(found.vectors)]
     tooltips = [("vector", "@vector"), ("", "@name"), *((METRICS[name].label, f"@{name}") for name in metrics)]
     hover = {"tooltips": [*tooltips, ("latency", "@latency_source")], "point_policy": "follow_mouse"}
-    front, axes = _draw_front(found, source, hover)
+    front, axes = _draw_front(found, source, cost, hover)
     layers, cells = _draw_layers(found, source, hover)
     moves, moved = _draw_moves(found)
     table, rows = _draw_table(found, source, metrics)
@@ -133,9 +132,13 @@ def draw_page(found: Page) -> str:
         "table_note": _table_note(metrics),
         "levels": list(zip(found.levels, _shades(len(found.levels)), strict=True)),
         "panels": [(name, *_PANELS[name]) for name in panels if name != "moves" or len(found.moves)],
-        "runs": found.runs.to_html(border=0) if len(found.runs) else "",
+        "runs": found.runs.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format)
+        if len(found.runs) > 1
+        else "",
+        "runs_note": _runs_note(found),
     }
-    return file_html(document, INLINE, title=found.title, template=_beside("page.html"), template_variables=values)
+    html: str = file_html(document, INLINE, title=found.title, template=_beside("page.html"), template_variables=values)
+    return html
 
 
 def _beside(name: str) -> str:
@@ -190,7 +193,7 @@ def _source(table: pd.DataFrame, name: str | None = None) -> bm.ColumnDataSource
     return bm.ColumnDataSource({str(key): column.to_numpy() for key, column in table.items()}, name=name)
 
 
-def _marked(found: Page) -> bm.ColumnDataSource:
+def _marked(found: Page, cost: str) -> bm.ColumnDataSource:
     """The vectors, and how each is marked: what all views share."""
     vectors, several = found.vectors, len(found.labels) > 1
     labels = vectors["label"] if several else pd.Series("evaluated", vectors.index)
@@ -206,7 +209,7 @@ def _marked(found: Page) -> bm.ColumnDataSource:
         kind[chosen], marker[chosen] = name, shape
         if not several:
             colour[chosen] = shade
-    drawn = {"x": vectors[found.cost], "kind": kind, "marker": marker, "colour": colour}
+    drawn: dict[str, Any] = {"x": vectors[cost], "kind": kind, "marker": marker, "colour": colour}
     drawn |= {"size": np.where(marker == "circle", np.where(vectors["on_front"], 9, 6), 12)}
     drawn |= {"alpha": np.where(vectors["on_front"] | (marker != "circle"), 0.95, 0.45)}
     drawn["column"] = vectors.loc[vectors["on_front"], LOSS].rank(method="first").reindex(vectors.index) - 1
@@ -240,12 +243,13 @@ def _scatter(plot: figure, source: bm.ColumnDataSource, x: str, y: str, **more: 
     return drawn
 
 
-def _draw_front(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any]) -> tuple[Any, Any]:
+def _draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[str, Any]) -> tuple[Any, Any]:
     """Loss against a cost, and the controls that choose which and how."""
-    plot = _plot(_label(found, found.cost), _label(found, LOSS), tools=_SELECT, active_drag="box_select")
+    plot = _plot(_label(found, cost), _label(found, LOSS), tools=_SELECT, active_drag="box_select")
     plot.x_range.only_visible = True
     shown: list[tuple[str, Any]] = []  # what belongs to one cost alone
-    for (metric, label), rows in found.fronts.groupby(["metric", "label"], sort=False):
+    for key, rows in found.fronts.groupby(["metric", "label"], sort=False):
+        metric, label = map(str, key)
         colour = COLOURS[found.labels.index(label) % len(COLOURS)]
         steps, mode = _source(rows), "before" if METRICS[metric].maximise else "after"
         if not (rows["low"] == rows["high"]).all():
@@ -278,9 +282,9 @@ def _draw_front(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any])
         nonselection_text_alpha=1.0,
     )
     for metric, mark in shown:
-        mark.visible = metric == found.cost
+        mark.visible = metric == cost
     options = [(metric, METRICS[metric].label) for metric in costs(found.vectors)]
-    chooser = bm.Select(title="Cost", value=found.cost, options=options, width=260)
+    chooser = bm.Select(title="Cost", value=cost, options=options, width=260)
     logarithmic = bm.CheckboxGroup(labels=["log cost", "log loss"], active=[], inline=True, align="end")
     choose = bm.CustomJS(
         args={
@@ -355,7 +359,8 @@ def _draw_moves(found: Page) -> tuple[Any, Any]:
         source, view = _source(moves), bm.CDSView(filter=moved)
         plot.segment("x", "low", "x", "high", source=source, view=view, line_color=colour)
         name = f"{level} group{'s'[: level > 1]}"
-        look = {"line_color": colour, "fill_color": "fill", "marker": marker, "size": 7, "legend_label": name}
+        plot.scatter([np.nan], [np.nan], color=colour, marker=marker, size=7, legend_label=name)  # whatever the base
+        look = {"line_color": colour, "fill_color": "fill", "marker": marker, "size": 7}
         points = plot.scatter("x", "change_nats", source=source, view=view, **look)
         said = [
             ("layer", "@layer"),
@@ -392,6 +397,7 @@ def _draw_volumes(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any
         name = {} if alone else {"legend_label": f"{label} ({runs} run{'s'[: runs > 1]})"}
         plot.step("evaluations", "median", source=steps, mode="after", color=colour, line_width=1.5, **name)
     if alone:
+        source.data["hypervolume"] = found.volumes["median"].to_numpy()
         points = _scatter(plot, source, "evaluation", "hypervolume")
         plot.add_tools(bm.HoverTool(renderers=[points], **hover))
     return plot
@@ -453,6 +459,16 @@ def _front_note(found: Page) -> str:
     if len(found.labels) == 1:
         return f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
     return f"Every point is an evaluated vector. Lines: {line}, median over runs, with the range of the runs."
+
+
+def _runs_note(found: Page) -> str:
+    """How much the runs have in common."""
+    times, front = found.vectors["times"], found.front["label"].value_counts()
+    shares = ", ".join(f"{label} {count}" for label, count in front.items())
+    return (
+        f"What differs between their configs, and how good their fronts are. Together they evaluated {len(times)} "
+        f"vectors, {(times > 1).sum()} of them in several runs. Who found those on the front of all: {shares}."
+    )
 
 
 def _table_note(metrics: Sequence[str]) -> str:

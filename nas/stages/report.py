@@ -1,6 +1,8 @@
 """nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
 
+import json
 import shlex
+from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,7 +29,7 @@ from nas.report.predicted import draw_check
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance
-from nas.space import format_vector, searched_space
+from nas.space import SearchSpace, format_vector, searched_space
 
 Floats = npt.NDArray[np.float64]
 _COMPARABLE = ("space", "serve", "device", "workload", "objectives", "windows", "latency_table")
@@ -84,64 +86,71 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
         with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
             draw_check(drawing, check)
 
-    console.print(f"{name}; {caption}")
+    stopped = _stopped(first) if len(searches) == 1 else ""
+    console.print(f"{name}; {caption}{stopped}")
     console.print(front_table(front, objectives))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(everything, uniform))
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
-    rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
-    metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
+    qualities = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
+    metrics = pd.DataFrame(qualities).assign(label=labels, run=[search.path.name for search in searches])
     write_csv(path / "metrics.csv", metrics)
-    vectors, moves = learned(points.assign(**_finders(points, searches, runs)), space, _bases(points))
-    if len(runs) == 1:
-        vectors["hypervolume"] = table["median"]
-    limits = {LIMITS[key].name: bound for key, bound in first.config["constraints"].items() if bound is not None}
-    page = Page(
-        f"{name}: loss against cost",
-        caption,
-        vectors,
-        cost=next(metric for metric in [*objectives.names, *costs(vectors)] if metric in costs(vectors)),
-        fronts=attained(runs, costs(vectors)),
-        volumes=table,
-        reference=reference_text(objectives, reference),
-        limits=limits,
-        levels=sorted({groups for allowed in space.choices for groups in allowed}),
-        moves=moves,
-        check=check,
-        runs=metrics.set_index("run").join(_differences(searches)) if len(runs) > 1 else pd.DataFrame(),
+    names = ["run", "label"]
+    html = draw_page(
+        Page(
+            title=f"{name}: loss against cost",
+            caption=caption + stopped,
+            **_of_vectors(points, searches, runs, space),
+            volumes=table,
+            reference=reference_text(objectives, reference),
+            check=check,
+            runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
+        ),
+        objectives,
     )
-    html = draw_page(page)
     write_atomically(path / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
     alone = len(known) == 1  # and would be compared with itself
-    for label, runs in metrics.groupby("label", sort=False):
-        middle = runs.median(numeric_only=True)
+    for label, rows in metrics.groupby("label", sort=False):
+        middle = rows.median(numeric_only=True)
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
         beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
             f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
-            f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
+            f"(median of {len(rows)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
 
 
-def _finders(
-    points: pd.DataFrame, searches: Sequence[FinishedRun], runs: Sequence[tuple[str, pd.DataFrame]]
-) -> dict[str, pd.Series]:
-    """Of each vector: the group of runs that evaluated it, when that was, and the command that exports it."""
-    label, evaluation, command = {}, {}, {}
+def _of_vectors(
+    points: pd.DataFrame,
+    searches: Sequence[FinishedRun],
+    runs: Sequence[tuple[str, pd.DataFrame]],
+    space: SearchSpace,
+) -> dict[str, Any]:
+    """What the page shows of vectors: who evaluated each of them and when, and what was learned from all."""
+    label: dict[str, str] = {}
+    command: dict[str, str] = {}
+    times, evaluation = Counter[str](), dict[str, int]()
     for search, (of, trials) in zip(searches, runs, strict=True):
         for number, vector in enumerate(trials["vector"], start=1):
             label[vector] = of if label.get(vector, of) == of else "several"
+            times[vector] += 1
             evaluation[vector] = min(number, evaluation.get(vector, number))
             command.setdefault(vector, shlex.join(["nas", "export", f"run={search.path}", f"select={vector}"]))
-    vectors = points["vector"]
-    return {name: vectors.map(of) for name, of in (("label", label), ("evaluation", evaluation), ("command", command))}
-
-
-def _bases(points: pd.DataFrame) -> list[str]:
-    """The vectors whose moves are shown: the largest evaluated one first, the other uniform ones, then the front."""
-    uniform = points[points["uniform"]].sort_values("parameters", ascending=False)
-    return list(dict.fromkeys([*uniform["vector"], *points[points["on_front"]]["vector"]]))
+    columns: dict[str, dict[str, Any]] = {"label": label, "times": times, "evaluation": evaluation, "command": command}
+    found = points.assign(**{name: points["vector"].map(of) for name, of in columns.items()})
+    # The largest uniform vector's moves come first: they are the penalties of single layers.
+    uniform = found[found["uniform"]].sort_values("parameters", ascending=False)
+    bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
+    found, moves = learned(found, space, bases)
+    limits = searches[0].config["constraints"].items()
+    return {
+        "vectors": found,
+        "moves": moves,
+        "levels": sorted({groups for allowed in space.choices for groups in allowed}),
+        "fronts": attained(runs, costs(found)),
+        "limits": {LIMITS[key].name: bound for key, bound in limits if bound is not None},
+    }
 
 
 def front_metrics(
@@ -167,6 +176,14 @@ def _caption(config: dict[str, Any]) -> str:
     return "; ".join([*within, str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"])
 
 
+def _stopped(search: FinishedRun) -> str:
+    """Why a search ended before its budget did, where it says so."""
+    if "metrics.jsonl" not in search.artifacts:
+        return ""
+    lines = map(json.loads, search.artifact("metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return "".join(f"; stopped as {line['stopped']}" for line in lines if "stopped" in line)
+
+
 def _check_comparable(searches: list[FinishedRun]) -> None:
     first, *others = searches
     for search in others:
@@ -190,7 +207,6 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
 
 
 def _differences(searches: list[FinishedRun]) -> pd.DataFrame:
-    """What differs between the configs of runs, by run."""
+    """What differs between the configs of runs, a row each."""
     flat = pd.json_normalize([search.config for search in searches]).astype(str)
-    flat.index = pd.Index([search.path.name for search in searches], name="run")
-    return flat.loc[:, flat.nunique() > 1]
+    return flat.loc[:, flat.nunique(dropna=False) > 1]
