@@ -26,6 +26,7 @@ takes per trial.
 
     python scripts/bench_search.py docs/search/bench.csv --workers 16     the searches that it lacks, then as below
     python scripts/bench_search.py docs/search/bench.csv --draw           bench.png, table.md, the table of search.md
+    python scripts/bench_search.py docs/search/auto.csv --auto --seeds 5  where budget=auto stops
 """
 
 import argparse
@@ -36,11 +37,11 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import moocore
 import numpy as np
@@ -51,14 +52,15 @@ from matplotlib.ticker import PercentFormatter
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.files import write_atomically
+from nas.files import write_atomically, write_csv
 from nas.hardware import cpu_name
 from nas.report.figure import COLOURS, figure
-from nas.run import git_state, now
+from nas.run import git_state, now, origin
 from nas.search import Objectives, reference_point
 from nas.search.exact import best_by_counts, best_by_weights
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
+from nas.search.sampler import has_converged
 from nas.space import SearchSpace, load_space, parse_vector
 
 Floats = npt.NDArray[np.float64]
@@ -230,34 +232,65 @@ DRAWN = ("front", "one-at-a-time", "gp-int", "tpe-multivariate", "nsga2", "rando
 LIMITED = {"gp": 100, "gp-int": 100, "tpe": 200, "tpe-int": 200}
 
 
-def searched(name: str, sampler: str, seed: int) -> list[dict[str, Any]]:
-    """One search: its share of the hypervolume after each budget, and the sampler's own time per trial so far."""
+class Step(NamedTuple):
+    """A search after one more evaluation."""
+
+    vectors_NL: Ints  # of groups
+    seen_N: Floats
+    seconds: float  # that the sampler took for the last proposal
+
+
+def steps(name: str, sampler: optuna.samplers.BaseSampler, whole: bool, seed: int) -> Iterator[Step]:
+    """A search without end, step by step; ``whole``: layers are whole numbers to the sampler."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     warnings.simplefilter("ignore")
     task, noise = problem(name, seed), np.random.default_rng([seed, 1])
     layers = [f"layer_{layer:02d}" for layer in range(task.space.shape.num_hidden_layers)]
-    whole = sampler.endswith("-int")
     distribution = IntDistribution(0, 2) if whole else CategoricalDistribution(GROUPS.tolist())
     distributions: dict[str, BaseDistribution] = dict.fromkeys(layers, distribution)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=SAMPLERS[sampler](seed))
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
     for vector in task.space.uniform_vectors():
         values = np.searchsorted(GROUPS, vector).tolist() if whole else vector
         study.enqueue_trial(dict(zip(layers, values, strict=True)))
     vectors: list[tuple[int, ...]] = []
-    seen, seconds, rows = [], [], []
-    for count in range(1, LIMITED.get(sampler, max(BUDGETS)) + 1):
+    seen: list[float] = []
+    for count in itertools.count(1):
         begin = time.perf_counter()
         trial, vector = distinct(study, distributions, vectors, np.random.default_rng([seed, count]))
-        seconds.append(time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
         loss = float(task.true(np.searchsorted(GROUPS, [vector]))[0] + task.noise * noise.normal())
         vectors.append(vector)
         seen.append(loss)
         study.tell(trial, (loss, float(costs_of(np.array([vector]))[0])))
+        yield Step(np.array(vectors), np.array(seen), seconds)
+
+
+def searched(name: str, sampler: str, seed: int) -> list[dict[str, Any]]:
+    """One search: its share of the hypervolume after each budget, and the sampler's own time per trial so far."""
+    task, rows, seconds = problem(name, seed), [], []
+    search = steps(name, SAMPLERS[sampler](seed), sampler.endswith("-int"), seed)
+    for count, step in enumerate(itertools.islice(search, LIMITED.get(sampler, max(BUDGETS))), start=1):
+        seconds.append(step.seconds)
         for panel, reference in task.references(name).items() if count in BUDGETS else ():
             row = {"problem": panel, "sampler": sampler, "seed": seed, "evaluations": count}
-            row["share"] = task.share(np.array(vectors), np.array(seen), reference)
+            row["share"] = task.share(step.vectors_NL, step.seen_N, reference)
             rows.append(row | {"sampler_ms": 1e3 * statistics.median(seconds)})
     return rows
+
+
+def stopped(name: str, seed: int) -> list[dict[str, Any]]:
+    """A search by `front` with budget=auto: how many evaluations it takes, and what share it has found by then."""
+    task, sampler = problem(name, seed), FrontSampler(seed=seed)
+    promised: list[float | None] = []
+    for step in itertools.islice(steps(name, sampler, False, seed), max(BUDGETS)):
+        vectors, seen = step.vectors_NL, step.seen_N
+        promised.append(sampler.promised)
+        sampler.promised = None  # vectors that are evaluated first are nobody's proposals
+        if has_converged(promised):
+            break
+    shares = {panel: task.share(vectors, seen, point) for panel, point in task.references(name).items()}
+    found = {"seed": seed, "evaluations": len(promised), "converged": has_converged(promised)}
+    return [{"problem": panel, **found, "share": share} for panel, share in shares.items()]
 
 
 def distinct(
@@ -285,18 +318,32 @@ def values_of(distribution: BaseDistribution) -> list[int]:
     return [0, 1, 2] if isinstance(distribution, IntDistribution) else GROUPS.tolist()
 
 
+def measure_stops(file: Path, seeds: int) -> None:
+    """Makes the searches with budget=auto, and prints the table of docs/search.md."""
+    rows = [row | origin() for name, seed in itertools.product(PROBLEMS, range(seeds)) for row in stopped(name, seed)]
+    table = pd.DataFrame(rows)
+    write_csv(file, table)
+    print("| problem | evaluations | share of the exact front in % |\n| --- | --- | --- |")
+    for name, searches in table.groupby("problem", sort=False):
+        cells = []
+        for column, factor, digits in (("evaluations", 1, 0), ("share", 100, 2)):
+            least, middle, most = (factor * searches[column].quantile(at) for at in (0.0, 0.5, 1.0))
+            cells.append(f"{middle:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
+        print(f"| `{name}` | {' | '.join(cells)} |")
+
+
 def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> None:
     """Makes the searches that the CSV lacks, the first seeds first."""
     rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.is_file() else []  # type: ignore[assignment]
     done = {(row["problem"], row["sampler"], row["seed"]) for row in rows}
     everything = ((name, sampler, seed) for seed, name, sampler in itertools.product(range(seeds), PROBLEMS, samplers))
     commit = (git_state() or {}).get("commit")
-    origin = {"cpu": cpu_name(), "optuna": optuna.__version__, "commit": commit, "date": now()}
+    made = {"cpu": cpu_name(), "optuna": optuna.__version__, "commit": commit, "date": now()}
     with ProcessPoolExecutor(workers) as pool:
         searches = [pool.submit(searched, *search) for search in everything if search not in done]
         for search in as_completed(searches):
             found = search.result()
-            rows += [row | origin for row in found]
+            rows += [row | made for row in found]
             write_atomically(file, functools.partial(pd.DataFrame(rows).to_csv, index=False))
             shares = [round(row["share"], 4) for row in found]
             print(*(found[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
@@ -379,9 +426,13 @@ def main() -> None:
     parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="searches of each problem and sampler")
     parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--auto", action="store_true", help="only searches with budget=auto, into this CSV")
     parser.add_argument("--draw", action="store_true", help="no searches: only figure, table and summary of the CSV")
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if given.auto:
+        measure_stops(given.csv, given.seeds)
+        return
     if not given.draw:
         measure(given.csv, given.samplers, given.seeds, given.workers)
     table = ordered(pd.read_csv(given.csv))

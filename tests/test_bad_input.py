@@ -104,6 +104,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("measure publish=text.txt", ["text.txt", "fix that path"]),
         ("search objectives=loss_nats", ["objectives", "list"]),
         ("search --budget -3", ["'-3'", "200", "30m"]),
+        ("search --budget auto sampler=nsga2", ["budget=auto", "NSGAIISampler", "sampler=front"]),
         ("search sampler=nsga2 sampler.population_size=1", ["NSGAIISampler", "population_size", "equal to 2"]),
         (
             "search constraints.max_kv_bytes_per_token=95 device=nvidia-a10g",

@@ -3,8 +3,10 @@
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import moocore
 import numpy as np
 import optuna
 import pandas as pd
@@ -16,7 +18,8 @@ from nas.errors import UserError
 from nas.metrics import METRICS
 from nas.search import Objectives, Storage, on_front, reference_point, search
 from nas.search.pareto import hypervolume_curve, knee
-from nas.search.problem import Budget, parse_budget
+from nas.search.problem import AUTO, Budget, parse_budget
+from nas.search.sampler import has_converged
 from nas.space import SearchSpace, Vector, format_vector, load_space
 from tests.search_problem import SAMPLERS, TWO, additive_loss, costs, problem
 
@@ -102,6 +105,47 @@ def test_a_budget_in_time_ends_the_search_and_counts_across_restarts(micro: Sear
     assert len(again) <= len(first) + 1  # what the first spent is counted, but for the time between evaluations
 
 
+def test_an_automatic_budget_ends_when_little_is_expected_and_does_so_again_after_a_break(
+    micro: SearchSpace, tmp_path: Path
+) -> None:
+    weights = (6, 1, 4, 2, 8, 3)
+    space = SearchSpace("six", replace(micro.shape, num_hidden_layers=6), ((1, 2, 4),) * 6)
+
+    def loss(vector: Vector) -> float:
+        return 3.0 + sum(weight * (4 - groups) for weight, groups in zip(weights, vector, strict=True)) / 1000
+
+    def dies(vector: Vector) -> float:
+        if len(seen) == 25:
+            raise KeyboardInterrupt
+        seen.append(vector)
+        return loss(vector)
+
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+    whole = run(space, tmp_path / "whole", AUTO, "front", loss=loss)
+    assert "none of the last 10 proposals promised" in whole.attrs["stopped"]
+    assert 25 < len(whole) < 100
+    every = [(loss(vector), 1 / float(costs(vector)["tokens_per_s"])) for vector in itertools.product(*space.choices)]
+    found = whole.assign(cost=1 / whole["tokens_per_s"])[["loss_nats", "cost"]].to_numpy()
+    reference = 1.01 * np.max(every, axis=0)
+    shares = [moocore.hypervolume(np.array(points), ref=reference) for points in (found, every)]
+    assert shares[0] / shares[1] > 0.99
+    seen: list[Vector] = []
+    with pytest.raises(KeyboardInterrupt):
+        run(space, tmp_path / "broken", AUTO, "front", loss=dies)
+    pd.testing.assert_frame_equal(run(space, tmp_path / "broken", AUTO, "front", loss=loss), whole)
+
+
+@pytest.mark.parametrize(
+    ("promised", "converged"),
+    [([1e-5] * 9, False), ([1e-5] * 10, True), ([1e-5] * 9 + [1e-3], False), ([1e-5] * 5 + [None] + [1e-5] * 9, False)],
+)
+def test_a_search_has_converged_when_none_of_the_last_proposals_promised_much(
+    promised: list[float | None], converged: bool
+) -> None:
+    assert has_converged(promised) is converged
+
+
 def test_without_a_budget_all_that_keeps_the_limits_comes_in_lexicographic_order(
     micro: SearchSpace, tmp_path: Path
 ) -> None:
@@ -164,6 +208,7 @@ def test_objectives_are_two_or_three_different_metrics(names: list[str]) -> None
     ("text", "budget"),
     [
         ("all", Budget()),
+        ("auto", Budget(auto=True)),
         ("200", Budget(200, None)),
         ("90s", Budget(None, 90)),
         ("30m", Budget(None, 1800)),

@@ -1,7 +1,7 @@
 """The front: among all evaluated vectors, layer by layer, and in the terminal."""
 
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -71,6 +71,31 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
     for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
         timed = METRICS[name].unit in ("ms", "tokens/s")
         set_label(METRICS[name].label + (f" — {source}" if timed else ""))
+
+
+def attained(runs: Iterable[tuple[str, pd.DataFrame]], costs: Sequence[str]) -> pd.DataFrame:
+    """The best loss within each cost that the runs of a group found: ``metric, label, cost, median, low, high``.
+
+    ``runs`` gives the group's label and trials of each run. Rows are the costs at which something changes, ascending;
+    where some runs found nothing so cheap, the group has no row.
+    """
+    rows = []
+    groups: dict[str, list[pd.DataFrame]] = {}
+    for label, trials in runs:
+        groups.setdefault(label, []).append(trials)
+    for metric, (label, tables) in itertools.product(costs, groups.items()):
+        sign = -1 if METRICS[metric].maximise else 1
+        at = np.unique(np.concatenate([sign * trials[metric] for trials in tables]))  # the cheapest first
+        best = []
+        for trials in tables:
+            ordered = trials.assign(cost=sign * trials[metric]).sort_values("cost")
+            cheapest = np.concatenate(([np.nan], ordered["loss_nats"].cummin()))
+            best.append(cheapest[np.searchsorted(ordered["cost"], at, side="right")])
+        values = np.stack((np.median(best, axis=0), np.min(best, axis=0), np.max(best, axis=0)), axis=1)
+        changes = ~np.isnan(values[:, 0]) & np.any(np.diff(values, axis=0, prepend=np.nan) != 0, axis=1)
+        table = pd.DataFrame(values[changes], columns=["median", "low", "high"])
+        rows.append(table.assign(metric=metric, label=label, cost=sign * at[changes]).sort_values("cost"))
+    return pd.concat(rows, ignore_index=True)[["metric", "label", "cost", "median", "low", "high"]]
 
 
 def group_matrix(front: pd.DataFrame) -> pd.DataFrame:

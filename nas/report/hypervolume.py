@@ -36,8 +36,11 @@ def draw_hypervolume(
         shown, at = f"{label} ({runs} run{'s'[: runs > 1]})", rows["evaluations"]
         axes.step(at, rows["median"], where="post", color=colour, label=shown)
         axes.fill_between(at, rows["low"], rows["high"], step="post", color=colour, alpha=0.2, linewidth=0)
-    point = ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives.names, reference, strict=True))
     axes.set(xlabel="evaluated vectors", ylabel="hypervolume")
-    axes.set_title(f"reference point: {point}", fontsize=8)
+    axes.set_title(f"reference point: {reference_text(objectives, reference)}", fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right", fontsize=8)
+
+
+def reference_text(objectives: Objectives, reference: npt.NDArray[np.float64]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives.names, reference, strict=True))

@@ -66,6 +66,7 @@ class FrontSampler(InformedSampler):
         values = np.array([other.values or [np.nan] * len(signs) for other in others]).reshape(-1, len(signs)) * signs
         known = self.costs
         costs = (lambda chosen: known(layers.levels_K[chosen]) * signs) if known else None
+        self.promised = None
         chosen = self._proposal(layers, vectors, values, costs)
         return dict(zip(names, layers.levels_K[chosen].tolist(), strict=True))
 
@@ -95,7 +96,10 @@ class FrontSampler(InformedSampler):
             losses = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
             models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in losses}
             if len(candidates := new(self._candidates(layers, models.values()))):
-                return _most_promising(candidates, vectors_NL, values_NO, models, costs_of, bool(costs))
+                chosen, self.promised = _most_promising(
+                    candidates, vectors_NL, values_NO, models, costs_of, bool(costs)
+                )
+                return chosen
         for _ in range(20):
             drawn = np.stack([self._rng.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)
             if len(found := new(drawn)):
@@ -119,8 +123,11 @@ def _most_promising(
     models: Mapping[int, LossModel],
     costs_of: Costs,
     costs_known: bool,
-) -> Ints:
-    """The candidate of largest expected improvement; works out the uncertainty of those alone that may be it."""
+) -> tuple[Ints, float]:
+    """The candidate of largest expected improvement, and that as a share of the front's hypervolume.
+
+    Works out the uncertainty of those alone that may be it.
+    """
     uncertain = min(models, default=0)  # the objective whose uncertainty counts; a cost has none
     order = sorted(range(values_NO.shape[1]), key=lambda objective: objective != uncertain)
 
@@ -146,7 +153,8 @@ def _most_promising(
         considered = np.argsort(-improvements, kind="stable")[:_CONSIDERED]
         candidates, promised = candidates[considered], promised[considered]
     improvements = expected_hypervolume_improvement(promised, deviations(candidates), front, reference)
-    return np.asarray(candidates[improvements.argmax()])
+    share = improvements.max() / moocore.hypervolume(front, ref=reference)
+    return np.asarray(candidates[improvements.argmax()]), float(share)
 
 
 def learned_costs(layers: Layers, vectors_NL: Ints, values_NO: Floats) -> Costs:

@@ -96,6 +96,16 @@ class LossModel:
         explained = torch.linalg.solve_triangular(self._root, across.T, upper=False).square().sum(dim=0)
         own = vectors.features.square() @ self._variances_P + self._layers * self._learned["residual"] ** 2
         deviations_N = (own + self._learned["noise"] ** 2 - explained).clamp(min=0).sqrt()
+        return self._spread(sums_N, deviations_N)
+
+    def left_out(self) -> tuple[Floats, Floats]:
+        """Expected loss of each evaluated vector by all the others, and its standard deviation, shape (N,) each."""
+        precisions_N = torch.cholesky_inverse(self._root).diagonal()
+        prior_N = self._mean + self._evaluated.features @ self._evaluated.expected_P
+        sums_N = prior_N + self._residual_N - self._solved_N / precisions_N
+        return self._losses(sums_N), self._spread(sums_N, precisions_N.rsqrt())
+
+    def _spread(self, sums_N: Tensor, deviations_N: Tensor) -> Floats:
         return (self._losses(sums_N + deviations_N) - self._losses(sums_N - deviations_N)) / 2
 
     def _forecast(self, vectors: "_Inputs") -> tuple[Tensor, Tensor]:

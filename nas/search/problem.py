@@ -100,23 +100,27 @@ def ways_by_counts(space: SearchSpace) -> Counter[Vector]:
 
 
 class Budget(NamedTuple):
-    """How long a search may go on: so many evaluations or seconds; without either, until all vectors are evaluated."""
+    """How long a search may go on: so many evaluations or seconds; without either, until all vectors are evaluated.
+
+    ``auto``: no longer than the sampler expects to find much.
+    """
 
     evaluations: int | None = None
     seconds: float | None = None
+    auto: bool = False
 
 
-EVERYTHING = Budget()
+EVERYTHING, AUTO = Budget(), Budget(auto=True)
 
 
 def parse_budget(text: str) -> Budget:
-    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations; ``all`` is every vector of the space."""
-    if text == "all":
-        return EVERYTHING
+    """``200`` is evaluations; ``90s``, ``30m`` and ``2h`` are durations; ``all`` is every vector; or ``auto``."""
+    if text in ("all", "auto"):
+        return EVERYTHING if text == "all" else AUTO
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])|(\d+)", text.strip())
     if match and float(match[1] or match[3]) > 0:
         seconds_per = {"s": 1, "m": 60, "h": 3600}
         return Budget(int(match[3])) if match[3] else Budget(seconds=float(match[1]) * seconds_per[match[2]])
     raise UserError(
-        f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, or all"
+        f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, all or auto"
     )

@@ -21,7 +21,13 @@ from nas.search.problem import Problem
 from nas.space import Vector
 
 Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN for what is not known beforehand
+PROMISED = "promised"  # the system attribute of trials that holds `InformedSampler.promised`
 COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
+# budget=auto ends a search when so many proposals in a row promised less than this share of the front's hypervolume.
+_LEAST_PROMISED, _PATIENCE = 1e-4, 10
+WHY_CONVERGED = (
+    f"none of the last {_PATIENCE} proposals promised to add {_LEAST_PROMISED:.2%} to the front's hypervolume"
+)
 _CELLS = 50_000  # of the table of counts; a larger one takes too long
 _ATTEMPTS = 20
 _MOST_NOISE = 1e6
@@ -65,6 +71,19 @@ class InformedSampler(BaseSampler):
     permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None  # which vectors of groups (N, L); None: all
     taken: Set[Vector] = frozenset()  # must not be proposed, beside the vectors of the study's trials
     evaluations: int | None = None  # how many the search will have; None: unknown
+    promised: float | None = (
+        None  # what the last proposal is expected to add to the front's hypervolume, as a share of it
+    )
+
+
+def has_converged(promised: Sequence[float | None]) -> bool:
+    """Whether the last proposals, of which the one promised so much each, say that little is left to find.
+
+    Jones et al. (1998) stop at an expected improvement below a share of the best value, Nguyen et al. (2017) bound the
+    regret by it; for two objectives that is the hypervolume. A proposal without a model promises nothing known.
+    """
+    last = promised[-_PATIENCE:]
+    return len(last) == _PATIENCE and all(share is not None and share < _LEAST_PROMISED for share in last)
 
 
 @dataclass(eq=False)
@@ -114,7 +133,10 @@ class DistinctSampler(BaseSampler):
             # NSGA-II records generations in the study even where its proposal is not used; an InformedSampler nothing.
             if not isinstance(self._inner, InformedSampler):
                 self._ask_inner(study, trial, slot, attempt=0)
-            return dict(zip(search_space, queue[proposing], strict=True))
+            vector = queue[proposing]
+            if vector in failed:
+                self._note(study, trial, failed[vector].system_attrs.get(PROMISED))
+            return dict(zip(search_space, vector, strict=True))
         taken.update(queue)
         if len(taken) >= self.problem.size:
             return dict(zip(search_space, min(taken), strict=True))
@@ -126,6 +148,7 @@ class DistinctSampler(BaseSampler):
             )
             if vector not in taken:
                 break
+        self._note(study, trial, getattr(self._inner, "promised", None))
         if vector in taken or not self.problem.keeps_limits(vector):
             rng = np.random.default_rng([self.seed, slot, _ATTEMPTS])
             vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)
@@ -142,6 +165,11 @@ class DistinctSampler(BaseSampler):
 
     def after_trial(self, study: Study, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> None:
         self._inner.after_trial(study, trial, state, values)
+
+    def _note(self, study: Study, trial: FrozenTrial, promised: float | None) -> None:
+        """Keeps what a proposal promised where all workers and later processes find it."""
+        if promised is not None:
+            study._storage.set_trial_system_attr(trial._trial_id, PROMISED, promised)
 
     def _ask_inner(
         self, study: Study, trial: FrozenTrial, slot: int, attempt: int, taken: Iterable[Vector] = ()

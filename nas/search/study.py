@@ -27,9 +27,9 @@ from optuna.trial import FrozenTrial, TrialState
 from nas import console
 from nas.errors import UserError
 from nas.metrics import COLUMNS, OPTIONAL_COLUMNS, Metrics
-from nas.search.pareto import on_front
+from nas.search.pareto import knee, on_front
 from nas.search.problem import EVERYTHING, LOSS, Budget, Problem
-from nas.search.sampler import COUNTED, DistinctSampler
+from nas.search.sampler import COUNTED, PROMISED, WHY_CONVERGED, DistinctSampler, has_converged
 from nas.search.storage import Storage
 from nas.space import Vector, format_vector
 
@@ -57,7 +57,7 @@ def search(
     proposes. No vector is evaluated that breaks a limit. A budget in seconds is time in which any worker was at work.
     ``metadata`` is what else all workers must have in common, ``noise`` what is to be told of a loss beside it. Returns
     when all other workers are finished too, with all evaluated vectors in the order of their trials: `COLUMNS` and what
-    is known of `OPTIONAL_COLUMNS`.
+    is known of `OPTIONAL_COLUMNS`. Its attribute ``stopped`` says why an automatic budget ended.
 
     ``running`` says what becomes of trials that run already. ``fail``: no other worker lives, so they are those of a
     killed one, and are made again. ``wait``: until each is finished, or its heartbeat has stopped, since a killed
@@ -72,7 +72,7 @@ def search(
     sampler = DistinctSampler(make_sampler, problem, seed, first, evaluations)
     with storage.in_reach():
         study = storage.open(problem.objectives, sampler, metadata or {})
-        worker = _Worker(study, sampler, loss, noise, budget.seconds)
+        worker = _Worker(study, sampler, loss, noise, budget)
         if running == "fail":
             for trial in worker.trials(TrialState.RUNNING):
                 with suppress(UpdateFinishedTrialError):  # it ended at this very moment
@@ -82,14 +82,18 @@ def search(
             console.print(f"Waiting for {len(awaited)} evaluations of other workers, or for these to count as dead")
         while awaited & worker.running():
             time.sleep(_POLL_S)
-        with console.progress_bar("Evaluating vectors", budget.seconds or evaluations, worker.spent()) as bar:
+        total = None if budget.auto else budget.seconds or evaluations
+        with console.progress_bar("Evaluating vectors", total, worker.spent()) as bar:
             while worker.may_go_on(bar):
                 worker.evaluate_next(bar)
         if not worker.finished():
             raise UserError("the budget ended before one vector was evaluated; raise it")
-        frame = pd.DataFrame([trial.user_attrs for trial in worker.finished().values()])
+        frame = worker.frame()
+        converged = budget.auto and worker.has_converged()
     frame["on_front"] = on_front(frame, problem.objectives)
-    return frame[COLUMNS + [column for column in OPTIONAL_COLUMNS if column in frame]]
+    frame = frame[COLUMNS + [column for column in OPTIONAL_COLUMNS if column in frame]]
+    frame.attrs["stopped"] = WHY_CONVERGED if converged else ""
+    return frame
 
 
 @dataclass
@@ -100,7 +104,7 @@ class _Worker:
     sampler: DistinctSampler
     loss: Callable[[Vector], float]
     noise: Callable[[Vector], Metrics]
-    seconds: float | None  # of all workers together
+    budget: Budget  # of all workers together
     _seen: set[int] = field(default_factory=set)
 
     @cached_property
@@ -119,19 +123,24 @@ class _Worker:
 
     def spent(self) -> float:
         """Evaluations that all workers have finished, or seconds, whichever is limited."""
-        return len(self.finished()) if self.seconds is None else time.monotonic() - self._begun
+        return len(self.finished()) if self.budget.seconds is None else time.monotonic() - self._begun
 
     def may_go_on(self, bar: console.Bar) -> bool:
         """Whether there is something left to evaluate; waits while what others evaluate may decide that."""
         while True:
             running, finished = self.running(), self.finished()
-            in_time = self.seconds is None or self.spent() < self.seconds
+            in_time = self.budget.seconds is None or self.spent() < self.budget.seconds
+            in_time &= not (self.budget.auto and self.has_converged())
             if in_time and len(finished) + len(running) < self.sampler.evaluations:
                 return True
             if not running:
                 return False
             bar(self.spent())
             time.sleep(_POLL_S)
+
+    def has_converged(self) -> bool:
+        """Whether the finished trials promised little for a while."""
+        return has_converged([trial.system_attrs.get(PROMISED) for trial in self.finished().values()])
 
     def evaluate_next(self, bar: console.Bar) -> None:
         """Evaluates one vector, unless another worker turns out to have it."""
@@ -156,7 +165,19 @@ class _Worker:
                 trial.set_user_attr(key, value)
             values = [float(metrics[objective]) for objective in self.sampler.problem.objectives.names]
             self.study.tell(trial, values, skip_if_finished=True)
-            bar(self.spent(), f"{name} {loss:.4f}")
+            bar(self.spent(), self.so_far())
+
+    def so_far(self) -> str:
+        """What the finished trials show, for the progress bar."""
+        frame, objectives = self.frame(), self.sampler.problem.objectives
+        if frame.empty:  # others took this worker for dead
+            return ""
+        front = frame[on_front(frame, objectives)]
+        return f"{len(front)} on the front, loss {front[LOSS].iloc[knee(front, objectives)]:.4f} at its knee"
+
+    def frame(self) -> pd.DataFrame:
+        """The metrics of the finished trials."""
+        return pd.DataFrame([trial.user_attrs for trial in self.finished().values()])
 
     def trials(self, *states: TrialState) -> list[FrozenTrial]:
         return self.study.get_trials(deepcopy=False, states=states)

@@ -1,6 +1,9 @@
 """nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
 
-from collections.abc import Collection
+import json
+import shlex
+from collections import Counter
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,17 +16,20 @@ import pandas as pd
 from nas import console
 from nas.config import Report
 from nas.errors import UserError
-from nas.files import read_csv, write_csv
+from nas.files import read_csv, write_atomically, write_csv
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
+from nas.metrics import LIMITS
 from nas.report.figure import figure
-from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
-from nas.report.hypervolume import curves, draw_hypervolume
+from nas.report.front import attained, draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
+from nas.report.hypervolume import curves, draw_hypervolume, reference_text
+from nas.report.learned import learned
+from nas.report.page import Page, costs, draw_page
 from nas.report.predicted import draw_check
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance
-from nas.space import format_vector, searched_space
+from nas.space import SearchSpace, format_vector, searched_space
 
 Floats = npt.NDArray[np.float64]
 _COMPARABLE = ("space", "serve", "device", "workload", "objectives", "windows", "latency_table")
@@ -54,11 +60,13 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     trials = known_trials[: len(searches)]
     space, name = searched_space(first.config)
     reference_vectors, caption = space.reference_vectors(), _caption(first.config)
-    everything = pd.concat(trials).drop_duplicates("vector")
+    everything = pd.concat(trials).drop_duplicates("vector", ignore_index=True)
     everything["on_front"] = on_front(everything, objectives)
     points = front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
     draw = partial(figure, caption=caption)
+    labels = _labels([search.config for search in searches])
+    runs = list(zip(labels, trials, strict=True))
 
     with draw(path / "front", f"{name}: Pareto front") as drawing:
         draw_front(drawing, points, objectives)
@@ -68,35 +76,81 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     # Limits and small budgets leave some reference vectors out.
     complete = set(map(format_vector, reference_vectors.values())) <= set(everything["vector"])
     reference = reference_point(points[points["name"] != ""] if complete else points, objectives)
-    labels = _labels([search.config for search in searches])
-    table = curves(zip(labels, trials, strict=True), objectives, reference)
+    table = curves(runs, objectives, reference)
     with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
         draw_hypervolume(drawing, table, objectives, reference)
 
-    if (first.path / "latency_check.csv").is_file():
-        check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS)
-        if not check.empty:
-            with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
-                draw_check(drawing, check)
+    timed = (first.path / "latency_check.csv").is_file()
+    check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame()
+    if len(check):
+        with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
+            draw_check(drawing, check)
 
-    console.print(f"{name}; {caption}")
+    stopped = _stopped(first) if len(searches) == 1 else ""
+    console.print(f"{name}; {caption}{stopped}")
     console.print(front_table(front, objectives))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(everything, uniform))
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
-    rows = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
-    metrics = pd.DataFrame(rows).assign(label=labels, run=[search.path.name for search in searches])
+    qualities = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
+    metrics = pd.DataFrame(qualities).assign(label=labels, run=[search.path.name for search in searches])
     write_csv(path / "metrics.csv", metrics)
+    names = ["run", "label"]
+    html = draw_page(
+        Page(
+            title=f"{name}: loss against cost",
+            caption=caption + stopped,
+            **_of_vectors(points, searches, runs, space),
+            volumes=table,
+            reference=reference_text(objectives, reference),
+            check=check,
+            runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
+        ),
+        objectives,
+    )
+    write_atomically(path / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
     alone = len(known) == 1  # and would be compared with itself
-    for label, runs in metrics.groupby("label", sort=False):
-        middle = runs.median(numeric_only=True)
+    for label, rows in metrics.groupby("label", sort=False):
+        middle = rows.median(numeric_only=True)
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
         beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
             f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
-            f"(median of {len(runs)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
+            f"(median of {len(rows)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
+
+
+def _of_vectors(
+    points: pd.DataFrame,
+    searches: Sequence[FinishedRun],
+    runs: Sequence[tuple[str, pd.DataFrame]],
+    space: SearchSpace,
+) -> dict[str, Any]:
+    """What the page shows of vectors: who evaluated each of them and when, and what was learned from all."""
+    label: dict[str, str] = {}
+    command: dict[str, str] = {}
+    times, evaluation = Counter[str](), dict[str, int]()
+    for search, (of, trials) in zip(searches, runs, strict=True):
+        for number, vector in enumerate(trials["vector"], start=1):
+            label[vector] = of if label.get(vector, of) == of else "several"
+            times[vector] += 1
+            evaluation[vector] = min(number, evaluation.get(vector, number))
+            command.setdefault(vector, shlex.join(["nas", "export", f"run={search.path}", f"select={vector}"]))
+    columns: dict[str, dict[str, Any]] = {"label": label, "times": times, "evaluation": evaluation, "command": command}
+    found = points.assign(**{name: points["vector"].map(of) for name, of in columns.items()})
+    # The largest uniform vector's moves come first: they are the penalties of single layers.
+    uniform = found[found["uniform"]].sort_values("parameters", ascending=False)
+    bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
+    found, moves = learned(found, space, bases)
+    limits = searches[0].config["constraints"].items()
+    return {
+        "vectors": found,
+        "moves": moves,
+        "levels": sorted({groups for allowed in space.choices for groups in allowed}),
+        "fronts": attained(runs, costs(found)),
+        "limits": {LIMITS[key].name: bound for key, bound in limits if bound is not None},
+    }
 
 
 def front_metrics(
@@ -122,6 +176,14 @@ def _caption(config: dict[str, Any]) -> str:
     return "; ".join([*within, str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"])
 
 
+def _stopped(search: FinishedRun) -> str:
+    """Why a search ended before its budget did, where it says so."""
+    if "metrics.jsonl" not in search.artifacts:
+        return ""
+    lines = map(json.loads, search.artifact("metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    return "".join(f"; stopped as {line['stopped']}" for line in lines if "stopped" in line)
+
+
 def _check_comparable(searches: list[FinishedRun]) -> None:
     first, *others = searches
     for search in others:
@@ -142,3 +204,9 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
         sampler = values["sampler._target_"].rsplit(".", 1)[-1].removesuffix("Sampler")
         labels.append(", ".join([sampler, *(f"{key} {values[key]}" for key in varied)]))
     return labels
+
+
+def _differences(searches: list[FinishedRun]) -> pd.DataFrame:
+    """What differs between the configs of runs, a row each."""
+    flat = pd.json_normalize([search.config for search in searches]).astype(str)
+    return flat.loc[:, flat.nunique(dropna=False) > 1]

@@ -34,13 +34,14 @@ from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Objectives, Problem, Storage, search
+from nas.search.front_sampler import FrontSampler
 from nas.search.problem import EVERYTHING, parse_budget
 from nas.space import SearchSpace, Vector, format_vector, parse_vector, searched_space
 from nas.stages.measure import find_latency
 from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
 from nas.stages.workers import more_workers
 
-_INCIDENTAL = ("name", "runs_dir", "workers", "worker", "latency")  # not compared; of latency, the table is
+_INCIDENTAL = ("name", "runs_dir", "logger", "workers", "worker", "latency")  # not compared; of latency, the table is
 _COMMON = ("objectives", "constraints", "sampler", "seed", "budget", "heartbeat_s")  # to all workers on a study
 _TIMESTAMP = re.compile(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d")  # the name that conf/base.yaml gives
 _MOST = 20_000  # vectors that budget=all may mean
@@ -60,6 +61,9 @@ def run(config: Search, path: Path) -> None:
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
                 trials = prepared.work(running="wait" if config.storage else "fail")
+            if why := trials.attrs["stopped"]:
+                console.print(f"Stopped after {len(trials)} evaluations: {why}")
+                run.log(stopped=why)
             front = trials[trials["on_front"]].sort_values("loss_nats")
             for name, table in (("trials", trials), ("front", front), ("latency_check", prepared.latency.check())):
                 if table is not None:
@@ -111,7 +115,12 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     if budget == EVERYTHING and space.size > _MOST:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
-    build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+    sampler = build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+    if budget.auto and not isinstance(sampler, FrontSampler):
+        raise UserError(
+            f"budget=auto needs a sampler that expects something of its proposals, which {type(sampler).__name__} does "
+            "not; use sampler=front, or give a number of evaluations"
+        )
     storage = _storage(config, path)
     earlier = _earlier_searches(config, space)
     device = find_device(config.device)
