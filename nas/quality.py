@@ -125,7 +125,8 @@ class InheritedLoss:
         self.supernet, self.memo = supernet.eval(), memo  # which must be of this supernet and these windows alone
         device = supernet.decoder.rope_cos.device
         self.windows = windows_NT.to(device)
-        self.rows, self._fast = max(1, _TOKENS // windows_NT.shape[1]), device.type == "cuda"  # rows of a pass
+        self.rows = self._few = max(1, _TOKENS // windows_NT.shape[1])  # in one pass
+        self._fast = device.type == "cuda"
         if self._fast:
             tokens = min(_GPU_TOKENS, torch.cuda.mem_get_info()[0] // (4 * _activation_bytes(supernet.space.shape)))
             self.rows = max(1, tokens // (windows_NT.shape[1] - 1))
@@ -164,7 +165,7 @@ class InheritedLoss:
         with on_tensor_cores(self.windows.device) if self._fast else nullcontext():
             losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
         if self._fast and not losses_VN.isfinite().all():  # beyond the range of fp16
-            losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
+            losses_VN = window_losses(self.supernet, vectors, self.windows, self._few)
         losses: list[float] = losses_VN.double().mean(1).tolist()
         names = [format_vector(vector) for vector in vectors]
         windows = dict(zip(names, losses_VN.cpu().numpy(), strict=True))

@@ -90,9 +90,6 @@ def prepared(given: argparse.Namespace) -> tuple[Supernet, Tensor]:
     space, generator = load_space(given.space), torch.Generator().manual_seed(0)
     supernet = Supernet(space)
     supernet.initialise(generator)
-    with torch.no_grad():
-        for parameter in supernet.parameters():  # far enough from the start that vectors differ clearly
-            parameter.mul_(3.0)
     shape = given.windows, space.shape.max_position_embeddings + 1
     return supernet.to(DEVICE), torch.randint(space.shape.vocab_size, shape, generator=generator)
 

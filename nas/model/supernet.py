@@ -66,8 +66,8 @@ class Supernet(nn.Module):
             options = len(self.space.choices[layer])
             distinct, beginning = np.unique(beginning * options + choices, return_inverse=True)
             steps += np.divmod(distinct, options)
-        on_device = torch.from_numpy(np.concatenate(steps)).to(windows_NT.device)  # all at once: it waits for the GPU
-        indices = on_device.split(list(map(len, steps)))
+        together = torch.from_numpy(np.concatenate([*steps, beginning])).to(windows_NT.device, non_blocking=True)
+        indices = together.split([*map(len, steps), len(vectors)])
         x_BTD, rope = decoder.model.embed_tokens(windows_NT[:, :-1]), decoder.rope(0, windows_NT.shape[1] - 1)
         for layer, block in enumerate(decoder.model.layers):
             if not np.array_equal(steps[2 * layer], np.arange(len(x_BTD) // texts)):  # else a copy for nothing
@@ -75,7 +75,7 @@ class Supernet(nn.Module):
             selection_VGS = self.get_buffer(f"mixtures_{layer}")[indices[2 * layer + 1]]
             x_BTD = block(x_BTD, rope, selection_VGS[:, None].expand(-1, texts, -1, -1).flatten(0, 1))
         targets_BT = windows_NT[:, 1:].repeat(len(x_BTD) // texts, 1)
-        return decoder.row_losses(x_BTD, targets_BT).view(-1, texts)[torch.from_numpy(beginning)]
+        return decoder.row_losses(x_BTD, targets_BT).view(-1, texts)[indices[-1]]
 
     @torch.no_grad()
     def extract(self, vector: Vector) -> Decoder:

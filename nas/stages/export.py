@@ -101,17 +101,14 @@ def select(choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: O
 def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, str]:
     """What the model card states of a vector. Costs are of the served shape, which need not be the model's."""
     source, at = row["latency_source"], Workload(**search.config["workload"] | {"batch": row["batch"]})
-    known = pd.notna(row.get(PAIRED_SE))
+    tells = pd.notna(row.get(PAIRED_SE))
+    error = f"; standard error of its difference to the largest vector's {row[PAIRED_SE]:.5f}" if tells else ""
     return {
         "KV groups by layer": row["vector"],
         "losses are of": search.config["space"]["name"],
         "costs are of": searched_space(search.config)[0].name,
-        "inherited validation loss": f"{row['loss_nats']:.5f} nats/token, with the supernet's weights (measured)",
-        **(
-            {"standard error of its difference to the largest vector": f"{row[PAIRED_SE]:.5f} nats/token"}
-            if known
-            else {}
-        ),
+        "inherited validation loss": f"{row['loss_nats']:.5f} nats/token, with the supernet's weights (measured)"
+        + error,
         "decode step": f"{row['decode_ms']:.4f} ms ({source}; {at})",
         "decode throughput": f"{row['tokens_per_s']:,.1f} tokens/s ({source}; {at})",
         "prefill": f"{row['prefill_ms']:.4f} ms ({source}; the same)",
