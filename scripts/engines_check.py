@@ -205,6 +205,15 @@ def check(
     return {"version": found.pop("version"), **compared(expected, found)}
 
 
+def table(rows: pd.DataFrame) -> str:
+    """Results in Markdown, a model per line; reasons stand in the CSV."""
+    short = rows.assign(result=rows["result"].str.removeprefix("differs: ").str.split(":").str[0])
+    cells = short.pivot(index="model", columns="engine", values="result").reindex(["demo", *FEATURES])[list(ENGINES)]
+    lines = [["model", *cells.columns], ["---"] * (1 + len(cells.columns))]
+    lines += [[name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
@@ -234,6 +243,7 @@ def main() -> None:
                     flush=True,
                 )
             write_atomically(OUT, partial(pd.DataFrame(rows).to_csv, index=False))
+    print(table(pd.DataFrame(rows)))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nas.data.tokenizer import load_tokenizer
 from nas.errors import UserError
+from nas.export.card import _ENGINES
 from nas.export.gguf import _WORDS, FILE, GgufExporter
 from nas.export.hf import HfExporter
 from nas.export.megatron import ARGUMENTS, LAYERS, MegatronExporter
@@ -246,3 +248,10 @@ def test_all_formats_in_one_call_and_a_finetuned_model_in_two(nas: Nas, workspac
     assert json.loads((workspace.runs / "generate/text/run.json").read_text())["parents"]["checkpoint"]
     refused = nas(*export, "export=hf", "export.dtype=int4")
     check_refusal(refused, ["export.dtype is 'int4'", "use fp32, fp16, bf16"])
+    check_refusal(nas(*export, "export=hf,nope"), ["export/nope", f"use {', '.join(sorted(formats.split(',')))}"])
+
+
+def test_the_cards_name_engines_that_were_tried() -> None:
+    tried = (ROOT / "docs/engines.csv").read_text()
+    engines = [engine for rows in _ENGINES.values() for engine, *_ in rows]
+    assert [version for engine in engines for version in re.findall(r"\d[\d.]+", engine) if version not in tried] == []
