@@ -196,13 +196,15 @@ def check(
     (at / "reference.json").write_text(json.dumps(expected))
     command = [str(python), str(RUN.resolve()), engine, str(folder), str(at / "reference.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=at, timeout=600, check=False)
+    version = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"version"')))
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
-        return {"result": f"fails: {(said or done.stderr.splitlines() or ['killed'])[-1].strip()[:300]}"}
+        said = done.stderr.strip().splitlines()
+        last = max((at for at, line in enumerate(said) if "Error" in line), default=-1)
+        return version | {"result": f"fails: {' '.join(said[last : last + 2 or None])[:300]}"}
     found = json.loads(done.stdout.splitlines()[-1])
     if form == "uniform":
         expected = expected | {"kv_heads": [max(model.kv_heads)] * len(model.kv_heads)}
-    return {"version": found.pop("version"), **compared(expected, found)}
+    return version | compared(expected, found)
 
 
 def table(rows: pd.DataFrame) -> str:
