@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,7 @@ def megatron(folder: str, reference: dict[str, Any]) -> dict[str, Any]:  # noqa:
     }
 
 
-ENGINES = {
+ENGINES: dict[str, tuple[Callable[[str, dict[str, Any]], dict[str, Any]], str]] = {
     "transformers": (transformers, "transformers"),
     "mlx-lm": (mlx, "mlx-lm"),
     "llama.cpp": (llama_cpp, "xllamacpp"),

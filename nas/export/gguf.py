@@ -117,7 +117,8 @@ class GgufExporter:
 
 def _neighbours(tensor: Tensor, heads: int) -> Tensor:
     """Rows of q or k reordered within each head, for llama.cpp rotates neighbours, and Hugging Face halves."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    reordered: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return reordered
 
 
 def _kind(tokenizer: Path) -> str:
