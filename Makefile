@@ -2,7 +2,8 @@
 # make test    the tests
 # make check   formatting, lint, types
 # make test-transformers-4   what reads and writes checkpoints, against transformers 4.57, in an environment of its own
-# make clean   removes what the three above made (never runs/)
+# make engines   exported models in the real engines, each in an environment of its own (some 15 GB): docs/engines.csv
+# make clean   removes what these made (never runs/)
 
 PYTHON ?= python3
 VENV := .venv
@@ -18,7 +19,7 @@ KNEE := runs/export/$(DEMO)-knee/complete.json
 FINETUNED := runs/finetune/$(DEMO)/complete.json
 REPORTED := runs/report/$(DEMO)/complete.json
 
-.PHONY: demo test test-transformers-4 check clean
+.PHONY: demo test test-transformers-4 check engines clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -54,7 +55,10 @@ test-transformers-4:
 	$(PYTHON) -m venv $(VENV)-transformers-4
 	$(VENV)-transformers-4/bin/pip install --quiet --editable '.[dev]' 'transformers==4.57.*' \
 		$$(grep '^torch==' constraints.txt)
-	$(VENV)-transformers-4/bin/pytest tests/test_export.py tests/test_pretrained.py
+	$(VENV)-transformers-4/bin/pytest tests/test_export.py tests/test_export_formats.py tests/test_pretrained.py
+
+engines: $(VENV)/installed
+	$(BIN)/python scripts/engines_check.py
 
 check: $(VENV)/installed
 	$(BIN)/ruff format --check .
@@ -62,4 +66,4 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-transformers-4 build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-transformers-4 .engines build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -149,8 +149,9 @@ def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
     """The sentence about a mistake that Hydra or OmegaConf found, and the exit code."""
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     first = str(cause).splitlines()[0]
-    if isinstance(error, MissingConfigException):
-        return f"{first}; use {', '.join(error.options or [])}", 1
+    if isinstance(error, MissingConfigException):  # of a list of choices Hydra does not name the options
+        group = (shipped("conf") / str(error.missing_cfg_file)).parent
+        return f"{first.rstrip('.')}; use {', '.join(error.options or sorted(f.stem for f in group.glob('*.yaml')))}", 1
     if ambiguous := re.match("Ambiguous value for argument '(.*?)=(.*)'", first):
         key, text = ambiguous.groups()
         return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2

@@ -2,8 +2,8 @@
 
     python scripts/engine_run.py ENGINE FOLDER REFERENCE.json
 
-Prints, as the last line, JSON: the engine's version; the greedy tokens after each prompt; log-probabilities after every
-prefix of the fixed ids (of all tokens, or of the next id alone); the tokens of each text; and the KV cache.
+Prints JSON: first the engine's version; last what it computed: the greedy tokens after each prompt; log-probabilities
+after every prefix of the fixed ids (of all tokens, or of the next id alone); the tokens of each text; the KV cache.
 """
 
 import importlib.metadata
@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -166,7 +166,7 @@ def megatron(folder: str, reference: dict[str, Any]) -> dict[str, Any]:  # noqa:
     }
 
 
-ENGINES = {
+ENGINES: dict[str, tuple[Callable[[str, dict[str, Any]], dict[str, Any]], str]] = {
     "transformers": (transformers, "transformers"),
     "mlx-lm": (mlx, "mlx-lm"),
     "llama.cpp": (llama_cpp, "xllamacpp"),
@@ -177,5 +177,5 @@ ENGINES = {
 
 if __name__ == "__main__":
     run, package = ENGINES[sys.argv[1]]
-    found = run(sys.argv[2], json.loads(Path(sys.argv[3]).read_text()))
-    print(json.dumps({"version": f"{package} {importlib.metadata.version(package)}", **found}))
+    print(json.dumps({"version": f"{package} {importlib.metadata.version(package)}"}), flush=True)
+    print(json.dumps(run(sys.argv[2], json.loads(Path(sys.argv[3]).read_text()))))

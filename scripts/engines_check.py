@@ -196,29 +196,40 @@ def check(
     (at / "reference.json").write_text(json.dumps(expected))
     command = [str(python), str(RUN.resolve()), engine, str(folder), str(at / "reference.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=at, timeout=600, check=False)
+    version: dict[str, Any] = json.loads(
+        next(line for line in done.stdout.splitlines() if line.startswith('{"version"'))
+    )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
-        return {"result": f"fails: {(said or done.stderr.splitlines() or ['killed'])[-1].strip()[:300]}"}
+        said = done.stderr.strip().splitlines()
+        last = max((at for at, line in enumerate(said) if "Error" in line), default=-1)
+        return version | {"result": f"fails: {' '.join(said[last : last + 2 or None])[:300]}"}
     found = json.loads(done.stdout.splitlines()[-1])
     if form == "uniform":
         expected = expected | {"kv_heads": [max(model.kv_heads)] * len(model.kv_heads)}
-    return {"version": found.pop("version"), **compared(expected, found)}
+    return version | compared(expected, found)
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Results in Markdown, a model per line; reasons stand in the CSV."""
+    short = rows.assign(result=rows["result"].str.removeprefix("differs: ").str.split(":").str[0])
+    cells = short.pivot(index="model", columns="engine", values="result").reindex(["demo", *FEATURES])[list(ENGINES)]
+    lines = [["model", *cells.columns], ["---"] * (1 + len(cells.columns))]
+    lines += [[name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
     parser.add_argument("--environments", type=Path, default=Path(".engines"))
-    parser.add_argument("--models", nargs="*", help="default: all")
     options = parser.parse_args()
     chosen = options.engines or list(ENGINES)
     kept = pd.read_csv(OUT) if OUT.is_file() else pd.DataFrame({"engine": []})
-    rows = kept[~kept["engine"].isin(chosen)].to_dict("records")
+    rows: list[dict[Any, Any]] = kept[~kept["engine"].isin(chosen)].to_dict("records")
     with tempfile.TemporaryDirectory() as made:
         at = Path(made)
         trained, tokenizer = demo(options.environments / "runs")
         models = {"demo": trained, **{name: random_model(features) for name, features in FEATURES.items()}}
-        models = {name: model for name, model in models.items() if not options.models or name in options.models}
         asked = {name: reference(model, tokenizer) for name, model in models.items()}
         for engine in chosen:
             wanted = ENGINES[engine][1]
@@ -229,11 +240,9 @@ def main() -> None:
                 folder = Path(tempfile.mkdtemp(dir=at))
                 found = check(engine, model, tokenizer, asked[name], folder, python)
                 rows.append(row | {"vector": vector} | found | origin())
-                print(
-                    {key: rows[-1].get(key) for key in ("engine", "model", "result", "max_log_probability_error")},
-                    flush=True,
-                )
+                print(engine, name, found["result"], found.get("max_log_probability_error"), sep=", ", flush=True)
             write_atomically(OUT, partial(pd.DataFrame(rows).to_csv, index=False))
+    print(table(pd.DataFrame(rows)))
 
 
 if __name__ == "__main__":

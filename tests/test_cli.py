@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parent.parent
     ("stage", "parts"),
     [(stage, []) for stage in STAGES]
     + [("train", ["data=text", "data.path=x"]), ("fidelity", ["data=hf"])]
-    + [("search", [f"sampler={sampler}"]) for sampler in SAMPLERS],
+    + [("search", [f"sampler={sampler}"]) for sampler in SAMPLERS]
+    + [("export", ["export=[hf,gguf,modelopt,megatron,uniform,config]", "export.dtype=bf16"])],
 )
 def test_every_config_composes_into_its_dataclass(stage: str, parts: list[str]) -> None:
     register()

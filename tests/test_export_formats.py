@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import numpy as np
@@ -18,6 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from nas.data.tokenizer import load_tokenizer
 from nas.errors import UserError
+from nas.export.card import _ENGINES
 from nas.export.gguf import _WORDS, FILE, GgufExporter
 from nas.export.hf import HfExporter
 from nas.export.megatron import ARGUMENTS, LAYERS, MegatronExporter
@@ -95,7 +97,8 @@ def test_llama_cpp_computes_the_same_tokens_log_probabilities_and_cache(
     model, tokenizer = made(kind), load_tokenizer(str(tokenizers[name]))
     GgufExporter().write(model, tokenizers[name], tmp_path, {})
     ids = torch.randint(1, 380, (1, 24), generator=torch.Generator().manual_seed(0))
-    asked = {"prompts": [], "new": 1, "ids": ids[0].tolist(), "vocabulary": 400, "texts": [TEXT, "é ∑ 12345 x"]}
+    texts = [TEXT, "é ∑ 12345 x"]
+    asked = {"prompts": [], "new": 1, "ids": ids[0].tolist(), "vocabulary": 400, "texts": texts}
     letter = next(token for token in ("a", "▁a") if tokenizer.token_to_id(token) is not None)
     (tmp_path / "asked.json").write_text(json.dumps(asked | {"letter": tokenizer.token_to_id(letter)}))
     command = [sys.executable, str(ROOT / "scripts/engine_run.py"), "llama.cpp without flash attention", str(tmp_path)]
@@ -105,7 +108,7 @@ def test_llama_cpp_computes_the_same_tokens_log_probabilities_and_cache(
     with torch.no_grad():
         ours = model(ids)[0].log_softmax(-1)
     np.testing.assert_allclose(found["log_probabilities"], ours, atol=1e-3)
-    assert found["texts"] == [tokenizer.encode(text).ids for text in asked["texts"]]
+    assert found["texts"] == [tokenizer.encode(text).ids for text in texts]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "q8_0"])
@@ -169,14 +172,14 @@ def test_a_modelopt_export_has_the_layers_that_its_block_configs_state(
     ModelOptExporter().write(model, tokenizers["gpt-2"], tmp_path, {})
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architectures"] == ["LlamaForCausalLM"]
-    state = load_file(tmp_path / "model.safetensors")
+    state, layers = load_file(tmp_path / "model.safetensors"), cast(Any, model.model.layers)
     for index, block in enumerate(config["block_configs"]):  # as ModelOpt's reader does: each layer its own config
         own = LlamaConfig.from_dict(config)
         own.num_key_value_heads = block["attention"]["num_key_value_heads"]
         own.intermediate_size = block["ffn"]["intermediate_size"]
         layer, prefix = LlamaDecoderLayer(own, index), f"model.layers.{index}."
         layer.load_state_dict({key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)})
-        assert torch.equal(layer.mlp(x), model.model.layers[index].mlp(x))
+        assert torch.equal(layer.mlp(x), layers[index].mlp(x))
 
 
 def test_megatron_core_reads_the_layers_and_the_arguments(tmp_path: Path) -> None:
@@ -246,3 +249,10 @@ def test_all_formats_in_one_call_and_a_finetuned_model_in_two(nas: Nas, workspac
     assert json.loads((workspace.runs / "generate/text/run.json").read_text())["parents"]["checkpoint"]
     refused = nas(*export, "export=hf", "export.dtype=int4")
     check_refusal(refused, ["export.dtype is 'int4'", "use fp32, fp16, bf16"])
+    check_refusal(nas(*export, "export=hf,nope"), ["export/nope", f"use {', '.join(sorted(formats.split(',')))}"])
+
+
+def test_the_cards_name_engines_that_were_tried() -> None:
+    tried = (ROOT / "docs/engines.csv").read_text()
+    engines = [engine for rows in _ENGINES.values() for engine, *_ in rows]
+    assert [version for engine in engines for version in re.findall(r"\d[\d.]+", engine) if version not in tried] == []

@@ -29,9 +29,15 @@ _DTYPES = {
     "bf16": (Ggml.BF16, gguf.LlamaFileType.MOSTLY_BF16),
     "q8_0": (Ggml.Q8_0, gguf.LlamaFileType.MOSTLY_Q8_0),
 }
-# llama.cpp's names of ways to split a text before the merges of a byte-level BPE, by the regular expression.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_SPLITS = {_WORDS % r"\p{N}{1,3}": "llama-bpe", _WORDS % r"\p{N}": "qwen2"}
+# llama.cpp's names of ways to split a text before the merges, by the steps of `_step`.
+_BYTE_LEVEL = {
+    ("words",): "gpt-2",
+    ("digits", "words"): "smollm",
+    (_WORDS % r"\p{N}{1,3}", "bytes"): "llama-bpe",
+    (_WORDS % r"\p{N}", "bytes"): "qwen2",
+}
+_SENTENCEPIECE = {(): "llama", ("spaces",): "llama"}
 
 
 class GgufExporter:
@@ -111,36 +117,42 @@ class GgufExporter:
 
 def _neighbours(tensor: Tensor, heads: int) -> Tensor:
     """Rows of q or k reordered within each head, for llama.cpp rotates neighbours, and Hugging Face halves."""
-    return tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    reordered: Tensor = tensor.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return reordered
 
 
 def _kind(tokenizer: Path) -> str:
     """llama.cpp's name for how a text becomes the symbols that a tokenizer.json merges; `llama` for SentencePiece's."""
     content = read_json(tokenizer)
-    model, normalizer = content["model"], _parts(content.get("normalizer"), "normalizers")
-    splits = _parts(content.get("pre_tokenizer"), "pretokenizers")
-    kinds = [part["type"] for part in splits]
-    if model["type"] == "BPE" and model.get("byte_fallback"):
-        if {part["type"] for part in normalizer} <= {"Prepend", "Replace"} and kinds in ([], ["Metaspace"]):
-            return "llama"
-    elif model["type"] == "BPE" and {part["type"] for part in normalizer} <= {"NFC"}:
-        plain = [part for part in splits if part["type"] == "ByteLevel" and not part["add_prefix_space"]]
-        if plain and kinds == ["ByteLevel"]:
-            return "gpt-2"
-        if plain and kinds == ["Digits", "ByteLevel"] and splits[0]["individual_digits"]:
-            return "smollm"
-        if plain and kinds == ["Split", "ByteLevel"] and (name := _SPLITS.get(splits[0]["pattern"].get("Regex"))):
-            return name
-    how = f"{model['type']} after {', '.join(kinds) or 'no split'}"
-    raise UserError(
-        f"gguf cannot hold {tokenizer}: llama.cpp has no name for its kind ({how}); train with one of the kind of "
-        "GPT-2, Llama 2, Llama 3, Qwen2 or SmolLM, or use export=hf"
-    )
+    model, splits = content["model"], _steps(content.get("pre_tokenizer"), "pretokenizers")
+    kinds, normal = (_SENTENCEPIECE, {"Prepend", "Replace"}) if model.get("byte_fallback") else (_BYTE_LEVEL, {"NFC"})
+    name = kinds.get(tuple(map(_step, splits)))
+    normalizers = {step["type"] for step in _steps(content.get("normalizer"), "normalizers")}
+    if model["type"] != "BPE" or not name or normalizers - normal:
+        how = f"{model['type']} after {', '.join(step['type'] for step in splits) or 'no split'}"
+        raise UserError(
+            f"gguf cannot hold {tokenizer}: llama.cpp has no name for its kind ({how}); train with one of the kind of "
+            "GPT-2, Llama 2, Llama 3, Qwen2 or SmolLM, or use export=hf"
+        )
+    return name
 
 
-def _parts(step: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
+def _steps(part: dict[str, Any] | None, key: str) -> list[dict[str, Any]]:
     """The steps of a sequence in a tokenizer.json, or the only one."""
-    return [] if step is None else step[key] if step["type"] == "Sequence" else [step]
+    return [] if part is None else part[key] if part["type"] == "Sequence" else [part]
+
+
+def _step(step: dict[str, Any]) -> str:
+    match step:
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return "words" if step.get("use_regex", True) else "bytes"
+        case {"type": "Digits", "individual_digits": True}:
+            return "digits"
+        case {"type": "Metaspace", "split": False}:
+            return "spaces"
+        case {"type": "Split", "pattern": {"Regex": str(expression)}}:
+            return expression
+    return "unknown"
 
 
 def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Path, vocab_size: int) -> None:

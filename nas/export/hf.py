@@ -34,7 +34,7 @@ _UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
 _FFN_MULTIPLE = 256  # engines round the FFN width up to this
 _FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-_LOADING = """```python
+LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("this folder"{code})
@@ -50,13 +50,10 @@ model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)  # rand
 """
 
 
-class HfDirectory:
-    """What all formats share that are directories in Hugging Face's layout. ``max_shard_size``: such as 5GB."""
+class HfExporter:
+    """See `nas.export.Exporter`; others in Hugging Face's layout build on it. ``max_shard_size``: such as 5GB."""
 
-    of_served = False
-    form = ""  # the format's name
-    has_code = False  # whether model code travels along
-    loading = _LOADING.format(code="")  # how the card says that it is loaded
+    of_served, form, has_code = False, "hf", True  # has_code: model code travels along
 
     def __init__(self, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
         if dtype not in _DTYPES:
@@ -79,8 +76,7 @@ class HfDirectory:
         write_json(folder / "generation_config.json", special | {"do_sample": False})
         if self.has_code:
             copy_code(folder)
-        loading = self.loading if has_weights(model) else _NO_WEIGHTS
-        write_card(self.form, model, folder, card, self.notes(model), loading)
+        write_card(self.form, model, folder, card, self.notes(model), self.usage(model))
 
     def _save(self, state: dict[str, Tensor], folder: Path) -> None:
         split = split_torch_state_dict_into_shards(state, max_shard_size=self.max_shard_size)
@@ -93,34 +89,22 @@ class HfDirectory:
 
     def config(self, model: Decoder) -> dict[str, Any]:
         """The contents of config.json, but for the tokenizer's and the dtype."""
-        raise NotImplementedError
-
-    def state(self, model: Decoder) -> dict[str, Tensor]:
-        """The tensors that are stored."""
-        raise NotImplementedError
-
-    def notes(self, model: Decoder) -> list[str]:
-        """What a user of the directory must know."""
-        raise NotImplementedError
-
-
-class HfExporter(HfDirectory):
-    """See `nas.export.Exporter`."""
-
-    form, has_code, loading = "hf", True, _LOADING.format(code=", trust_remote_code=True")
-
-    def config(self, model: Decoder) -> dict[str, Any]:
         return hf_config(model.shape, model.specs)
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
-        """With the FFN zero-padded to the widths that engines will compute."""
+        """The tensors that are stored: here with the FFN zero-padded to the widths that engines will compute."""
         state = untied_state(model)
         for name, axis, width in _ffn_tensors(state):  # silu(0) · 0 = 0: the added neurons change nothing
             after = [0] * (2 * (state[name].dim() - 1 - axis))  # F.pad counts axes from the last
             state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
         return state
 
+    def usage(self, model: Decoder) -> str:
+        """How the card says that the directory is loaded."""
+        return LOADING.format(code=", trust_remote_code=True") if has_weights(model) else _NO_WEIGHTS
+
     def notes(self, model: Decoder) -> list[str]:
+        """What a user of the directory must know."""
         widths = sorted({spec.intermediate_size for spec in model.specs})
         padded = [padded_ffn_width(width) for width in widths]
         added = listed(new - old for new, old in zip(padded, widths, strict=True))

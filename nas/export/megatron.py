@@ -83,13 +83,14 @@ class MegatronExporter:
 
 def _rope(shape: ModelShape) -> dict[str, Any]:
     """GPTModel's arguments for scaled rotary embeddings."""
-    match shape.rope_scaling:
-        case None:
-            return {}
-        case {"rope_type": "linear", "factor": factor}:
-            return {"seq_len_interpolation_factor": factor}
-        case {"rope_type": "llama3", "factor": factor, **others} if others == _LLAMA_3:
-            return {"rope_scaling": True, "rope_scaling_factor": factor}
+    scaling = dict(shape.rope_scaling or {})
+    kind, factor = scaling.pop("rope_type", None), scaling.pop("factor", None)
+    if kind is None:
+        return {}
+    if kind == "linear":
+        return {"seq_len_interpolation_factor": factor}
+    if kind == "llama3" and scaling == _LLAMA_3:
+        return {"rope_scaling": True, "rope_scaling_factor": factor}
     raise UserError(
         f"megatron cannot hold rope_scaling {shape.rope_scaling}: Megatron-Core's GPTModel scales linearly or as "
         "Llama 3.1 does from 8192 tokens; use export=config"

@@ -15,7 +15,7 @@ from nas.model import Decoder
 class ModelOptExporter(UniformExporter):
     """See `nas.export.Exporter`."""
 
-    form, loading = "modelopt", ""
+    form = "modelopt"
 
     def config(self, model: Decoder) -> dict[str, Any]:
         blocks = [
@@ -29,6 +29,9 @@ class ModelOptExporter(UniformExporter):
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
         return plain_state(model)
+
+    def usage(self, model: Decoder) -> str:  # noqa: ARG002
+        return ""
 
     def notes(self, model: Decoder) -> list[str]:  # noqa: ARG002
         return [

@@ -11,15 +11,15 @@ from typing import Any
 from torch import Tensor
 
 from nas.errors import UserError
-from nas.export.hf import HfDirectory, llama_keys, untied_state
+from nas.export.hf import LOADING, HfExporter, llama_keys, untied_state
 from nas.model import Decoder
 from nas.shape import ModelShape
 
 
-class UniformExporter(HfDirectory):
+class UniformExporter(HfExporter):
     """See `nas.export.Exporter`."""
 
-    form = "uniform"
+    form, has_code = "uniform", False
 
     def check(self, shape: ModelShape, tokenizer: Path | None) -> None:  # noqa: ARG002
         if shape.qk_norm and shape.mlp_bias:
@@ -39,6 +39,9 @@ class UniformExporter(HfDirectory):
                     heads = state[key].unflatten(0, (groups, -1))
                     state[key] = heads.repeat_interleave(math.lcm(*model.kv_heads) // groups, dim=0).flatten(0, 1)
         return state
+
+    def usage(self, model: Decoder) -> str:  # noqa: ARG002
+        return LOADING.format(code="")
 
     def notes(self, model: Decoder) -> list[str]:
         heads = math.lcm(*model.kv_heads)
