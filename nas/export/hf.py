@@ -17,7 +17,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
+from nas.data.tokenizer import (
+    beginning_id,
+    copy_companions,
+    end_of_text_id,
+    json_beside,
+    load_tokenizer,
+    special_ids,
+)
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
 from nas.model import Decoder
@@ -65,11 +72,13 @@ class HfExporter:
         if _has_weights(model):
             state = _padded_state(model)
             write_atomically(folder / self.weights, lambda path: save_file(state, path, metadata={"format": "pt"}))
-        special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+        generation = {"do_sample": False}
         if tokenizer:
+            generation |= json_beside(tokenizer, "generation_config.json") or {}
             special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
         write_json(folder / self.config, hf_config(model.shape, model.specs) | special)
-        write_json(folder / "generation_config.json", special | {"do_sample": False})
+        write_json(folder / "generation_config.json", special | generation)
         shutil.copy(Path(__file__).with_name(f"{_REMOTE_CODE}.py"), folder)
         (folder / "README.md").write_text(_card(model, card), encoding="utf-8")
 
@@ -164,15 +173,25 @@ def _padded_state(model: Decoder) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
 
 
-def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, int | None]:
-    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns what config.json says of it."""
+def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, Any]:
+    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns what config.json says of it.
+
+    What lies beside it of a checkpoint's special tokens and chat template is kept.
+    """
     loaded = load_tokenizer(str(tokenizer))
-    ids = {"bos": beginning_id(loaded), "eos": end_of_text_id(loaded)}
-    names = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in ids.items()}
-    shutil.copy(tokenizer, folder / "tokenizer.json")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context, **names}
-    write_json(folder / "tokenizer_config.json", config | {"pad_token": names["eos_token"]})
-    return {f"{key}_token_id": index for key, index in ids.items()}
+    usual = {"bos_token_id": beginning_id(loaded), "eos_token_id": end_of_text_id(loaded)}
+    ids = dict.fromkeys(usual) | (special_ids(tokenizer) or usual)  # null, or transformers takes Llama's
+    copy_companions(tokenizer, folder)
+    loaded.save(str(folder / "tokenizer.json"))
+    config = json_beside(tokenizer, "tokenizer_config.json")
+    if config is None:
+        names = {key: ids.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        first = {key: index[0] if isinstance(index, list) else index for key, index in names.items()}
+        config = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in first.items()}
+        config["pad_token"] = config["pad_token"] or config["eos_token"]
+    own = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context}
+    write_json(folder / "tokenizer_config.json", config | own)
+    return ids
 
 
 def _has_weights(model: Decoder) -> bool:

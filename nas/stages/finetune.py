@@ -8,6 +8,7 @@ import torch
 from nas import console
 from nas.config import Finetune, build
 from nas.data import prepare_tokens, validation_windows
+from nas.data.tokenizer import tokenizer_file
 from nas.distributed import IS_MAIN
 from nas.export import Exporter
 from nas.files import file_hash
@@ -66,6 +67,7 @@ def run(config: Finetune, path: Path) -> None:
                 "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
                 "trained from": f"{source.name} ({origin.name} {digest[:12]})",
             }
-            exporter.write(trained, data.tokenizer, path / "model", card)
+            # its special tokens lie beside the tokenizer that was given
+            exporter.write(trained, tokenizer_file(tokenizer) if tokenizer else data.tokenizer, path / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
     console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / 'model'}")
