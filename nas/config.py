@@ -45,13 +45,32 @@ class TrainConfig:
 @dataclass
 class SupernetConfig(TrainConfig):
     sharing: str = "auto"  # a rule of nas/model/sharing.py; auto: separate with init, else sliced
+    # all; kv: only the smaller choices' K/V heads, which follow the largest vector's logits; auto: kv for separate
+    # heads with init, else all
+    trainable: str = "auto"
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
     smallest_share: float = 0.125
     vectors_per_text: int = 4  # sandwich: the largest, the smallest and random ones
-    distillation_weight: float = 0.5  # sandwich: share of the loss of all but the largest that follows its logits
+    # sandwich, kv: share of the loss of all but the largest that follows its logits; null: 0.5, and 1 with kv
+    distillation_weight: float | None = None
     distillation_temperature: float = 1.0
+
+    @property
+    def distilled_share(self) -> float:
+        if self.distillation_weight is None:
+            return 1.0 if self.trainable == "kv" else 0.5
+        return self.distillation_weight
+
+
+@dataclass
+class InitConfig:
+    """The trained Hugging Face checkpoint that a supernet starts from; ``init=DIR`` is short for init.checkpoint."""
+
+    checkpoint: str | None = None  # its directory; null: random weights
+    align: str | None = "auto"  # auto: K/V heads of separate sharing are aligned, then merged; null: merged as they are
+    calibration_tokens: int = 8192  # of the training text, by which they are aligned
 
 
 @dataclass
@@ -107,7 +126,7 @@ class Train(StageConfig):
     """nas train, and what a search has that may train a supernet first."""
 
     space: str | None = None  # a name, a .yaml file, or a checkpoint's directory; null: that of init, else tiny
-    init: str | None = None  # directory of a trained Hugging Face checkpoint to start from; null: random weights
+    init: InitConfig = field(default_factory=InitConfig)
     data: dict[str, Any] = MISSING
     tokenizer: str | None = None  # a tokenizer.json or a directory with one; null: init's, else one is trained
     train: SupernetConfig = field(default_factory=SupernetConfig)
@@ -237,6 +256,7 @@ _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
 _MAY_BE_EMPTY = ("check_at", "objectives", "seeds", "warm_start")
 _OPTIONS = {
     "precision": ("auto", "fp32", "bf16"),
+    "trainable": ("auto", "all", "kv"),
     "parallel": ("ddp", "fsdp"),
     "dtype": ("auto", "fp32", "bf16"),
     "runtime": ("auto", "eager", "graph", "compiled"),

@@ -24,9 +24,14 @@ _DECIMALS = re.compile(r"[][\d,+ -]*[.eE][][\d,+ .eE-]*")  # a number, or a list
 
 
 def to_hydra(stage: str, words: Sequence[str]) -> list[str]:
-    """The command line of a stage in Hydra's language; ``--budget 200`` and ``--budget=200`` become ``budget=200``."""
+    """The command line of a stage in Hydra's language.
+
+    ``--budget 200`` and ``--budget=200`` become ``budget=200``, and ``init=DIR`` is ``init.checkpoint=DIR``.
+    """
     left = iter(words)
     overrides = [f"budget={next(left, '')}" if w == "--budget" else re.sub("^--budget=", "budget=", w) for w in left]
+    if _type(stage, "init.checkpoint"):
+        overrides = [re.sub("^init=", "init.checkpoint=", word) for word in overrides]
     if "-m" not in words and "--multirun" not in words:
         several = [re.sub(r"^export=([\w-]+(,[\w-]+)+)$", r"export=[\1]", word) for word in overrides]  # formats
         return [_typed(stage, word) for word in several]
@@ -83,8 +88,11 @@ def _quoted(text: str) -> str:
 def _type(stage: str, key: str) -> Any:
     """The type of a key by the schema. A key of a group of conf/ is text unless its default is a number."""
     group, _, name = key.partition(".")
+    types: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(STAGES[stage])}
     if not name:
-        return next((field.type for field in dataclasses.fields(STAGES[stage]) if field.name == key), None)
+        return types.get(key)
+    if dataclasses.is_dataclass(types.get(group)):
+        return next((field.type for field in dataclasses.fields(types[group]) if field.name == name), None)
     files = [OmegaConf.to_container(OmegaConf.load(file)) for file in (shipped("conf") / group).glob("*.yaml")]
     defaults = [file[name] for file in files if isinstance(file, dict) and name in file]
     return str | None if defaults and not any(isinstance(default, int | float) for default in defaults) else None

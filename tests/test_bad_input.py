@@ -174,7 +174,8 @@ def test_values_with_a_comma_are_told_from_a_sweep(nas: Nas) -> None:
     outcome = nas("train", "init=p/a,b")
     assert outcome.code == 2
     assert outcome.err == (
-        "nas train: init=p/a,b is several values; quote a text with commas, 'init=\"p/a,b\"', or sweep with -m\n"
+        "nas train: init.checkpoint=p/a,b is several values; quote a text with commas, "
+        "'init.checkpoint=\"p/a,b\"', or sweep with -m\n"
     )
 
 

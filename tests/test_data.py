@@ -27,11 +27,11 @@ import torch
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, processors
 
 from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
 from nas.data.corpora import Corpus, Document, HubCorpus, StdlibCorpus, TextCorpus
-from nas.data.tokenizer import END_OF_TEXT, end_of_text_id, load_tokenizer, train_tokenizer
+from nas.data.tokenizer import END_OF_TEXT, document_frame, end_of_text_id, load_tokenizer, train_tokenizer
 from nas.data.tokens import Tokens
 from nas.errors import UserError
 
@@ -340,6 +340,65 @@ def test_a_tokenizer_loads_from_its_file_and_from_a_model_directory(
     (tmp_path / "config.json").write_text("{}")
     assert load_tokenizer(str(tokenizer_file)).to_str() == tokenizer.to_str()
     assert load_tokenizer(str(tmp_path)).to_str() == tokenizer.to_str()
+
+
+def with_post_processor(tokenizer: Tokenizer, before: str) -> Tokenizer:
+    changed = Tokenizer.from_str(tokenizer.to_str())
+    ids = [(before, changed.token_to_id(before))]
+    changed.post_processor = processors.TemplateProcessing(single=f"{before} $A", special_tokens=ids)
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("config", "tokenizer_config", "processed", "frame"),
+    [
+        (None, None, False, ([], [0])),  # <|endoftext|>, by its usual name
+        ({"bos_token_id": 5, "eos_token_id": 6}, None, False, ([5], [6])),
+        ({"bos_token_id": 5, "eos_token_id": [7, 6]}, None, False, ([5], [7])),
+        ({"bos_token_id": 5, "eos_token_id": 5}, None, False, ([], [5])),
+        ({"bos_token_id": 5, "eos_token_id": 6}, {"bos_token": None}, False, ([], [6])),
+        ({"bos_token_id": 5, "eos_token_id": 6}, {"add_bos_token": True}, False, ([5], [6])),
+        ({"eos_token_id": 6}, {"bos_token": None}, True, ([0], [6])),
+    ],
+)
+def test_documents_begin_and_end_as_config_and_tokenizer_say(
+    config: dict[str, Any] | None,
+    tokenizer_config: dict[str, Any] | None,
+    processed: bool,
+    frame: tuple[list[int], list[int]],
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+) -> None:
+    used = with_post_processor(tokenizer, END_OF_TEXT) if processed else tokenizer
+    for name, values in (("config.json", config), ("tokenizer_config.json", tokenizer_config)):
+        if values is not None:
+            (tmp_path / name).write_text(json.dumps(values))
+    assert document_frame(used, tmp_path / "tokenizer.json") == frame
+    used.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": f"story {n}"}) + "\n" for n in range(60)))
+    size = tokenizer.get_vocab_size()
+    tokens = prepare_tokens(TextCorpus(str(tmp_path / "text.jsonl")), str(tmp_path), size, tmp_path / "cache").train
+    story = tokenizer.encode("story ").ids
+    assert tokens[: len(frame[0] + story)].tolist() == frame[0] + story
+    assert tokens[-len(frame[1]) :].tolist() == frame[1]
+
+
+def test_truncation_and_padding_of_a_tokenizer_file_are_not_obeyed(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    spoiled = Tokenizer.from_str(tokenizer.to_str())
+    spoiled.enable_truncation(3)
+    spoiled.enable_padding(length=50)
+    spoiled.save(str(tmp_path / "tokenizer.json"))
+    text = "many words of a text"
+    assert load_tokenizer(str(tmp_path)).encode(text).ids == tokenizer.encode(text).ids
+
+
+def test_a_special_id_beyond_the_vocabulary_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    size = tokenizer.get_vocab_size()
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": size}))
+    (tmp_path / "text.txt").write_text("text " * 100)
+    with pytest.raises(UserError, match=f"{size + 1} tokens but the model's vocab_size is {size}"):
+        prepare_tokens(TextCorpus(str(tmp_path / "text.txt")), str(tmp_path), size, tmp_path / "cache")
 
 
 def test_every_document_goes_to_one_split_whole(tmp_path: Path) -> None:

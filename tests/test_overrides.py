@@ -30,7 +30,7 @@ def test_a_text_that_looks_like_something_else_stays_as_typed(text: str) -> None
 @pytest.mark.parametrize(
     "text", ["p/[data]/text.txt", "[data]", "ünï x", "it's.txt", "a(1).txt", "a=b.txt", "123", "{a}"]
 )
-@pytest.mark.parametrize("key", ["data.path", "init", "tokenizer"])
+@pytest.mark.parametrize("key", ["data.path", "init.checkpoint", "tokenizer"])
 def test_a_path_is_a_path_whatever_its_characters(key: str, text: str) -> None:
     assert held("train", "data=text", f"{key}={text}") == text
 
@@ -43,7 +43,13 @@ def test_a_part_that_one_swaps_knows_its_own_types() -> None:
 
 def test_the_home_directory_may_be_written_short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert held("train", "init=~/a b") == str(Path("/home/me/a b"))
+    assert held("train", "tokenizer=~/a b") == str(Path("/home/me/a b"))
+
+
+def test_init_alone_is_the_checkpoint() -> None:
+    for word in ("init=1e3", "init.checkpoint=1e3"):
+        assert to_hydra("search", [word]) == ['init.checkpoint="1e3"']
+    assert to_hydra("fidelity", ["init=1e3"]) == ['init="1e3"']
 
 
 @pytest.mark.parametrize(
@@ -64,7 +70,7 @@ def test_a_number_is_one_where_a_number_is_wanted(stage: str, word: str, value: 
 
 def test_each_value_of_a_sweep_is_typed() -> None:
     words = to_hydra("train", ["-m", "name=2025_11_28,1e3", "train.steps=1e2,200", "seed=range(1,3)", "init=a,b"])
-    assert {'name="2025_11_28","1e3"', "train.steps=100,200", "seed=range(1,3)", "init=a,b"} <= set(words)
+    assert {'name="2025_11_28","1e3"', "train.steps=100,200", "seed=range(1,3)", "init.checkpoint=a,b"} <= set(words)
     assert "hydra.job.config.override_dirname.exclude_keys=[]" in words
 
 

@@ -25,6 +25,7 @@ from nas.files import read_json
 from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import SHARING_RULES, pooling
+from nas.model.supernet import load_supernet
 from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
@@ -34,6 +35,7 @@ from nas.training.recipes import text_loss
 from tests.conftest import FAST, Nas, logits_at
 from tests.helpers import TEXT, TRAINING, check_refusal
 
+INIT = ("init=model", "init.calibration_tokens=160")
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 
@@ -97,6 +99,11 @@ def started(source: Checkpoint, sharing: str, space: SearchSpace | None = None) 
     return supernet.eval()
 
 
+def of_groups(source: Checkpoint, *groups: int) -> SearchSpace:
+    """The space of a checkpoint with these groups in every layer."""
+    return dataclasses.replace(source.space(), choices=(groups,) * source.shape.num_hidden_layers)
+
+
 @torch.no_grad()
 def reference_logits(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """What transformers computes."""
@@ -152,8 +159,7 @@ def test_a_window_no_shorter_than_the_context_cuts_nothing(tmp_path: Path, capfd
 def test_more_heads_than_the_largest_choice_become_means_of_neighbours(kind: str, sharing: str, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "eight", kind, num_key_value_heads=8)
     source = read_checkpoint(folder)
-    supernet = started(source, sharing)
-    assert supernet.space.largest == (4, 4, 4)
+    supernet = started(source, sharing, of_groups(source, 1, 2, 4))
     pooled = AutoModelForCausalLM.from_config(KINDS[kind][0](**(SIZES | KINDS[kind][1]))).eval()
     state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     for name, tensor in state.items():
@@ -170,7 +176,8 @@ def test_more_heads_than_the_largest_choice_become_means_of_neighbours(kind: str
 def test_separate_heads_of_a_smaller_choice_are_means_of_all_heads(tmp_path: Path) -> None:
     source = read_checkpoint(save_checkpoint(tmp_path / "eight", num_key_value_heads=8))
     own = load_file(source.folder / "model.safetensors")["model.layers.1.self_attn.v_proj.weight"]
-    extracted = started(source, "separate").extract((1, 2, 4)).state_dict()["model.layers.1.self_attn.v_proj.weight"]
+    supernet = started(source, "separate", of_groups(source, 1, 2, 4))
+    extracted = supernet.extract((1, 2, 4)).state_dict()["model.layers.1.self_attn.v_proj.weight"]
     expected = torch.einsum("gc,cdi->gdi", pooling(8, 2), own.unflatten(0, (8, -1))).flatten(0, 1)
     torch.testing.assert_close(extracted, expected)
 
@@ -178,8 +185,8 @@ def test_separate_heads_of_a_smaller_choice_are_means_of_all_heads(tmp_path: Pat
 @pytest.mark.parametrize(
     ("heads", "groups"),
     [
-        *[(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (5, (1, 5)), (6, (1, 2, 3)), (7, (1, 7)), (8, (1, 2, 4))],
-        *[(12, (1, 2, 3, 4)), (16, (1, 2, 4)), (32, (1, 2, 4))],
+        *[(2, (1, 2)), (3, (1, 3)), (4, (1, 2, 4)), (7, (1, 7)), (8, (1, 2, 4, 8)), (9, (1, 3, 9))],
+        *[(12, (1, 2, 3, 4, 6, 12)), (16, (1, 2, 4, 8, 16))],
     ],
 )
 def test_the_derived_space_allows_the_divisors_of_the_heads(
@@ -206,13 +213,13 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
         | {"head_dim": 64, "max_position_embeddings": 131072, "pretraining_tp": 1, "attention_bias": False}
         | {"rope_theta": 500000.0, "rope_scaling": {**LLAMA32, "rope_type": "llama3"}, "tie_word_embeddings": True},
         {"max_position_embeddings": 131072, "rope_scaling": {"rope_type": "llama3", **LLAMA32}, "qkv_bias": False},
-        (1, 2, 4),
+        (1, 2, 4, 8),
     ),
     "Mistral-7B-v0.1": (
         {"model_type": "mistral", "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
         | {"max_position_embeddings": 32768, "sliding_window": 4096, "rope_theta": 10000.0, "torch_dtype": "bfloat16"},
         {"max_position_embeddings": 4096, "head_dim": 128, "qkv_bias": False},
-        (1, 2, 4),
+        (1, 2, 4, 8),
     ),
     "Qwen2.5-0.5B": (
         {"model_type": "qwen2", "hidden_size": 896, "num_attention_heads": 14, "num_key_value_heads": 2}
@@ -226,7 +233,7 @@ PUBLISHED: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, ...]]] = {
         | {"head_dim": 128, "attention_bias": False, "max_position_embeddings": 40960, "sliding_window": None}
         | {"use_sliding_window": False, "rope_scaling": None, "rope_theta": 1000000, "tie_word_embeddings": True},
         {"head_dim": 128, "qk_norm": True, "qkv_bias": False, "max_position_embeddings": 40960},
-        (1, 2, 4),
+        (1, 2, 4, 8),
     ),
 }
 
@@ -260,6 +267,19 @@ def test_sharded_weights_are_read_and_hashed_as_a_whole(tmp_path: Path) -> None:
     assert after["hash"] != before["hash"]
 
 
+def test_a_head_that_is_stored_is_not_overwritten_although_the_config_says_tied(tmp_path: Path) -> None:
+    folder = save_checkpoint(tmp_path / "untied")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = some_tokens(1, 20)
+    source = read_checkpoint(folder)
+    assert not source.shape.tie_word_embeddings
+    supernet = started(source, "sliced")
+    with torch.no_grad():
+        logits = logits_at(supernet, tokens, [supernet.space.largest])
+    torch.testing.assert_close(logits, reference_logits(folder, tokens), atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json of 300 tokens."""
@@ -287,11 +307,15 @@ def model(tmp_path: Path, text_file: Path, tokenizer: Path) -> Path:
 
 def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: Path) -> None:
     few = ("check=0", "measure.batches=[2]", "measure.contexts=[40]", "measure.prompts=[20]")
-    arguments = ("init=model", *TEXT, *FAST, *few)
-    trained = nas("train", "init=model", *TEXT, *TRAINING, "name=mine")
+    arguments = (*INIT, *TEXT, *FAST, *few)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 8], "temperature": 0.5}))
+    (model / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "chat_template": "{{ messages }}"}))
+    trained = nas("train", *INIT, *TEXT, *TRAINING, "name=mine")
     assert trained.code == 0, trained.err
     run = FinishedRun(Path("runs/train/mine"), "train")
-    assert run.config["init"] == read_checkpoint(model).identity
+    aligned = {"align": "auto", "calibration_tokens": 160}
+    assert run.config["init"] == read_checkpoint(model).identity | aligned
+    assert run.config["train"]["trainable"] == "kv"
     assert run.config["space"]["name"] == "model"
     assert run.config["train"]["sharing"] == read_json(run.artifact("supernet.json"))["sharing"] == "separate"
     assert run.artifact("tokenizer.json").read_bytes() == (model / "tokenizer.json").read_bytes()
@@ -312,6 +336,10 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     assert {path.parent.name for path in Path("runs/export/mine").glob("*/config.json")} == set(front.index)
     folder = Path("runs/export/mine") / front.index[0]
     row, card = front.iloc[0], (folder / "README.md").read_text()
+    for file in (folder / "config.json", folder / "generation_config.json"):
+        assert read_json(file)["eos_token_id"] == [7, 8]
+    assert read_json(folder / "generation_config.json")["temperature"] == 0.5
+    assert read_json(folder / "tokenizer_config.json")["chat_template"] == "{{ messages }}"
     for words in (folder.name, f"{row['loss_nats']:.5f}", f"{row['decode_ms']:.4f}", "(measured)", "measured on"):
         assert words in card
     finetuned = nas("finetune", f"checkpoint={folder}", *TEXT, *TRAINING, "name=mine")
@@ -319,19 +347,23 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     before = float(finetuned.out.split(" before")[0].split()[-1])
     assert before == pytest.approx(row["loss_nats"], abs=1e-4)
     assert HfExporter().read(Path("runs/finetune/mine/model")).shape.qkv_bias
+    kept = ("generation_config.json", "tokenizer_config.json")
+    assert all(read_json(Path("runs/finetune/mine/model") / name) == read_json(folder / name) for name in kept)
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     spoiled = nas("finetune", f"checkpoint={folder}", *TEXT, *TRAINING, "name=spoiled")
     check_refusal(spoiled, ["model.safetensors", "changed after the run finished"])
 
     other = save_checkpoint(Path("other") / "model", "qwen2", seed=2)
-    (other / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes())
+    for name in ("tokenizer.json", *kept):
+        (other / name).write_bytes((model / name).read_bytes())
     again = nas("search", "--budget", 5, *arguments, "init=other/model", "supernet=runs/train/mine", "name=wrong")
     check_refusal(again, ["runs/train/mine", "another init", "give the same init="])
 
 
-def test_models_trained_alone_start_from_the_supernets_checkpoint(nas: Nas, model: Path) -> None:
-    assert nas("train", "init=model", *TEXT, *TRAINING, "name=mine").code == 0
+@pytest.mark.usefixtures("model")
+def test_models_trained_alone_start_from_the_supernets_checkpoint(nas: Nas) -> None:
+    assert nas("train", *INIT, *TEXT, *TRAINING, "name=mine").code == 0
     counts = ("vectors=6", "equal_total=3", "further.steps=2", "alone.seeds=[0]", "alone.vectors=4", "alone.steps=1")
     command = ("fidelity", "supernet=runs/train/mine", *TEXT, *counts, "name=mine")
     check_refusal(nas(*command), ["runs/train/mine", "the checkpoint model", "init=", "alone.vectors=0"])
@@ -345,7 +377,9 @@ def test_models_trained_alone_start_from_the_supernets_checkpoint(nas: Nas, mode
     fields = [field.name for field in dataclasses.fields(TrainConfig)]
     options = dataclasses.replace(TrainConfig(**{name: trained[name] for name in fields}), steps=1)
     tokens = {name: np.load(next(Path("runs").glob(f"cache/tokens-*/{name}.npy"))) for name in ("train", "validation")}
-    plain = started(read_checkpoint(model), "separate").extract((4, 4, 4))
+    supernet = Supernet(resolve_space("model"), "separate")
+    supernet.decoder.load_state_dict(load_file("runs/train/mine/supernet.safetensors"), strict=False)
+    plain = supernet.extract((4, 4, 4))  # which the training did not change
     length = plain.shape.max_position_embeddings
     Path("plain").mkdir()
     fit(plain, text_loss(tokens["train"], options, length), options, Run(Path("plain")), dict)
@@ -356,7 +390,7 @@ def test_models_trained_alone_start_from_the_supernets_checkpoint(nas: Nas, mode
 def test_training_goes_on_from_its_checkpoint_and_not_from_the_first_weights(
     nas: Nas, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ("train", f"init={model}", *TEXT, *TRAINING, "train.learning_rate=1e-2")
+    arguments = ("train", *INIT, *TEXT, *TRAINING, "train.learning_rate=1e-2")
     assert nas(*arguments, "name=whole").code == 0
     with monkeypatch.context() as patch:  # stops the training after its last checkpoint
         patch.setattr("nas.stages.train.save_supernet", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -364,14 +398,21 @@ def test_training_goes_on_from_its_checkpoint_and_not_from_the_first_weights(
     assert nas(*arguments, "name=cut").code == 0
     whole, cut = (load_file(f"runs/train/{name}/supernet.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(tensor, cut[name]) for name, tensor in whole.items())
+    supernet = load_supernet(FinishedRun(Path("runs/train/whole"), "train"), torch.device("cpu"))
+    tokens, largest = some_tokens(1, 20), supernet.space.largest
+    with torch.no_grad():  # nothing of the largest vector was trained
+        expected = reference_logits(model, tokens)
+        torch.testing.assert_close(logits_at(supernet, tokens, [largest]), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(supernet.extract(largest)(tokens), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("model")
 def test_two_processes_start_from_the_checkpoint_as_one_does(nas: Nas, tmp_path: Path) -> None:
-    arguments = ("init=model", *TEXT, *FAST[:2], "train.steps=2", "train.validation_windows=1")
+    arguments = (*INIT, *TEXT, *FAST[:2], "train.steps=2", "train.validation_windows=1")
     assert nas("train", *arguments, "name=one").code == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas", "train"]
-    subprocess.run([*torchrun, *arguments, "name=two"], cwd=tmp_path, check=True, capture_output=True, timeout=200)
+    sharded = [*torchrun, *arguments, "train.parallel=fsdp", "name=two"]
+    subprocess.run(sharded, cwd=tmp_path, check=True, capture_output=True, timeout=200)
     one, two = (load_file(f"runs/train/{name}/supernet.safetensors") for name in ("one", "two"))
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-5
 
@@ -514,6 +555,11 @@ def test_the_command_checks_init_and_space(nas: Nas, model: Path) -> None:
         check_refusal(refused, [f"checkpoint {given.partition('=')[2]} has no config.json", "Hugging Face"])
     unfit = nas("train", "init=model", "space=tiny", *TEXT, *TRAINING)
     check_refusal(unfit, ["space tiny has num_hidden_layers 8", "model has 3", "space="])
+    strange = nas("train", "init=model", "init.align=yes", *TEXT, *TRAINING)
+    check_refusal(strange, ["init.align is 'yes'", "use auto or null"])
+    for given in ("space=tiny", "init=model train.sharing=pooled"):
+        refused = nas("train", *given.split(), "train.trainable=kv", *TEXT, *TRAINING)
+        check_refusal(refused, ["train.trainable is kv", "init=", "train.sharing=separate"])
     assert not Path("runs/cache").exists()
 
 

@@ -4,6 +4,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,8 +19,10 @@ from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
-from nas.training.loop import Microbatch, fit, learning_rate_at
-from nas.training.recipes import check_recipe, check_training_memory, distilled_loss, step_plan
+from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
+from nas.training.loop import Microbatch, fit, full_state_dict, learning_rate_at, make_optimizer
+from nas.training.recipes import check_recipe, check_training_memory, distilled_loss, divergence, step_plan
+from tests.conftest import logits_at, random_supernet
 
 RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows
 
@@ -106,6 +109,43 @@ def test_distillation_is_the_divergence_that_pytorch_computes() -> None:
     assert logits.grad is not None
     teacher = torch.autograd.grad(torch.stack(first).sum() / 6, logits)[0]
     torch.testing.assert_close(logits.grad[[0, 3]], teacher[[0, 3]])  # nothing flows into the teacher
+
+
+@pytest.mark.parametrize("weight", [1.0, 0.7])
+def test_following_a_teacher_piece_by_piece_is_the_divergence_that_pytorch_computes(weight: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 700, 11, generator=generator, requires_grad=True)  # two rows for each of two texts
+    teacher, targets = torch.randn(2, 700, 11, generator=generator), torch.randint(11, (2, 700), generator=generator)
+    rows, repeated = targets.repeat_interleave(2, 0), teacher.repeat_interleave(2, 0)
+    arguments = ((logits / 2).log_softmax(-1).flatten(0, 1), (repeated / 2).log_softmax(-1).flatten(0, 1))
+    wanted = weight * 4 * F.kl_div(*arguments, log_target=True, reduction="batchmean")
+    wanted = wanted + (1 - weight) * F.cross_entropy(logits.flatten(0, 1), rows.flatten())
+    loss = divergence(logits, teacher, rows, weight, temperature=2.0, compiled=False)
+    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, wanted)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_only_the_smaller_choices_heads_are_trained_and_kept_in_fp32(micro: SearchSpace, dtype: torch.dtype) -> None:
+    supernet = random_supernet(micro, sharing="separate")
+    start = {name: tensor.clone() for name, tensor in supernet.decoder.state_dict().items()}
+    tokens = torch.randint(micro.shape.vocab_size, (2, 8))
+    with torch.no_grad():
+        before = logits_at(supernet, tokens, [micro.largest] * 2)
+    train_smaller_heads(supernet, dtype)
+    trained = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+    assert sum(parameter.numel() for parameter in trained) == trained_parameters(micro)
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+    kept = {parameter.dtype for parameter in supernet.parameters() if not parameter.requires_grad}
+    assert kept == {dtype}
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        logits_at(supernet, tokens, [micro.smallest] * 2).float().square().mean().backward()
+    make_optimizer(supernet, TrainConfig(learning_rate=0.1)).step()
+    after = random_supernet(micro, seed=1, sharing="separate")
+    after.decoder.load_state_dict(with_trained_heads(start, full_state_dict(supernet.decoder)))
+    with torch.no_grad():
+        assert torch.equal(logits_at(after, tokens, [micro.largest] * 2), before)
+        assert (logits_at(after, tokens, [micro.smallest] * 2) - before).abs().max() > 0.01
 
 
 def test_the_microbatches_of_a_step_share_out_its_rows_once_each() -> None:
@@ -219,3 +259,19 @@ def test_a_training_that_cannot_fit_is_refused(micro: SearchSpace, options: dict
     with pytest.raises(UserError, match=words):
         check_training_memory("it", TrainConfig(**options), micro.shape, micro.largest)
     check_training_memory("it", TrainConfig(batch=10**12, accumulate=10**12), micro.shape, micro.largest)
+
+
+def test_a_frozen_model_takes_less_memory(micro: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape, vector, rows = micro.shape, micro.largest, TrainConfig(batch=1, length=1, precision="bf16")
+    parameters, trained = shape.parameters(vector), trained_parameters(micro)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    have = 2 * parameters + 16 * trained + 3 * 2 * shape.vocab_size  # bytes
+    for total in (have, have - 1):
+        monkeypatch.setattr("psutil.virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        if total == have:
+            check_training_memory("it", rows, shape, vector, trained)
+            with pytest.raises(UserError, match="training it takes at least"):
+                check_training_memory("it", rows, shape, vector)
+        else:
+            with pytest.raises(UserError, match="training it takes at least"):
+                check_training_memory("it", rows, shape, vector, trained)

@@ -1,14 +1,19 @@
 """The tokenizer: a byte-level BPE trained on the corpus, or one that the user gives."""
 
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from nas.errors import UserError
+from nas.files import read_json, write_json
 
 END_OF_TEXT = "<|endoftext|>"
 _ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>")  # ours and other tokenizers'
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
 _TRAINING_CHARACTERS = 20_000_000  # a few megabytes are enough for the merges; more only costs time
 
 
@@ -40,16 +45,69 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def tokenizer_file(reference: str) -> Path:
+    path = Path(reference)
+    return path / "tokenizer.json" if path.is_dir() else path
+
+
 def load_tokenizer(reference: str) -> Tokenizer:
     """Loads a tokenizer.json, or the one in a Hugging Face model directory; a UserError if that is not possible."""
-    path = Path(reference)
-    file = path / "tokenizer.json" if path.is_dir() else path
+    file = tokenizer_file(reference)
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.no_truncation()  # transformers writes into the file what its last call asked for
+        tokenizer.no_padding()
+        return tokenizer
     except Exception as error:  # the library raises plain Exception
         raise UserError(
             f"tokenizer {file} cannot be read ({error}); give a tokenizer.json or a Hugging Face directory that has one"
         ) from None
+
+
+def document_frame(tokenizer: Tokenizer, file: Path) -> tuple[list[int], list[int]]:
+    """The ids before and after every document of a training text.
+
+    The tokenizer itself may put them there. Otherwise the beginning is the bos_token_id of the config.json beside its
+    ``file``, unless a tokenizer_config.json says that none is added, and the end its eos_token_id, of several the
+    first, or a token of a usual name. Where both are the same token, documents are only told apart by it.
+    """
+    plain, framed = tokenizer.encode("a", add_special_tokens=False).ids, tokenizer.encode("a").ids
+    at = next(at for at in range(len(framed) + 1) if framed[at : at + len(plain)] == plain)
+    before, after = framed[:at], framed[at + len(plain) :]
+    special, own = special_ids(file), json_beside(file, "tokenizer_config.json")
+    if not before and (own is None or own.get("add_bos_token")):
+        before = _first(special.get("bos_token_id"))
+    if not after:
+        after = _first(special.get("eos_token_id", end_of_text_id(tokenizer)))
+    return ([] if before == after else before), after
+
+
+def _first(ids: int | list[int] | None) -> list[int]:
+    return ids[:1] if isinstance(ids, list) else [] if ids is None else [ids]
+
+
+def special_ids(file: Path) -> dict[str, Any]:
+    """The ids of beginning, end and padding that the configuration beside a tokenizer states: one each, or several."""
+    stated = (json_beside(file, "config.json") or {}) | (json_beside(file, "generation_config.json") or {})
+    return {key: stated[key] for key in SPECIAL_IDS if stated.get(key) is not None}
+
+
+def copy_companions(file: Path, folder: Path) -> None:
+    """Copies what lies beside a checkpoint's tokenizer and must not be lost: special tokens, chat template, generation.
+
+    The generation_config.json then has all special ids.
+    """
+    for name in COMPANIONS:
+        if file.with_name(name).is_file():
+            shutil.copy(file.with_name(name), folder)
+    if generation := special_ids(file) | (json_beside(file, "generation_config.json") or {}):
+        write_json(folder / "generation_config.json", generation)
+
+
+def json_beside(file: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in the file of this name beside another file, if there is one."""
+    beside = file.with_name(name)
+    return read_json(beside) if beside.is_file() else None
 
 
 def beginning_id(tokenizer: Tokenizer) -> int | None:

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from nas import console
 from nas.data.corpora import Corpus
-from nas.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
+from nas.data.tokenizer import document_frame, load_tokenizer, tokenizer_file, train_tokenizer
 from nas.errors import UserError
 from nas.files import file_hash, read_json, value_hash, write_atomically, write_json
 
@@ -30,7 +30,7 @@ _NAMES = ("tokenizer.json", "train.npy", "validation.npy")
 _MARK = "meta.json"  # written last
 
 Tokens = npt.NDArray[np.uint32]
-_Piece = tuple[int, str, bool]  # of a text: 0 for training or 1 for validation, the piece, whether the text ends there
+_Piece = tuple[int, str, bool, bool]  # 0 for training or 1 for validation, a piece of a text, is it the first, the last
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,37 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
     ``vocab_size`` is of the model that will read the tokens. A UserError tells what is wrong with text or tokenizer.
     """
     given = load_tokenizer(tokenizer) if tokenizer else None
-    if given and given.get_vocab_size() > vocab_size:
-        raise UserError(
-            f"tokenizer {tokenizer} has {given.get_vocab_size()} tokens but the model's vocab_size is {vocab_size}; "
-            "give a smaller tokenizer or a space with a larger vocabulary"
-        )
-    recipe = [corpus.fingerprint(), given.to_str() if given else f"bpe {vocab_size}", _ONE_IN]
+    frame = document_frame(given, tokenizer_file(str(tokenizer))) if given else None
+    if given and frame:
+        most = 1 + max([*given.get_vocab().values(), *frame[0], *frame[1]])
+        if most > vocab_size:
+            raise UserError(
+                f"tokenizer {tokenizer} has {most} tokens but the model's vocab_size is {vocab_size}; "
+                "give a smaller tokenizer or a space with a larger vocabulary"
+            )
+    recipe = [corpus.fingerprint(), given.to_str() if given else f"bpe {vocab_size}", _ONE_IN, frame]
     folder = cache / f"tokens-{value_hash(recipe)}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
         if not (folder / _MARK).is_file():
-            _tokenise(corpus, given, vocab_size, folder)
-    tokenizer_file, *rows = (folder / name for name in _NAMES)
+            _tokenise(corpus, given, frame, vocab_size, folder)
+    saved, *rows = (folder / name for name in _NAMES)
     try:
         train, validation = (np.load(row, mmap_mode="r") for row in rows)
-        return TokenData(train, validation, tokenizer_file, read_json(folder / _MARK)["digest"])
+        return TokenData(train, validation, saved, read_json(folder / _MARK)["digest"])
     except (ValueError, EOFError, KeyError, FileNotFoundError) as error:
         raise UserError(f"the tokens in {folder} are corrupt ({error}); remove that folder") from None
 
 
-def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: Path) -> None:
+def _tokenise(
+    corpus: Corpus, given: Tokenizer | None, frame: tuple[list[int], list[int]] | None, vocab_size: int, folder: Path
+) -> None:
     """Reads the corpus as a stream, at most twice: its head for the tokenizer, all of it for the tokens."""
     console.print(f"Tokenising {type(corpus).__name__} into {folder}")
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
-    tokenizer_file, *rows = files = [folder / name for name in _NAMES]
-    write_atomically(tokenizer_file, lambda path: model.save(str(path)))
-    end = end_of_text_id(model)
-    closing = [] if end is None else [end]
+    saved, *rows = files = [folder / name for name in _NAMES]
+    write_atomically(saved, lambda path: model.save(str(path)))
+    opening, closing = frame or document_frame(model, saved)
     totals, characters = [0, 0], 0
     with rows[0].open("wb") as train, rows[1].open("wb") as validation:
         streams = (train, validation)
@@ -84,11 +88,12 @@ def _tokenise(corpus: Corpus, given: Tokenizer | None, vocab_size: int, folder: 
             _write_header(stream, 0)
         with console.progress_bar("Tokenising (MB of text)", None) as bar:
             for batch in _batches(_pieces(corpus)):
-                encodings = model.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
-                for (index, text, is_last), encoding in zip(batch, encodings, strict=True):
-                    ids = np.array(encoding.ids + (closing if is_last else []), dtype=np.uint32)
-                    totals[index] += len(ids)
-                    streams[index].write(ids.tobytes())
+                encodings = model.encode_batch_fast([text for _, text, *_ in batch], add_special_tokens=False)
+                for (index, text, is_first, is_last), encoding in zip(batch, encodings, strict=True):
+                    ids = (opening if is_first else []) + encoding.ids + (closing if is_last else [])
+                    row = np.array(ids, dtype=np.uint32)
+                    totals[index] += len(row)
+                    streams[index].write(row.tobytes())
                     characters += len(text)
                 bar(characters / 1e6)
         for stream, total in zip(streams, totals, strict=True):
@@ -119,7 +124,7 @@ def _pieces(corpus: Corpus) -> Iterator[_Piece]:
     for split in _splits(corpus):
         for index, text in enumerate(split):
             for at in range(0, len(text), _PIECE):
-                yield index, text[at : at + _PIECE], at + _PIECE >= len(text)
+                yield index, text[at : at + _PIECE], at == 0, at + _PIECE >= len(text)
 
 
 def _batches(pieces: Iterator[_Piece]) -> Iterator[list[_Piece]]:

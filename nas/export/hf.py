@@ -19,7 +19,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
+from nas.data.tokenizer import (
+    beginning_id,
+    copy_companions,
+    end_of_text_id,
+    json_beside,
+    load_tokenizer,
+    special_ids,
+)
 from nas.errors import UserError, in_short
 from nas.export.card import has_weights, listed, write_card
 from nas.files import read_json, write_atomically, write_json
@@ -68,12 +75,14 @@ class HfExporter:
         if has_weights(model):
             state = self.state(model)
             self._save({n: x.detach().to("cpu", self.dtype).contiguous() for n, x in state.items()}, folder)
-        special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None}
+        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+        generation: dict[str, Any] = {"do_sample": False}
         if tokenizer:
+            generation |= json_beside(tokenizer, "generation_config.json") or {}
             special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
         dtype = str(self.dtype).removeprefix("torch.")
         write_json(folder / CONFIG, self.config(model) | {"dtype": dtype, "torch_dtype": dtype} | special)
-        write_json(folder / "generation_config.json", special | {"do_sample": False})
+        write_json(folder / "generation_config.json", special | generation)
         if self.has_code:
             copy_code(folder)
         write_card(self.form, model, folder, card, self.notes(model), self.usage(model))
@@ -242,18 +251,27 @@ def _ffn_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:
             yield name, axis, tensor.shape[axis]
 
 
-def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, int | None]:
-    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns what config.json says of it."""
+def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, Any]:
+    """Writes the tokenizer in the form that transformers 4 and 5 both read; returns what config.json says of it.
+
+    What lies beside it of a checkpoint's special tokens and chat template is kept.
+    """
     loaded = load_tokenizer(str(tokenizer))
-    ids = {"bos": beginning_id(loaded), "eos": end_of_text_id(loaded)}
-    names = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in ids.items()}
-    shutil.copy(tokenizer, folder / "tokenizer.json")
-    config = {
+    usual = {"bos_token_id": beginning_id(loaded), "eos_token_id": end_of_text_id(loaded)}
+    ids = dict.fromkeys(usual) | (special_ids(tokenizer) or usual)  # null, or transformers takes Llama's
+    copy_companions(tokenizer, folder)
+    loaded.save(str(folder / "tokenizer.json"))
+    config = json_beside(tokenizer, "tokenizer_config.json")
+    if config is None:
+        names = {key: ids.get(f"{key}_token_id") for key in ("bos", "eos", "pad")}
+        first = {key: index[0] if isinstance(index, list) else index for key, index in names.items()}
+        config = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in first.items()}
+        config["pad_token"] = config["pad_token"] or config["eos_token"]
+    own = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
         "padding_side": "left",  # transformers 4 pads on the right and gives token types, with which batches fail
         "model_input_names": ["input_ids", "attention_mask"],
-        "pad_token": names["eos_token"],
     }
-    write_json(folder / "tokenizer_config.json", config | names)
-    return {f"{key}_token_id": index for key, index in ids.items()}
+    write_json(folder / "tokenizer_config.json", config | own)
+    return ids

@@ -5,25 +5,28 @@ for what our decoder does not compute is refused. Code that a checkpoint brings 
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nas import console
 from nas.errors import UserError, in_short
-from nas.files import file_hash, read_json, value_hash
+from nas.files import file_hash, read_json, value_hash, write_atomically
+from nas.model.alignment import align
+from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.shape import ROPE_KEYS, ModelShape
 from nas.space import SearchSpace, load_space, shipped_spaces
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-_MOST_GROUPS = 4  # that a derived space allows
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FROM_DISK = {"local_files_only": True, "trust_remote_code": False}
@@ -44,14 +47,13 @@ class Checkpoint:
         return {"name": self.folder.resolve().name, "hash": value_hash(hashes, 64)}
 
     def space(self) -> SearchSpace:
-        """The space that suits it: the divisors of its K/V heads up to 4; where that is 1 alone, 1 and all of them."""
+        """The space that suits it: in each layer all divisors of its K/V heads, so that the largest vector is it."""
         if self.kv_heads == 1:
             raise UserError(
                 f"checkpoint {self.folder} has one K/V head in every layer, so there is nothing to choose; give a "
                 "checkpoint with more"
             )
-        groups = tuple(g for g in range(1, _MOST_GROUPS + 1) if self.kv_heads % g == 0)
-        groups = groups if len(groups) > 1 else (1, self.kv_heads)
+        groups = tuple(g for g in range(1, self.kv_heads + 1) if self.kv_heads % g == 0)
         return SearchSpace(self.folder.resolve().name, self.shape, (groups,) * self.shape.num_hidden_layers)
 
     def check_space(self, space: SearchSpace) -> None:
@@ -69,8 +71,38 @@ class Checkpoint:
                 f"{self.folder} has {self.kv_heads} K/V heads; allow at most that many in kv_groups"
             )
 
-    def load_into(self, supernet: Supernet) -> None:
-        """Makes the checkpoint's weights the supernet's; see `Supernet.load_plain`."""
+    def load_into(self, supernet: Supernet, text: Tensor | None = None, cache: Path | None = None) -> None:
+        """Makes the checkpoint's weights the supernet's: see `Supernet.load_plain`, or, with a ``text``, `align`.
+
+        ``text`` are token ids (rows, length). What came of it is kept in the folder ``cache``, so that every process,
+        and a run that goes on, starts from the very same weights.
+        """
+        weights, kv_heads = self._weights(), [self.kv_heads] * self.shape.num_hidden_layers
+        if text is None or cache is None:
+            supernet.load_plain(weights, kv_heads)
+            return
+        space = supernet.space
+        decisive = [self.identity["hash"], space.to_dict() | {"known_vectors": None}, text.tolist()]
+        file = cache / f"aligned-{value_hash(decisive)}.safetensors"
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(file.with_suffix(".lock")):
+            if not file.is_file():
+                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+                model = Decoder(space.shape, kv_heads)
+                model.load_state_dict(weights)
+                model.to(device)
+                layers = align(model, space.choices, text.to(device))
+                state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." in name}
+                for layer, by_choice in enumerate(layers):
+                    for name in by_choice[space.largest[layer]]:
+                        stored = torch.cat([by_choice[groups][name] for groups in space.choices[layer]])
+                        state[f"model.layers.{layer}.self_attn.{name}"] = stored
+                state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+                write_atomically(file, lambda path: save_file(state, path))
+        supernet.decoder.load_state_dict({**weights, **load_file(file)})
+
+    def _weights(self) -> Mapping[str, Tensor]:
+        """The weights in fp32, as transformers loads them."""
         try:
             options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_FROM_DISK}
             model, report = _transformers().AutoModelForCausalLM.from_pretrained(
@@ -83,7 +115,7 @@ class Checkpoint:
             raise UserError(
                 f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
             )
-        supernet.load_plain(weights, [self.kv_heads] * self.shape.num_hidden_layers)
+        return weights
 
 
 def resolve_space(reference: str) -> SearchSpace:
@@ -110,7 +142,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise UserError(f"{folder / 'config.json'} is not valid ({in_short(error)}); fix or restore it") from None
     if not shape:
         raise UserError(f"checkpoint {folder} {obstacle}; give another checkpoint")
-    _weight_files(folder)
+    files = _weight_files(folder)
+    if shape.tie_word_embeddings and not _has_tied_weights(files):
+        shape = dataclasses.replace(shape, tie_word_embeddings=False)
     if shape.max_position_embeddings < config.max_position_embeddings:
         console.print(
             f"Checkpoint {folder} attends over a sliding window of {config.sliding_window} tokens: its context of "
@@ -198,6 +232,16 @@ def _weight_files(folder: Path) -> list[Path]:
             "download them again"
         ) from None
     return [folder / name for name in names]
+
+
+def _has_tied_weights(files: Sequence[Path]) -> bool:
+    """Whether a head that is stored too is the embedding; if it is not, transformers loads both, whatever is stated."""
+    names = ("lm_head.weight", "model.embed_tokens.weight")
+    where = {name: file for file in files for name in safe_open(file, "pt").keys() if name in names}  # noqa: SIM118
+    if len(where) < len(names):
+        return True
+    head, embedding = (safe_open(where[name], "pt").get_tensor(name) for name in names)
+    return torch.equal(head, embedding)
 
 
 def _problems(report: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:

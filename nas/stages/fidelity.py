@@ -32,7 +32,7 @@ from nas.report.agreement import agreement_table, draw_fidelity
 from nas.report.figure import figure
 from nas.run import FinishedRun, Run, origin, start_run
 from nas.space import Vector, format_vector
-from nas.stages.train import inherited_loss, weights_identity
+from nas.stages.train import inherited_loss, load_checkpoint, weights_identity
 from nas.training.loop import CHECKPOINT, fit
 from nas.training.recipes import text_loss
 
@@ -129,7 +129,7 @@ def further_and_alone(
     def start_alone(vector: Vector, seed: int) -> Decoder:
         supernet = Supernet(space, INIT_SHARING if init else DEFAULT_SHARING)
         if init:
-            init.load_into(supernet)
+            load_checkpoint(init, supernet, source.config, data, Path(config.runs_dir) / "cache")
         else:
             supernet.initialise(torch.Generator().manual_seed(seed))
         return supernet.extract(vector)

@@ -8,6 +8,7 @@ import torch
 from nas import console
 from nas.config import Finetune, build
 from nas.data import prepare_tokens, validation_windows
+from nas.data.tokenizer import tokenizer_file
 from nas.distributed import IS_MAIN
 from nas.export import exporters
 from nas.export.hf import CONFIG, HfExporter, weight_files
@@ -69,7 +70,9 @@ def run(config: Finetune, path: Path) -> None:
                 "validation loss after": f"{after:.5f} nats/token, after {options.steps} more steps (measured)",
                 "trained from": f"{source.name} ({origins[0].name} {digest[:12]})",
             }
+            # its special tokens lie beside the tokenizer that was given
+            given = tokenizer_file(tokenizer) if tokenizer else data.tokenizer
             for exporter, below in formats:
-                exporter.write(trained, data.tokenizer, path / below / "model", card)
+                exporter.write(trained, given, path / below / "model", card)
         run.finish(scaffold=path / CHECKPOINT)
     console.print(f"Validation loss {before:.4f} before, {after:.4f} after; exported {path / formats[0][1] / 'model'}")

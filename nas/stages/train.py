@@ -1,8 +1,9 @@
 """nas train: text in, supernet out."""
 
 import dataclasses
+import math
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,19 @@ import torch
 
 from nas import console
 from nas.config import TRAINED_LEARNING_RATE, Train, build
-from nas.data import TokenData, prepare_tokens, validation_windows
+from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
+from nas.data.tokenizer import copy_companions, tokenizer_file
 from nas.distributed import IS_MAIN, broadcast
+from nas.errors import UserError
 from nas.files import value_hash
 from nas.model import Supernet
-from nas.model.pretrained import read_checkpoint, resolve_space
+from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.model.supernet import load_supernet, save_supernet
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
-from nas.training.loop import CHECKPOINT, autocast, fit, full_state_dict, training_device
+from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
+from nas.training.loop import CHECKPOINT, autocast, computed_in, fit, full_state_dict, training_device
 from nas.training.recipes import check_recipe, check_training_memory, supernet_loss, window_length
 
 _ONLY_WATCHING = ("log_every", "validate_every", "validation_windows", "checkpoint_every")
@@ -36,8 +40,9 @@ class Training:
 
     def __init__(self, config: Train) -> None:
         self._config, given = config, config.train
-        self.init = init = read_checkpoint(Path(config.init)) if config.init else None
-        if init and config.space in (None, config.init):
+        source = config.init.checkpoint
+        self.init = init = read_checkpoint(Path(source)) if source else None
+        if init and config.space in (None, source):
             self.space = init.space()
         else:
             self.space = resolve_space(config.space or "tiny")
@@ -46,12 +51,27 @@ class Training:
         self.tokenizer = config.tokenizer or (str(init.folder / "tokenizer.json") if init else None)
         sharing = (INIT_SHARING if init else DEFAULT_SHARING) if given.sharing == "auto" else given.sharing
         rate = TRAINED_LEARNING_RATE if init and given.learning_rate is None else given.peak_learning_rate
-        self.options = dataclasses.replace(given, sharing=sharing, learning_rate=rate)
+        may_be_kv = init is not None and sharing == INIT_SHARING
+        trainable = ("kv" if may_be_kv else "all") if given.trainable == "auto" else given.trainable
+        if trainable == "kv" and not may_be_kv:
+            raise UserError("train.trainable is kv, which needs init= and train.sharing=separate; give both, or all")
+        resolved: dict[str, Any] = {"sharing": sharing, "learning_rate": rate, "trainable": trainable}
+        if trainable == "kv":
+            resolved |= {"largest_share": 0.0, "largest_first": 0.0}  # nothing of the largest vector is trained
+        self.options = dataclasses.replace(given, **resolved)
         check_recipe(self.options)
+        if config.init.align not in (None, "auto"):
+            raise UserError(f"init.align is '{config.init.align}'; use auto or null")
+        aligned = config.init.align and sharing == INIT_SHARING
+        keys = ("align", "calibration_tokens") if aligned else ()
+        self._alignment = {key: getattr(config.init, key) for key in keys}
 
     def check_memory(self) -> None:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
-        check_training_memory(f"space {self.space.name}", self.options, self.space.shape, self.space.largest)
+        space, trained = self.space, None
+        if self.options.trainable == "kv":
+            trained = trained_parameters(space)
+        check_training_memory(f"space {space.name}", self.options, space.shape, space.largest, trained)
 
     @cached_property
     def data(self) -> TokenData:
@@ -64,7 +84,7 @@ class Training:
         """The config of the train run."""
         return {
             "space": {"name": self.space.name, **self.space.to_dict()},
-            "init": self.init.identity if self.init else None,
+            "init": self.init.identity | self._alignment if self.init else None,
             "data": {**self._config.data, "digest": self.data.digest},
             "tokenizer": self.tokenizer,
             "train": dataclasses.asdict(self.options),
@@ -90,23 +110,41 @@ class Training:
             console.print(f"Training {vectors} from {start} for {options.steps} steps in {path}")
             supernet = Supernet(space, options.sharing)
             if init:
-                init.load_into(supernet)
+                load_checkpoint(init, supernet, self.recorded, self.data, Path(self._config.runs_dir) / "cache")
             else:
                 supernet.initialise(torch.Generator().manual_seed(options.seed))
+            first = supernet.decoder.state_dict() if options.trainable == "kv" else {}
+            if options.trainable == "kv":
+                train_smaller_heads(supernet, computed_in(options.precision, device))
             fit(supernet, supernet_loss(space, self.data.train, options, length), options, run, validate)
             state = full_state_dict(supernet.decoder)
             if IS_MAIN:
+                state = with_trained_heads(first, state) if options.trainable == "kv" else state
                 save_supernet(space, options.sharing, state, path)
                 shutil.copy(self.data.tokenizer, path / "tokenizer.json")
+                if self.tokenizer:
+                    copy_companions(tokenizer_file(self.tokenizer), path)
             run.finish(scaffold=path / CHECKPOINT)
         broadcast(None)  # that it is finished
+
+
+def load_checkpoint(
+    init: Checkpoint, supernet: Supernet, recorded: Mapping[str, Any], data: TokenData, cache: Path
+) -> None:
+    """Starts a supernet from a checkpoint, as the ``recorded`` config of its train run says."""
+    text, options = None, recorded["train"]
+    if recorded["init"].get("align"):
+        length = options["length"] or supernet.space.shape.max_position_embeddings
+        rows = math.ceil(recorded["init"]["calibration_tokens"] / length)
+        text = training_batch(data.train, options["seed"], 0, rows, length)[:, :-1]
+    init.load_into(supernet, text, cache)
 
 
 def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
     """The part of a train run's config that decides the weights: text and checkpoint by content, and no names."""
     return {
         "space": {key: value for key, value in config["space"].items() if key not in ("name", "known_vectors")},
-        "init": (config.get("init") or {}).get("hash"),
+        "init": {key: value for key, value in (config.get("init") or {}).items() if key != "name"},
         "data": config["data"]["digest"],
         "train": weights_identity(config["train"]),
     }

@@ -35,7 +35,7 @@ from nas.model.decoder import Layer
 from nas.run import Run
 
 CHECKPOINT = "checkpoint.pt"
-_FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)
+_FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,15 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def computed_in(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of a precision name; ``auto`` is bf16 on a GPU and fp32 elsewhere."""
+    reduced = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if reduced else torch.float32
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The autocast context of a precision name; ``auto`` is bf16 on a GPU and fp32 elsewhere."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+    """The autocast context of a precision name."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=computed_in(precision, device) == torch.bfloat16)
 
 
 def learning_rate_at(step: int, config: TrainConfig) -> float:
@@ -100,7 +105,8 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
                 raise ValueError(f"the checksum of {damaged} is wrong")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         states = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
-        dcp.set_state_dict(model, optimizer, **states, options=dcp.StateDictOptions(full_state_dict=True))
+        options = dcp.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen is not in the file
+        dcp.set_state_dict(model, optimizer, **states, options=options)
         return int(content["step"])
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
         raise UserError(
@@ -182,11 +188,13 @@ def fit(
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices only."""
+    """AdamW on what is not frozen; weight decay on matrices only."""
+    trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
-        {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.peak_learning_rate, betas=(0.9, 0.95), fused=True)
 
 
@@ -221,5 +229,8 @@ def mean_over_processes(values: Tensor) -> Tensor:
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The full state dict on the CPU in the first process, nothing in the others; all must call it."""
+    """The full state dict, but for what is frozen, on the CPU in the first process, nothing in the others.
+
+    All must call it.
+    """
     return dcp.get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]

@@ -11,7 +11,9 @@ from functools import lru_cache
 import numpy as np
 import psutil
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from nas.config import SupernetConfig, TrainConfig
 from nas.data import training_batch
@@ -21,11 +23,12 @@ from nas.errors import UserError
 from nas.quality import row_losses
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Totals, Vector
-from nas.training.loop import Loss, Microbatch, autocast, training_device
+from nas.training.loop import Loss, Microbatch, autocast, computed_in, training_device
 
 Plan = list[list[Vector]]  # for each text of a step, the vectors that it runs at: as many for each text
 Recipe = Callable[[SearchSpace, SupernetConfig, np.random.Generator], Plan]
 
+_PIECE = 512  # tokens whose logits are in fp32 at once
 _totals = lru_cache(maxsize=8)(Totals)
 
 
@@ -87,23 +90,57 @@ def distilled_loss(
     return total / entropy_NK.numel()
 
 
+def divergence(
+    logits_BTV: Tensor, teacher_NTV: Tensor, targets_BT: Tensor, weight: float, temperature: float, compiled: bool
+) -> Tensor:
+    """Mean loss (nats per token, scalar) of rows that follow a teacher: B / N rows side by side for each of its texts.
+
+    Piece by piece, each computed again in the backward pass, for logits in fp32 are large. ``weight`` and
+    ``temperature`` are as in `distilled_loss`.
+    """
+
+    def piece(logits_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor) -> Tensor:
+        log_TV, teacher_TV = ((x.float() / temperature).log_softmax(-1) for x in (logits_TV, teacher_TV))
+        total: Tensor = weight * temperature**2 * F.kl_div(log_TV, teacher_TV, reduction="sum", log_target=True)
+        if weight < 1:
+            total = total + (1 - weight) * F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+        return total
+
+    step, rows = torch.compile(piece) if compiled else piece, len(logits_BTV) // len(teacher_NTV)
+    total = logits_BTV.new_zeros((), dtype=torch.float32)
+    for row, logits_TV in enumerate(logits_BTV):
+        pieces = (x.split(_PIECE) for x in (logits_TV, teacher_NTV[row // rows], targets_BT[row]))
+        for arguments in zip(*pieces, strict=True):
+            total = total + checkpoint(step, *arguments, use_reentrant=False)
+    return total / targets_BT.numel()
+
+
 def window_length(options: TrainConfig, context: int) -> int:
     if options.length is not None and options.length > context:
         raise UserError(f"train.length is {options.length} but the model's context is {context}; lower it")
     return options.length or context
 
 
-def check_training_memory(what: str, options: TrainConfig, shape: ModelShape, vector: Vector) -> None:
+def check_training_memory(
+    what: str, options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None
+) -> None:
     """Refuses a training that cannot fit into this machine, counting only what is certain.
 
-    That is 16 bytes per parameter (fp32 weight, gradient, AdamW's two moments) and a microbatch's logits in fp32.
+    That is 16 bytes per trained parameter (fp32 weight, gradient, AdamW's two moments) and a microbatch's logits. If
+    only as many parameters as ``trained`` are trained, all others are kept as they are computed in, and the logits are
+    the teacher's, the trained vectors' and their gradient.
     """
     length, device = window_length(options, shape.max_position_embeddings), training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
     rows = max(1, options.batch // (options.accumulate * SIZE))
-    state = 16 * shape.parameters(vector) // (SIZE if options.parallel == "fsdp" else 1)
-    logits = 4 * rows * length * shape.vocab_size
+    parameters, logits = shape.parameters(vector), rows * length * shape.vocab_size
+    if trained is None:
+        state, logits = 16 * parameters, 4 * logits
+    else:
+        width = computed_in(options.precision, device).itemsize
+        state, logits = 16 * trained + width * parameters, 3 * width * logits
+    state //= SIZE if options.parallel == "fsdp" else 1
     if state + logits > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
@@ -128,6 +165,8 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
 
 def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
     """The loss of a step of a supernet by its recipe."""
+    if options.trainable == "kv":
+        return _kv_loss(space, tokens, options, length)
     losses = torch.compile(distilled_loss) if options.compile else distilled_loss
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
@@ -140,7 +179,27 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
         with autocast(options.precision, device):
             logits = model(rows[:, :-1], torch.tensor(choices_BL, device=device))
             return losses(
-                logits, rows[:, 1:], vectors_per_text, options.distillation_weight, options.distillation_temperature
+                logits, rows[:, 1:], vectors_per_text, options.distilled_share, options.distillation_temperature
             )
+
+    return loss_at
+
+
+def _kv_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
+    """The same where only the smaller choices' heads are trained: they follow the largest vector's logits."""
+
+    def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
+        plan = step_plan(space, options, step)
+        own, device = microbatch.of(len(plan)), next(model.parameters()).device
+        followers = [text[1:] or text for text in plan[own]]  # a sandwich begins with the largest
+        windows = training_batch(tokens, options.seed, step, len(plan), length, own).to(device)
+        largest = torch.tensor(space.choice_indices([space.largest] * len(windows)), device=device)
+        choices = torch.tensor(space.choice_indices(itertools.chain.from_iterable(followers)), device=device)
+        rows = windows.repeat_interleave(len(followers[0]), dim=0)
+        with autocast(options.precision, device):
+            with torch.no_grad():
+                teacher = model(windows[:, :-1], largest)
+            logits, share = model(rows[:, :-1], choices), options.distilled_share
+            return divergence(logits, teacher, rows[:, 1:], share, options.distillation_temperature, options.compile)
 
     return loss_at
