@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -232,10 +233,15 @@ def figures(given: argparse.Namespace) -> None:
         right.legend(fontsize=8)
 
 
-def training(given: argparse.Namespace) -> dict[str, object]:
+def training(given: argparse.Namespace) -> dict[str, Any]:
     """Options of all trainings."""
     on_gpu = training_device().type == "cuda"
-    keys = {"batch": given.batch, "length": given.length, "learning_rate": given.learning_rate, "compile": on_gpu}
+    keys: dict[str, Any] = {
+        "batch": given.batch,
+        "length": given.length,
+        "learning_rate": given.learning_rate,
+        "compile": on_gpu,
+    }
     keys |= {"log_every": 50, "validate_every": 1000, "checkpoint_every": given.checkpoint_every}
     return {key: value for key, value in keys.items() if value is not None}
 
