@@ -116,7 +116,7 @@ def beside_plain(loss: InheritedLoss, rounds: int, rng: random.Random) -> dict[s
                 if number:  # the first warms up
                     seconds[name].append(took)
     ratios = {
-        f"per_vector_over_{name}": round(statistics.median(np.divide(seconds["elastic"], seconds[key])), 4)
+        f"per_vector_over_{name}": round(float(np.median(np.divide(seconds["elastic"], seconds[key]))), 4)
         for name, key in (("plain", "plain"), ("extracted", "own"))
         if seconds[key]
     }

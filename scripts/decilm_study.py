@@ -186,25 +186,20 @@ def transfer(given: argparse.Namespace) -> None:
     for name in (name for name in SUPERNETS if finished("train", name)):
         loss = loss_of(given, name)
         for kind, vectors in kinds.items():
-            rows = [
-                (format_vector(vector), loss_nats) for vector, loss_nats in zip(vectors, loss.of(vectors), strict=True)
-            ]
-            errors = [loss.noise(vector).get("paired_se_nats") for vector in vectors]
-            tables.append(
-                pd.DataFrame(rows, columns=["vector", "loss_nats"]).assign(
-                    paired_se_nats=errors, kind=kind, supernet=name
-                )
-            )
+            losses = zip(vectors, loss.of(vectors), strict=True)
+            rows = [(format_vector(one), nats, loss.noise(one).get("paired_se_nats")) for one, nats in losses]
+            frame = pd.DataFrame(rows, columns=["vector", "loss_nats", "paired_se_nats"])
+            tables.append(frame.assign(kind=kind, supernet=name))
     table = pd.concat(tables)
     write(given, "transfer", table)
-    rows = []
+    taus = []
     for kind in ("layer", "vector"):
         by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet")
         for other in by_net.columns.drop("main"):
             first, second = by_net["main"].to_numpy(), by_net[[other]].to_numpy()
             interval = bootstrap_interval(first, second, seed=0)
-            rows.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
-    write(given, "tau", pd.DataFrame(rows, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
+            taus.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
+    write(given, "tau", pd.DataFrame(taus, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
 
 
 def figures(given: argparse.Namespace) -> None:
