@@ -339,3 +339,5 @@ if __name__ == "__main__":
         parts[given.part](given)
     except OutOfTimeError:
         sys.exit("Stopped by --seconds; the same command goes on")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
