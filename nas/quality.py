@@ -11,7 +11,7 @@ import base64
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -162,7 +162,8 @@ class InheritedLoss:
         return {PAIRED_SE: float(scipy.stats.sem(own.astype(float) - self.memo.windows[format_vector(largest)]))}
 
     def _evaluate(self, vectors: list[Vector]) -> list[float]:
-        with on_tensor_cores(self.windows.device) if self._fast else nullcontext():
+        half: AbstractContextManager[None] = on_tensor_cores(self.windows.device) if self._fast else nullcontext()
+        with half:
             losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
         if self._fast and not losses_VN.isfinite().all():  # beyond the range of fp16
             losses_VN = window_losses(self.supernet, vectors, self.windows, self._few)

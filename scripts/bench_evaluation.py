@@ -116,7 +116,7 @@ def beside_plain(loss: InheritedLoss, rounds: int, rng: random.Random) -> dict[s
                 if number:  # the first warms up
                     seconds[name].append(took)
     ratios = {
-        f"per_vector_over_{name}": round(statistics.median(np.divide(seconds["elastic"], seconds[key])), 4)
+        f"per_vector_over_{name}": round(float(np.median(np.divide(seconds["elastic"], seconds[key]))), 4)
         for name, key in (("plain", "plain"), ("extracted", "own"))
         if seconds[key]
     }
@@ -134,11 +134,12 @@ def plain_losses(loss: InheritedLoss, model: Decoder) -> Callable[[], float]:
         return row_losses(model(windows[:, :-1]), windows[:, 1:])
 
     model.eval()
+    run = torch.compile(losses) if ON_GPU else losses
     if ON_GPU:
-        model, losses = model.bfloat16(), torch.compile(losses)
+        model.bfloat16()
     passes = -(-len(loss.windows) // loss.rows)
     pieces = loss.windows.split(-(-len(loss.windows) // passes))
-    return lambda: float(torch.cat([losses(piece) for piece in pieces]).double().mean())
+    return lambda: float(torch.cat([run(piece) for piece in pieces]).double().mean())
 
 
 def together(loss: InheritedLoss, vectors: list[Vector]) -> dict[str, float]:

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -185,25 +186,20 @@ def transfer(given: argparse.Namespace) -> None:
     for name in (name for name in SUPERNETS if finished("train", name)):
         loss = loss_of(given, name)
         for kind, vectors in kinds.items():
-            rows = [
-                (format_vector(vector), loss_nats) for vector, loss_nats in zip(vectors, loss.of(vectors), strict=True)
-            ]
-            errors = [loss.noise(vector).get("paired_se_nats") for vector in vectors]
-            tables.append(
-                pd.DataFrame(rows, columns=["vector", "loss_nats"]).assign(
-                    paired_se_nats=errors, kind=kind, supernet=name
-                )
-            )
+            losses = zip(vectors, loss.of(vectors), strict=True)
+            rows = [(format_vector(one), nats, loss.noise(one).get("paired_se_nats")) for one, nats in losses]
+            frame = pd.DataFrame(rows, columns=["vector", "loss_nats", "paired_se_nats"])
+            tables.append(frame.assign(kind=kind, supernet=name))
     table = pd.concat(tables)
     write(given, "transfer", table)
-    rows = []
+    taus = []
     for kind in ("layer", "vector"):
         by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet")
         for other in by_net.columns.drop("main"):
             first, second = by_net["main"].to_numpy(), by_net[[other]].to_numpy()
             interval = bootstrap_interval(first, second, seed=0)
-            rows.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
-    write(given, "tau", pd.DataFrame(rows, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
+            taus.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
+    write(given, "tau", pd.DataFrame(taus, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
 
 
 def figures(given: argparse.Namespace) -> None:
@@ -232,10 +228,15 @@ def figures(given: argparse.Namespace) -> None:
         right.legend(fontsize=8)
 
 
-def training(given: argparse.Namespace) -> dict[str, object]:
+def training(given: argparse.Namespace) -> dict[str, Any]:
     """Options of all trainings."""
     on_gpu = training_device().type == "cuda"
-    keys = {"batch": given.batch, "length": given.length, "learning_rate": given.learning_rate, "compile": on_gpu}
+    keys: dict[str, Any] = {
+        "batch": given.batch,
+        "length": given.length,
+        "learning_rate": given.learning_rate,
+        "compile": on_gpu,
+    }
     keys |= {"log_every": 50, "validate_every": 1000, "checkpoint_every": given.checkpoint_every}
     return {key: value for key, value in keys.items() if value is not None}
 
@@ -338,3 +339,5 @@ if __name__ == "__main__":
         parts[given.part](given)
     except OutOfTimeError:
         sys.exit("Stopped by --seconds; the same command goes on")
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)

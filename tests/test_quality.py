@@ -61,7 +61,7 @@ def test_half_precision_keeps_differences_and_fp32_takes_over_where_it_overflows
     vectors = [(4, 4, 4), (1, 1, 1), (1, 2, 4)]
     for scale, tolerance, is_exact in ((1.0, 3e-3, False), (1e7, 0.0, True)):
         supernet = random_supernet(micro, spread=0.1)
-        supernet.decoder.model.layers[1].mlp.up_proj.weight.data *= scale
+        supernet.decoder.get_parameter("model.layers.1.mlp.up_proj.weight").data *= scale
         exact = np.array(vector_losses(supernet, vectors, WINDOWS))
         loss = InheritedLoss(supernet, WINDOWS, LossMemo(tmp_path / f"{scale}.jsonl"))
         monkeypatch.setattr(loss, "_fast", True)
