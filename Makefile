@@ -29,6 +29,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 demo: $(REPORTED)
 	@echo "Exports: $$(ls -d runs/export/$(DEMO)/*/ | tr '\n' ' ')"
 	@echo "Finetuned: runs/finetune/$(DEMO)/model"
+	@echo "Report, to open in a browser: runs/report/$(DEMO)/report.html"
 	@rm -f $(UNFINISHED)
 
 $(SEARCHED): | $(VENV)/installed

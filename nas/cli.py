@@ -20,9 +20,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-from nas import __version__, console, shipped
-from nas.config import STAGES, register, to_stage
-from nas.distributed import SIZE, broadcast, process_group
+from nas import __version__, console, shipped, tracking
+from nas.config import STAGES, StageConfig, build, register, to_stage
+from nas.distributed import IS_MAIN, SIZE, broadcast, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
 from nas.overrides import to_hydra
 
@@ -166,7 +166,9 @@ def _run_stage(stage: str, config: DictConfig) -> None:
         raise UserError(f"nas {stage} is one process; use torchrun with nas {' and nas '.join(_MANY_PROCESSES)} only")
     try:
         with process_group():
-            importlib.import_module(f"nas.stages.{stage}").run(to_stage(config), broadcast(path))
+            asked: StageConfig = to_stage(config)
+            tracking.choose(build(asked.logger, _partial_=True) if asked.logger and IS_MAIN else None)
+            importlib.import_module(f"nas.stages.{stage}").run(asked, broadcast(path))
     finally:
         with suppress(OSError):  # Hydra made the directory; do not leave it behind empty
             path.rmdir()

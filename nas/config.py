@@ -119,6 +119,7 @@ class MeasureConfig:
 class StageConfig:
     name: str = MISSING
     runs_dir: str = "runs"
+    logger: dict[str, Any] | None = None  # a tracker that gets what the command's runs write: conf/logger
 
 
 @dataclass

@@ -24,7 +24,7 @@ from typing import Any
 
 import filelock
 
-from nas import __version__, console
+from nas import __version__, console, tracking
 from nas.distributed import IS_MAIN
 from nas.errors import AlreadyFinishedError, InUseError, UserError, without_passwords
 from nas.files import append_json_lines, file_hash, read_json, write_json
@@ -81,13 +81,16 @@ class FinishedRun:
 class Run:
     """The run that is being written. Use `start_run`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, tracker: tracking.Tracker | None = None) -> None:
+        self.path, self._tracker = path, tracker
 
     def log(self, **values: object) -> None:
         """Appends one line to metrics.jsonl."""
         if IS_MAIN:
             append_json_lines(self.path / "metrics.jsonl", [values])
+        if self._tracker:
+            numbers = {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+            self._tracker.scalars(numbers, int(numbers.pop("step", 0)))
 
     def finish(self, scaffold: Path | None = None) -> None:
         """Writes the completion mark, and only then removes the ``scaffold``, such as a checkpoint."""
@@ -102,6 +105,8 @@ class Run:
         write_json(self.path / _COMPLETE, {"finished": now(), "artifacts": artifacts})
         if scaffold:
             scaffold.unlink(missing_ok=True)
+        if self._tracker:
+            self._tracker.finish(self.path)
 
 
 @contextmanager
@@ -141,7 +146,9 @@ def start_run(
             info: dict[str, object] = {"stage": stage, "started": now(), "argv": argv, "config": config, "seeds": seeds}
             info |= {"parents": origins, "git": git_state(), "versions": versions, "device": device}
             write_json(path / _RUN, info)
-        yield Run(path)
+        name = path.as_posix().rpartition(f"{stage}/")[2]  # with the sweep that it is of
+        with tracking.tracked(f"{stage}/{name}", config) as tracker:
+            yield Run(path, tracker)
 
 
 def now() -> str:

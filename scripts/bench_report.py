@@ -20,7 +20,8 @@ from nas.files import write_csv
 from nas.report.front import attained, front_points
 from nas.report.hypervolume import curves, reference_text
 from nas.report.learned import learned
-from nas.report.page import Page, costs, draw_page
+from nas.report.page import draw_page
+from nas.report.views import Page, costs
 from nas.run import origin
 from nas.search import Objectives, on_front, reference_point
 from nas.space import format_vector, load_space

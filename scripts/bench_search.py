@@ -319,17 +319,23 @@ def values_of(distribution: BaseDistribution) -> list[int]:
 
 
 def measure_stops(file: Path, seeds: int) -> None:
-    """Makes the searches with budget=auto, and prints the table of docs/search.md."""
+    """Makes the searches with budget=auto, and prints their table, as docs/search.md has it."""
     rows = [row | origin() for name, seed in itertools.product(PROBLEMS, range(seeds)) for row in stopped(name, seed)]
     table = pd.DataFrame(rows)
     write_csv(file, table)
-    print("| problem | evaluations | share of the exact front in % |\n| --- | --- | --- |")
+    print(stops_table(table))
+
+
+def stops_table(table: pd.DataFrame) -> str:
+    """Median and range of evaluations and shares by problem."""
+    lines = ["| problem | evaluations | share of the exact front in % |", "| --- | --- | --- |"]
     for name, searches in table.groupby("problem", sort=False):
         cells = []
         for column, factor, digits in (("evaluations", 1, 0), ("share", 100, 2)):
             least, middle, most = (factor * searches[column].quantile(at) for at in (0.0, 0.5, 1.0))
             cells.append(f"{middle:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
-        print(f"| `{name}` | {' | '.join(cells)} |")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> None:

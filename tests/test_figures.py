@@ -346,3 +346,16 @@ def test_the_estimate_of_the_a10g_is_quoted_as_measured() -> None:
         )
         + f"and {prefill['DeciLM-6B'] / prefill['Llama-2-7B']:.1f} × with prefill"
     ) in readme
+
+
+@pytest.mark.parametrize("script", ["bench_search.py"], indirect=True)
+def test_where_an_automatic_budget_stops_is_quoted_as_measured(script: dict[str, Any]) -> None:
+    table = pd.read_csv(DOCS / "search" / "auto.csv")
+    assert " ".join(script["stops_table"](table).split()) in page("docs/search.md")
+
+
+def test_how_long_the_report_takes_to_open_is_quoted_as_measured() -> None:
+    text = page("docs/report.md")
+    for row in pd.read_csv(DOCS / "report" / "opening.csv").to_dict("records"):
+        cells = f"{row['vectors']:,} | {row['bytes'] / 1e6:.2f} | {row['open_s']:.2f} | {row['select_s']:.2f}"
+        assert f"| {cells} |" in text

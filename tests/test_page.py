@@ -1,6 +1,7 @@
 """report.html: what it computes, and that a browser shows it and links its views."""
 
 import itertools
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,11 +11,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nas.report.front import attained
+from nas.report.front import attained, front_points
+from nas.report.hypervolume import curves
 from nas.report.learned import learned
+from nas.report.page import draw_page
+from nas.report.views import Page, costs
+from nas.search import Objectives
 from nas.space import SearchSpace, format_vector
 from tests.conftest import Nas, Workspace
 
+TWO = Objectives(("loss_nats", "tokens_per_s"))
 CHROMIUM = shutil.which("chromium")
 # Without a sandbox, which root lacks, and without what chromium does in the background.
 FLAGS = ("no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update", "disable-sync")
@@ -26,7 +32,7 @@ def all_losses(space: SearchSpace) -> pd.DataFrame:
     """A sum over layers, for every vector of a space."""
     vectors = list(itertools.product(*space.choices))
     losses = [3.0 + sum((4 - groups) * weight for groups, weight in zip(v, (1, 2, 5), strict=True)) for v in vectors]
-    return pd.DataFrame({"vector": list(map(format_vector, vectors)), "loss_nats": losses})
+    return pd.DataFrame({"vector": list(map(format_vector, vectors)), "loss_nats": losses, "on_front": False})
 
 
 def test_moves_between_evaluated_vectors_are_what_was_measured(micro: SearchSpace) -> None:
@@ -57,12 +63,17 @@ def test_moves_to_other_vectors_are_estimated_within_their_deviation(micro: Sear
     assert off.std() < 0.2 * expected["loss_nats"].std()
 
 
-def test_the_expected_loss_of_a_vector_does_not_know_its_own(micro: SearchSpace) -> None:
+def test_the_expected_loss_of_a_vector_does_not_know_its_own(
+    micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trials = all_losses(micro)
     spoiled = trials.assign(loss_nats=trials["loss_nats"] + 0.1 * (trials.index == 13))
     before, after = (learned(one, micro, ["4-4-4"])[0]["expected_nats"] for one in (trials, spoiled))
-    print("XX", after[13] - before[13])
     assert abs(after[13] - before[13]) < 0.05
+    monkeypatch.setattr("nas.report.learned._MOST", 20)
+    some, moves = learned(trials, micro, ["4-4-4"])
+    assert some["expected_nats"].notna().sum() == 20
+    assert set(moves["source"]) == {"inherited"}
     few, moves = learned(trials[:2], micro, ["1-1-1"])
     assert "expected_nats" not in few
     assert moves.empty
@@ -83,6 +94,45 @@ def test_what_is_attained_is_the_best_loss_within_a_cost_in_each_run(metric: str
         else:
             row = rows.iloc[(sign * rows["cost"]).argmax()]
             assert row[["median", "low", "high"]].tolist() == pytest.approx([np.median(best), min(best), max(best)])
+
+
+@pytest.mark.parametrize("count", [1, 27])
+def test_a_page_has_a_place_for_all_that_it_draws(micro: SearchSpace, count: int) -> None:
+    trials = all_losses(micro)[-count:].reset_index(drop=True)
+    size = trials["vector"].map(lambda vector: sum(map(int, vector.split("-"))))
+    timed: dict[str, Any] = {"decode_ms": 1.0 * size, "tokens_per_s": 1e3 / size, "latency_source": "estimated"}
+    counted: dict[str, Any] = {
+        "batch": 1,
+        "kv_bytes_per_token": 64 * size,
+        "parameters": 1000 + size,
+        "label": "front",
+        "times": 1,
+    }
+    trials = trials.assign(**timed, **counted, evaluation=trials.index + 1, command="nas export <b>", on_front=True)
+    points, moves = learned(front_points(trials, micro.reference_vectors()), micro, ["4-4-4"])
+    html = draw_page(
+        Page(
+            title="<i>micro",
+            caption="batch 1",
+            vectors=points,
+            fronts=attained([("front", trials)], costs(points)),
+            volumes=curves([("front", trials)], TWO, np.array([1e3, 0.0])),
+            reference="far",
+            limits={"decode_ms": 9.0},
+            levels=[1, 2, 4],
+            moves=moves,
+            check=pd.DataFrame(),
+            runs=pd.DataFrame({"run": ["base"]}),
+        ),
+        TWO,
+    )
+    places, script = re.findall(r'data-root-id="(\w+)"', html), html[html.rindex("const render_items") :]
+    roots = re.search(r'"roots":\{(.*?)\}', script)
+    assert roots
+    assert sorted(places) == sorted(re.findall(r'"(\w+)":', roots[1]))
+    assert len(places) == (7 if count == 1 else 9)
+    assert "<h1>&lt;i&gt;micro</h1>" in html
+    assert "<b>" not in html[html.rindex("<main>") :]
 
 
 @pytest.fixture
@@ -139,6 +189,14 @@ def test_a_browser_links_front_layers_and_table(nas: Nas, workspace: Workspace, 
     assert sum(column is not None and column == column for column in columns) == front + 1
     assert columns[dominated] == (trials["loss_nats"][trials["on_front"]] < trials["loss_nats"][dominated]).sum()
     assert page.locator(".slick-row:has(input:checked)").locator(".r1").inner_text() == vector
+
+    # The list of the front does the same by keyboard.
+    best = trials[trials["on_front"]].sort_values("loss_nats", kind="stable").index.tolist()
+    page.get_by_label("Front, lowest loss first").focus()
+    for key, selected in (("ArrowDown", best[:1]), ("ArrowDown", best[1:2]), ("Shift+ArrowUp", best[:2])):
+        page.keyboard.press(key)
+        assert sorted(page.evaluate(f"{SOURCE}.selected.indices")) == sorted(selected)
+    assert shown.locator("tr").first.locator("td").count() == 2
 
     # Another cost changes the axis and the points.
     axis = "Bokeh.documents[0].get_model_by_name('front').below[0].axis_label"

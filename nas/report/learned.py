@@ -5,10 +5,11 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 
+from nas.search.exact import Ints
 from nas.search.loss_model import LossModel
-from nas.space import SearchSpace, format_vector, parse_vector
+from nas.space import SearchSpace, Vector, format_vector, parse_vector
 
-_LEAST = 3  # evaluated vectors from which there is something to learn
+_LEAST, _MOST = 3, 2000  # evaluated vectors from which there is something to learn, and that the model is fitted to
 _MOVES = ["base", "layer", "groups", "change_nats", "deviation_nats", "source"]
 
 
@@ -25,26 +26,31 @@ def learned(trials: pd.DataFrame, space: SearchSpace, bases: Iterable[str]) -> t
     if len(trials) < _LEAST:
         return trials, pd.DataFrame(columns=_MOVES)
     levels = np.unique(np.concatenate(space.choices))
-    vectors_NL = np.searchsorted(levels, [parse_vector(text) for text in trials["vector"]])
-    model = LossModel(vectors_NL, trials["loss_nats"].to_numpy(dtype=float, copy=True), len(levels))
-    expected, deviations = model.left_out()
+
+    def choices(vectors: Iterable[Vector]) -> Ints:
+        return np.searchsorted(levels, list(vectors))
+
+    # Of very many, as in a large sweep, the front and the first ones: the model takes the cube of their number.
+    fitted = trials.sort_values("on_front", ascending=False, kind="stable").head(_MOST).sort_index()
+    losses_N = fitted["loss_nats"].to_numpy(dtype=float, copy=True)
+    model = LossModel(choices(map(parse_vector, fitted["vector"])), losses_N, len(levels))
+    expected, deviation = (pd.Series(values, fitted.index) for values in model.left_out())
     trials = trials.assign(
-        expected_nats=expected, expected_low=expected - deviations, expected_high=expected + deviations
+        expected_nats=expected, expected_low=expected - deviation, expected_high=expected + deviation
     )
-    rows, moved = [], []
+    known = dict(zip(trials["vector"], trials["loss_nats"], strict=True))
+    tables = []
     for base in bases:
         vector = parse_vector(base)
-        for layer, allowed in enumerate(space.choices):
-            for groups in (groups for groups in allowed if groups != vector[layer]):
-                moved.append((*vector[:layer], groups, *vector[layer + 1 :]))
-                rows.append((base, layer, groups))
-    known = dict(zip(trials["vector"], trials["loss_nats"], strict=True))
-    losses = np.array([known.get(format_vector(vector), np.nan) for vector in moved])
-    estimated = np.isnan(losses)
-    moved_NL = np.searchsorted(levels, np.array(moved).reshape(-1, len(space.choices)))
-    moves = pd.DataFrame(rows, columns=_MOVES[:3])
-    return trials, moves.assign(
-        change_nats=np.where(estimated, model.means(moved_NL), losses) - moves["base"].map(known),
-        deviation_nats=np.where(estimated, model.deviations(moved_NL), 0.0),
-        source=np.where(estimated, "estimated", "inherited"),
-    )
+        ways = [(layer, g) for layer, allowed in enumerate(space.choices) for g in allowed if g != vector[layer]]
+        moved = [(*vector[:layer], groups, *vector[layer + 1 :]) for layer, groups in ways]
+        losses = np.array([known.get(format_vector(one), np.nan) for one in moved])
+        estimated = np.isnan(losses)
+        moves = pd.DataFrame(ways, columns=["layer", "groups"]).assign(
+            base=base,
+            change_nats=np.where(estimated, model.means(choices(moved)), losses) - known[base],
+            deviation_nats=np.where(estimated, model.deviations(choices(moved)), 0.0),
+            source=np.where(estimated, "estimated", "inherited"),
+        )
+        tables.append(moves[_MOVES])
+    return trials, pd.concat(tables, ignore_index=True)

@@ -37,7 +37,15 @@ if (base) {
 }
 
 // Selected vectors side by side.
-list.value = chosen.map(String)
+const list = document.getElementById("list")
+list.onchange = () => {
+  source.selected.indices = [...list.selectedOptions].map(option => +option.value)
+  list.focus()  // which the table takes away
+}
+for (const option of list.options) {
+  const selected = chosen.includes(+option.value)
+  if (option.selected != selected) option.selected = selected  // else the arrow keys would begin anew
+}
 const make = (tag, parent, content = "") => parent.appendChild(Object.assign(document.createElement(tag), {textContent: content}))
 const place = document.getElementById("selected")
 place.replaceChildren()

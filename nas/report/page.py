@@ -4,95 +4,43 @@ Bokeh draws it. All views of vectors share one data source, so what is hovered o
 in all. page.js does what is left to do after that, and page.html holds the views together.
 """
 
-import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import bokeh.models as bm
-import numpy as np
-import pandas as pd
 from bokeh import layouts
 from bokeh.document import Document
 from bokeh.embed import file_html
 from bokeh.events import DocumentReady
-from bokeh.plotting import figure
 from bokeh.resources import INLINE
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
 from nas.metrics import METRICS
-from nas.report.figure import COLOURS, GREY
+from nas.report import views
+from nas.report.views import Page, costs, origin
 from nas.search import Objectives
 from nas.search.problem import LOSS
-from nas.space import parse_vector
-
-_COUNTED = ("batch", "kv_bytes_per_token", "parameters", "memory_gib")  # all other costs follow from the latency
-_BOUNDS = ("decode_ms_low", "decode_ms_high")
-_MARKERS = ("circle", "triangle", "diamond", "square")
-_SELECT = "tap,box_select,lasso_select,wheel_zoom,pan,reset,save"
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the page shows: of one search, or of several whose losses and costs mean the same."""
-
-    title: str
-    caption: str
-    vectors: pd.DataFrame  # one row each, numbered: `COLUMNS`, name, uniform, label, times, evaluation, command, …
-    fronts: pd.DataFrame  # `nas.report.front.attained`
-    volumes: pd.DataFrame  # `nas.report.hypervolume.curves`
-    reference: str  # the hypervolume's reference point
-    limits: Mapping[str, float]  # by metric
-    levels: Sequence[int]  # the groups that layers may have, ascending
-    moves: pd.DataFrame  # `nas.report.learned.moves`; may be empty, as may be what follows
-    check: pd.DataFrame  # predicted and measured end-to-end models
-    runs: pd.DataFrame  # a row each: what differs between their configs, and their metrics
-
-    @property
-    def labels(self) -> list[str]:
-        return list(self.volumes["label"].unique())
-
-    @property
-    def front(self) -> pd.DataFrame:
-        """The vectors on the front, lowest loss first."""
-        return self.vectors[self.vectors["on_front"]].sort_values(LOSS, kind="stable")
-
-
-def origin(metric: str) -> str | None:
-    """Where a metric's values come from; None: the latency_source of each vector says so."""
-    return "inherited" if metric == LOSS else "counted" if metric in _COUNTED else None
-
-
-def costs(vectors: pd.DataFrame) -> list[str]:
-    """The metrics, loss aside, that are not the same for all vectors; all of them if there is but one vector."""
-    columns = [name for name in METRICS if name in vectors and name not in (LOSS, *_BOUNDS)]
-    return [name for name in columns if vectors[name].nunique() > 1] or columns
 
 
 def draw_page(found: Page, objectives: Objectives) -> str:
     """The page as HTML."""
     cost = min(costs(found.vectors), key=lambda name: name not in objectives.names)  # the first objective, if it can be
-    source = _marked(found, cost)
+    source = views.marked(found, cost)
     metrics = [LOSS, *costs(found.vectors)]
     tooltips = [("vector", "@vector"), ("", "@name"), *((METRICS[name].label, f"@{name}") for name in metrics)]
     hover = {"tooltips": [*tooltips, ("latency", "@latency_source")], "point_policy": "follow_mouse"}
-    front, axes = _draw_front(found, source, cost, hover)
-    layers, cells = _draw_layers(found, source, hover)
-    moves, moved = _draw_moves(found)
-    table, rows = _draw_table(found, source, metrics)
-    panels = {"volumes": _draw_volumes(found, source, hover), "moves": moves}
-    if "expected_nats" in found.vectors:
-        panels["left_out"] = _draw_left_out(source, hover)
+    front, axes = views.draw_front(found, source, cost, hover)
+    layers, cells = views.draw_layers(found, source, hover)
+    moves, moved = views.draw_moves(found)
+    table, rows = views.draw_table(found, source, metrics)
+    panels = {"volumes": views.draw_volumes(found, source, hover)}
+    if len(found.moves):
+        panels |= {"moves": moves, "left_out": views.draw_left_out(source, hover)}
     if len(found.check):
-        panels["check"] = _draw_check(found.check)
+        panels["check"] = views.draw_check(found.check)
 
     columns = bm.RadioButtonGroup(labels=["front and selected", "all evaluated"], active=0)
     only = bm.RadioButtonGroup(labels=["all", "front", "selected"], active=0, align="end")
     text = bm.TextInput(title="Filter, such as: 4-4-1 decode_ms<9", width=320)
-    options = [(str(at), f"{row[LOSS]:.4f}  {row['name'] or row['vector']}") for at, row in found.front.iterrows()]
-    chosen = bm.MultiSelect(title="Front, lowest loss first", options=options, size=14, sizing_mode="stretch_width")
     copy = bm.Button(label="Copy table", align="end")
     update = bm.CustomJS(
         args={
@@ -107,7 +55,6 @@ def draw_page(found: Page, objectives: Objectives) -> str:
             "bases": found.moves["base"].unique().tolist(),
             "moved": moved,
             "moves_title": moves.title,
-            "list": chosen,
             "metrics": [(name, METRICS[name].label, origin(name)) for name in metrics],
         },
         code=_beside("page.js"),
@@ -116,26 +63,25 @@ def draw_page(found: Page, objectives: Objectives) -> str:
     for control in (columns, only):
         control.js_on_change("active", update)
     text.js_on_change("value_input", update)
-    chosen.js_on_change("value", bm.CustomJS(args={"source": source}, code=_SELECT_LISTED))
     copy.js_on_click(bm.CustomJS(args={"source": source, "rows": rows, "table": table}, code=_COPY))
 
     document = Document(title=found.title)
     document.js_on_event(DocumentReady, update)
-    roots = {"axes": axes, "front": front, "columns": columns, "layers": layers, "list": chosen, "table": table}
+    roots = {"axes": axes, "front": front, "columns": columns, "layers": layers, "table": table}
     roots |= {"filters": layouts.row(text, only, copy)} | panels
     for name, root in roots.items():
         root.name = name
         document.add_root(root)
     values = {
         "caption": found.caption,
+        "front": [(at, f"{row[LOSS]:.4f}  {row['name'] or row['vector']}") for at, row in found.front.iterrows()],
         "front_note": _front_note(found),
         "table_note": _table_note(metrics),
-        "levels": list(zip(found.levels, _shades(len(found.levels)), strict=True)),
-        "panels": [(name, *_PANELS[name]) for name in panels if name != "moves" or len(found.moves)],
-        "runs": found.runs.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format)
-        if len(found.runs) > 1
-        else "",
+        "levels": list(zip(found.levels, views.shades(len(found.levels)), strict=True)),
+        "panels": [(name, *_PANELS[name]) for name in panels],
+        "runs": found.runs.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format),
         "runs_note": _runs_note(found),
+        "several": len(found.runs) > 1,
     }
     html: str = file_html(document, INLINE, title=found.title, template=_beside("page.html"), template_variables=values)
     return html
@@ -145,22 +91,12 @@ def _beside(name: str) -> str:
     return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
-_SELECT_LISTED = "source.selected.indices = cb_obj.value.map(Number)"
 _COPY = """\
 const names = table.columns.map(column => column.field)
 const line = i => names.map(name => source.data[name][i]).join("\\t")
 const kept = rows.booleans.flatMap((keep, i) => keep ? [line(i)] : [])
 await navigator.clipboard.writeText([names.join("\\t"), ...kept].join("\\n") + "\\n")
 cb_obj.origin.label = `Copied ${kept.length} rows`
-"""
-_CHOOSE = """\
-source.data.x = source.data[cost.value]
-source.change.emit()
-for (const [of, mark] of shown) mark.visible = of == cost.value
-axes[0].axis_label = labels[cost.value]
-const scales = [0, 1].map(axis => log.active.includes(axis) ? logs : linear)
-plot.setv({x_scale: scales[0][0], y_scale: scales[1][0]})
-axes.forEach((axis, at) => axis.setv({ticker: scales[at][1], formatter: scales[at][2]}))
 """
 _PANELS = {
     "volumes": (
@@ -183,274 +119,6 @@ _PANELS = {
         "End-to-end models of random vectors, measured on this device, and how far the predictor was off.",
     ),
 }
-
-
-def _shades(count: int) -> list[str]:
-    return [to_hex(colour) for colour in colormaps["Blues"](np.linspace(0.15, 0.85, count) if count > 1 else [0.5])]
-
-
-def _source(table: pd.DataFrame, name: str | None = None) -> bm.ColumnDataSource:
-    return bm.ColumnDataSource({str(key): column.to_numpy() for key, column in table.items()}, name=name)
-
-
-def _marked(found: Page, cost: str) -> bm.ColumnDataSource:
-    """The vectors, and how each is marked: what all views share."""
-    vectors, several = found.vectors, len(found.labels) > 1
-    labels = vectors["label"] if several else pd.Series("evaluated", vectors.index)
-    palette = {"several": "#444444", "evaluated": GREY} | dict(zip(found.labels, itertools.cycle(COLOURS)))
-    colour = labels.map(palette)
-    kind, marker = labels.copy(), pd.Series("circle", vectors.index)
-    if not several:
-        kind[vectors["on_front"]], colour[vectors["on_front"]] = "Pareto front", COLOURS[0]
-    for name, chosen, shape, shade in (
-        ("uniform", vectors["uniform"], "square", COLOURS[1]),
-        ("known", ~vectors["uniform"] & (vectors["name"] != ""), "star", COLOURS[2]),
-    ):
-        kind[chosen], marker[chosen] = name, shape
-        if not several:
-            colour[chosen] = shade
-    drawn: dict[str, Any] = {"x": vectors[cost], "kind": kind, "marker": marker, "colour": colour}
-    drawn |= {"size": np.where(marker == "circle", np.where(vectors["on_front"], 9, 6), 12)}
-    drawn |= {"alpha": np.where(vectors["on_front"] | (marker != "circle"), 0.95, 0.45)}
-    drawn["column"] = vectors.loc[vectors["on_front"], LOSS].rank(method="first").reindex(vectors.index) - 1
-    return _source(vectors.assign(**drawn), "vectors")
-
-
-def _plot(x_label: str, y_label: str, tools: str = "wheel_zoom,pan,box_zoom,reset,save", **more: Any) -> figure:
-    """A plot whose legend, if it gets one, is a line above."""
-    plot = figure(height=400, sizing_mode="stretch_width", tools=tools, active_scroll=None, **more)
-    plot.toolbar.logo = None
-    plot.xaxis.axis_label, plot.yaxis.axis_label = x_label, y_label
-    plot.axis.axis_label_text_font_style = "normal"
-    plot.title.text_font_size = "12px"
-    plot.add_layout(bm.Legend(orientation="horizontal", border_line_color=None, padding=0, ncols="auto"), "above")
-    return plot
-
-
-def _label(found: Page, metric: str) -> str:
-    sources = " and ".join(sorted(found.vectors["latency_source"].unique()))
-    return METRICS[metric].label if metric == LOSS else f"{METRICS[metric].label}, {origin(metric) or sources}"
-
-
-def _scatter(plot: figure, source: bm.ColumnDataSource, x: str, y: str, **more: Any) -> Any:
-    """The vectors as points which are marked when they are selected or hovered over in any view."""
-    look = {"fill_color": "colour", "line_color": "colour", "fill_alpha": "alpha", "line_alpha": "alpha"}
-    drawn = plot.scatter(x, y, source=source, marker="marker", size="size", **look, **more)
-    marked = {"fill_color": "colour", "fill_alpha": 1.0, "line_color": "black", "line_width": 2.5, "line_alpha": 1.0}
-    for state in ("selection_glyph", "hover_glyph"):
-        setattr(drawn, state, drawn.glyph.clone(**marked))
-    drawn.nonselection_glyph = drawn.glyph.clone(fill_alpha=0.2, line_alpha=0.2)
-    return drawn
-
-
-def _draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[str, Any]) -> tuple[Any, Any]:
-    """Loss against a cost, and the controls that choose which and how."""
-    plot = _plot(_label(found, cost), _label(found, LOSS), tools=_SELECT, active_drag="box_select")
-    plot.x_range.only_visible = True
-    shown: list[tuple[str, Any]] = []  # what belongs to one cost alone
-    for key, rows in found.fronts.groupby(["metric", "label"], sort=False):
-        metric, label = map(str, key)
-        colour = COLOURS[found.labels.index(label) % len(COLOURS)]
-        steps, mode = _source(rows), "before" if METRICS[metric].maximise else "after"
-        if not (rows["low"] == rows["high"]).all():
-            band = bm.VAreaStep(x="cost", y1="low", y2="high", step_mode=mode, fill_color=colour, fill_alpha=0.15)
-            shown.append((metric, plot.add_glyph(steps, band)))
-        shown.append((metric, plot.step("cost", "median", source=steps, mode=mode, color=colour, line_width=1.5)))
-    for metric, bound in found.limits.items():
-        limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
-        name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
-        for mark in (limit, name):
-            plot.add_layout(mark)
-            shown.append((metric, mark))
-    if set(_BOUNDS) <= set(found.vectors):
-        ends = {"x0": _BOUNDS[0], "x1": _BOUNDS[1], "y0": LOSS, "y1": LOSS}
-        on_front = bm.CDSView(filter=bm.BooleanFilter(found.vectors["on_front"].tolist()))
-        interval = plot.segment(**ends, source=source, view=on_front, line_color="colour", line_alpha=0.5)
-        shown.append(("decode_ms", interval))
-    points = _scatter(plot, source, "x", LOSS, legend_group="kind")
-    plot.add_tools(bm.HoverTool(renderers=[points], **hover))
-    named = bm.CDSView(filter=bm.BooleanFilter((found.vectors["name"] != "").tolist()))
-    plot.text(
-        "x",
-        LOSS,
-        "name",
-        source=source,
-        view=named,
-        x_offset=8,
-        y_offset=-6,
-        text_font_size="11px",
-        nonselection_text_alpha=1.0,
-    )
-    for metric, mark in shown:
-        mark.visible = metric == cost
-    options = [(metric, METRICS[metric].label) for metric in costs(found.vectors)]
-    chooser = bm.Select(title="Cost", value=cost, options=options, width=260)
-    logarithmic = bm.CheckboxGroup(labels=["log cost", "log loss"], active=[], inline=True, align="end")
-    choose = bm.CustomJS(
-        args={
-            "source": source,
-            "plot": plot,
-            "cost": chooser,
-            "log": logarithmic,
-            "labels": {metric: _label(found, metric) for metric, _ in options},
-            "shown": shown,
-            "axes": [plot.xaxis[0], plot.yaxis[0]],
-            "linear": [bm.LinearScale(), bm.BasicTicker(), bm.BasicTickFormatter()],
-            "logs": [bm.LogScale(), bm.LogTicker(), bm.LogTickFormatter(min_exponent=5)],
-        },
-        code=_CHOOSE,
-    )
-    chooser.js_on_change("value", choose)
-    logarithmic.js_on_change("active", choose)
-    return plot, layouts.row(chooser, logarithmic)
-
-
-def _draw_layers(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any]) -> tuple[Any, Any]:
-    """A heat map of layers by vectors, whose cells page.js fills, and a frame per vector that takes part in linking."""
-    front = found.front
-    groups = np.array([parse_vector(vector) for vector in front["vector"]]).T
-    layers, width = groups.shape
-    image = np.searchsorted(found.levels, groups).astype(float)
-    cells = bm.ColumnDataSource({"image": [image], "width": [width]}, tags=[",".join(map(str, front.index))])
-    ranges = {"x_range": bm.Range1d(-0.5, width - 0.5), "y_range": bm.Range1d(layers - 0.5, -0.5)}
-    plot = _plot("vectors, lowest loss first", "layer", tools=_SELECT, active_drag="box_select", **ranges)
-    colours = bm.LinearColorMapper(palette=_shades(len(found.levels)), low=-0.5, high=len(found.levels) - 0.5)
-    plot.image(
-        "image",
-        -0.5,
-        -0.5,
-        "width",
-        layers,
-        source=cells,
-        color_mapper=colours,
-        origin="top_left",
-        anchor="bottom_left",
-    )
-    frame = {"line_color": COLOURS[1], "line_width": 2.5, "fill_alpha": 0.0}
-    vectors = plot.rect(
-        "column", (layers - 1) / 2, 1, layers, source=source, fill_alpha=0.0, line_color="white", line_alpha=0.6
-    )
-    vectors.selection_glyph = vectors.glyph.clone(**frame)
-    vectors.hover_glyph = vectors.glyph.clone(**frame | {"line_color": "black"})
-    vectors.nonselection_glyph = vectors.glyph.clone(fill_color="white", fill_alpha=0.5)
-    plot.add_tools(bm.HoverTool(renderers=[vectors], **hover))
-    plot.xgrid.visible = plot.ygrid.visible = False
-    plot.yaxis.ticker = bm.SingleIntervalTicker(interval=1 if layers <= 16 else 4, num_minor_ticks=0)
-    plot.xaxis.ticker = bm.BasicTicker(min_interval=1)
-    return plot, cells
-
-
-def _draw_moves(found: Page) -> tuple[Any, Any]:
-    """Changes of the loss by layer, of one base at a time: that of the filter."""
-    table = found.moves
-    plot = _plot("layer", "change of the loss (nats/token)")
-    moved = bm.GroupFilter(column_name="base", group=table["base"].iloc[0] if len(table) else "")
-    plot.title.text = f"Each layer of {moved.group} alone with other groups"
-    spread = 0.5 / len(found.levels)
-    for at, (level, marker) in enumerate(zip(found.levels, itertools.cycle(_MARKERS), strict=False)):
-        rows = table[table["groups"] == level]
-        colour = COLOURS[at % len(COLOURS)]
-        moves = rows.assign(
-            x=rows["layer"] + (at - (len(found.levels) - 1) / 2) * spread,
-            low=rows["change_nats"] - rows["deviation_nats"],
-            high=rows["change_nats"] + rows["deviation_nats"],
-            fill=rows["source"].map({"inherited": colour}).fillna("white"),
-        )
-        source, view = _source(moves), bm.CDSView(filter=moved)
-        plot.segment("x", "low", "x", "high", source=source, view=view, line_color=colour)
-        name = f"{level} group{'s'[: level > 1]}"
-        plot.scatter([np.nan], [np.nan], color=colour, marker=marker, size=7, legend_label=name)  # whatever the base
-        look = {"line_color": colour, "fill_color": "fill", "marker": marker, "size": 7}
-        points = plot.scatter("x", "change_nats", source=source, view=view, **look)
-        said = [
-            ("layer", "@layer"),
-            ("groups", "@groups"),
-            ("change", "@change_nats{0.00000} ± @deviation_nats{0.00000} nats"),
-        ]
-        plot.add_tools(bm.HoverTool(renderers=[points], tooltips=[*said, ("", "@source")]))
-    plot.add_layout(bm.Span(location=0, dimension="width", line_color="black", line_width=1))
-    plot.xaxis.ticker = bm.BasicTicker(min_interval=1)
-    return plot, moved
-
-
-def _draw_left_out(source: bm.ColumnDataSource, hover: dict[str, Any]) -> Any:
-    """Expected against evaluated losses."""
-    plot = _plot("inherited loss (nats/token)", "expected loss (nats/token)", tools=_SELECT, active_drag="box_select")
-    plot.add_layout(bm.Slope(gradient=1, y_intercept=0, line_color="black", line_width=1))
-    plot.segment(LOSS, "expected_low", LOSS, "expected_high", source=source, line_color="colour", line_alpha=0.4)
-    points = _scatter(plot, source, LOSS, "expected_nats")
-    expected = [*hover["tooltips"], ("expected loss", "@expected_nats{0.00000}")]
-    plot.add_tools(bm.HoverTool(renderers=[points], **hover | {"tooltips": expected}))
-    return plot
-
-
-def _draw_volumes(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any]) -> Any:
-    """Hypervolume by evaluations, with a band for several runs; of a single one each point is the vector evaluated."""
-    alone = len(found.volumes) == len(found.vectors)
-    tools = {"tools": _SELECT, "active_drag": "box_select"} if alone else {}
-    plot = _plot("evaluated vectors", "hypervolume", **tools)
-    plot.title.text = f"reference point: {found.reference}"
-    for colour, (label, rows) in zip(COLOURS * 9, found.volumes.groupby("label", sort=False), strict=False):
-        steps, runs = _source(rows), int(rows["runs"].max())
-        band = bm.VAreaStep(x="evaluations", y1="low", y2="high", step_mode="after", fill_color=colour, fill_alpha=0.15)
-        plot.add_glyph(steps, band)
-        name = {} if alone else {"legend_label": f"{label} ({runs} run{'s'[: runs > 1]})"}
-        plot.step("evaluations", "median", source=steps, mode="after", color=colour, line_width=1.5, **name)
-    if alone:
-        source.data["hypervolume"] = found.volumes["median"].to_numpy()
-        points = _scatter(plot, source, "evaluation", "hypervolume")
-        plot.add_tools(bm.HoverTool(renderers=[points], **hover))
-    return plot
-
-
-def _draw_check(check: pd.DataFrame) -> Any:
-    """Relative errors of predicted latencies, by measured one."""
-    plot = _plot("measured (ms)", "predicted, relative to measured", x_axis_type="log")
-    table = check.assign(error=check["predicted_ms"] / check["measured_ms"] - 1)
-    for phase, colour, marker in (("decode", COLOURS[0], "circle"), ("prefill", COLOURS[1], "triangle")):
-        rows = table[table["phase"] == phase]
-        if len(rows):
-            look = {"color": colour, "marker": marker, "size": 7, "legend_label": phase}
-            points = plot.scatter("measured_ms", "error", source=_source(rows), **look)
-            said = [(name, f"@{name}") for name in ("vector", "batch", "length", "measured_ms", "predicted_ms")]
-            plot.add_tools(bm.HoverTool(renderers=[points], tooltips=[*said, ("error", "@error{0.0%}")]))
-    plot.add_layout(bm.Span(location=0, dimension="width", line_color="black", line_width=1))
-    plot.yaxis.formatter = bm.NumeralTickFormatter(format="0.0%")
-    return plot
-
-
-def _draw_table(found: Page, source: bm.ColumnDataSource, metrics: Sequence[str]) -> tuple[Any, Any]:
-    """The table of all vectors, and the filter that says which of them it shows."""
-    rows = bm.BooleanFilter([True] * len(found.vectors))
-    columns = [
-        bm.TableColumn(field="vector", title="vector", width=260),
-        bm.TableColumn(field="name", title="name", width=90),
-        *(
-            bm.TableColumn(field=metric, title=metric, formatter=_number(metric), width=max(70, 9 * len(metric)))
-            for metric in metrics
-        ),
-        *(
-            bm.TableColumn(field=name, title=name, width=90)
-            for name in ("on_front", "latency_source", "label", "evaluation")
-        ),
-    ]
-    table = bm.DataTable(
-        source=source,
-        view=bm.CDSView(filter=rows),
-        columns=columns,
-        selectable="checkbox",
-        index_position=None,
-        reorderable=False,
-        autosize_mode="none",
-        height=420,
-        sizing_mode="stretch_width",
-    )
-    return table, rows
-
-
-def _number(metric: str) -> bm.NumberFormatter:
-    whole = METRICS[metric].unit in ("sequences", "bytes/token", "")
-    return bm.NumberFormatter(format="0.00000" if metric == LOSS else "0,0" if whole else "0,0.000", text_align="right")
 
 
 def _front_note(found: Page) -> str:

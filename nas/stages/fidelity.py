@@ -64,7 +64,7 @@ def run(config: Fidelity, path: Path) -> None:
         "data": {**config.data, "digest": data.digest},
         "trainings": {series.name: dataclasses.asdict(series.options) for series in (further, alone)},
     }
-    del resolved["name"], resolved["runs_dir"]
+    del resolved["name"], resolved["runs_dir"], resolved["logger"]
     with start_run(path, "fidelity", resolved, {"vectors": config.seed}, {"supernet": source}) as run:
         console.print(f"Ranking {config.vectors} vectors of {source.path} by {len(trainings)} trainings in {path}")
         losses = zip(vectors, inherited.of(vectors), strict=True)

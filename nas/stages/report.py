@@ -1,4 +1,4 @@
-"""nas report: the figures of a search, or of a sweep of searches, from their CSVs."""
+"""nas report: report.html and the figures of a search, or of a sweep of searches, from their CSVs."""
 
 import json
 import shlex
@@ -24,8 +24,9 @@ from nas.report.figure import figure
 from nas.report.front import attained, draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
 from nas.report.hypervolume import curves, draw_hypervolume, reference_text
 from nas.report.learned import learned
-from nas.report.page import Page, costs, draw_page
+from nas.report.page import draw_page
 from nas.report.predicted import draw_check
+from nas.report.views import Page, costs
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance
@@ -49,6 +50,7 @@ def run(config: Report, path: Path) -> None:
         _draw(searches, [*parents.values()], path)
         run.finish()
     console.print("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
+    console.print(f"To explore in a browser: {path / 'report.html'}")
 
 
 def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> None:

@@ -1,0 +1,155 @@
+"""Trackers of others: what a run writes goes to TensorBoard, Weights & Biases or MLflow too, if ``logger=`` names one.
+
+All of it comes from what `nas.run` sees anyway, the lines of metrics.jsonl and the files of a finished run, so nothing
+that computes knows of trackers. None needs a network; each is an optional dependency.
+"""
+
+import importlib.util
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from nas.errors import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd  # the command line starts without it
+
+_TABLES = ("front", "metrics")  # whose rows belong together; trials.csv is a sequence
+
+
+class Tracker(ABC):
+    """One run in a tracker. It is made from the run's name, such as ``search/NAME``, and config."""
+
+    library: ClassVar[str]  # that it needs
+
+    @abstractmethod
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        """Numbers by name; steps do not go back."""
+
+    @abstractmethod
+    def table(self, name: str, table: "pd.DataFrame") -> None: ...
+
+    @abstractmethod
+    def picture(self, file: Path) -> None:
+        """A PNG."""
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+    def finish(self, folder: Path) -> None:
+        """The evaluated vectors as steps, and the tables and figures, of a run directory that is complete."""
+        import pandas as pd
+
+        if (folder / "trials.csv").is_file():
+            trials = pd.read_csv(folder / "trials.csv").select_dtypes(["number", "bool"]).astype(float)
+            for step, (_, row) in enumerate(trials.add_prefix("evaluated/").iterrows(), start=1):
+                self.scalars({str(name): float(value) for name, value in row.dropna().items()}, step)
+        for name in _TABLES:
+            if (file := folder / f"{name}.csv").is_file():
+                self.table(name, pd.read_csv(file, dtype={"vector": str}))
+        for file in sorted(folder.glob("*.png")):
+            self.picture(file)
+
+
+class TensorBoard(Tracker):
+    library = "tensorboard"
+
+    def __init__(self, run: str, config: Mapping[str, Any], folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(Path(folder) / run))
+        self._writer.add_text("config", "\n".join(f"    {key}: {value}" for key, value in config.items()))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def table(self, name: str, table: "pd.DataFrame") -> None:
+        head = list(map(str, table.columns))
+        lines: list[list[str]] = [head, ["---"] * len(head), *table.astype(str).to_numpy().tolist()]
+        self._writer.add_text(name, "\n".join(f"| {' | '.join(line)} |" for line in lines))
+
+    def picture(self, file: Path) -> None:
+        import matplotlib.image
+
+        self._writer.add_image(file.stem, matplotlib.image.imread(file)[..., :3], dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases(Tracker):
+    library = "wandb"
+
+    def __init__(self, run: str, config: Mapping[str, Any], project: str, folder: str, mode: str) -> None:
+        import wandb
+
+        self._wandb = wandb
+        identity = run.replace("/", "-")  # the same name goes on with the same run
+        settings = wandb.Settings(silent=True)
+        self._run = wandb.init(
+            project=project, dir=folder, mode=mode, name=run, id=identity, config=dict(config), settings=settings
+        )
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def table(self, name: str, table: "pd.DataFrame") -> None:
+        self._run.log({name: self._wandb.Table(dataframe=table)})
+
+    def picture(self, file: Path) -> None:
+        self._run.log({file.stem: self._wandb.Image(str(file))})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class MLflow(Tracker):
+    library = "mlflow"
+
+    def __init__(self, run: str, config: Mapping[str, Any], project: str, uri: str) -> None:
+        import mlflow
+
+        self._mlflow = mlflow
+        mlflow.set_tracking_uri(uri)
+        mlflow.set_experiment(project)
+        mlflow.start_run(run_name=run)
+        mlflow.log_dict(dict(config), "config.json")
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        self._mlflow.log_metrics(dict(values), step=step)
+
+    def table(self, name: str, table: "pd.DataFrame") -> None:
+        self._mlflow.log_table(table, f"{name}.json")
+
+    def picture(self, file: Path) -> None:
+        self._mlflow.log_artifact(str(file))
+
+    def close(self) -> None:
+        self._mlflow.end_run()
+
+
+_make: Callable[..., Tracker] | None = None  # of the command that runs, for each run that it writes
+
+
+def choose(make: partial[Tracker] | None) -> None:
+    """What this command's runs are tracked by, as ``logger=`` says; a UserError if its library is missing."""
+    global _make
+    if make and not importlib.util.find_spec(make.func.library):  # type: ignore[attr-defined]
+        library = make.func.library  # type: ignore[attr-defined]
+        raise UserError(f"logger={library} needs {library}, which is not installed; pip install {library}")
+    _make = make
+
+
+@contextmanager
+def tracked(run: str, config: Mapping[str, Any]) -> Iterator[Tracker | None]:
+    """The tracker of a run that begins or goes on, if one was chosen, until that ends or is interrupted."""
+    tracker = _make(run=run, config=config) if _make else None
+    try:
+        yield tracker
+    finally:
+        if tracker:
+            tracker.close()
