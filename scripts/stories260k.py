@@ -212,7 +212,7 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
     """The losses of the vectors before and after the run, on the validation windows of its text."""
     checkpoint, trained = read_checkpoint(model), load_supernet(run, CPU).eval()
     fresh, merged = (Supernet(trained.space, run.config["train"]["sharing"]).eval() for _ in range(2))
-    cache = run.path.parent.parent.parent / "cache"
+    cache = run.path.parent.parent / "cache"
     data = prepare_tokens(TextCorpus(str(corpus)), str(model), 512, cache)
     load_checkpoint(checkpoint, fresh, run.config, data, cache)
     checkpoint.load_into(merged)
