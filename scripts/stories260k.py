@@ -2,7 +2,8 @@
 
 Converts llama2.c's stories260K.bin and tok512.bin into a Hugging Face Llama directory, lets the model write text that a
 supernet can learn from, trains a supernet that starts from the model, and writes docs/stories260k/losses.csv: the loss
-of uniform and mixed vectors with the model's own weights, and after the training.
+of uniform and mixed vectors as the supernet starts, with heads aligned or merged as they are, and after the training.
+The last line of stdout is JSON: the losses of the uniform vectors before and after.
 
 python scripts/stories260k.py SRC OUT      # SRC holds the two files; OUT gets model/, stories.jsonl and runs/
 """
@@ -11,35 +12,43 @@ import argparse
 import json
 import struct
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
 from nas import cli
 from nas.data import prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
-from nas.data.tokenizer import END_OF_TEXT, load_tokenizer
+from nas.data.tokenizer import load_tokenizer
 from nas.files import write_atomically
-from nas.hardware import cpu_name
 from nas.model import Supernet
 from nas.model.pretrained import read_checkpoint
 from nas.model.supernet import load_supernet
 from nas.quality import mean_loss, vector_losses
-from nas.run import FinishedRun
+from nas.run import FinishedRun, origin
 from nas.space import Vector, format_vector, parse_vector
+from nas.stages.train import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SPACE_MARK = "\N{LOWER ONE EIGHTH BLOCK}"  # how sentencepiece writes a space
-END = 1  # the token between the stories that the model was trained on; it never saw token 2
+BEGIN, UNSEEN = "<s>", "</s>"  # as sentencepiece names tokens 1 and 2
+END = 1  # every story that the model was trained on begins with it, and so ends before it; it never saw token 2
 STORIES, ROWS, SEED = 2000, 200, 0
-TRAINING = ("train.steps=400", "train.batch=16", "train.learning_rate=1e-3", "train.validate_every=200")
+LAYERS = 5
+TRAINING = (
+    "steps=400",
+    "batch=16",
+    "learning_rate=1e-2",
+    "weight_decay=0",
+    "smallest_share=0.25",
+    "validate_every=100",
+)
 MIXED = ("4-4-2-2-1", "1-2-2-4-4", "4-2-1-1-1", "1-1-1-2-4", "2-4-1-4-2", "4-1-2-1-4")
 SAMPLE_TEXT = """\
 Once upon a time, there was a little girl named Lily. She loved to play in the park with her red ball. One day, the \
@@ -64,7 +73,7 @@ def main(source: Path, out: Path) -> None:
         write_corpus(model, corpus)
     run = out / "runs" / "train" / "stories260k"
     if not (run / "complete.json").is_file():
-        text = (f"init={model}", "data=text", f"data.path={corpus}", *TRAINING)
+        text = (f"init={model}", "data=text", f"data.path={corpus}", *(f"train.{option}" for option in TRAINING))
         if code := cli.main(["train", *text, "name=stories260k", f"runs_dir={out / 'runs'}"]):
             raise SystemExit(code)
     table = losses(model, corpus, FinishedRun(run, "train"))
@@ -72,6 +81,10 @@ def main(source: Path, out: Path) -> None:
     target = ROOT / "docs" / "stories260k" / "losses.csv"
     write_atomically(target, lambda path: table.to_csv(path, index=False))
     print(f"Wrote {target.relative_to(ROOT)}")
+    rows, named = table.set_index("vector"), {"largest": 4, "uniform_2": 2, "uniform_1": 1}
+    uniform = {name: format_vector((groups,) * LAYERS) for name, groups in named.items()}
+    times = ("before", "after")
+    print(json.dumps({f"{name}_{at}": rows[f"{at}_nats"][vector] for at in times for name, vector in uniform.items()}))
 
 
 def convert(source: Path, folder: Path) -> Path:
@@ -140,7 +153,7 @@ def _tokenizer(file: Path, vocabulary: int) -> Tokenizer:
         at += 8 + length
         pieces.append(piece)
         scores[piece] = score
-    pieces[:3] = ["<unk>", END_OF_TEXT, "</s>"]
+    pieces[:3] = ["<unk>", BEGIN, UNSEEN]
     ids = {piece: number for number, piece in enumerate(pieces)}
     merges = []
     for piece in sorted(pieces[3 + 256 :], key=lambda piece: -scores[piece]):  # after the specials and the bytes
@@ -152,13 +165,14 @@ def _tokenizer(file: Path, vocabulary: int) -> Tokenizer:
         [decoders.Replace(SPACE_MARK, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in pieces[:3]])
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BEGIN} $A", special_tokens=[(BEGIN, END)])
     return tokenizer
 
 
 def as_windows(model: Path, text: str, length: int) -> Tensor:
     """The lines of a text as windows of ``length`` predicted tokens, each line a story."""
     tokenizer = load_tokenizer(str(model))
-    tokens = [token for line in text.splitlines() for token in (END, *tokenizer.encode(line).ids)]
+    tokens = [token for line in text.splitlines() for token in tokenizer.encode(line).ids]
     return validation_windows(np.array(tokens, np.uint32), len(tokens) // length, length)
 
 
@@ -197,20 +211,22 @@ def write_corpus(model: Path, file: Path) -> None:
 def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
     """The losses of the vectors before and after the run, on the validation windows of its text."""
     checkpoint, trained = read_checkpoint(model), load_supernet(run, CPU).eval()
-    fresh = Supernet(trained.space, run.config["train"]["sharing"]).eval()
-    checkpoint.load_into(fresh)
-    data = prepare_tokens(TextCorpus(str(corpus)), str(model), 512, run.path.parent.parent / "cache")
+    fresh, merged = (Supernet(trained.space, run.config["train"]["sharing"]).eval() for _ in range(2))
+    cache = run.path.parent.parent / "cache"
+    data = prepare_tokens(TextCorpus(str(corpus)), str(model), 512, cache)
+    load_checkpoint(checkpoint, fresh, run.config, data, cache)
+    checkpoint.load_into(merged)
     windows = validation_windows(data.validation, 64, trained.space.shape.max_position_embeddings)
     vectors: list[Vector] = [*trained.space.uniform_vectors(), *map(parse_vector, MIXED)]
-    before, after = (vector_losses(supernet, vectors, windows) for supernet in (fresh, trained))
-    rows = list(zip(map(format_vector, vectors), before, after, strict=True))
-    rows.append(("checkpoint in transformers", transformers_loss(model, windows), float("nan")))
-    return pd.DataFrame(rows, columns=["vector", "before_nats", "after_nats"]).assign(
+    by_time = (vector_losses(supernet, vectors, windows) for supernet in (merged, fresh, trained))
+    rows = [*zip(map(format_vector, vectors), *by_time, strict=True)]
+    original = transformers_loss(model, windows)
+    rows.append(("checkpoint in transformers", original, original, float("nan")))
+    return pd.DataFrame(rows, columns=["vector", "not_aligned_nats", "before_nats", "after_nats"]).assign(
         steps=run.config["train"]["steps"],
         learning_rate=run.config["train"]["learning_rate"],
         validation_tokens=windows[:, 1:].numel(),
-        machine=cpu_name(),
-        date=datetime.now(UTC).date().isoformat(),
+        **origin(),
     )
 
 

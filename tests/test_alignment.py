@@ -1,6 +1,7 @@
 """Alignment of K/V heads: it changes nothing at the largest choice and undoes what was done to heads alike."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from nas.model import Decoder
 from nas.model.alignment import align, gauge
-from nas.model.decoder import Attention
+from nas.model.decoder import Attention, Layer
 from nas.model.sharing import mix_heads, pooling
 from nas.shape import ModelShape
 
@@ -23,7 +24,7 @@ SHAPE = ModelShape(
     vocab_size=61,
     max_position_embeddings=24,
 )
-FEATURES = {  # of models of these types
+FEATURES: dict[str, dict[str, Any]] = {  # of models of these types
     "llama": {},
     "mistral": {"rope_theta": 1e6},
     "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
@@ -41,6 +42,15 @@ def random_model(kind: str, heads: int, seed: int) -> Decoder:
     for parameter in model.parameters():
         parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
     return model
+
+
+def first_input(model: Decoder) -> Tensor:
+    layer = next(module for module in model.modules() if isinstance(module, Layer))
+    return layer.input_layernorm(model.model.embed_tokens(TOKENS))  # type: ignore[no-any-return]
+
+
+def attentions(model: Decoder) -> list[Attention]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
 
 
 @torch.no_grad()
@@ -76,8 +86,8 @@ def test_a_gauge_changes_nothing(kind: str, seed: int, unitary: bool) -> None:
     model = random_model(kind, 4, seed)
     with torch.no_grad():
         before = model(TOKENS)
-        for layer in model.model.layers:
-            regauge(layer.self_attn, seed, unitary)
+        for attention in attentions(model):
+            regauge(attention, seed, unitary)
         torch.testing.assert_close(model(TOKENS), before, atol=2e-3, rtol=1e-3)
 
 
@@ -115,8 +125,8 @@ def test_heads_that_are_alike_but_for_their_gauge_are_found_and_merged_at_no_los
     with torch.no_grad():
         expected = model(TOKENS)
         torch.testing.assert_close(whole(TOKENS), expected, atol=1e-4, rtol=1e-4)
-        for layer in whole.model.layers:
-            regauge(layer.self_attn, 5, unitary=True)
+        for attention in attentions(whole):
+            regauge(attention, 5, unitary=True)
         fitted = align(whole, [(2, 4)] * 2, TOKENS)
         merged = {
             f"model.layers.{layer}.self_attn.{name}": tensor
@@ -132,14 +142,14 @@ def test_a_choice_that_is_fitted_loses_less_than_the_mean_of_neighbours() -> Non
     model = random_model("llama", 4, 0)
     whole = copy.deepcopy(model)
     (first, _) = align(whole, [(2, 4)] * 2, TOKENS)
-    own = model.model.layers[0].self_attn.state_dict()
-    states = [{name: mix_heads(pooling(4, 2), own[name]) for name in first[2]}, first[2]]
+    own, turned = (attentions(each)[0] for each in (model, whole))
+    mean = {name: mix_heads(pooling(4, 2), own.state_dict()[name]) for name in first[2]}
     with torch.no_grad():
-        h = model.model.layers[0].input_layernorm(model.model.embed_tokens(TOKENS))
-        expected, errors = model.model.layers[0].self_attn(h, model.rope(0, 24)), []
-        for layers, heads in zip((model, whole), states, strict=True):
+        h, errors = first_input(model), []
+        expected = own(h, model.rope(0, 24))
+        for attention, heads in ((own, mean), (turned, first[2])):
             small = Attention(model.shape.layer(2))
-            small.load_state_dict(layers.model.layers[0].self_attn.state_dict() | heads)
+            small.load_state_dict(attention.state_dict() | heads)
             errors.append(float((small(h, model.rope(0, 24)) - expected).square().sum()))
     assert errors[1] < 0.5 * errors[0]
 

@@ -80,7 +80,7 @@ def test_a_search_leaves_the_run_directory_of_the_contract(workspace: Workspace)
     assert info["config"]["device"]
     with (run / "front.csv").open() as stream:
         rows = list(csv.DictReader(stream))
-    assert list(rows[0]) == [*COLUMNS, "memory_gib", "ttft_ms"]  # and, where they are known, more
+    assert list(rows[0]) == [*COLUMNS, "memory_gib", "ttft_ms", "paired_se_nats"]  # and, where they are known, more
     assert [float(row["loss_nats"]) for row in rows] == sorted(float(row["loss_nats"]) for row in rows)
     assert {row["on_front"] for row in rows} == {"True"}
     with (run / "trials.csv").open() as stream:

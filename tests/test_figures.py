@@ -282,13 +282,19 @@ def test_what_further_training_changes_is_quoted_as_measured() -> None:
 
 def test_the_small_trained_checkpoint_is_quoted_as_measured() -> None:
     rows = records("stories260k/losses.csv", ["vector"])
-    one, largest = rows["1-1-1-1-1",], rows["4-4-4-4-4",]
+    largest, two, one = (rows[f"{groups}-{groups}-{groups}-{groups}-{groups}",] for groups in (4, 2, 1))
     original = rows["checkpoint in transformers",]["before_nats"]
     assert round(original, 3) == round(largest["before_nats"], 3)
+    assert abs(largest["after_nats"] - largest["before_nats"]) < 1e-6
     assert (
-        f"transformers' loss, {original:.3f} nats, and one K/V head everywhere {one['before_nats']:.2f}; after "
-        f"{one['steps']} steps these are {largest['after_nats']:.2f} and {one['after_nats']:.2f}"
+        f"transformers' loss, {original:.3f} nats, before and after the training; two and one K/V heads everywhere "
+        f"start at {two['before_nats']:.2f} and {one['before_nats']:.2f} (merged as they are: "
+        f"{two['not_aligned_nats']:.2f} and {one['not_aligned_nats']:.2f}) and end at {two['after_nats']:.2f} and "
+        f"{one['after_nats']:.2f} after {one['steps']} steps"
     ) in page("README.md")
+    table = page("docs/checkpoints.md")
+    assert f"(`init.align=null`) | {two['not_aligned_nats']:.2f} | {one['not_aligned_nats']:.2f} |" in table
+    assert f"(**built**) | {two['before_nats']:.2f} | {one['before_nats']:.2f} |" in table
 
 
 def test_the_estimate_of_the_a10g_is_quoted_as_measured() -> None:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nas import console
-from nas.model.decoder import Attention, Decoder, Rope
+from nas.model.decoder import Attention, Decoder, Layer, Rope
 from nas.model.sharing import mix_heads, pooling
 from nas.space import Vector
 
@@ -41,7 +41,8 @@ def align(model: Decoder, choices: Sequence[Vector], tokens_BT: Tensor) -> list[
     mixed_BTD, fitted = x_BTD, []  # mixed: the same text, each row at a vector of its own
     generator = torch.Generator().manual_seed(0)
     with console.progress_bar("Aligning the K/V heads of layers", len(choices)) as bar:
-        for index, (layer, allowed) in enumerate(zip(model.model.layers, choices, strict=True)):
+        layers = (layer for layer in model.modules() if isinstance(layer, Layer))
+        for index, (layer, allowed) in enumerate(zip(layers, choices, strict=True)):
             h_BTD = layer.input_layernorm(x_BTD)
             _turn(layer.self_attn, allowed, h_BTD.flatten(0, 1))
             x_BTD = x_BTD + layer.self_attn(h_BTD, rope)
@@ -70,11 +71,11 @@ def _fitted(whole: Attention, small: Attention, h_BTD: Tensor, target_BTD: Tenso
     small.load_state_dict(state | {name: mix_heads(pooling(heads, groups), state[name]) for name in own})
     optimizer = torch.optim.LBFGS(own.values(), max_iter=_FIT_STEPS, history_size=20, line_search_fn="strong_wolfe")
 
-    @torch.enable_grad()  # type: ignore[untyped-decorator]
+    @torch.enable_grad()
     def error() -> Tensor:
         optimizer.zero_grad()
         relative: Tensor = (small(h_BTD, rope) - target_BTD).square().sum() / target_BTD.square().sum()
-        relative.backward()  # type: ignore[no-untyped-call]
+        relative.backward()
         return relative
 
     if groups < heads:

@@ -236,12 +236,12 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _has_tied_weights(files: Sequence[Path]) -> bool:
     """Whether a head that is stored too is the embedding; if it is not, transformers loads both, whatever is stated."""
-    names = ("lm_head.weight", "model.embed_tokens.weight")
-    where = {name: file for file in files for name in safe_open(file, "pt").keys() if name in names}  # noqa: SIM118
-    if len(where) < len(names):
-        return True
-    head, embedding = (safe_open(where[name], "pt").get_tensor(name) for name in names)
-    return torch.equal(head, embedding)
+    found: dict[str, Tensor] = {}
+    for file in files:
+        tensors: Any = safe_open(file, "pt")
+        for name in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(tensors.keys()):
+            found[name] = tensors.get_tensor(name)
+    return len(found) < 2 or torch.equal(*found.values())
 
 
 def _problems(report: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:

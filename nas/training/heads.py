@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from nas.model import Supernet
+from nas.model.decoder import Attention
 from nas.space import SearchSpace
 
 
@@ -39,12 +40,13 @@ def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
     for parameter in supernet.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
-    for layer, choices in zip(supernet.decoder.model.layers, supernet.space.choices, strict=True):
-        attention, heads = layer.self_attn, sum(choices[:-1])
+    attentions = (module for module in supernet.modules() if isinstance(module, Attention))
+    for attention, choices in zip(attentions, supernet.space.choices, strict=True):
+        heads = sum(choices[:-1])
         for linear in (attention.k_proj, attention.v_proj) if heads else ():
             for name in [name for name, _ in linear.named_parameters()]:
                 register_parametrization(linear, name, _Rows(heads * attention.head_dim), unsafe=True)
-                trained = linear.parametrizations[name].original0
+                trained = linear.get_parameter(f"parametrizations.{name}.original0")
                 trained.data = trained.data.float()
                 trained.requires_grad_(True)
 

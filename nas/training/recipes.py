@@ -91,7 +91,7 @@ def distilled_loss(
 
 
 def divergence(
-    logits_BTV: Tensor, teacher_NTV: Tensor, targets_BT: Tensor, weight: float, temperature: float, compiled: bool
+    logits_BTV: Tensor, teacher_NTV: Tensor, targets_BT: Tensor, weight: float, temperature: float
 ) -> Tensor:
     """Mean loss (nats per token, scalar) of rows that follow a teacher: B / N rows side by side for each of its texts.
 
@@ -106,12 +106,12 @@ def divergence(
             total = total + (1 - weight) * F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
         return total
 
-    step, rows = torch.compile(piece) if compiled else piece, len(logits_BTV) // len(teacher_NTV)
+    rows = len(logits_BTV) // len(teacher_NTV)
     total = logits_BTV.new_zeros((), dtype=torch.float32)
     for row, logits_TV in enumerate(logits_BTV):
         pieces = (x.split(_PIECE) for x in (logits_TV, teacher_NTV[row // rows], targets_BT[row]))
         for arguments in zip(*pieces, strict=True):
-            total = total + checkpoint(step, *arguments, use_reentrant=False)
+            total = total + checkpoint(piece, *arguments, use_reentrant=False)
     return total / targets_BT.numel()
 
 
@@ -200,6 +200,6 @@ def _kv_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length
             with torch.no_grad():
                 teacher = model(windows[:, :-1], largest)
             logits, share = model(rows[:, :-1], choices), options.distilled_share
-            return divergence(logits, teacher, rows[:, 1:], share, options.distillation_temperature, options.compile)
+            return divergence(logits, teacher, rows[:, 1:], share, options.distillation_temperature)
 
     return loss_at
