@@ -1,13 +1,14 @@
 """The loss of vectors on a fixed set of validation windows, remembered on disk by vector.
 
 On a CPU it is computed in fp32, eagerly. On a GPU the layers are compiled and run in fp16, but for residual stream,
-norms and logits: as fast as bf16, and it rounds eight times finer, which small differences between vectors need
-(scripts/bench_evaluation.py has both). What exceeds fp16's range becomes infinite, and is computed again in fp32.
+norms and logits: it rounds eight times finer than bf16, which small differences between vectors need
+(scripts/bench_evaluation.py compares both). What exceeds fp16's range becomes infinite, and is computed again in fp32.
 
 Shape suffixes: B rows, N windows, V vectors, T tokens, W words of the vocabulary.
 """
 
 import base64
+import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -126,8 +127,10 @@ class InheritedLoss:
         device = supernet.decoder.rope_cos.device
         self.windows = windows_NT.to(device)
         self.rows = self._few = max(1, _TOKENS // windows_NT.shape[1])  # in one pass
-        self._fast = device.type == "cuda"
+        self._fast, self.precision = device.type == "cuda", "fp16" if device.type == "cuda" else "fp32"
         if self._fast:
+            gc.collect()
+            torch.cuda.empty_cache()  # what a training before this has left
             tokens = min(_GPU_TOKENS, torch.cuda.mem_get_info()[0] // (4 * _activation_bytes(supernet.space.shape)))
             self.rows = max(1, tokens // (windows_NT.shape[1] - 1))
             with suppress(UserError):  # without a compiler it is slower, no more

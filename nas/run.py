@@ -146,7 +146,7 @@ def start_run(
             info: dict[str, object] = {"stage": stage, "started": now(), "argv": argv, "config": config, "seeds": seeds}
             info |= {"parents": origins, "git": git_state(), "versions": versions, "device": device}
             write_json(path / _RUN, info)
-        name = path.as_posix().rpartition(f"{stage}/")[2]  # with the sweep that it is of
+        name = path.resolve().as_posix().rpartition(f"/{stage}/")[2]  # with the sweep that it is of
         with tracking.tracked(f"{stage}/{name}", config) as tracker:
             yield Run(path, tracker)
 

@@ -90,9 +90,8 @@ class WeightsAndBiases(Tracker):
         self._wandb = wandb
         identity = run.replace("/", "-")  # the same name goes on with the same run
         settings = wandb.Settings(silent=True)
-        self._run = wandb.init(
-            project=project, dir=folder, mode=mode, name=run, id=identity, config=dict(config), settings=settings
-        )
+        of_run: dict[str, Any] = {"name": run, "id": identity, "resume": "allow", "config": dict(config)}
+        self._run = wandb.init(project=project, dir=folder, mode=mode, settings=settings, **of_run)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)

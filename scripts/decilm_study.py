@@ -1,4 +1,4 @@
-"""The study behind docs/decilm.md: 3^32 vectors searched on a proxy with DeciLM-6B's layers, and tests of the result.
+"""A study of DeciLM-6B's problem: 3^32 vectors searched on a proxy with DeciLM-6B's layers, and tests of the result.
 
     python scripts/decilm_study.py supernet --text TEXT --gpus 4    trains the proxies: main, narrow, and twice as long
     python scripts/decilm_study.py search --text TEXT               500 evaluations for the H100 and the A10G

@@ -110,7 +110,7 @@ def reference(model: Decoder, tokenizer_file: Path) -> dict[str, Any]:
     served, tokens, margins = ServingModel.of(model), [], []
     for prompt in texts:
         runner = Runner(served, KVCache(shape, model.kv_heads, 1, shape.max_position_embeddings))
-        new = generate(runner, torch.tensor([prompt]), NEW, stop_token=end)[0].tolist()
+        new = generate(runner, torch.tensor([prompt]), NEW, stop=() if end is None else {end})[0].tolist()
         new = new[: new.index(end) + 1] if end in new else new
         top = model(torch.tensor([prompt + new]))[0, len(prompt) - 1 : -1].topk(2).values
         tokens.append(new)

@@ -101,7 +101,7 @@ def test_our_own_cached_decoding_gives_the_same_tokens(exported: tuple[Vector, P
     expected = reference.generate(prompt, max_new_tokens=12, do_sample=False)[0, 4:].tolist()
     model = HfExporter().read(folder)
     runner = Runner(ServingModel.of(model), KVCache(model.shape, model.kv_heads, 1, 32))
-    produced = generate(runner, prompt, 12, stop_token=reference.generation_config.eos_token_id)[0].tolist()
+    produced = generate(runner, prompt, 12, stop={reference.generation_config.eos_token_id})[0].tolist()
     assert produced == expected
 
 

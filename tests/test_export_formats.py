@@ -87,6 +87,26 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {file.stem: file for file in folder.glob("*.json")}
 
 
+def test_special_tokens_and_the_chat_template_of_a_checkpoint_are_in_both_formats(
+    tokenizers: dict[str, Path], tmp_path: Path
+) -> None:
+    tokenizer = tmp_path / "tokenizer.json"
+    tokenizer.write_bytes(tokenizers["gpt-2"].read_bytes())
+    (tmp_path / "config.json").write_text('{"bos_token_id": 7, "eos_token_id": [5, 0]}')
+    beside = {"add_bos_token": True, "chat_template": "{{ messages }}"}
+    foreign = {"auto_map": {"AutoTokenizer": ["some/code.py", None]}, "extra_special_tokens": ["<x>"]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(beside | foreign))
+    for exporter in (GgufExporter(), HfExporter()):
+        exporter.write(made("llama"), tokenizer, tmp_path / "out", {})
+    fields = gguf.GGUFReader(tmp_path / "out" / FILE).fields
+    names = [f"ggml.{key}" for key in ("bos_token_id", "eos_token_id", "eot_token_id", "add_bos_token")]
+    found = [fields[f"tokenizer.{name}"].contents() for name in (*names, "chat_template")]
+    assert found == [7, 5, 0, True, "{{ messages }}"]
+    config = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert config.items() >= beside.items()
+    assert (config["additional_special_tokens"], config.keys() & foreign.keys()) == (["<x>"], set())
+
+
 @pytest.mark.parametrize(
     ("kind", "name"), [("llama", "smollm"), ("llama-3", "llama-bpe"), ("qwen2", "qwen2"), ("wide", "llama")]
 )

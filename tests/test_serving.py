@@ -269,7 +269,7 @@ def test_generation_ends_when_every_row_has_stopped() -> None:
     model, tokens = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), tokens_of(SHAPE, 1, 5)
     free = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10)[0].tolist()
     stop = free[3]
-    ended = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10, stop_token=stop)[0].tolist()
+    ended = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10, stop={stop})[0].tolist()
     assert ended == free[: free.index(stop) + 1]
 
 
@@ -279,7 +279,9 @@ def test_a_row_that_has_stopped_goes_on_until_the_last_one_has() -> None:
 
     def drawn(stop: int | None, seen: list[int]) -> list[list[int]]:
         runner = Runner(model, KVCache(shape, [4, 1, 2], 3, 24))
-        return generate(runner, tokens, 22, temperature=20.0, stop_token=stop, progress=seen.append).tolist()
+        return generate(
+            runner, tokens, 22, temperature=20.0, stop=() if stop is None else {stop}, progress=seen.append
+        ).tolist()
 
     free, ends = drawn(None, []), []
     for stop in range(5):

@@ -76,14 +76,24 @@ def document_frame(tokenizer: Tokenizer, file: Path) -> tuple[list[int], list[in
     before, after = framed[:at], framed[at + len(plain) :]
     special, own = special_ids(file), json_beside(file, "tokenizer_config.json")
     if not before and (own is None or own.get("add_bos_token")):
-        before = _first(special.get("bos_token_id"))
+        before = as_ids(special.get("bos_token_id"))[:1]
     if not after:
-        after = _first(special.get("eos_token_id", end_of_text_id(tokenizer)))
+        after = as_ids(special.get("eos_token_id", end_of_text_id(tokenizer)))[:1]
     return ([] if before == after else before), after
 
 
-def _first(ids: int | list[int] | None) -> list[int]:
-    return ids[:1] if isinstance(ids, list) else [] if ids is None else [ids]
+def as_ids(stated: int | list[int] | None) -> list[int]:
+    """Special ids as a list, of which configurations state none, one or several."""
+    return stated if isinstance(stated, list) else [] if stated is None else [stated]
+
+
+def chat_template(file: Path) -> str | None:
+    """The chat template beside a tokenizer, if there is one."""
+    beside = file.with_name("chat_template.jinja")
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = (json_beside(file, "tokenizer_config.json") or {}).get("chat_template")
+    return template if isinstance(template, str) else None
 
 
 def special_ids(file: Path) -> dict[str, Any]:

@@ -13,7 +13,15 @@ import gguf
 from gguf import GGMLQuantizationType as Ggml
 from torch import Tensor
 
-from nas.data.tokenizer import beginning_id, end_of_text_id, load_tokenizer
+from nas.data.tokenizer import (
+    as_ids,
+    beginning_id,
+    chat_template,
+    document_frame,
+    end_of_text_id,
+    load_tokenizer,
+    special_ids,
+)
 from nas.errors import UserError
 from nas.export.card import write_card
 from nas.export.hf import untied_state
@@ -181,9 +189,15 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Path, vocab_size: int) ->
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_add_bos_token(bool(loaded.encode("").ids))
-    if (begin := beginning_id(loaded)) is not None:
-        writer.add_bos_token_id(begin)
-    if (end := end_of_text_id(loaded)) is not None:
-        writer.add_eos_token_id(end)
-        writer.add_pad_token_id(end)
+    special = special_ids(tokenizer) or {"bos_token_id": beginning_id(loaded), "eos_token_id": end_of_text_id(loaded)}
+    begin, ends = (as_ids(special.get(key)) for key in ("bos_token_id", "eos_token_id"))
+    writer.add_add_bos_token(bool(document_frame(loaded, tokenizer)[0]))
+    if begin:
+        writer.add_bos_token_id(begin[0])
+    if ends:
+        writer.add_eos_token_id(ends[0])
+        writer.add_pad_token_id(special.get("pad_token_id", ends[0]))
+    if len(ends) > 1:  # such as the end of a turn
+        writer.add_eot_token_id(ends[1])
+    if template := chat_template(tokenizer):
+        writer.add_chat_template(template)

@@ -22,6 +22,7 @@ from torch import Tensor
 from nas.data.tokenizer import (
     beginning_id,
     copy_companions,
+    document_frame,
     end_of_text_id,
     json_beside,
     load_tokenizer,
@@ -267,6 +268,10 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, An
         first = {key: index[0] if isinstance(index, list) else index for key, index in names.items()}
         config = {f"{key}_token": None if index is None else loaded.id_to_token(index) for key, index in first.items()}
         config["pad_token"] = config["pad_token"] or config["eos_token"]
+        config["add_bos_token"] = bool(document_frame(loaded, tokenizer)[0])
+    config.pop("auto_map", None)  # somebody else's code, which whoever trusts this directory did not mean
+    if isinstance(config.get("extra_special_tokens"), list):  # as transformers 5 writes them; 4 takes a mapping
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
     own = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,

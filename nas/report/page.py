@@ -14,7 +14,7 @@ from bokeh.embed import file_html
 from bokeh.events import DocumentReady
 from bokeh.resources import INLINE
 
-from nas.metrics import METRICS
+from nas.metrics import METRICS, PAIRED_SE
 from nas.report import views
 from nas.report.views import Page, costs, origin
 from nas.search import Objectives
@@ -25,7 +25,7 @@ def draw_page(found: Page, objectives: Objectives) -> str:
     """The page as HTML."""
     cost = min(costs(found.vectors), key=lambda name: name not in objectives.names)  # the first objective, if it can be
     source = views.marked(found, cost)
-    metrics = [LOSS, *costs(found.vectors)]
+    metrics = [LOSS, *({PAIRED_SE} & {*found.vectors}), *costs(found.vectors)]
     tooltips = [("vector", "@vector"), ("", "@name"), *((METRICS[name].label, f"@{name}") for name in metrics)]
     hover = {"tooltips": [*tooltips, ("latency", "@latency_source")], "point_policy": "follow_mouse"}
     front, axes = views.draw_front(found, source, cost, hover)
@@ -143,7 +143,8 @@ def _table_note(metrics: Sequence[str]) -> str:
     """Where the numbers of the table come from."""
     counted, timed = (", ".join(name for name in metrics if origin(name) == of) for of in ("counted", None))
     return (
-        f"{LOSS} is inherited: measured on fixed windows with the supernet's weights. Counted: {counted}. As "
+        f"{LOSS} is inherited: measured on fixed windows with the supernet's weights, and {PAIRED_SE} is the standard "
+        f"error of its difference to the largest vector's. Counted: {counted}. As "
         f"latency_source says: {timed}. A click on a heading sorts; terms of the filter are parts of a vector or name, "
         "or conditions on a column."
     )

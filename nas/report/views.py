@@ -13,7 +13,7 @@ from bokeh.plotting import figure
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
 
-from nas.metrics import METRICS
+from nas.metrics import METRICS, PAIRED_SE
 from nas.report.figure import COLOURS, GREY
 from nas.search.problem import LOSS
 from nas.space import parse_vector
@@ -64,12 +64,12 @@ class Page:
 
 def origin(metric: str) -> str | None:
     """Where a metric's values come from; None: the latency_source of each vector says so."""
-    return "inherited" if metric == LOSS else "counted" if metric in _COUNTED else None
+    return {LOSS: "inherited", PAIRED_SE: "measured"}.get(metric, "counted" if metric in _COUNTED else None)
 
 
 def costs(vectors: pd.DataFrame) -> list[str]:
     """The metrics, loss aside, that are not the same for all vectors; all of them if there is but one vector."""
-    columns = [name for name in METRICS if name in vectors and name not in (LOSS, *_BOUNDS)]
+    columns = [name for name, metric in METRICS.items() if metric.derive and name in vectors and name not in _BOUNDS]
     return [name for name in columns if vectors[name].nunique() > 1] or columns
 
 

@@ -153,7 +153,7 @@ def _most_promising(
         considered = np.argsort(-improvements, kind="stable")[:_CONSIDERED]
         candidates, promised = candidates[considered], promised[considered]
     improvements = expected_hypervolume_improvement(promised, deviations(candidates), front, reference)
-    share = improvements.max() / moocore.hypervolume(front, ref=reference)
+    share = improvements.max() / max(moocore.hypervolume(front, ref=reference), 1e-300)  # 0 if all vectors are alike
     return np.asarray(candidates[improvements.argmax()]), float(share)
 
 

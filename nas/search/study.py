@@ -106,6 +106,7 @@ class _Worker:
     noise: Callable[[Vector], Metrics]
     budget: Budget  # of all workers together
     _seen: set[int] = field(default_factory=set)
+    _told: tuple[float, str] = (-math.inf, "")  # when, and the note
 
     @cached_property
     def _begun(self) -> float:
@@ -168,12 +169,16 @@ class _Worker:
             bar(self.spent(), self.so_far())
 
     def so_far(self) -> str:
-        """What the finished trials show, for the progress bar."""
+        """What the finished trials show, for the progress bar: looked at no more than once a second."""
+        if time.monotonic() < self._told[0] + 1:
+            return self._told[1]
         frame, objectives = self.frame(), self.sampler.problem.objectives
         if frame.empty:  # others took this worker for dead
             return ""
         front = frame[on_front(frame, objectives)]
-        return f"{len(front)} on the front, loss {front[LOSS].iloc[knee(front, objectives)]:.4f} at its knee"
+        note = f"{len(front)} on the front, loss {front[LOSS].iloc[knee(front, objectives)]:.4f} at its knee"
+        self._told = time.monotonic(), note
+        return note
 
     def frame(self) -> pd.DataFrame:
         """The metrics of the finished trials."""

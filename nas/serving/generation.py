@@ -1,6 +1,6 @@
 """Generation: a batch of prompts of one length, continued greedily or by sampling."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -16,17 +16,18 @@ def generate(
     new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
-    stop_token: int | None = None,
+    stop: Collection[int] = (),
     progress: Callable[[int], object] | None = None,
 ) -> Tensor:
     """Continues prompts of one length, and returns what it added, BN.
 
     Temperature 0 takes the likeliest token each time; otherwise tokens are drawn by the seed. It ends when every row
-    has produced ``stop_token``; until then all go on with whatever follows. ``progress`` is called with the number
-    of new tokens so far, after each one.
+    has produced a token to ``stop`` at; until then all go on with whatever follows. ``progress`` is called with the
+    number of new tokens so far, after each one.
     """
     prompt = tokens_BT.shape[1]
     generator = torch.Generator(tokens_BT.device).manual_seed(seed)
+    stop_ids = torch.tensor(list(stop), dtype=torch.int64, device=tokens_BT.device)
     stopped_B = torch.zeros(len(tokens_BT), dtype=torch.bool, device=tokens_BT.device)
     logits_BV, produced = runner.prefill(tokens_BT), []
     for step in range(new_tokens):
@@ -36,8 +37,7 @@ def generate(
             shares_BV = (logits_BV.float() / temperature).softmax(-1)
             tokens_B = torch.multinomial(shares_BV, 1, generator=generator)[:, 0]
         produced.append(tokens_B)
-        if stop_token is not None:
-            stopped_B |= tokens_B == stop_token
+        stopped_B |= torch.isin(tokens_B, stop_ids)
         if progress:
             progress(step + 1)
         if step + 1 == new_tokens or bool(stopped_B.all()):

@@ -10,6 +10,7 @@ from nas.config import Finetune, build
 from nas.data import prepare_tokens, validation_windows
 from nas.data.tokenizer import tokenizer_file
 from nas.distributed import IS_MAIN
+from nas.errors import UserError
 from nas.export import exporters
 from nas.export.hf import CONFIG, HfExporter, weight_files
 from nas.files import file_hash, value_hash
@@ -38,6 +39,11 @@ def run(config: Finetune, path: Path) -> None:
     data = prepare_tokens(build(config.data), tokenizer, model.shape.vocab_size, Path(config.runs_dir) / "cache")
     windows = validation_windows(data.validation, options.validation_windows, length).to(device)
     for exporter, _ in formats:
+        if exporter.of_served:
+            raise UserError(
+                "export has a format without weights, and nas finetune trains weights; use export=hf, gguf, uniform or "
+                "modelopt, and nas export for the others"
+            )
         exporter.check(model.shape, data.tokenizer)
     origins = weight_files(source) or [source / CONFIG]
     hashes = [file_hash(file) for file in origins]

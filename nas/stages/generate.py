@@ -3,6 +3,7 @@
 generated.txt  the text, prompt included; of several continuations one after the other
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from nas import console
 from nas.config import Generate
-from nas.data.tokenizer import end_of_text_id, load_tokenizer
+from nas.data.tokenizer import as_ids, document_frame, load_tokenizer, special_ids
 from nas.errors import UserError
 from nas.export.hf import HfExporter
 from nas.files import write_atomically
@@ -28,7 +29,9 @@ def run(config: Generate, path: Path) -> None:
     """Generates into ``path``."""
     source, parents = open_checkpoint(config.checkpoint)
     model, tokenizer, device = HfExporter().read(source), load_tokenizer(str(source)), this_device()
-    stop, prompt = end_of_text_id(tokenizer), tokenizer.encode(config.prompt).ids
+    before, after = document_frame(tokenizer, source / "tokenizer.json")
+    stop = {*after, *as_ids(special_ids(source / "tokenizer.json").get("eos_token_id"))}
+    prompt = before + tokenizer.encode(config.prompt, add_special_tokens=False).ids
     workload, shape, vector = workload_of(config, prompt, model, device), model.shape, model.kv_heads
     kept = ("checkpoint", "prompt", "new_tokens", "batch", "seed", "temperature")
     resolved = {name: getattr(config, name) for name in kept} | {"workload": str(workload)}
@@ -41,7 +44,7 @@ def run(config: Generate, path: Path) -> None:
         runner, begun = Runner(served, cache, workload.runtime), time.perf_counter()
         with console.progress_bar("Generating", config.new_tokens) as bar:
             new_BN = generate(runner, tokens, config.new_tokens, config.temperature, config.seed, stop, bar)
-        rows = [row[: row.index(stop)] if stop in row else row for row in new_BN.tolist()]
+        rows = [list(itertools.takewhile(lambda token: token not in stop, row)) for row in new_BN.tolist()]
         seconds, count = time.perf_counter() - begun, sum(map(len, rows))
         # Decoded with the prompt, for some tokenizers drop the space at the beginning of a text.
         start = len(tokenizer.decode(prompt))

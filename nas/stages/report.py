@@ -62,7 +62,7 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     trials = known_trials[: len(searches)]
     space, name = searched_space(first.config)
     reference_vectors, caption = space.reference_vectors(), _caption(first.config)
-    everything = pd.concat(trials).drop_duplicates("vector", ignore_index=True)
+    everything = pd.concat(trials, join="inner").drop_duplicates("vector", ignore_index=True)
     everything["on_front"] = on_front(everything, objectives)
     points = front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
@@ -145,7 +145,7 @@ def _of_vectors(
     uniform = found[found["uniform"]].sort_values("parameters", ascending=False)
     bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
     found, moves = learned(found, space, bases)
-    limits = searches[0].config["constraints"].items()
+    limits = searches[0].config.get("constraints", {}).items()
     return {
         "vectors": found,
         "moves": moves,
@@ -183,7 +183,7 @@ def _stopped(search: FinishedRun) -> str:
     if "metrics.jsonl" not in search.artifacts:
         return ""
     lines = map(json.loads, search.artifact("metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return "".join(f"; stopped as {line['stopped']}" for line in lines if "stopped" in line)
+    return "".join([f"; stopped as {line['stopped']}" for line in lines if "stopped" in line][-1:])
 
 
 def _check_comparable(searches: list[FinishedRun]) -> None:

@@ -81,7 +81,7 @@ def run(config: Search, path: Path) -> None:
     if PAIRED_SE in trials:
         console.print(
             f"Differences to the largest vector's loss have a standard error of {trials[PAIRED_SE].median():.1g} nats "
-            f"in the median ({PAIRED_SE}); train.validation_windows={4 * len(prepared.loss.windows)} would halve it"
+            f"in the median ({PAIRED_SE}); four times as many train.validation_windows would halve it"
         )
 
 
@@ -165,17 +165,18 @@ def _prepare(config: Search, path: Path) -> _Prepared:
     supernet = supernet or _make_supernet(training, runs_dir)
     console.print(f"Supernet: {supernet.path}")
     loss = inherited_loss(supernet, training.data, config.train.validation_windows, runs_dir)
-    windows = list(loss.windows.shape)
+    windows, in_fp16 = list(loss.windows.shape), " in fp16" if loss.precision == "fp16" else ""  # once it never was
     known, proposed, errors = _taken_over(earlier, supernet, loss)
     agree(
         supernet=supernet.digest()[:12],
-        validation=f"{windows[0]} windows of {windows[1]} tokens of {training.data.digest[:12]}",
+        validation=f"{windows[0]} windows of {windows[1]} tokens of {training.data.digest[:12]}{in_fp16}",
         warm_start=value_hash([list(known.items()), proposed]),
     )
     parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
     if latency.folder and is_run(latency.folder):
         parents["latency"] = FinishedRun(latency.folder, "measure")
     recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
+    recorded |= {"precision": loss.precision} if in_fp16 else {}
     work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
     work = partial(work, known=list(known), proposed=proposed, metadata=common)
     work = partial(work, noise=lambda vector: loss.noise(vector) or errors.get(vector, {}))
@@ -228,20 +229,23 @@ def _taken_over(
     """Losses that earlier searches know, which ``loss`` then knows too, vectors that are worth evaluating early, and
     the losses' standard errors.
 
-    A loss holds where supernet and validation windows are the same. Of other searches the front is worth proposing.
+    A loss holds where supernet, validation windows and precision are the same. Of other searches the front is worth
+    proposing.
     """
     known: dict[Vector, float] = {}
     proposed: list[Vector] = []
     errors: dict[Vector, Metrics] = {}
-    ours = supernet.digest(), list(loss.windows.shape)
+    ours = supernet.digest(), list(loss.windows.shape), loss.precision
     for run in earlier:
-        holds = ours == (run.parents["supernet"]["hash"], run.config["windows"])
+        theirs = run.parents["supernet"]["hash"], run.config["windows"], run.config.get("precision", "fp32")
+        holds = ours == theirs
         table = read_csv(run.artifact("trials.csv" if holds else "front.csv"), COLUMNS)
         losses = dict(zip(map(parse_vector, table["vector"]), table["loss_nats"].astype(float), strict=True))
         if holds:
             known = losses | known
             if PAIRED_SE in table:
-                errors |= {vector: {PAIRED_SE: error} for vector, error in zip(losses, table[PAIRED_SE], strict=True)}
+                told = zip(losses, table[PAIRED_SE], strict=True)
+                errors = {vector: {PAIRED_SE: error} for vector, error in told if pd.notna(error)} | errors
         else:
             proposed += list(losses)
     names = {format_vector(vector): value for vector, value in known.items()}

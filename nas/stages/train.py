@@ -165,5 +165,7 @@ def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_di
     """The inherited loss of a supernet's vectors, on so many validation windows as long as those it was trained on."""
     length = supernet.config["train"]["length"] or supernet.config["space"]["max_position_embeddings"]
     windows_NT = validation_windows(data.validation, windows, length)
-    name = f"losses-{value_hash([supernet.digest(), list(windows_NT.shape), data.digest])}.jsonl"
-    return InheritedLoss(load_supernet(supernet, training_device()), windows_NT, LossMemo(runs_dir / "cache" / name))
+    device = training_device()
+    decisive = [supernet.digest(), list(windows_NT.shape), data.digest, *["fp16"] * (device.type == "cuda")]
+    memo = LossMemo(runs_dir / "cache" / f"losses-{value_hash(decisive)}.jsonl")
+    return InheritedLoss(load_supernet(supernet, device), windows_NT, memo)
