@@ -47,9 +47,11 @@ _INSIST_S = 5.0  # an interrupt that comes amid a library's import may be swallo
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _LESS_MEMORY = {
-    "train": "lower train.batch, train.length or train.validation_windows, or raise train.accumulate",
+    "train": "lower train.batch, train.length, train.validation_windows or init.calibration_tokens, or raise "
+    "train.accumulate",
     "measure": "lower workload.batch, workload.context or measure.batches",
-    "search": "lower workers, train.batch, train.length, train.validation_windows, workload.batch or measure.batches",
+    "search": "lower workers, train.batch, train.length, train.validation_windows, init.calibration_tokens, "
+    "workload.batch or measure.batches",
     "finetune": "lower train.batch, train.length or train.validation_windows, or raise train.accumulate",
     "generate": "lower batch or new_tokens",
     "fidelity": "lower validation_windows, or take a supernet that was trained with a smaller train.batch",

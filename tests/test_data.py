@@ -31,7 +31,7 @@ from tokenizers import Tokenizer, processors
 
 from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
 from nas.data.corpora import Corpus, Document, HubCorpus, StdlibCorpus, TextCorpus
-from nas.data.tokenizer import END_OF_TEXT, document_frame, end_of_text_id, load_tokenizer, train_tokenizer
+from nas.data.tokenizer import END_OF_TEXT, document_frame, end_of_text_id, load_tokenizer, special_ids, train_tokenizer
 from nas.data.tokens import Tokens
 from nas.errors import UserError
 
@@ -347,6 +347,14 @@ def with_post_processor(tokenizer: Tokenizer, before: str) -> Tokenizer:
     ids = [(before, changed.token_to_id(before))]
     changed.post_processor = processors.TemplateProcessing(single=f"{before} $A", special_tokens=ids)
     return changed
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["2", -1, 1.5, True, [2, None], {"id": 2}])
+def test_a_token_id_that_is_none_is_refused(name: str, value: object, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(json.dumps({"bos_token_id": 1, "eos_token_id": value}))
+    with pytest.raises(UserError, match=rf"{re.escape(name)} has eos_token_id {re.escape(repr(value))}; give a token"):
+        special_ids(tmp_path / "tokenizer.json")
 
 
 @pytest.mark.parametrize(

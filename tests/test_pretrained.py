@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from nas.config import TrainConfig
+from nas.config import InitConfig, SupernetConfig, Train, TrainConfig
 from nas.data.batches import validation_windows
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
@@ -29,7 +30,7 @@ from nas.model.supernet import load_supernet
 from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun, Run
 from nas.space import SearchSpace, space_from_dict
-from nas.stages.train import find_supernet
+from nas.stages.train import Training, find_supernet, load_checkpoint, supernet_identity
 from nas.training.loop import fit
 from nas.training.recipes import text_loss
 from tests.conftest import FAST, Nas, logits_at
@@ -354,6 +355,8 @@ def test_the_whole_way_from_a_checkpoint_to_a_finetuned_vector(nas: Nas, model: 
     spoiled = nas("finetune", f"checkpoint={folder}", *TEXT, *TRAINING, "name=spoiled")
     check_refusal(spoiled, ["model.safetensors", "changed after the run finished"])
 
+    named = nas("search", "--budget", 5, *arguments, "init.align=null", "supernet=runs/train/mine", "name=named")
+    assert named.code == 0, named.err  # of the same checkpoint, whatever was made of its heads
     other = save_checkpoint(Path("other") / "model", "qwen2", seed=2)
     for name in ("tokenizer.json", *kept):
         (other / name).write_bytes((model / name).read_bytes())
@@ -561,6 +564,63 @@ def test_the_command_checks_init_and_space(nas: Nas, model: Path) -> None:
         refused = nas("train", *given.split(), "train.trainable=kv", *TEXT, *TRAINING)
         check_refusal(refused, ["train.trainable is kv", "init=", "train.sharing=separate"])
     assert not Path("runs/cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("groups", "words"),
+    [
+        ([1, 2], r"largest vector of space mine is not checkpoint .*model, which has 4 K/V heads .*kv_groups"),
+        ([[1, 4], [2, 4], [1, 2]], "largest vector of space mine is not checkpoint"),
+        ([4], "space mine has no smaller choices to train"),
+    ],
+)
+def test_heads_are_trained_alone_only_where_the_largest_vector_is_the_checkpoint(
+    model: Path, groups: list[Any], words: str
+) -> None:
+    file = model.parent / "mine.yaml"
+    file.write_text(json.dumps(resolve_space(str(model)).to_dict() | {"kv_groups": groups}))
+
+    def training(trainable: str) -> Training:
+        init = InitConfig(checkpoint=str(model))
+        return Training(Train(space=str(file), init=init, train=SupernetConfig(trainable=trainable)))
+
+    assert training("auto").options.trainable == "all"
+    with pytest.raises(UserError, match=f"train.trainable is kv, but .*{words}.*, or give train.trainable=all"):
+        training("kv")
+
+
+def test_supernets_that_were_trained_before_there_was_a_choice_of_weights_are_found_again() -> None:
+    training = Training(Train(space="tiny"))
+    space = {"name": "tiny", **training.space.to_dict()}
+    chosen = dataclasses.asdict(training.options)
+    now = {"space": space, "init": None, "data": {"digest": "some"}, "train": chosen}
+    options = {key: value for key, value in chosen.items() if key != "trainable"}
+    assert supernet_identity(now) == supernet_identity(now | {"train": options | {"distillation_weight": 0.5}})
+    assert supernet_identity(now) != supernet_identity(now | {"train": options | {"distillation_weight": 0.7}})
+
+
+def test_aligned_heads_are_kept_and_a_damaged_file_of_them_is_refused(model: Path, tmp_path: Path) -> None:
+    source, text = read_checkpoint(model), some_tokens(2, 20)
+    first, again = (Supernet(source.space(), "separate") for _ in range(2))
+    source.load_into(first, text, tmp_path)
+    source.load_into(again, text, tmp_path)
+    assert all(torch.equal(tensor, again.get_parameter(name)) for name, tensor in first.named_parameters())
+    file = next(tmp_path.glob("aligned-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=rf"{file.name} is corrupt \(.+\); remove it"):
+        source.load_into(again, text, tmp_path)
+
+
+@pytest.mark.parametrize(("wanted", "shape"), [(16, (1, 16)), (100, (3, 40))])
+def test_text_for_calibration_is_no_longer_than_wanted_but_for_whole_rows(
+    tmp_path: Path, wanted: int, shape: tuple[int, int]
+) -> None:
+    source, texts = read_checkpoint(save_checkpoint(tmp_path / "model")), []
+    init = SimpleNamespace(load_into=lambda _, text, __: texts.append(text))
+    recorded = {"init": {"align": "auto", "calibration_tokens": wanted}, "train": {"length": None, "seed": 0}}
+    data = SimpleNamespace(train=np.arange(300, dtype=np.uint16))
+    load_checkpoint(init, Supernet(source.space()), recorded, data, tmp_path)  # type: ignore[arg-type]
+    assert [tuple(text.shape) for text in texts] == [shape]
 
 
 @pytest.mark.skipif(not STORIES.is_dir(), reason=f"the real checkpoint is not there: {STORIES}")

@@ -1,7 +1,9 @@
 """Training: which vectors a step runs, the learning rate's schedule, and the loop on a model with a known optimum."""
 
+import functools
 import itertools
 import json
+import operator
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 
 from nas.config import SupernetConfig, TrainConfig
 from nas.errors import UserError
+from nas.quality import vector_losses
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
 from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
@@ -148,6 +151,17 @@ def test_only_the_smaller_choices_heads_are_trained_and_kept_in_fp32(micro: Sear
         assert (logits_at(after, tokens, [micro.smallest] * 2) - before).abs().max() > 0.01
 
 
+def test_heads_that_are_trained_alone_are_validated_in_fp32_though_the_others_are_in_bf16(micro: SearchSpace) -> None:
+    supernet, vectors = random_supernet(micro, sharing="separate"), [micro.largest, micro.smallest]
+    windows = torch.randint(micro.shape.vocab_size, (3, 9))
+    before = vector_losses(supernet, vectors, windows)
+    train_smaller_heads(supernet, torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert vector_losses(supernet, vectors, windows) == pytest.approx(before, rel=0.02)
+        losses = supernet.decoder.token_losses(torch.randn(4, micro.shape.hidden_size), torch.arange(4))
+    assert losses.dtype == torch.float32
+
+
 def test_the_microbatches_of_a_step_share_out_its_rows_once_each() -> None:
     rows = list(range(12))
     assert [row for index in range(4) for row in rows[Microbatch(index, 4).of(12)]] == rows
@@ -217,20 +231,45 @@ def test_a_training_that_diverges_stops_and_keeps_its_last_good_checkpoint(tmp_p
     assert torch.load(tmp_path / "checkpoint.pt", weights_only=True)["step"] == 4
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", None])
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, content: bytes | None) -> None:
-    config = TrainConfig(steps=3, checkpoint_every=2)
+def stop_after_checkpoint(folder: Path) -> tuple[Point, TrainConfig, Path]:
+    """A model in training, stopped; its options and its checkpoint's file."""
+    model, config = Point(), TrainConfig(steps=3, checkpoint_every=2)
 
     def stop() -> dict[str, float]:
         raise KeyboardInterrupt
 
-    model = Point()
     with pytest.raises(KeyboardInterrupt):
-        fit(model, lambda *_: model.at.sum(), config, Run(tmp_path), stop)
-    file = tmp_path / "checkpoint.pt"
+        fit(model, lambda *_: model.at.sum(), config, Run(folder), stop)
+    return model, config, folder / "checkpoint.pt"
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", None])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, content: bytes | None) -> None:
+    model, config, file = stop_after_checkpoint(tmp_path)
     weights = torch.load(file, weights_only=True)["model"]["at"].numpy().tobytes()
     file.write_bytes(file.read_bytes().replace(weights, bytes(12)) if content is None else content)
     with pytest.raises(UserError, match=r"checkpoint .*checkpoint\.pt is corrupt \(.+\); remove it"):
+        fit(model, lambda *_: model.at.sum(), config, Run(tmp_path), dict)
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [(["model"], "at"), (["optimizer", "state"], "exp_avg of at"), (["optimizer", "state", "at"], "exp_avg_sq of at")],
+)
+@pytest.mark.parametrize("more", [False, True])
+def test_a_checkpoint_with_too_few_or_too_many_tensors_is_refused(
+    tmp_path: Path, keys: list[str], words: str, more: bool
+) -> None:
+    model, config, file = stop_after_checkpoint(tmp_path)
+    content = torch.load(file, weights_only=True)
+    tensors = functools.reduce(operator.getitem, keys, content)
+    name = "exp_avg_sq" if "at" in keys else "at"
+    if more:
+        tensors["another"], words = tensors[name], "another"
+    else:
+        del tensors[name]
+    torch.save(content, file)
+    with pytest.raises(UserError, match=rf"checkpoint\.pt is corrupt \(.*{words}.*\); remove it"):
         fit(model, lambda *_: model.at.sum(), config, Run(tmp_path), dict)
 
 

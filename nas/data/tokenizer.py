@@ -98,7 +98,17 @@ def chat_template(file: Path) -> str | None:
 
 def special_ids(file: Path) -> dict[str, Any]:
     """The ids of beginning, end and padding that the configuration beside a tokenizer states: one each, or several."""
-    stated = (json_beside(file, "config.json") or {}) | (json_beside(file, "generation_config.json") or {})
+    stated: dict[str, Any] = {}
+    for name in ("config.json", "generation_config.json"):
+        config = json_beside(file, name) or {}
+        for key in [key for key in SPECIAL_IDS if key in config]:
+            ids = config[key] if isinstance(config[key], list) else [config[key]]
+            if config[key] is not None and not all(type(one) is int and one >= 0 for one in ids):
+                raise UserError(
+                    f"{file.with_name(name)} has {key} {config[key]!r}; give a token id, a whole number of 0 or more, "
+                    "or a list of those"
+                )
+            stated[key] = config[key]
     return {key: stated[key] for key in SPECIAL_IDS if stated.get(key) is not None}
 
 

@@ -26,6 +26,7 @@ from nas.model.decoder import Attention, Decoder, Layer, Rope
 from nas.model.sharing import mix_heads, pooling
 from nas.space import Vector
 
+REVISION = 1  # of what `align` computes: a change of it must not find what an older one left in the cache
 _FIT_STEPS = 60  # of L-BFGS
 _ROUNDS = 30  # of fixing the gauge and the mean in turn, at most
 

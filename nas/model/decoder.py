@@ -208,7 +208,8 @@ class Decoder(nn.Module):
     def token_losses(self, x_ND: Tensor, targets_N: Tensor) -> Tensor:
         """Losses (N,) in nats. Logits are in fp32 under autocast too: half precision would blur small differences."""
         with torch.autocast(x_ND.device.type, enabled=False):
-            return F.cross_entropy(self.logits(x_ND.float()), targets_N, reduction="none")
+            head = self.lm_head.weight.float()  # a frozen one may be in half precision
+            return F.cross_entropy(F.linear(self.model.norm(x_ND.float()), head), targets_N, reduction="none")
 
     def compile_layers(self) -> None:
         """Compiles layers one by one, for all of one shape share a graph, and the losses of tokens."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from nas import console
 from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json, value_hash, write_atomically
-from nas.model.alignment import align
+from nas.model.alignment import REVISION, align
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.shape import ROPE_KEYS, ModelShape
@@ -82,7 +82,7 @@ class Checkpoint:
             supernet.load_plain(weights, kv_heads)
             return
         space = supernet.space
-        decisive = [self.identity["hash"], space.to_dict() | {"known_vectors": None}, text.tolist()]
+        decisive = [REVISION, self.identity["hash"], space.to_dict() | {"known_vectors": None}, text.tolist()]
         file = cache / f"aligned-{value_hash(decisive)}.safetensors"
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(file.with_suffix(".lock")):
@@ -99,7 +99,11 @@ class Checkpoint:
                         state[f"model.layers.{layer}.self_attn.{name}"] = stored
                 state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
                 write_atomically(file, lambda path: save_file(state, path))
-        supernet.decoder.load_state_dict({**weights, **load_file(file)})
+        try:
+            aligned = load_file(file)
+        except SafetensorError as error:
+            raise UserError(f"{file} is corrupt ({in_short(error)}); remove it") from None
+        supernet.decoder.load_state_dict({**weights, **aligned})
 
     def _weights(self) -> Mapping[str, Tensor]:
         """The weights in fp32, as transformers loads them."""

@@ -196,7 +196,10 @@ def _find_supernet(config: Search, training: Training) -> FinishedRun | None:
     if not config.supernet:
         return find_supernet(Path(config.runs_dir), training.recorded)
     supernet = FinishedRun(Path(config.supernet), "train")
-    theirs, ours = supernet_identity(supernet.config), supernet_identity(training.recorded)
+    theirs, ours = (
+        identity | {"init": identity["init"].get("hash")}  # and not how its heads were merged
+        for identity in map(supernet_identity, (supernet.config, training.recorded))
+    )
     for key in ("space", "data", *(["init"] if ours["init"] else [])):
         if theirs[key] != ours[key]:
             raise UserError(

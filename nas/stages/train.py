@@ -23,6 +23,7 @@ from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.model.supernet import load_supernet, save_supernet
 from nas.quality import InheritedLoss, LossMemo, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
+from nas.space import SearchSpace
 from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
 from nas.training.loop import CHECKPOINT, autocast, computed_in, fit, full_state_dict, training_device
 from nas.training.recipes import check_recipe, check_training_memory, supernet_loss, window_length
@@ -51,14 +52,15 @@ class Training:
         self.tokenizer = config.tokenizer or (str(init.folder / "tokenizer.json") if init else None)
         sharing = (INIT_SHARING if init else DEFAULT_SHARING) if given.sharing == "auto" else given.sharing
         rate = TRAINED_LEARNING_RATE if init and given.learning_rate is None else given.peak_learning_rate
-        may_be_kv = init is not None and sharing == INIT_SHARING
-        trainable = ("kv" if may_be_kv else "all") if given.trainable == "auto" else given.trainable
-        if trainable == "kv" and not may_be_kv:
-            raise UserError("train.trainable is kv, which needs init= and train.sharing=separate; give both, or all")
+        obstacle = _obstacle_to_kv(init, sharing, self.space)
+        trainable = ("all" if obstacle else "kv") if given.trainable == "auto" else given.trainable
+        if trainable == "kv" and obstacle:
+            raise UserError(f"train.trainable is kv, {obstacle}, or give train.trainable=all")
         resolved: dict[str, Any] = {"sharing": sharing, "learning_rate": rate, "trainable": trainable}
         if trainable == "kv":
             resolved |= {"largest_share": 0.0, "largest_first": 0.0}  # nothing of the largest vector is trained
-        self.options = dataclasses.replace(given, **resolved)
+        options = dataclasses.replace(given, **resolved)
+        self.options = dataclasses.replace(options, distillation_weight=options.distilled_share)
         check_recipe(self.options)
         if config.init.align not in (None, "auto"):
             raise UserError(f"init.align is '{config.init.align}'; use auto or null")
@@ -128,14 +130,29 @@ class Training:
         broadcast(None)  # that it is finished
 
 
+def _obstacle_to_kv(init: Checkpoint | None, sharing: str, space: SearchSpace) -> str | None:
+    """Why the smaller choices' heads cannot be trained alone, as they follow the checkpoint, and how to change that."""
+    if init is None or sharing != INIT_SHARING:
+        return "which needs init= and train.sharing=separate; give both"
+    if set(space.largest) != {init.kv_heads}:
+        return (
+            f"but the largest vector of space {space.name} is not checkpoint {init.folder}, which has {init.kv_heads} "
+            "K/V heads in every layer; allow as many in kv_groups of every layer"
+        )
+    if space.size == 1:
+        return f"but space {space.name} has no smaller choices to train; allow several in kv_groups"
+    return None
+
+
 def load_checkpoint(
     init: Checkpoint, supernet: Supernet, recorded: Mapping[str, Any], data: TokenData, cache: Path
 ) -> None:
     """Starts a supernet from a checkpoint, as the ``recorded`` config of its train run says."""
     text, options = None, recorded["train"]
     if recorded["init"].get("align"):
-        length = options["length"] or supernet.space.shape.max_position_embeddings
-        rows = math.ceil(recorded["init"]["calibration_tokens"] / length)
+        tokens = recorded["init"]["calibration_tokens"]
+        length = min(options["length"] or supernet.space.shape.max_position_embeddings, tokens)
+        rows = math.ceil(tokens / length)
         text = training_batch(data.train, options["seed"], 0, rows, length)[:, :-1]
     init.load_into(supernet, text, cache)
 
@@ -146,7 +163,7 @@ def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
         "space": {key: value for key, value in config["space"].items() if key not in ("name", "known_vectors")},
         "init": {key: value for key, value in (config.get("init") or {}).items() if key != "name"},
         "data": config["data"]["digest"],
-        "train": weights_identity(config["train"]),
+        "train": weights_identity({"trainable": "all"} | config["train"]),  # older runs knew nothing else
     }
 
 

@@ -97,6 +97,12 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: 
         write_atomically(path, write)
 
 
+def _names(model_state: dict[str, Any], optimizer_state: dict[str, Any]) -> set[str]:
+    """Of the weights and moments in state dicts."""
+    moments = {f"{key} of {name}" for name, values in optimizer_state["state"].items() for key in values}
+    return {*model_state, *moments}
+
+
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restores what `_save` wrote, in every process, and returns the number of steps done."""
     try:
@@ -104,8 +110,11 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
             if damaged := archive.testzip():
                 raise ValueError(f"the checksum of {damaged} is wrong")
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        expected = dcp.get_state_dict(model, optimizer, options=dcp.StateDictOptions(ignore_frozen_params=True))
+        if wrong := _names(*expected) ^ _names(content["model"], content["optimizer"]):
+            raise ValueError(f"{min(wrong)} is missing or has no place in this training")
         states = {"model_state_dict": content["model"], "optim_state_dict": content["optimizer"]}
-        options = dcp.StateDictOptions(full_state_dict=True, strict=False)  # what is frozen is not in the file
+        options = dcp.StateDictOptions(full_state_dict=True, strict=False)  # the file has nothing that is frozen
         dcp.set_state_dict(model, optimizer, **states, options=options)
         return int(content["step"])
     except Exception as error:  # a damaged file fails in as many ways as there are bytes
