@@ -45,8 +45,8 @@ class TrainConfig:
 @dataclass
 class SupernetConfig(TrainConfig):
     sharing: str = "auto"  # a rule of nas/model/sharing.py; auto: separate with init, else sliced
-    # all; kv: only the smaller choices' K/V heads, which follow the largest vector's logits; auto: kv for separate
-    # heads with init, else all
+    # all; kv: only the smaller choices' K/V heads, which follow the largest vector's logits; auto: kv with init and
+    # separate heads where the largest vector is the checkpoint, else all
     trainable: str = "auto"
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained

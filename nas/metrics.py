@@ -66,7 +66,7 @@ _WHERE_KNOWN = (
     _money("cost_per_million_tokens", "cost", "per million tokens"),
     _money("kg_co2e_per_million_tokens", "emissions", "kg CO2e per million tokens"),
     _money("kg_co2e_per_year", "emissions", "kg CO2e per year"),
-    Metric(PAIRED_SE, "standard error of the loss's difference to the largest vector's", "nats/token", None),
+    Metric(PAIRED_SE, "standard error beside the largest vector", "nats/token", None),
 )
 
 METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}

@@ -350,7 +350,7 @@ def with_post_processor(tokenizer: Tokenizer, before: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
-@pytest.mark.parametrize("value", ["2", -1, 1.5, True, [2, None], {"id": 2}])
+@pytest.mark.parametrize("value", ["2", -2, 1.5, True, [2, None], {"id": 2}])
 def test_a_token_id_that_is_none_is_refused(name: str, value: object, tmp_path: Path) -> None:
     (tmp_path / name).write_text(json.dumps({"bos_token_id": 1, "eos_token_id": value}))
     with pytest.raises(UserError, match=rf"{re.escape(name)} has eos_token_id {re.escape(repr(value))}; give a token"):

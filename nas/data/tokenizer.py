@@ -101,15 +101,14 @@ def special_ids(file: Path) -> dict[str, Any]:
     stated: dict[str, Any] = {}
     for name in ("config.json", "generation_config.json"):
         config = json_beside(file, name) or {}
-        for key in [key for key in SPECIAL_IDS if key in config]:
-            ids = config[key] if isinstance(config[key], list) else [config[key]]
-            if config[key] is not None and not all(type(one) is int and one >= 0 for one in ids):
+        for key in [key for key in SPECIAL_IDS if config.get(key, -1) not in (None, -1)]:  # -1: none, in early Llamas
+            if not all(type(one) is int and one >= 0 for one in as_ids(config[key])):
                 raise UserError(
                     f"{file.with_name(name)} has {key} {config[key]!r}; give a token id, a whole number of 0 or more, "
                     "or a list of those"
                 )
             stated[key] = config[key]
-    return {key: stated[key] for key in SPECIAL_IDS if stated.get(key) is not None}
+    return stated
 
 
 def copy_companions(file: Path, folder: Path) -> None:

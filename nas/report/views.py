@@ -134,7 +134,8 @@ def _scatter(plot: figure, source: bm.ColumnDataSource, x: str, y: str, **more: 
 def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[str, Any]) -> tuple[Any, Any]:
     """Loss against a cost, and the controls that choose which and how."""
     plot = _plot(_label(found, cost), _label(found, LOSS), **_SELECT)
-    plot.x_range.only_visible, plot.x_range.range_padding = True, 0.15  # of what is shown; room for names
+    plot.x_range.only_visible = True
+    plot.x_range.range_padding = plot.y_range.range_padding = 0.25  # of what is shown; room for names
     shown: list[tuple[str, Any]] = []  # what belongs to one cost alone
     for key, rows in found.fronts.groupby(["metric", "label"], sort=False):
         metric, label = map(str, key)
@@ -158,7 +159,12 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     points = _scatter(plot, source, "x", LOSS, legend_group="kind")
     plot.add_tools(bm.HoverTool(renderers=[points], **hover))
     named = bm.CDSView(filter=bm.BooleanFilter((found.vectors["name"] != "").tolist()))
-    look: dict[str, Any] = {"x_offset": 8, "y_offset": -6, "text_font_size": "11px", "nonselection_text_alpha": 1.0}
+    look: dict[str, Any] = {
+        "text_align": "center",
+        "y_offset": -9,
+        "text_font_size": "11px",
+        "nonselection_text_alpha": 1.0,
+    }
     plot.text("x", LOSS, "name", source=source, view=named, **look)
     for metric, mark in shown:
         mark.visible = metric == cost
@@ -304,4 +310,6 @@ def draw_table(found: Page, source: bm.ColumnDataSource, metrics: Sequence[str])
 
 def _number(metric: str) -> bm.NumberFormatter:
     whole = METRICS[metric].unit in ("sequences", "bytes/token", "")
-    return bm.NumberFormatter(format="0.00000" if metric == LOSS else "0,0" if whole else "0,0.000", text_align="right")
+    return bm.NumberFormatter(
+        format="0.00000" if metric in (LOSS, PAIRED_SE) else "0,0" if whole else "0,0.000", text_align="right"
+    )
