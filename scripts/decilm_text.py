@@ -1,6 +1,6 @@
 """The mixed text of the DeciLM study: novels, and what Debian's packages bring, as compressed shards.
 
-    python scripts/decilm_text.py OUT --novels ../shared/data/novels/novels.txt.xz
+    python scripts/decilm_text.py OUT --novels novels.txt.xz
     python scripts/decilm_text.py OUT --novels FILE --package linux-source-6.1=0.3 --package python3.11-doc=1
 
 OUT becomes a data.path: OUT/00.jsonl.xz and so on, a document a line. ``--package NAME=SHARE`` downloads a package by
