@@ -127,8 +127,8 @@ class InheritedLoss:
         device = supernet.decoder.rope_cos.device
         self.windows = windows_NT.to(device)
         self.rows = self._few = max(1, _TOKENS // windows_NT.shape[1])  # in one pass
-        self._fast, self.precision = device.type == "cuda", "fp16" if device.type == "cuda" else "fp32"
-        if self._fast:
+        self.precision = evaluated_in(device)
+        if self.precision == "fp16":
             gc.collect()
             torch.cuda.empty_cache()  # what a training before this has left
             tokens = min(_GPU_TOKENS, torch.cuda.mem_get_info()[0] // (4 * _activation_bytes(supernet.space.shape)))
@@ -165,16 +165,22 @@ class InheritedLoss:
         return {PAIRED_SE: float(scipy.stats.sem(own.astype(float) - self.memo.windows[format_vector(largest)]))}
 
     def _evaluate(self, vectors: list[Vector]) -> list[float]:
-        half: AbstractContextManager[None] = on_tensor_cores(self.windows.device) if self._fast else nullcontext()
+        in_half = self.precision == "fp16"
+        half: AbstractContextManager[None] = on_tensor_cores(self.windows.device) if in_half else nullcontext()
         with half:
             losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
-        if self._fast and not losses_VN.isfinite().all():  # beyond the range of fp16
+        if in_half and not losses_VN.isfinite().all():  # beyond the range of fp16
             losses_VN = window_losses(self.supernet, vectors, self.windows, self._few)
         losses: list[float] = losses_VN.double().mean(1).tolist()
         names = [format_vector(vector) for vector in vectors]
         windows = dict(zip(names, losses_VN.cpu().numpy(), strict=True))
         self.memo.add(dict(zip(names, losses, strict=True)), windows)
         return losses
+
+
+def evaluated_in(device: torch.device) -> str:
+    """The precision of inherited losses on a device, fp16 or fp32: they are not to be mixed."""
+    return "fp16" if device.type == "cuda" else "fp32"
 
 
 @contextmanager

@@ -95,6 +95,24 @@ def test_lasting_steps_are_quoted_as_measured(script: dict[str, Any]) -> None:
     assert f"mean and {earlier['worst'].max():.1f} % at worst" in page("docs/latency.md")
 
 
+@pytest.mark.parametrize(
+    ("script", "function", "table", "text"),
+    [
+        ("bench_search.py", "stops_table", "search/auto.csv", "search.md"),
+        ("engines_check.py", "table", "engines.csv", "engines.md"),
+    ],
+    indirect=["script"],
+)
+def test_tables_are_those_of_their_csvs(script: dict[str, Any], function: str, table: str, text: str) -> None:
+    assert script[function](pd.read_csv(DOCS / table)).strip() in (DOCS / text).read_text(encoding="utf-8")
+
+
+def test_how_the_page_opens_is_quoted_as_measured() -> None:
+    for row in pd.read_csv(DOCS / "report" / "opening.csv").to_dict("records"):
+        line = f"| {row['vectors']:,} | {row['bytes'] / 1e6:.2f} | {row['open_s']:.2f} | {row['select_s']:.2f} |"
+        assert line in page("docs/report.md")
+
+
 def test_the_trials_of_memory_are_quoted_as_measured() -> None:
     trials = pd.read_csv(DOCS / "memory" / "batch_max.csv")
     assert trials["fits"].all()

@@ -64,7 +64,7 @@ def test_half_precision_keeps_differences_and_fp32_takes_over_where_it_overflows
         supernet.decoder.get_parameter("model.layers.1.mlp.up_proj.weight").data *= scale
         exact = np.array(vector_losses(supernet, vectors, WINDOWS))
         loss = InheritedLoss(supernet, WINDOWS, LossMemo(tmp_path / f"{scale}.jsonl"))
-        monkeypatch.setattr(loss, "_fast", True)
+        monkeypatch.setattr(loss, "precision", "fp16")
         found = np.array(loss.of(vectors))
         assert np.ptp(found - exact) <= tolerance < np.ptp(exact)
         assert np.array_equal(found, exact) is is_exact

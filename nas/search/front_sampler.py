@@ -39,6 +39,7 @@ class FrontSampler(InformedSampler):
 
     def __init__(self, seed: int | None = None) -> None:
         self._rng, self._random = np.random.default_rng(seed), RandomSampler(seed=seed)
+        self.promised: float | None = None  # what the last proposal is expected to add to the front's hypervolume
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters of the last finished trial."""

@@ -21,7 +21,9 @@ from nas.search.problem import Problem
 from nas.space import Vector
 
 Costs = Callable[[Ints], Floats]  # of vectors (N, L) to objectives (N, O); NaN for what is not known beforehand
-PROMISED = "promised"  # the system attribute of trials that holds `InformedSampler.promised`
+# A sampler's attribute, if it has one, and the system attribute of trials: what a proposal is expected to add to the
+# front's hypervolume, as a share of it; None where it comes from no model.
+PROMISED = "promised"
 COUNTED = (TrialState.COMPLETE, TrialState.RUNNING)  # the trials whose vectors are taken
 # budget=auto ends a search when so many proposals in a row promised less than this share of the front's hypervolume.
 _LEAST_PROMISED, _PATIENCE = 1e-4, 10
@@ -71,9 +73,6 @@ class InformedSampler(BaseSampler):
     permitted: Callable[[Ints], npt.NDArray[np.bool_]] | None = None  # which vectors of groups (N, L); None: all
     taken: Set[Vector] = frozenset()  # must not be proposed, beside the vectors of the study's trials
     evaluations: int | None = None  # how many the search will have; None: unknown
-    promised: float | None = (
-        None  # what the last proposal is expected to add to the front's hypervolume, as a share of it
-    )
 
 
 def has_converged(promised: Sequence[float | None]) -> bool:
@@ -148,7 +147,7 @@ class DistinctSampler(BaseSampler):
             )
             if vector not in taken:
                 break
-        self._note(study, trial, getattr(self._inner, "promised", None))
+        self._note(study, trial, getattr(self._inner, PROMISED, None))
         if vector in taken or not self.problem.keeps_limits(vector):
             rng = np.random.default_rng([self.seed, slot, _ATTEMPTS])
             vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)

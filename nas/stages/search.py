@@ -34,8 +34,8 @@ from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Objectives, Problem, Storage, search
-from nas.search.front_sampler import FrontSampler
 from nas.search.problem import EVERYTHING, parse_budget
+from nas.search.sampler import PROMISED
 from nas.space import SearchSpace, Vector, format_vector, parse_vector, searched_space
 from nas.stages.measure import find_latency
 from nas.stages.train import Training, find_supernet, inherited_loss, supernet_identity
@@ -116,7 +116,7 @@ def _prepare(config: Search, path: Path) -> _Prepared:
         raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
     make_sampler = build(config.sampler, _partial_=True)
     sampler = build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
-    if budget.auto and not isinstance(sampler, FrontSampler):
+    if budget.auto and not hasattr(sampler, PROMISED):
         raise UserError(
             f"budget=auto needs a sampler that expects something of its proposals, which {type(sampler).__name__} does "
             "not; use sampler=front, or give a number of evaluations"

@@ -21,7 +21,7 @@ from nas.model import Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import DEFAULT_SHARING, INIT_SHARING
 from nas.model.supernet import load_supernet, save_supernet
-from nas.quality import InheritedLoss, LossMemo, vector_losses
+from nas.quality import InheritedLoss, LossMemo, evaluated_in, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace
 from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
@@ -183,6 +183,7 @@ def inherited_loss(supernet: FinishedRun, data: TokenData, windows: int, runs_di
     length = supernet.config["train"]["length"] or supernet.config["space"]["max_position_embeddings"]
     windows_NT = validation_windows(data.validation, windows, length)
     device = training_device()
-    decisive = [supernet.digest(), list(windows_NT.shape), data.digest, *["fp16"] * (device.type == "cuda")]
+    decisive = [supernet.digest(), list(windows_NT.shape), data.digest]
+    decisive += [in_half] if (in_half := evaluated_in(device)) != "fp32" else []  # which it always was once
     memo = LossMemo(runs_dir / "cache" / f"losses-{value_hash(decisive)}.jsonl")
     return InheritedLoss(load_supernet(supernet, device), windows_NT, memo)
