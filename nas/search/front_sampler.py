@@ -7,11 +7,13 @@ sample. Of those that are new, the one of largest expected hypervolume improveme
 by costs that depend on counts alone. Where `FrontSampler.costs` does not tell these, the trials show which ones are.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import moocore
 import numpy as np
+import torch
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler
@@ -68,7 +70,8 @@ class FrontSampler(InformedSampler):
         known = self.costs
         costs = (lambda chosen: known(layers.levels_K[chosen]) * signs) if known else None
         self.promised = None
-        chosen = self._proposal(layers, vectors, values, costs)
+        with _one_thread():
+            chosen = self._proposal(layers, vectors, values, costs)
         return dict(zip(names, layers.levels_K[chosen].tolist(), strict=True))
 
     def _proposal(self, layers: Layers, vectors_NL: Ints, values_NO: Floats, costs: Costs | None) -> Ints:
@@ -115,6 +118,17 @@ class FrontSampler(InformedSampler):
         losses = [loss for model in models for loss in (model.mean(), model.draw(self._rng))]
         best = [layers.best(loss.penalties_LK, loss.couplings_MKK) for loss in losses]
         return np.concatenate(best or [layers.best(0.0)])
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """PyTorch on one thread: the model's matrices are small, and on many cores more time goes into waiting."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _most_promising(
