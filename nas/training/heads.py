@@ -47,8 +47,8 @@ def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
     attentions = (module for module in supernet.modules() if isinstance(module, Attention))
     for attention, choices in zip(attentions, supernet.space.choices, strict=True):
         if rows := sum(choices[:-1]) * attention.head_dim:
-            attention.k_proj = _PartlyTrained(attention.k_proj, rows)
-            attention.v_proj = _PartlyTrained(attention.v_proj, rows)
+            attention.k_proj = _PartlyTrained(attention.k_proj, rows)  # type: ignore[assignment]
+            attention.v_proj = _PartlyTrained(attention.v_proj, rows)  # type: ignore[assignment]
 
 
 def with_trained_heads(start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
