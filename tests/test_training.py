@@ -5,6 +5,9 @@ import itertools
 import json
 import operator
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +26,7 @@ from nas.quality import vector_losses
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
 from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
-from nas.training.loop import Microbatch, fit, full_state_dict, learning_rate_at, make_optimizer
+from nas.training.loop import Microbatch, fit, full_state_dict, learning_rate_at, make_optimizer, make_ready
 from nas.training.recipes import check_recipe, check_training_memory, distilled_loss, divergence, step_plan
 from tests.conftest import logits_at, random_supernet
 
@@ -136,7 +139,7 @@ def test_only_the_smaller_choices_heads_are_trained_and_kept_in_fp32(micro: Sear
     with torch.no_grad():
         before = logits_at(supernet, tokens, [micro.largest] * 2)
     train_smaller_heads(supernet, dtype)
-    trained = [parameter for parameter in supernet.parameters() if parameter.requires_grad]
+    trained = trained_of(supernet)
     assert sum(parameter.numel() for parameter in trained) == trained_parameters(micro)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     kept = {parameter.dtype for parameter in supernet.parameters() if not parameter.requires_grad}
@@ -160,6 +163,33 @@ def test_heads_that_are_trained_alone_are_validated_in_fp32_though_the_others_ar
         assert vector_losses(supernet, vectors, windows) == pytest.approx(before, rel=0.02)
         losses = supernet.decoder.token_losses(torch.randn(4, micro.shape.hidden_size), torch.arange(4))
     assert losses.dtype == torch.float32
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_with_heads_that_are_trained_alone_share_their_graphs(
+    micro: SearchSpace, monkeypatch: pytest.MonkeyPatch, recompute: bool
+) -> None:
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
+    supernet, tokens = random_supernet(micro, sharing="separate"), torch.randint(micro.shape.vocab_size, (2, 8))
+    train_smaller_heads(supernet, torch.float32)
+    wanted = logits_at(supernet, tokens, [micro.smallest] * 2)
+    make_ready(supernet, TrainConfig(compile=True, recompute=recompute))
+    logits = logits_at(supernet, tokens, [micro.smallest] * 2)
+    torch.testing.assert_close(logits, wanted)
+    gradients = [torch.autograd.grad(x.square().mean(), trained_of(supernet)) for x in (logits, wanted)]
+    torch.testing.assert_close(*gradients)
+    assert len(graphs) == 2  # into the first layer comes nothing that has a gradient
+
+
+def trained_of(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def test_the_microbatches_of_a_step_share_out_its_rows_once_each() -> None:
@@ -305,6 +335,8 @@ def test_a_frozen_model_takes_less_memory(micro: SearchSpace, monkeypatch: pytes
     parameters, trained = shape.parameters(vector), trained_parameters(micro)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     have = 2 * parameters + 16 * trained + 3 * 2 * shape.vocab_size  # bytes
+    wide = 2 * (shape.hidden_size + shape.num_attention_heads * shape.head_dim + shape.intermediate_size)
+    have += 2 * sum(wide + 2 * groups * shape.head_dim for groups in vector)
     for total in (have, have - 1):
         monkeypatch.setattr("psutil.virtual_memory", lambda total=total: SimpleNamespace(total=total))
         if total == have:
@@ -312,5 +344,6 @@ def test_a_frozen_model_takes_less_memory(micro: SearchSpace, monkeypatch: pytes
             with pytest.raises(UserError, match="training it takes at least"):
                 check_training_memory("it", rows, shape, vector)
         else:
+            check_training_memory("it", replace(rows, recompute=True), shape, vector, trained)
             with pytest.raises(UserError, match="training it takes at least"):
                 check_training_memory("it", rows, shape, vector, trained)

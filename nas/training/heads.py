@@ -7,26 +7,30 @@ like everything else and kept in the precision that computes.
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import register_parametrization
 
 from nas.model import Supernet
 from nas.model.decoder import Attention
 from nas.space import SearchSpace
 
 
-class _Rows(nn.Module):
-    """A weight or bias as its first rows and the others."""
+class _PartlyTrained(nn.Module):
+    """A linear layer as its first rows, which are trained, and the others: weights, then biases if it has any.
 
-    def __init__(self, rows: int) -> None:
+    A class of its own, and no parametrisation, which would be another class for every layer: the compiler could then
+    not share a graph between layers.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int) -> None:
         super().__init__()
-        self.rows = rows
+        whole = [parameter.detach() for parameter in linear.parameters()]
+        self.trained = nn.ParameterList(nn.Parameter(tensor[:rows].float()) for tensor in whole)
+        self.frozen = nn.ParameterList(nn.Parameter(tensor[rows:].clone(), requires_grad=False) for tensor in whole)
 
-    def forward(self, trained: Tensor, frozen: Tensor) -> Tensor:
-        return torch.cat((trained.to(frozen.dtype), frozen))
-
-    def right_inverse(self, whole: Tensor) -> tuple[Tensor, Tensor]:
-        return whole[: self.rows].clone(), whole[self.rows :].clone()
+    def forward(self, x: Tensor) -> Tensor:
+        pairs = zip(self.trained, self.frozen, strict=True)
+        return F.linear(x, *(torch.cat((trained.to(frozen.dtype), frozen)) for trained, frozen in pairs))
 
 
 def trained_parameters(space: SearchSpace) -> int:
@@ -42,20 +46,17 @@ def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
         parameter.data = parameter.data.to(dtype)
     attentions = (module for module in supernet.modules() if isinstance(module, Attention))
     for attention, choices in zip(attentions, supernet.space.choices, strict=True):
-        heads = sum(choices[:-1])
-        for linear in (attention.k_proj, attention.v_proj) if heads else ():
-            for name in [name for name, _ in linear.named_parameters()]:
-                register_parametrization(linear, name, _Rows(heads * attention.head_dim), unsafe=True)
-                trained = linear.get_parameter(f"parametrizations.{name}.original0")
-                trained.data = trained.data.float()
-                trained.requires_grad_(True)
+        if rows := sum(choices[:-1]) * attention.head_dim:
+            attention.k_proj = _PartlyTrained(attention.k_proj, rows)  # type: ignore[assignment]
+            attention.v_proj = _PartlyTrained(attention.v_proj, rows)  # type: ignore[assignment]
 
 
 def with_trained_heads(start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The decoder's state dict before `train_smaller_heads`, with the rows that were trained since."""
     state = {**start}
     for name, rows in trained.items():
-        if name.endswith(".original0"):  # and not what is tied to something frozen
-            plain = name.replace(".parametrizations", "").removesuffix(".original0")
+        layer, _, number = name.partition(".trained.")
+        if number:  # and not what is tied to something frozen
+            plain = f"{layer}.{('weight', 'bias')[int(number)]}"
             state[plain] = torch.cat((rows, start[plain][len(rows) :]))
     return state

@@ -131,10 +131,10 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     for layer in layers:
+        if config.compile:  # one by one: all of one shape share a graph, which is compiled faster than the model
+            layer.forward = torch.compile(layer.forward, fullgraph=True)  # type: ignore[method-assign]
         if config.recompute:
             layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
-        if config.compile:  # one by one: all of one shape share a graph, which is compiled faster than the model
-            layer.compile(fullgraph=True)
     if SIZE > 1 and config.parallel == "fsdp":
         for layer in layers:
             fully_shard(layer)

