@@ -162,12 +162,12 @@ def errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 def markdown(found: pd.DataFrame) -> str:
     """docs/latency.md's table: the workloads at which many vectors were timed."""
-    lines = ["| card | decode step | mean error | worst | uniform, worst | Kendall τ | short runs, mean |"]
+    lines = ["| card, hour (UTC) | decode step | mean error | worst | uniform, worst | Kendall τ | short runs, mean |"]
     lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
     for row in found[found["tau"].notna() & (found["phase"] == "decode")].to_dict("records"):
-        card = row["device"].split()[1]
+        session = f"{row['device'].split()[1]}, {row['date'][11:16]}"
         lines.append(
-            f"| {card} | batch {row['batch']}, context {row['length']} | {row['mean']:.2%} | {row['worst']:.2%} | "
+            f"| {session} | batch {row['batch']}, context {row['length']} | {row['mean']:.2%} | {row['worst']:.2%} | "
             f"{row['uniform_worst']:.2%} | {row['tau']:.3f} | {row['short_mean']:.2%} |"
         )
     return "\n".join(lines)
