@@ -126,10 +126,10 @@ def compare_trained(vectors: Sequence[str], before_VN: Floats, after_VN: Floats)
 
 def order_sentence(trained: pd.DataFrame) -> str:
     """How far the order of `compare_trained` changed."""
-    count, (all_, clear) = len(trained), trained[["flips", "flips_beyond_noise"]].sum() // 2
+    count, (flips, clear) = len(trained), trained[["flips", "flips_beyond_noise"]].sum().astype(int) // 2
     tau = kendall(trained["loss_before_nats"].to_numpy(), trained["loss_after_nats"].to_numpy())
     return (
-        f"Kendall's τ of inherited and trained losses is {tau:.2f}: {all_} of {count * (count - 1) // 2} pairs of "
+        f"Kendall's τ of inherited and trained losses is {tau:.2f}: {flips} of {count * (count - 1) // 2} pairs of "
         f"vectors changed their order, {clear} of them by more than two standard errors before and after"
     )
 

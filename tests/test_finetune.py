@@ -1,5 +1,6 @@
 """nas finetune of a whole front: the same as vector by vector, resumed where it was killed, and what it compares."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import sem
 
@@ -57,6 +59,20 @@ def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_killed(
     row = table.set_index("vector").loc[second]
     assert f"{row['loss_before_nats']:.4f} before, {row['loss_after_nats']:.4f} after" in alone.out
     assert nas("generate", f"checkpoint={killed / second}", "prompt=import", "new_tokens=2", "name=text").code == 0
+
+    report = ("report", "run=runs/search/base")
+    reported = nas(*report, f"trained={killed}", "name=both")
+    assert reported.code == 0, reported.err
+    assert order_sentence(table) in reported.out
+    assert Image.open(workspace.runs / "report/both/front_trained.png").width > 500
+    page = (workspace.runs / "report/both/report.html").read_text()
+    sentence = order_sentence(table).partition("'s ")[2]
+    assert all(words in page for words in (sentence, "loss_after_nats", "trained loss, rank"))
+    check_refusal(nas(*report, "trained=runs/finetune/alone"), ["trained one checkpoint=", "run=EXPORT_RUN"])
+    shutil.copytree(workspace.runs / "search/base", workspace.runs / "search/other")
+    mark = workspace.runs / "search/other/complete.json"
+    mark.write_text(mark.read_text() + "\n")
+    check_refusal(nas("report", "run=runs/search/other", f"trained={killed}"), ["trained vectors of", "search/base"])
 
 
 @given(st.integers(2, 6), st.integers(2, 9), st.integers(0, 2**20))
