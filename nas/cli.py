@@ -35,6 +35,7 @@ _USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
   nas report   run=runs/search/NAME                draw the figures of a search or of a sweep
   nas export   run=runs/search/NAME select=all     write model directories
   nas finetune checkpoint=DIR                      go on training an exported model
+  nas finetune run=runs/export/NAME                all models of an export, each on the same batches: a new ranking
   nas generate checkpoint=DIR prompt=TEXT          continue a prompt with one
   nas fidelity supernet=runs/train/NAME            train some vectors: does the supernet rank them rightly?
 

@@ -177,6 +177,7 @@ class Search(LatencyParts, Train):
 class Report(StageConfig):
     run: str = MISSING
     reference: str | None = None  # a search whose front the others are measured by, such as an exhaustive one
+    trained: str | None = None  # a nas finetune run of an export of it: losses before and after are drawn, too
 
 
 @dataclass
@@ -188,7 +189,8 @@ class Export(StageConfig):
 
 @dataclass
 class Finetune(StageConfig):
-    checkpoint: str = MISSING
+    checkpoint: str | None = None  # an exported model; or
+    run: str | None = None  # a nas export run: all of its vectors, each on the same batches
     from_scratch: bool = False
     data: dict[str, Any] = MISSING
     tokenizer: str | None = None  # as for nas train; null: the checkpoint's, else one is trained

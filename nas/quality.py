@@ -45,11 +45,15 @@ def row_losses(logits_BTW: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
-    """Mean loss (nats per token), on windows of T + 1 ids, of a model from ids (rows, T) to logits (rows, T, V)."""
+def plain_losses(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> Tensor:
+    """Losses (N,), nats per token, on windows of T + 1 ids, of a model from ids (rows, T) to logits (rows, T, W)."""
     rows = max(1, _TOKENS // windows_NT.shape[1])
-    losses = [row_losses(logits_of(windows[:, :-1]), windows[:, 1:]) for windows in windows_NT.split(rows)]
-    return float(torch.cat(losses).double().mean())
+    return torch.cat([row_losses(logits_of(part[:, :-1]), part[:, 1:]) for part in windows_NT.split(rows)])
+
+
+def mean_loss(logits_of: Callable[[Tensor], Tensor], windows_NT: Tensor) -> float:
+    """The mean of `plain_losses`."""
+    return float(plain_losses(logits_of, windows_NT).double().mean())
 
 
 def vector_losses(supernet: Supernet, vectors: Sequence[Vector], windows_NT: Tensor) -> list[float]:

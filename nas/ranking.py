@@ -5,6 +5,8 @@ The trainings happen in the stage. A *measurement* is one loss of one vector (``
 ``steps`` are that training's. ``equal_total`` marks the set of vectors in which all have the same total of groups.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
@@ -21,6 +23,8 @@ PREDICTORS = {"inherited": "inherited loss", "total": "total of groups"}
 TRUTHS = {"alone": "trained alone", "further": "trained further"}  # which starts from the inherited weights
 AGREEMENT = ["truth", "among", "predictor", "vectors", "seeds", "tau", "low", "high"]
 AGREEMENT += ["by_chance", "corrected", "p", "one_seed", "ceiling"]
+TRAINED = ["vector", "loss_before_nats", "loss_after_nats", "rank_before", "rank_after"]
+TRAINED += ["se_before_nats", "se_after_nats", "flips", "flips_beyond_noise"]
 _UNKNOWN = (np.nan, np.nan, np.nan)
 _RESAMPLES = 2000
 _ATTEMPTS = 1000
@@ -92,6 +96,42 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def kendall(predicted: Floats, true: Floats) -> float:
     """Kendall's τ-b; NaN where one side is constant."""
     return float(kendalltau(predicted, true).statistic) if len(true) > 1 else np.nan
+
+
+def compare_trained(vectors: Sequence[str], before_VN: Floats, after_VN: Floats) -> pd.DataFrame:
+    """What a training did to the order of V vectors, by their losses on the same N windows.
+
+    Returns:
+        Rows with the columns `TRAINED`, lowest loss before first. Ranks begin at 1. Standard errors are those of the
+        difference to the first row's loss. ``flips`` counts the other vectors with which one changed its order, and
+        ``flips_beyond_noise`` those from which it differs by more than two standard errors both before and after.
+    """
+    order = np.argsort(before_VN.mean(axis=1), kind="stable")
+    table = pd.DataFrame({"vector": [vectors[at] for at in order]})
+    signs, clear = [], []
+    for when, losses_VN in (("before", before_VN[order]), ("after", after_VN[order])):
+        means, covariance = losses_VN.mean(axis=1), np.atleast_2d(np.cov(losses_VN, ddof=0))
+        variances = np.diag(covariance)
+        with np.errstate(invalid="ignore"):  # a single window tells no error
+            errors = np.sqrt((variances[:, None] + variances - 2 * covariance).clip(0) / (losses_VN.shape[1] - 1))
+        differences = means[:, None] - means
+        signs.append(np.sign(differences))
+        clear.append(abs(differences) > 2 * errors)
+        ranks = pd.Series(means).rank(method="min").astype(int)
+        table = table.assign(**{f"loss_{when}_nats": means, f"rank_{when}": ranks, f"se_{when}_nats": errors[:, 0]})
+    flipped = signs[0] * signs[1] < 0
+    table["flips"], table["flips_beyond_noise"] = flipped.sum(axis=1), (flipped & clear[0] & clear[1]).sum(axis=1)
+    return table[TRAINED]
+
+
+def order_sentence(trained: pd.DataFrame) -> str:
+    """How far the order of `compare_trained` changed."""
+    count, (flips, clear) = len(trained), trained[["flips", "flips_beyond_noise"]].sum().astype(int) // 2
+    tau = kendall(trained["loss_before_nats"].to_numpy(), trained["loss_after_nats"].to_numpy())
+    return (
+        f"Kendall's τ of inherited and trained losses is {tau:.2f}: {flips} of {count * (count - 1) // 2} pairs of "
+        f"vectors changed their order, {clear} of them by more than two standard errors before and after"
+    )
 
 
 def bootstrap_interval(predicted: Floats, losses_VS: Floats, seed: int) -> tuple[float, float]:

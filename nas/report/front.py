@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from nas.metrics import METRICS
+from nas.ranking import order_sentence
 from nas.report.figure import COLOURS, GREY
 from nas.search.pareto import Objectives
 from nas.space import Vector, format_vector, parse_vector
@@ -71,6 +72,25 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
     for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
         timed = METRICS[name].unit in ("ms", "tokens/s")
         set_label(METRICS[name].label + (f" — {source}" if timed else ""))
+
+
+def draw_trained(drawing: Figure, trained: pd.DataFrame, objectives: Objectives) -> None:
+    """Losses before and after a training against the first cost; ``trained`` has columns of `compare_trained` too.
+
+    Each has a panel, for the training lowers all losses by far more than they differ; numbers are ranks before it.
+    """
+    cost = next(name for name in objectives.names if name != "loss_nats")
+    drawing.set_figwidth(9.6)
+    source = " and ".join(sorted(trained["latency_source"].unique()))
+    panels = drawing.subplots(1, 2, sharex=True)
+    for axes, when, label, colour in zip(panels, ("before", "after"), ("inherited", "trained"), COLOURS, strict=False):
+        losses, errors = trained[f"loss_{when}_nats"], trained[f"se_{when}_nats"]
+        axes.errorbar(trained[cost], losses, errors, fmt="o", ms=4, color=colour)
+        for row in trained.to_dict("records"):
+            at = row[cost], row[f"loss_{when}_nats"]
+            axes.annotate(f"{row['rank_before']:.0f}", at, (4, 4), textcoords="offset points", fontsize=7, color=GREY)
+        axes.set(xlabel=f"{METRICS[cost].label} — {source}", ylabel=f"{label} validation loss (nats/token)")
+    panels[0].set_title(order_sentence(trained), fontsize=7, loc="left", in_layout=False)
 
 
 def attained(runs: Iterable[tuple[str, pd.DataFrame]], costs: Sequence[str]) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from bokeh.events import DocumentReady
 from bokeh.resources import INLINE
 
 from nas.metrics import METRICS, PAIRED_SE
+from nas.ranking import TRAINED, order_sentence
 from nas.report import views
 from nas.report.views import Page, costs, origin
 from nas.search import Objectives
@@ -123,10 +124,14 @@ _PANELS = {
 
 def _front_note(found: Page) -> str:
     """What the marks of the front mean."""
-    line = "the best loss that is evaluated within each cost"
+    line, trained = "the best loss that is evaluated within each cost", ""
+    if "loss_after_nats" in found.vectors:
+        trained = " " + order_sentence(found.vectors.dropna(subset=TRAINED)) + " (triangles: the trained losses)."
     if len(found.labels) == 1:
-        return f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
-    return f"Every point is an evaluated vector. Lines: {line}, median over runs, with the range of the runs."
+        note = f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
+    else:
+        note = f"Every point is an evaluated vector. Lines: {line}, median over runs, with the range of the runs."
+    return note + trained
 
 
 def _runs_note(found: Page) -> str:

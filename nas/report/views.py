@@ -156,6 +156,17 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
         on_front = bm.CDSView(filter=bm.BooleanFilter(found.vectors["on_front"].tolist()))
         interval = plot.segment(**ends, source=source, view=on_front, line_color="colour", line_alpha=0.5)
         shown.append(("decode_ms", interval))
+    if "loss_after_nats" in found.vectors:
+        ends = {"x0": "x", "x1": "x", "y0": "loss_before_nats", "y1": "loss_after_nats"}
+        plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
+        look = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
+        trained = plot.scatter("x", "loss_after_nats", source=source, **look)
+        said = [("vector", "@vector")]
+        said += [
+            (f"{name} loss, rank", f"@loss_{when}_nats{{0.00000}}, @rank_{when}")
+            for name, when in (("inherited", "before"), ("trained", "after"))
+        ]
+        plot.add_tools(bm.HoverTool(renderers=[trained], tooltips=said))
     points = _scatter(plot, source, "x", LOSS, legend_group="kind")
     plot.add_tools(bm.HoverTool(renderers=[points], **hover))
     named = bm.CDSView(filter=bm.BooleanFilter((found.vectors["name"] != "").tolist()))

@@ -118,6 +118,12 @@ def model_card(row: Mapping[Hashable, Any], search: FinishedRun) -> dict[str, st
     }
 
 
+def exported_models(folder: Path) -> list[Path]:
+    """The directory itself, or those of the models that it holds, in hf/ if there are several formats."""
+    files = ([*folder.glob(f"{below}{CONFIG}")] for below in ("", "*/", "hf/*/"))
+    return sorted(file.parent for file in next(filter(None, files), []))
+
+
 def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, dict[str, FinishedRun]]:
     """An exported model's directory, and as parent the run that wrote it if it still lies there, its files verified.
 
@@ -125,14 +131,13 @@ def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, di
     Without weights the configuration is enough.
     """
     folder = Path(reference)
-    below = ("", "*/", "hf/*/")
-    found = next((files for at in below if (files := sorted(folder.glob(f"{at}{CONFIG}")))), [])
+    found = exported_models(folder)
     if not found:
         raise UserError(
             f"checkpoint {folder} does not exist or has no {CONFIG}; give a directory that 'nas export' or "
             "'nas finetune' wrote"
         )
-    source = found[0].parent
+    source = found[0]
     if len(found) > 1:
         raise UserError(f"checkpoint {folder} holds {len(found)} models; give one of them, such as {source}")
     writer = next((FinishedRun(at) for at in list(source.parents)[:2] if is_run(at)), None)

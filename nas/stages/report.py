@@ -20,8 +20,18 @@ from nas.files import read_csv, write_atomically, write_csv
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.metrics import LIMITS
+from nas.ranking import TRAINED, order_sentence
 from nas.report.figure import figure
-from nas.report.front import attained, draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
+from nas.report.front import (
+    attained,
+    draw_front,
+    draw_groups,
+    draw_trained,
+    front_points,
+    front_table,
+    gain_sentence,
+    group_matrix,
+)
 from nas.report.hypervolume import curves, draw_hypervolume, reference_text
 from nas.report.learned import learned
 from nas.report.page import draw_page
@@ -45,15 +55,30 @@ def run(config: Report, path: Path) -> None:
     parents = {f"search_{index}": search for index, search in enumerate(searches)}
     if config.reference:
         parents["reference"] = FinishedRun(Path(config.reference), "search")
-    _check_comparable([*parents.values()])
-    with start_run(path, "report", {"run": config.run, "reference": config.reference}, parents=parents) as run:
-        _draw(searches, [*parents.values()], path)
+    known = [*parents.values()]
+    _check_comparable(known)
+    if config.trained:
+        parents["trained"] = FinishedRun(Path(config.trained), "finetune")
+        trained = _trained(parents["trained"], searches)
+    resolved = {key: getattr(config, key) for key in ("run", "reference", "trained")}
+    with start_run(path, "report", resolved, parents=parents) as run:
+        _draw(searches, known, trained if config.trained else None, path)
         run.finish()
     console.print("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
     console.print(f"To explore in a browser: {path / 'report.html'}")
 
 
-def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> None:
+def _trained(finetuned: FinishedRun, searches: list[FinishedRun]) -> pd.DataFrame:
+    """What `nas finetune` made of vectors of one of the searches."""
+    if "export" not in finetuned.parents:
+        raise UserError(f"trained={finetuned.path} trained one checkpoint=; give a run of nas finetune run=EXPORT_RUN")
+    search = finetuned.parent("export").parent("search")
+    if search.digest() not in [each.digest() for each in searches]:
+        raise UserError(f"trained={finetuned.path} trained vectors of {search.path}; report that search")
+    return read_csv(finetuned.artifact("front_trained.csv"), TRAINED)[TRAINED]
+
+
+def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.DataFrame | None, path: Path) -> None:
     """Draws the searches. The ``known`` ones, which begin with them, make the best known front."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
@@ -72,6 +97,10 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
 
     with draw(path / "front", f"{name}: Pareto front") as drawing:
         draw_front(drawing, points, objectives)
+    if trained is not None:
+        points = points.merge(trained, on="vector", how="left")
+        with draw(path / "front_trained", f"{name}: losses before and after training") as drawing:
+            draw_trained(drawing, points.dropna(subset=TRAINED), objectives)
     with draw(path / "groups", f"{name}: KV groups along the front") as drawing:
         draw_groups(drawing, group_matrix(front))
 
@@ -93,6 +122,8 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], path: Path) -> 
     console.print(front_table(front, objectives))
     uniform = set(map(format_vector, space.uniform_vectors()))
     console.print(gain_sentence(everything, uniform))
+    if trained is not None:
+        console.print(order_sentence(trained))
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
     qualities = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(qualities).assign(label=labels, run=[search.path.name for search in searches])

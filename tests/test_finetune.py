@@ -1,0 +1,124 @@
+"""nas finetune of a whole front: the same as vector by vector, resumed where it was killed, and what it compares."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from scipy.stats import sem
+
+from nas.export.hf import HfExporter
+from nas.ranking import TRAINED, compare_trained, order_sentence
+from nas.space import format_vector
+from tests.conftest import Nas, Workspace, read_metrics
+from tests.helpers import TRAINING, check_refusal, kill_when
+
+
+@pytest.fixture
+def front(nas: Nas, workspace: Workspace) -> Path:
+    """An export run of the searched front."""
+    assert nas("export", "run=runs/search/base", "name=front").code == 0
+    return workspace.runs / "export/front"
+
+
+def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_killed(
+    nas: Nas, workspace: Workspace, front: Path
+) -> None:
+    data = ("data=text", workspace.arguments[2])
+    command = ["finetune", f"run={front}", *data, *TRAINING, "train.steps=40", "train.learning_rate=3e-3"]
+    names = sorted(folder.name for folder in front.glob("*/"))
+    killed, second = workspace.runs / "finetune/killed", names[1]
+    kill_when(
+        [*command, "name=killed"],
+        workspace.path,
+        lambda: any(entry["step"] > 8 for entry in read_metrics(killed / "trainings" / second)),
+    )
+    first = (killed / names[0] / "model.safetensors").stat().st_mtime_ns
+    done = nas(*command, "name=killed")
+    assert done.code == 0, done.err
+    assert "Kendall's τ of inherited and trained losses" in done.out
+    assert names[0] not in done.out  # it was finished
+    assert (killed / names[0] / "model.safetensors").stat().st_mtime_ns == first
+    assert not list(killed.rglob("checkpoint.pt"))
+    table = pd.read_csv(killed / "front_trained.csv")
+    assert list(table.columns[: len(TRAINED)]) == TRAINED
+    assert set(table["vector"]) == {format_vector(HfExporter().read(front / name).kv_heads) for name in names}
+
+    alone = nas("finetune", f"checkpoint={front / second}", *command[2:], "name=alone")
+    assert alone.code == 0, alone.err
+    ours, theirs = (
+        load_file(folder / "model.safetensors") for folder in (killed / second, workspace.runs / "finetune/alone/model")
+    )
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    row = table.set_index("vector").loc[second]
+    assert f"{row['loss_before_nats']:.4f} before, {row['loss_after_nats']:.4f} after" in alone.out
+    assert nas("generate", f"checkpoint={killed / second}", "prompt=import", "new_tokens=2", "name=text").code == 0
+
+    report = ("report", "run=runs/search/base")
+    reported = nas(*report, f"trained={killed}", "name=both")
+    assert reported.code == 0, reported.err
+    assert order_sentence(table) in reported.out
+    assert Image.open(workspace.runs / "report/both/front_trained.png").width > 500
+    page = (workspace.runs / "report/both/report.html").read_text()
+    sentence = order_sentence(table).partition("'s ")[2]
+    assert all(words in page for words in (sentence, "loss_after_nats", "trained loss, rank"))
+    check_refusal(nas(*report, "trained=runs/finetune/alone"), ["trained one checkpoint=", "run=EXPORT_RUN"])
+    shutil.copytree(workspace.runs / "search/base", workspace.runs / "search/other")
+    mark = workspace.runs / "search/other/complete.json"
+    mark.write_text(mark.read_text() + "\n")
+    check_refusal(nas("report", "run=runs/search/other", f"trained={killed}"), ["trained vectors of", "search/base"])
+
+
+@given(st.integers(2, 6), st.integers(2, 9), st.integers(0, 2**20))
+def test_flips_ranks_and_errors_are_those_of_pair_by_pair(vectors: int, windows: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    common = generator.normal(size=windows)
+    before, after = (
+        common + generator.normal(0.3, size=(vectors, 1)) + 0.3 * generator.normal(size=(vectors, windows))
+        for _ in range(2)
+    )
+    table = compare_trained([str(vector) for vector in range(vectors)], before, after)
+    assert table["loss_before_nats"].is_monotonic_increasing
+    first = int(table["vector"][0])
+    flips, clear = 0, 0
+    for row in table.to_dict("records"):
+        own, others = int(row["vector"]), [other for other in range(vectors) if other != int(row["vector"])]
+        changed = [
+            other for other in others if (before[own] - before[other]).mean() * (after[own] - after[other]).mean() < 0
+        ]
+        sure = [
+            other
+            for other in changed
+            if all(abs((x[own] - x[other]).mean()) > 2 * sem(x[own] - x[other]) for x in (before, after))
+        ]
+        assert (row["flips"], row["flips_beyond_noise"]) == (len(changed), len(sure))
+        for when, losses in (("before", before), ("after", after)):
+            assert row[f"rank_{when}"] == 1 + sum(losses[other].mean() < losses[own].mean() for other in others)
+            assert row[f"loss_{when}_nats"] == pytest.approx(losses[own].mean())
+            assert row[f"se_{when}_nats"] == pytest.approx(sem(losses[own] - losses[first]), abs=1e-7)
+        flips, clear = flips + len(changed), clear + len(sure)
+    pairs = vectors * (vectors - 1) // 2
+    words = f": {flips // 2} of {pairs} pairs of vectors changed their order, {clear // 2} of them"
+    assert words in order_sentence(table)
+
+
+def test_a_single_window_tells_no_noise() -> None:
+    table = compare_trained(["1", "2"], np.array([[1.0], [2.0]]), np.array([[2.0], [1.0]]))
+    assert table["flips"].tolist() == [1, 1]
+    assert table["flips_beyond_noise"].tolist() == [0, 0]
+
+
+@pytest.mark.usefixtures("workspace")
+def test_one_model_or_a_run_is_asked_for(nas: Nas) -> None:
+    for words in ((), ("run=runs/export/x", "checkpoint=runs/export/x/4-4-4")):
+        check_refusal(nas("finetune", *words), ["give either checkpoint=", "run="])
+    check_refusal(nas("finetune", "run=runs/search/base"), ["written by 'nas search'", "give a export run"])
+    assert nas("export", "run=runs/search/base", "select=knee", "export=gguf", "name=other").code == 0
+    check_refusal(nas("finetune", "run=runs/export/other"), ["no models in Hugging Face's format", "export=hf"])
+    check_refusal(nas("finetune", "run=runs/export/other", "from_scratch=true"), ["from_scratch=true", "checkpoint="])
