@@ -24,18 +24,19 @@ def transformers(folder: str, reference: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", getattr(torch, reference["dtype"])
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval().to(device)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     tokens = []
     with torch.no_grad():
         for prompt in reference["prompts"]:
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=device)
             new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=reference["new"])
             tokens.append(new[0, len(prompt) :].tolist())
-        passed = model(torch.tensor([reference["ids"]]), use_cache=True)
+        passed = model(torch.tensor([reference["ids"]], device=device), use_cache=True)
     return {
         "tokens": tokens,
-        "log_probabilities": passed.logits[0].log_softmax(-1).tolist(),
+        "log_probabilities": passed.logits[0].float().log_softmax(-1).tolist(),
         "texts": [tokenizer(text).input_ids for text in reference["texts"]],
         "kv_heads": [layer.keys.shape[1] for layer in passed.past_key_values.layers],
     }
@@ -124,10 +125,12 @@ def llama_cpp(folder: str, reference: dict[str, Any], flash_attention: bool = Tr
 
 def vllm(folder: str, reference: dict[str, Any]) -> dict[str, Any]:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    os.environ["TRITON_F32_DEFAULT"] = "ieee"  # or attention in fp32 multiplies in TF32 on a GPU
     from vllm import LLM, SamplingParams
 
-    llm = LLM(folder, trust_remote_code=True, dtype="float32", enforce_eager=True)
+    memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}  # several share a GPU; not read on a CPU
+    llm = LLM(folder, trust_remote_code=True, dtype=reference["dtype"], enforce_eager=True, **memory)
     cache = llm.llm_engine.vllm_config.cache_config
     prompts = [{"prompt_token_ids": prompt} for prompt in reference["prompts"]]
     greedy = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=reference["new"]))
@@ -168,14 +171,15 @@ def megatron(folder: str, reference: dict[str, Any]) -> dict[str, Any]:  # noqa:
 
 ENGINES: dict[str, tuple[Callable[[str, dict[str, Any]], dict[str, Any]], str]] = {
     "transformers": (transformers, "transformers"),
-    "mlx-lm": (mlx, "mlx-lm"),
+    "mlx-lm": (mlx, "mlx_lm"),
     "llama.cpp": (llama_cpp, "xllamacpp"),
     "llama.cpp without flash attention": (partial(llama_cpp, flash_attention=False), "xllamacpp"),
-    "vllm": (vllm, "vllm-cpu"),
-    "megatron-core": (megatron, "megatron-core"),
+    "vllm": (vllm, "vllm"),
+    "megatron-core": (megatron, "megatron"),
 }
 
 if __name__ == "__main__":
-    run, package = ENGINES[sys.argv[1]]
+    run, module = ENGINES[sys.argv[1]]
+    package = importlib.metadata.packages_distributions()[module][0]  # vllm's is vllm, or vllm-cpu
     print(json.dumps({"version": f"{package} {importlib.metadata.version(package)}"}), flush=True)
     print(json.dumps(run(sys.argv[2], json.loads(Path(sys.argv[3]).read_text()))))

