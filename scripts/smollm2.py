@@ -52,7 +52,7 @@ from nas.model.pretrained import read_checkpoint
 from nas.model.supernet import load_supernet
 from nas.quality import InheritedLoss, LossMemo, on_tensor_cores
 from nas.run import FinishedRun, origin, start_run
-from nas.space import Totals, Vector, format_vector, parse_vector
+from nas.space import Totals, format_vector, parse_vector
 from nas.stages.train import load_checkpoint
 from nas.training.loop import training_device
 
@@ -155,14 +155,17 @@ def vectors(work: Work) -> pd.DataFrame:
     rows = [{"kind": "largest", "vector": format_vector(space.largest)}]
     rows += [{"kind": "smallest", "vector": format_vector(space.smallest)}]
     rows += [{"kind": "front", "vector": vector} for vector in front["vector"]]
+    fronts, totals = list(map(parse_vector, front["vector"])), Totals(space.choices)
     for number, (share, part) in enumerate(SHARES.items()):
-        chosen = front[front["kv_bytes_per_token"] <= part * front["kv_bytes_per_token"].max()].iloc[0]["vector"]
-        total, rng = sum(parse_vector(chosen)), np.random.default_rng(number)
-        drawn: list[Vector] = [parse_vector(chosen)]
-        while len(drawn) <= work.settings.random:
-            drawn += set(Totals(space.choices).draw([total], rng)).difference(drawn)
-        rows += [{"kind": "chosen", "vector": chosen, "share": share}]
-        rows += [{"kind": "random", "vector": format_vector(vector), "share": share} for vector in drawn[1:]]
+        chosen = next(vector for vector in fronts if sum(vector) < part * sum(space.largest) + 0.5)
+        drawn, rng = [chosen], np.random.default_rng(number)
+        while len(drawn) <= min(work.settings.random, totals.counts[sum(chosen)] - 1):
+            drawn += set(totals.draw([sum(chosen)], rng)).difference(drawn)
+        kinds = ["chosen"] + ["random"] * (len(drawn) - 1)
+        rows += [
+            {"kind": kind, "vector": format_vector(vector), "share": share}
+            for kind, vector in zip(kinds, drawn, strict=True)
+        ]
     return pd.DataFrame(rows)
 
 
@@ -352,7 +355,7 @@ def main() -> None:
 
 SETTINGS = {
     "steps": 400,  # of the supernet
-    "rate": 2e-3,
+    "rate": 1e-3,
     "batch": 8,
     "length": 2048,  # of the texts for training, validation and test
     "windows": 48,  # of the validation split
