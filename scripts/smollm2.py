@@ -356,9 +356,9 @@ def main() -> None:
 SETTINGS = {
     "steps": 400,  # of the supernet
     "rate": 1e-3,
-    "batch": 8,
-    "length": 2048,  # of the texts for training, validation and test
-    "windows": 48,  # of the validation split
+    "batch": 16,
+    "length": 1024,  # of the texts for training, validation and test
+    "windows": 96,  # of the validation split
     "test_windows": 10_000,  # at most
     "characters": 10**9,  # of the training split, at most
     "budget": 100,
