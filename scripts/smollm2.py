@@ -195,13 +195,14 @@ def finetune(work: Work) -> None:
     supernet_run, search_run, device = work.finished("train"), work.finished("search"), training_device()
     table = pd.read_csv(work.out / "test.csv").query("state == 'trained'")
     random = table[table["kind"] == "random"].sort_values("loss_nats").drop_duplicates("share")
-    selected = pd.concat([table[table["kind"].isin(["largest", "chosen"])], random]).drop_duplicates("vector")
+    selected = pd.concat([table[table["kind"].isin(["largest", "chosen"])], random])
+    names = list(selected["vector"].unique())
     export, given = work.runs / "export" / NAME, work.settings
     if not (export / "complete.json").is_file():
         supernet = load_supernet(supernet_run, torch.device("cpu"))
         parents = {"search": search_run, "supernet": supernet_run}
-        with start_run(export, "export", {"run": NAME, "select": list(selected["vector"])}, parents=parents) as run:
-            for vector in selected["vector"]:
+        with start_run(export, "export", {"run": NAME, "select": names}, parents=parents) as run:
+            for vector in names:
                 plain = supernet.extract(parse_vector(vector))
                 tokenizer = supernet_run.artifact("tokenizer.json")
                 HfExporter().write(plain, tokenizer, export / vector.replace("-", "_"), {"KV groups by layer": vector})
@@ -213,7 +214,7 @@ def finetune(work: Work) -> None:
     more = [f"distill={work.model}"] if distilled else []
     work.command("finetune", f"run={export}", *more, *(f"train.{name}={value}" for name, value in options.items()))
     losses, windows = {}, work.test_windows().to(device)
-    for vector in selected["vector"]:
+    for vector in names:
         folder = work.runs / "finetune" / NAME / vector.replace("-", "_")
         losses[vector] = test_loss(HfExporter().read(folder).to(device), windows)
     tuned = selected.assign(state="finetuned", loss_nats=selected["vector"].map(losses))
