@@ -290,7 +290,7 @@ def markdown(losses: pd.DataFrame) -> str:
     """Two tables: one head and three heads everywhere; three shares of the KV bytes."""
 
     def shown(rows: pd.DataFrame) -> str:
-        return f"{rows['perplexity'].min():.2f} (+{100 * rows['over_checkpoint'].min():.1f} %)" if len(rows) else "–"
+        return f"{rows['perplexity'].min():.2f} ({100 * rows['over_checkpoint'].min():+.1f} %)" if len(rows) else "–"
 
     def of(state: str, kind: str, share: str | None = None) -> pd.DataFrame:
         rows = losses[(losses["state"] == state) & (losses["kind"] == kind)]
