@@ -52,7 +52,7 @@ from nas.model.pretrained import read_checkpoint
 from nas.model.supernet import load_supernet
 from nas.quality import InheritedLoss, LossMemo, on_tensor_cores
 from nas.run import FinishedRun, origin, start_run
-from nas.space import Totals, Vector, format_vector, parse_vector
+from nas.space import Totals, format_vector, parse_vector
 from nas.stages.train import load_checkpoint
 from nas.training.loop import training_device
 
@@ -155,14 +155,17 @@ def vectors(work: Work) -> pd.DataFrame:
     rows = [{"kind": "largest", "vector": format_vector(space.largest)}]
     rows += [{"kind": "smallest", "vector": format_vector(space.smallest)}]
     rows += [{"kind": "front", "vector": vector} for vector in front["vector"]]
+    fronts, totals = list(map(parse_vector, front["vector"])), Totals(space.choices)
     for number, (share, part) in enumerate(SHARES.items()):
-        chosen = front[front["kv_bytes_per_token"] <= part * front["kv_bytes_per_token"].max()].iloc[0]["vector"]
-        total, rng = sum(parse_vector(chosen)), np.random.default_rng(number)
-        drawn: list[Vector] = [parse_vector(chosen)]
-        while len(drawn) <= work.settings.random:
-            drawn += set(Totals(space.choices).draw([total], rng)).difference(drawn)
-        rows += [{"kind": "chosen", "vector": chosen, "share": share}]
-        rows += [{"kind": "random", "vector": format_vector(vector), "share": share} for vector in drawn[1:]]
+        chosen = next(vector for vector in fronts if sum(vector) < part * sum(space.largest) + 0.5)
+        drawn, rng = [chosen], np.random.default_rng(number)
+        while len(drawn) <= min(work.settings.random, totals.counts[sum(chosen)] - 1):
+            drawn += set(totals.draw([sum(chosen)], rng)).difference(drawn)
+        kinds = ["chosen"] + ["random"] * (len(drawn) - 1)
+        rows += [
+            {"kind": kind, "vector": format_vector(vector), "share": share}
+            for kind, vector in zip(kinds, drawn, strict=True)
+        ]
     return pd.DataFrame(rows)
 
 
@@ -192,13 +195,14 @@ def finetune(work: Work) -> None:
     supernet_run, search_run, device = work.finished("train"), work.finished("search"), training_device()
     table = pd.read_csv(work.out / "test.csv").query("state == 'trained'")
     random = table[table["kind"] == "random"].sort_values("loss_nats").drop_duplicates("share")
-    selected = pd.concat([table[table["kind"].isin(["largest", "chosen"])], random]).drop_duplicates("vector")
+    selected = pd.concat([table[table["kind"].isin(["largest", "chosen"])], random])
+    names = list(selected["vector"].unique())
     export, given = work.runs / "export" / NAME, work.settings
     if not (export / "complete.json").is_file():
         supernet = load_supernet(supernet_run, torch.device("cpu"))
         parents = {"search": search_run, "supernet": supernet_run}
-        with start_run(export, "export", {"run": NAME, "select": list(selected["vector"])}, parents=parents) as run:
-            for vector in selected["vector"]:
+        with start_run(export, "export", {"run": NAME, "select": names}, parents=parents) as run:
+            for vector in names:
                 plain = supernet.extract(parse_vector(vector))
                 tokenizer = supernet_run.artifact("tokenizer.json")
                 HfExporter().write(plain, tokenizer, export / vector.replace("-", "_"), {"KV groups by layer": vector})
@@ -210,7 +214,7 @@ def finetune(work: Work) -> None:
     more = [f"distill={work.model}"] if distilled else []
     work.command("finetune", f"run={export}", *more, *(f"train.{name}={value}" for name, value in options.items()))
     losses, windows = {}, work.test_windows().to(device)
-    for vector in selected["vector"]:
+    for vector in names:
         folder = work.runs / "finetune" / NAME / vector.replace("-", "_")
         losses[vector] = test_loss(HfExporter().read(folder).to(device), windows)
     tuned = selected.assign(state="finetuned", loss_nats=selected["vector"].map(losses))
@@ -286,7 +290,7 @@ def markdown(losses: pd.DataFrame) -> str:
     """Two tables: one head and three heads everywhere; three shares of the KV bytes."""
 
     def shown(rows: pd.DataFrame) -> str:
-        return f"{rows['perplexity'].min():.2f} (+{100 * rows['over_checkpoint'].min():.1f} %)" if len(rows) else "–"
+        return f"{rows['perplexity'].min():.2f} ({100 * rows['over_checkpoint'].min():+.1f} %)" if len(rows) else "–"
 
     def of(state: str, kind: str, share: str | None = None) -> pd.DataFrame:
         rows = losses[(losses["state"] == state) & (losses["kind"] == kind)]
@@ -352,10 +356,10 @@ def main() -> None:
 
 SETTINGS = {
     "steps": 400,  # of the supernet
-    "rate": 2e-3,
-    "batch": 8,
-    "length": 2048,  # of the texts for training, validation and test
-    "windows": 48,  # of the validation split
+    "rate": 1e-3,
+    "batch": 16,
+    "length": 1024,  # of the texts for training, validation and test
+    "windows": 96,  # of the validation split
     "test_windows": 10_000,  # at most
     "characters": 10**9,  # of the training split, at most
     "budget": 100,
