@@ -330,7 +330,8 @@ def main() -> None:
     running.add_argument("model", type=Path)
     running.add_argument("text", type=Path, help="folder with WikiText-2's {train,valid,test}.txt.xz")
     running.add_argument("work", type=Path, help="gets runs/ and the losses of the test split")
-    running.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    every = (*PARTS[:-2], "table", *PARTS[-2:])  # what is there stays, should finetuning fail
+    running.add_argument("--parts", nargs="+", choices=PARTS, default=every)
     running.add_argument("--docs", type=Path, default=DOCS, help="gets smollm2/perplexity.csv, and the page's tables")
     for name, default in SETTINGS.items():
         running.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
