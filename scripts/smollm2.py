@@ -27,6 +27,7 @@ import argparse
 import json
 import lzma
 import math
+import re
 import sys
 import tempfile
 import time
@@ -259,8 +260,9 @@ def table(work: Work) -> None:
     write_csv(given.docs / "smollm2" / "perplexity.csv", losses)
     page = given.docs / "smollm2.md"
     if page.is_file():
-        head, begin, _, end, tail = _cut(page.read_text(encoding="utf-8"))
-        page.write_text(f"{head}{begin}\n\n{markdown(losses)}\n\n{end}{tail}", encoding="utf-8")
+        old, new = page.read_text(encoding="utf-8"), markdown(losses)
+        new = re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- /tables -->)", f"\n{new}\n\n", old, flags=re.DOTALL)
+        write_atomically(page, lambda path: path.write_text(new, encoding="utf-8"))
     third = losses[losses["share"] == "2/3"].set_index(["state", "kind"])
     random = third.loc[("trained", "random"), "perplexity"]
     results = {
@@ -276,14 +278,6 @@ def table(work: Work) -> None:
         tuned = losses.query("state == 'finetuned' and kind == 'largest'")
         results["checkpoint_finetuned"] = tuned["perplexity"].item()
     print(json.dumps({name: round(float(value), 4) for name, value in results.items()}))
-
-
-def _cut(page: str) -> tuple[str, str, str, str, str]:
-    """A page around and between the marks of its tables."""
-    begin, end = "<!-- tables of scripts/smollm2.py -->", "<!-- end of the tables -->"
-    head, _, rest = page.partition(begin)
-    between, _, tail = rest.partition(end)
-    return head, begin, between, end, tail
 
 
 def markdown(losses: pd.DataFrame) -> str:
