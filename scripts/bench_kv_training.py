@@ -15,6 +15,7 @@ import argparse
 import gc
 import json
 import math
+import re
 import statistics
 import time
 from collections.abc import Callable
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor
 
 from nas.config import SupernetConfig
-from nas.files import write_csv
+from nas.files import write_atomically, write_csv
 from nas.model import Decoder, Supernet
 from nas.run import origin
 from nas.shape import ModelShape
@@ -37,7 +38,7 @@ from nas.training.heads import train_smaller_heads, trained_parameters
 from nas.training.loop import autocast, computed_in, make_optimizer, make_ready, training_device, training_step
 from nas.training.recipes import supernet_loss, training_bytes
 
-OUT = Path("docs/benchmarks/kv_training.csv")
+OUT, PAGE = Path("docs/benchmarks/kv_training.csv"), Path("docs/checkpoints.md")
 LLAMA = ModelShape(
     num_hidden_layers=32,
     hidden_size=4096,
@@ -90,6 +91,10 @@ def main() -> None:
     table = pd.DataFrame([common | row | {"rounds": given.rounds} | origin() for row in rows])
     print(table.iloc[:, :9].to_string(index=False))
     write_csv(given.csv, table)
+    if given.csv == OUT:
+        old, lines = PAGE.read_text(encoding="utf-8"), markdown(table)
+        new = re.sub(r"(?<=<!-- kv -->\n).*?(?=<!-- /kv -->)", f"\n{lines}\n\n", old, flags=re.DOTALL)
+        write_atomically(PAGE, lambda path: path.write_text(new, encoding="utf-8"))
     seconds = table.set_index("kind")["seconds"]
     forward = seconds["frozen forward"]
     results = {
@@ -106,6 +111,16 @@ def main() -> None:
         "step_over_forward_and_backward_frozen": seconds["kv step"] / (forward + seconds["backward, frozen"]),
     }
     print(json.dumps({name: round(value, 4) for name, value in results.items()}))
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """The page's table."""
+    lines = ["| | s | tokens/s | peak GiB | predicted GiB |", "| --- | ---: | ---: | ---: | ---: |"]
+    for row in table.to_dict("records"):
+        predicted = "" if math.isnan(row["predicted_gib"]) else f"{row['predicted_gib']:.1f}"
+        cells = f"{row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {row['peak_gib']:.1f} | {predicted}"
+        lines.append(f"| {row['kind']} | {cells} |")
+    return "\n".join(lines)
 
 
 def on_device(make: Callable[[], Any]) -> Any:

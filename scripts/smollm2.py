@@ -27,6 +27,7 @@ import argparse
 import json
 import lzma
 import math
+import re
 import sys
 import tempfile
 import time
@@ -259,8 +260,9 @@ def table(work: Work) -> None:
     write_csv(given.docs / "smollm2" / "perplexity.csv", losses)
     page = given.docs / "smollm2.md"
     if page.is_file():
-        head, begin, _, end, tail = _cut(page.read_text(encoding="utf-8"))
-        page.write_text(f"{head}{begin}\n\n{markdown(losses)}\n\n{end}{tail}", encoding="utf-8")
+        old, new = page.read_text(encoding="utf-8"), markdown(losses)
+        new = re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- /tables -->)", f"\n{new}\n\n", old, flags=re.DOTALL)
+        write_atomically(page, lambda path: path.write_text(new, encoding="utf-8"))
     third = losses[losses["share"] == "2/3"].set_index(["state", "kind"])
     random = third.loc[("trained", "random"), "perplexity"]
     results = {
@@ -276,14 +278,6 @@ def table(work: Work) -> None:
         tuned = losses.query("state == 'finetuned' and kind == 'largest'")
         results["checkpoint_finetuned"] = tuned["perplexity"].item()
     print(json.dumps({name: round(float(value), 4) for name, value in results.items()}))
-
-
-def _cut(page: str) -> tuple[str, str, str, str, str]:
-    """A page around and between the marks of its tables."""
-    begin, end = "<!-- tables of scripts/smollm2.py -->", "<!-- end of the tables -->"
-    head, _, rest = page.partition(begin)
-    between, _, tail = rest.partition(end)
-    return head, begin, between, end, tail
 
 
 def markdown(losses: pd.DataFrame) -> str:
@@ -330,7 +324,8 @@ def main() -> None:
     running.add_argument("model", type=Path)
     running.add_argument("text", type=Path, help="folder with WikiText-2's {train,valid,test}.txt.xz")
     running.add_argument("work", type=Path, help="gets runs/ and the losses of the test split")
-    running.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    every = (*PARTS[:-2], "table", *PARTS[-2:])  # what is there stays, should finetuning fail
+    running.add_argument("--parts", nargs="+", choices=PARTS, default=every)
     running.add_argument("--docs", type=Path, default=DOCS, help="gets smollm2/perplexity.csv, and the page's tables")
     for name, default in SETTINGS.items():
         running.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
