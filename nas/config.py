@@ -193,6 +193,9 @@ class Finetune(StageConfig):
     run: str | None = None  # a nas export run: all of its vectors, each on the same batches
     from_scratch: bool = False
     data: dict[str, Any] = MISSING
+    distill: str | None = None  # a teacher of the same vocabulary, a directory as for checkpoint; null: text alone
+    distillation_weight: float = 1.0  # share of the loss that follows the teacher's logits, not the text
+    distillation_temperature: float = 1.0
     tokenizer: str | None = None  # as for nas train; null: the checkpoint's, else one is trained
     train: TrainConfig = field(default_factory=TrainConfig)
     export: dict[str, Any] = MISSING

@@ -4,14 +4,17 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pynvml
 
 from nas.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn  # here, so that the name of a processor needs no PyTorch
 
 
 def cpu_name() -> str:
@@ -27,7 +30,7 @@ def check_compiler(instead: str) -> None:
 
     Triton takes one of C, for a CPU Inductor one of C++.
     """
-    import torch  # here, so that the name of a processor needs no PyTorch
+    import torch
 
     variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
     names = [os.environ[variable]] if variable in os.environ else names
@@ -36,6 +39,16 @@ def check_compiler(instead: str) -> None:
             f"torch.compile needs a compiler but {' or '.join(names)} is not on the PATH; install one, set {variable} "
             f"to another, or give {instead}"
         )
+
+
+def compile_layers(layers: "Iterable[nn.Module]", instead: str, dynamic: bool | None = None) -> None:
+    """Compiles layers one by one, for all of one shape share a graph; ``instead`` as in `check_compiler`."""
+    import torch
+
+    check_compiler(instead)
+    torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)
 
 
 _Query = Callable[[Any], Any]  # of NVML's handle of a GPU

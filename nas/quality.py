@@ -26,7 +26,6 @@ from torch import Tensor
 from nas import console
 from nas.errors import UserError
 from nas.files import append_json_lines
-from nas.hardware import check_compiler
 from nas.metrics import PAIRED_SE, Metrics
 from nas.model import Supernet
 from nas.shape import ModelShape
@@ -138,7 +137,6 @@ class InheritedLoss:
             tokens = min(_GPU_TOKENS, torch.cuda.mem_get_info()[0] // (4 * _activation_bytes(supernet.space.shape)))
             self.rows = max(1, tokens // (windows_NT.shape[1] - 1))
             with suppress(UserError):  # without a compiler it is slower, no more
-                check_compiler("")
                 supernet.decoder.compile_layers()
 
     def __call__(self, vector: Vector) -> float:

@@ -1,6 +1,7 @@
 """Alignment of K/V heads: it changes nothing at the largest choice and undoes what was done to heads alike."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -9,11 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nas.model import Decoder
+from nas.model import Decoder, Supernet
 from nas.model.alignment import align, gauge
 from nas.model.decoder import Attention, Layer
 from nas.model.sharing import mix_heads, pooling
 from nas.shape import ModelShape
+from nas.space import SearchSpace
+from tests.conftest import logits_at
 
 SHAPE = ModelShape(
     num_hidden_layers=2,
@@ -29,6 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {  # of models of these types
     "mistral": {"rope_theta": 1e6},
     "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
     "qwen3": {"qk_norm": True},
+    "qwen3-pairs": {"qk_norm": True},  # both of a rotary pair have the same weight: phases commute with the norms
 }
 TOKENS = torch.randint(61, (6, 24), generator=torch.Generator().manual_seed(1))
 KINDS = st.sampled_from(sorted(FEATURES))
@@ -41,6 +45,9 @@ def random_model(kind: str, heads: int, seed: int) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
+    for attention in attentions(model) if kind == "qwen3-pairs" else ():
+        for norm in (attention.q_norm, attention.k_norm):
+            norm.weight.copy_(norm.weight.chunk(2)[0].repeat(2))
     return model
 
 
@@ -93,7 +100,9 @@ def test_a_gauge_changes_nothing(kind: str, seed: int, unitary: bool) -> None:
 
 @settings(max_examples=5, deadline=None)
 @given(KINDS, st.sampled_from([(4, (1, 2, 4)), (8, (1, 2, 4, 8)), (8, (1, 4)), (2, (1, 2))]), SEEDS)
-def test_an_aligned_model_computes_what_it_did(kind: str, heads: tuple[int, tuple[int, ...]], seed: int) -> None:
+def test_an_aligned_model_computes_what_it_did_and_is_extracted_exactly(
+    kind: str, heads: tuple[int, tuple[int, ...]], seed: int
+) -> None:
     number, choices = heads
     model = random_model(kind, number, seed)
     with torch.no_grad():
@@ -106,6 +115,19 @@ def test_an_aligned_model_computes_what_it_did(kind: str, heads: tuple[int, tupl
         for name, tensor in by_choice[choices[-1]].items():
             if choices[-1] == number:
                 assert torch.equal(tensor, state[f"model.layers.{layer}.self_attn.{name}"])
+        for name in by_choice[choices[-1]]:
+            stored = [by_choice[groups][name] for groups in choices]
+            state[f"model.layers.{layer}.self_attn.{name}"] = torch.cat(stored)
+    supernet = Supernet(SearchSpace(kind, model.shape, (choices,) * 2), "separate")
+    supernet.decoder.load_state_dict(state)
+    vectors = list(itertools.product(choices, repeat=2))
+    with torch.no_grad():
+        for vector, logits in zip(
+            vectors, logits_at(supernet, TOKENS[:1].repeat(len(vectors), 1), vectors), strict=True
+        ):
+            torch.testing.assert_close(supernet.extract(vector)(TOKENS[:1])[0], logits, atol=1e-4, rtol=1e-4)
+            if vector == (number, number):
+                torch.testing.assert_close(logits, before[0], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])

@@ -1,5 +1,6 @@
 """nas finetune of a whole front: the same as vector by vector, resumed where it was killed, and what it compares."""
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from safetensors.torch import load_file
 from scipy.stats import sem
 
 from nas.export.hf import HfExporter
+from nas.files import read_json
+from nas.model.pretrained import read_checkpoint
 from nas.ranking import TRAINED, compare_trained, order_sentence
-from nas.space import format_vector
-from tests.conftest import Nas, Workspace, read_metrics
+from nas.space import SearchSpace, format_vector
+from tests.conftest import Nas, Workspace, random_supernet, read_metrics
 from tests.helpers import TRAINING, check_refusal, kill_when
 
 
@@ -28,7 +31,7 @@ def front(nas: Nas, workspace: Workspace) -> Path:
 
 
 def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_killed(
-    nas: Nas, workspace: Workspace, front: Path
+    nas: Nas, workspace: Workspace, front: Path, micro: SearchSpace
 ) -> None:
     data = ("data=text", workspace.arguments[2])
     command = ["finetune", f"run={front}", *data, *TRAINING, "train.steps=40", "train.learning_rate=3e-3"]
@@ -59,6 +62,21 @@ def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_killed(
     row = table.set_index("vector").loc[second]
     assert f"{row['loss_before_nats']:.4f} before, {row['loss_after_nats']:.4f} after" in alone.out
     assert nas("generate", f"checkpoint={killed / second}", "prompt=import", "new_tokens=2", "name=text").code == 0
+
+    taught = nas(
+        "finetune", f"checkpoint={front / second}", f"distill={front / names[0]}", *data, *TRAINING, "name=taught"
+    )
+    assert taught.code == 0, taught.err
+    assert read_json(workspace.runs / "finetune/taught/run.json")["config"]["distill"] == {
+        **read_checkpoint(front / names[0]).identity,
+        "weight": 1.0,
+        "temperature": 1.0,
+    }
+    assert f"| distilled from | {names[0]} (" in (workspace.runs / "finetune/taught/model/README.md").read_text()
+    other = random_supernet(SearchSpace("other", dataclasses.replace(micro.shape, vocab_size=330), micro.choices))
+    HfExporter().write(other.extract(micro.smallest), None, workspace.path / "other", {})
+    strange = nas("finetune", f"checkpoint={front / second}", "distill=other", *data, *TRAINING, "name=strange")
+    check_refusal(strange, ["distill=other", "330 tokens", "(320)", "same tokenizer"])
 
     report = ("report", "run=runs/search/base")
     reported = nas(*report, f"trained={killed}", "name=both")

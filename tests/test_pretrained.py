@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -22,13 +23,15 @@ from nas.data.batches import validation_windows
 from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter
+from nas.export.modelopt import ModelOptExporter
 from nas.files import read_json
-from nas.model import Supernet
+from nas.model import Decoder, Supernet
 from nas.model.pretrained import Checkpoint, read_checkpoint, resolve_space
 from nas.model.sharing import SHARING_RULES, pooling
 from nas.model.supernet import load_supernet
 from nas.quality import mean_loss, vector_losses
 from nas.run import FinishedRun, Run
+from nas.shape import ModelShape
 from nas.space import SearchSpace, space_from_dict
 from nas.stages.train import Training, find_supernet, load_checkpoint, supernet_identity
 from nas.training.loop import fit
@@ -249,6 +252,107 @@ def test_configs_as_they_are_published_are_understood(name: str, tmp_path: Path)
     space = resolve_space(str(tmp_path / name))
     assert {key: getattr(space.shape, key) for key in expected} == expected
     assert (space.name, space.choices) == (name, (groups,) * 2)
+
+
+NVIDIA = {  # as in nvidia/Llama-3_1-Nemotron-51B-Instruct and its successors, but for the sizes
+    "architectures": ["DeciLMForCausalLM"],
+    "model_type": "nemotron-nas",
+    "auto_map": {"AutoConfig": "configuration_decilm.DeciLMConfig"},
+    "attention_bias": False,
+    "mlp_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 64,
+    "intermediate_size": None,
+    "num_key_value_heads": None,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-6,
+    "rope_scaling": {**LLAMA32, "original_max_position_embeddings": 32, "rope_type": "llama3"},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 300,
+}
+ATTENTION = {"no_op": False, "replace_with_linear": False, "sparsify": None, "window_length": None}
+ATTENTION |= {"num_sink_tokens": None, "unshifted_sink": False, "use_prefill_window_in_sink_attention": False}
+FFN = {"ffn_mult": 5.25, "no_op": False, "replace_with_linear": False, "sparsify": None}
+NEWER = {"no_op": False, "intermediate_size": 256, "gated": True, "hidden_act": "silu", "moe": None}
+
+
+def save_blocks(folder: Path, ffn: Mapping[str, Any] = FFN, change: Any = None, **config: Any) -> Decoder:
+    """A checkpoint in NVIDIA's form, of 4, 2 and 1 K/V heads and FFNs of 256; ``change`` is of the second layer."""
+    blocks: list[dict[str, Any]] = [
+        {"attention": ATTENTION | {"n_heads_in_group": group}, "ffn": dict(ffn)} for group in (2, 4, 8)
+    ]
+    for part, values in (change or {}).items():
+        blocks[1][part] = blocks[1].get(part, {}) | values if isinstance(values, dict) else values
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(NVIDIA | {"block_configs": blocks} | config))
+    rope = {"rope_type": "llama3", **LLAMA32, "original_max_position_embeddings": 32}
+    shape = ModelShape(3, 64, 8, 8, 256, 300, 128, rms_norm_eps=1e-6, rope_theta=500000.0, rope_scaling=rope)
+    model = Decoder(shape, (4, 2, 1))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3)
+    stored = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(stored)
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+@pytest.mark.parametrize("ffn", [FFN, NEWER], ids=["ffn_mult", "intermediate_size"])
+@torch.no_grad()
+def test_nvidias_models_are_read_layer_by_layer(ffn: Mapping[str, Any], tmp_path: Path) -> None:
+    model, tokens = save_blocks(tmp_path / "nvidia", ffn), some_tokens(2, 40)
+    read = HfExporter().read(tmp_path / "nvidia")
+    assert (read.shape, read.kv_heads) == (model.shape, (4, 2, 1))
+    assert torch.equal(read(tokens), model(tokens))
+    source = read_checkpoint(tmp_path / "nvidia")
+    space = source.space()
+    assert space.choices == ((1, 2, 4), (1, 2), (1,))
+    for text in (None, tokens):
+        supernet = Supernet(space, "separate").eval()
+        source.load_into(supernet, text, tmp_path)
+        torch.testing.assert_close(logits_at(supernet, tokens, [(4, 2, 1)] * 2), model(tokens), atol=1e-3, rtol=1e-3)
+
+
+def test_modelopts_dialect_is_read_layer_by_layer(tmp_path: Path) -> None:
+    model = save_blocks(tmp_path / "nvidia")
+    ModelOptExporter().write(model, None, tmp_path / "modelopt", {})
+    read = HfExporter().read(tmp_path / "modelopt")
+    assert (read.shape, read.kv_heads) == (model.shape, (4, 2, 1))
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"attention": {"no_op": True, "n_heads_in_group": None}}, "has no_op true in the attention of layer 1 "),
+        ({"attention": {"replace_with_linear": True}}, "replace_with_linear true in the attention of layer 1 "),
+        ({"attention": {"window_length": 512}}, "window_length 512 in the attention of layer 1 "),
+        ({"attention": {"mamba": {"state_dim": 128}}}, 'mamba {"state_dim": 128} in the attention of layer 1 '),
+        ({"ffn": {"no_op": True, "ffn_mult": None}}, "no_op true in the ffn of layer 1 "),
+        ({"ffn": {"replace_with_linear": True, "ffn_mult": None}}, "replace_with_linear true in the ffn of layer 1 "),
+        ({"ffn": {"gated": False}}, "gated false in the ffn of layer 1 "),
+        ({"ffn": {"hidden_act": "gelu"}}, 'hidden_act "gelu" in the ffn of layer 1 '),
+        ({"ffn": {"ffn_mult": 1.3125}}, "has FFNs of different widths (ffn_mult 1.3125 and 5.25 in block_configs)"),
+        ({"parallel_blocks": [{}]}, "has parallel_blocks in layer 1 "),
+        ({"attention": {"n_heads_in_group": 3}}, "config.json is not valid (n_heads_in_group does not divide"),
+    ],
+)
+def test_what_our_decoder_does_not_have_is_refused_by_name(change: dict[str, Any], words: str, tmp_path: Path) -> None:
+    save_blocks(tmp_path / "nvidia", change=change)
+    for read in (HfExporter().read, read_checkpoint):
+        with pytest.raises(UserError, match=re.escape(words)):
+            read(tmp_path / "nvidia")
+
+
+def test_quantised_weights_of_nvidias_are_refused(tmp_path: Path) -> None:
+    save_blocks(tmp_path / "nvidia", quantization_config={"quant_method": "modelopt"})
+    with pytest.raises(UserError, match="is quantised"):
+        HfExporter().read(tmp_path / "nvidia")
 
 
 def test_sharded_weights_are_read_and_hashed_as_a_whole(tmp_path: Path) -> None:

@@ -21,13 +21,22 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from nas.config import SupernetConfig, TrainConfig
+from nas.data import training_batch
 from nas.errors import UserError
 from nas.quality import vector_losses
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
-from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
+from nas.training.heads import freeze, train_smaller_heads, trained_parameters, with_trained_heads
 from nas.training.loop import Microbatch, fit, full_state_dict, learning_rate_at, make_optimizer, make_ready
-from nas.training.recipes import check_recipe, check_training_memory, distilled_loss, divergence, step_plan
+from nas.training.recipes import (
+    Teacher,
+    check_recipe,
+    check_training_memory,
+    distilled_loss,
+    divergence,
+    step_plan,
+    text_loss,
+)
 from tests.conftest import logits_at, random_supernet
 
 RECIPES_AND_TEXTS = {"mixed": 12, "sandwich": 3}  # texts of a step of 12 rows
@@ -192,6 +201,23 @@ def trained_of(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+@pytest.mark.parametrize("weight", [1.0, 0.3])
+def test_a_teachers_logits_are_followed_and_it_stays_as_it_is(micro: SearchSpace, weight: float) -> None:
+    student, model = (random_supernet(micro, seed).extract((4, 1, 2)) for seed in (0, 1))
+    freeze(model, torch.float32)
+    tokens, options = np.arange(200, dtype=np.uint32) % micro.shape.vocab_size, TrainConfig(batch=2, seed=3)
+    loss = text_loss(tokens, options, 16, Teacher(model, weight, 2.0))(student, 5, Microbatch())
+    windows = training_batch(tokens, 3, 5, 2, 16)
+    logs, taught = ((each(windows[:, :-1]) / 2).log_softmax(-1) for each in (student, model))
+    wanted = weight * 4 * F.kl_div(logs, taught, reduction="sum", log_target=True) / windows[:, 1:].numel()
+    wanted = wanted + (1 - weight) * F.cross_entropy(student(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
+    torch.testing.assert_close(loss, wanted)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+    same = text_loss(tokens, options, 16, Teacher(model, 1.0, 1.0))(model, 0, Microbatch())
+    assert float(same) == pytest.approx(0, abs=1e-5)
+
+
 def test_the_microbatches_of_a_step_share_out_its_rows_once_each() -> None:
     rows = list(range(12))
     assert [row for index in range(4) for row in rows[Microbatch(index, 4).of(12)]] == rows
@@ -339,6 +365,8 @@ def test_a_frozen_model_takes_less_memory(micro: SearchSpace, monkeypatch: pytes
     have += 2 * sum(wide + 2 * groups * shape.head_dim for groups in vector)
     for total in (have, have - 1):
         monkeypatch.setattr("psutil.virtual_memory", lambda total=total: SimpleNamespace(total=total))
+        with pytest.raises(UserError, match="training it takes at least"):
+            check_training_memory("it", rows, shape, vector, trained, teacher=1)
         if total == have:
             check_training_memory("it", rows, shape, vector, trained)
             with pytest.raises(UserError, match="training it takes at least"):

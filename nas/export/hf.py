@@ -5,7 +5,6 @@ its own size. transformers does not, so two small files of model code travel alo
 """
 
 import dataclasses
-import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -15,8 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from nas.data.tokenizer import (
@@ -28,18 +26,17 @@ from nas.data.tokenizer import (
     load_tokenizer,
     special_ids,
 )
-from nas.errors import UserError, in_short
+from nas.errors import UserError
 from nas.export.card import has_weights, listed, write_card
-from nas.files import read_json, write_atomically, write_json
+from nas.files import write_atomically, write_json
 from nas.model import Decoder
+from nas.model.pretrained import UNPADDED, padded_ffn_width, read_checkpoint
 from nas.shape import LayerSpec, ModelShape
 
 CONFIG = "config.json"
 _WEIGHTS = "model*.safetensors"  # one file, or shards
 _CODE = ("configuration_decilm", "modeling_decilm")
 _TYPES = {False: ("nemotron-nas", "DeciLM"), True: ("nemotron-nas-qk-norm", "DeciLMQKNorm")}  # by the shape's qk_norm
-_UNPADDED = "unpadded_intermediate_size"  # our own key; engines pass it over
-_FFN_MULTIPLE = 256  # engines round the FFN width up to this
 _FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 LOADING = """```python
@@ -119,7 +116,7 @@ class HfExporter:
         padded = [padded_ffn_width(width) for width in widths]
         added = listed(new - old for new, old in zip(padded, widths, strict=True))
         wide = f"The FFN is stored {listed(padded)} wide: inference engines round its width up to a multiple of "
-        wide += f"{_FFN_MULTIPLE}, so {added}"
+        wide += f"256, so {added}"
         shape, loaded = model.shape, has_weights(model)
         notes = {
             "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
@@ -139,31 +136,8 @@ class HfExporter:
         return [note for note, holds in notes.items() if holds]
 
     def read(self, folder: Path, with_weights: bool = True) -> Decoder:
-        """Reads an exported model back, running none of its code; without its weights it is on the meta device.
-
-        A UserError tells that it is not a model of this format, or that it is corrupt.
-        """
-        config = read_json(folder / CONFIG)
-        if config.get("model_type") not in dict(_TYPES.values()):
-            raise UserError(f"{folder} holds a '{config.get('model_type')}' model, not an exported nemotron-nas one")
-        try:
-            shape = _shape(config)
-            heads = shape.num_attention_heads
-            vector = [heads // block["attention"]["n_heads_in_group"] for block in config["block_configs"]]
-            if len(vector) != shape.num_hidden_layers:
-                raise ValueError(f"block_configs lists {len(vector)} layers, not num_hidden_layers of them")
-            with torch.device("cpu" if with_weights else "meta"):
-                model = Decoder(shape, vector)
-            if with_weights:
-                state = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
-                if shape.tie_word_embeddings:
-                    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-                for name, axis, width in _ffn_tensors(model.state_dict()):
-                    state[name] = state[name].narrow(axis, 0, width)
-                model.load_state_dict(state)
-        except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SafetensorError) as error:
-            raise UserError(f"{folder} is corrupt ({in_short(error)}); export it again") from None
-        return model
+        """Reads a model back, running none of its code; without its weights it is on the meta device."""
+        return read_checkpoint(folder, with_weights).model(with_weights)
 
 
 class ConfigExporter(HfExporter):
@@ -175,11 +149,6 @@ class ConfigExporter(HfExporter):
 def weight_files(folder: Path) -> list[Path]:
     """The files of weights of an exported directory."""
     return sorted(folder.glob(_WEIGHTS))
-
-
-def padded_ffn_width(width: int) -> int:
-    """The FFN width as it is stored: engines compute it as 2/3 · ffn_mult · hidden_size, rounded up to a multiple."""
-    return math.ceil(width / _FFN_MULTIPLE) * _FFN_MULTIPLE
 
 
 def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
@@ -209,7 +178,7 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
         "qk_norm": shape.qk_norm,
         "attention_bias": shape.o_bias,  # where there is a qkv_bias, vLLM takes it for the output projection's alone
         "intermediate_size": width,
-        **({} if width == shape.intermediate_size else {_UNPADDED: shape.intermediate_size}),
+        **({} if width == shape.intermediate_size else {UNPADDED: shape.intermediate_size}),
     }
 
 
@@ -235,14 +204,6 @@ def untied_state(model: Decoder) -> dict[str, Tensor]:
     if model.shape.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
-
-
-def _shape(config: Mapping[str, Any]) -> ModelShape:
-    """The shape that `hf_config` wrote, without padding."""
-    names = {field.name for field in dataclasses.fields(ModelShape)} & config.keys()
-    width = config.get(_UNPADDED, config["intermediate_size"])
-    own = {name: config[name] for name in names} | {"intermediate_size": width}
-    return ModelShape(**own, o_bias=config.get("attention_bias", False))
 
 
 def _ffn_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nas.hardware import compile_layers
 from nas.shape import LayerSpec, LinearSpec, ModelShape
 
 Rope = tuple[Tensor, Tensor]
@@ -212,8 +213,6 @@ class Decoder(nn.Module):
             return F.cross_entropy(F.linear(self.model.norm(x_ND.float()), head), targets_N, reduction="none")
 
     def compile_layers(self) -> None:
-        """Compiles layers one by one, for all of one shape share a graph, and the losses of tokens."""
-        torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads
-        for layer in self.model.layers:
-            layer.compile(fullgraph=True)
+        """Compiles the layers and the losses of tokens; a UserError where there is no compiler."""
+        compile_layers(self.model.layers, "a machine that has one")
         self.token_losses = torch.compile(self.token_losses)  # type: ignore[method-assign]

@@ -1,10 +1,14 @@
-"""A trained Hugging Face checkpoint that a supernet can start from: the shape that its config states, and its weights.
+"""A trained model in a Hugging Face directory: the shape that its config states, and its weights.
 
-transformers reads both, so that every model type has the defaults and the loading code of its own; a config that asks
-for what our decoder does not compute is refused. Code that a checkpoint brings along is never run.
+transformers reads both, so that every model type has the defaults and the loading code of its own. Only where
+``block_configs`` describe layers that differ, as in NVIDIA's models and in what `nas export` writes, the weights are
+read here. A config that asks for what our decoder does not compute is refused, and code that a checkpoint brings along
+is never run.
 """
 
 import dataclasses
+import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,9 +28,15 @@ from nas.model.alignment import REVISION, align
 from nas.model.decoder import Decoder
 from nas.model.supernet import Supernet
 from nas.shape import ROPE_KEYS, ModelShape
-from nas.space import SearchSpace, load_space, shipped_spaces
+from nas.space import SearchSpace, Vector, load_space, shipped_spaces
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+NEMOTRON_TYPES = ("nemotron-nas", "nemotron-nas-qk-norm")  # always with block_configs; the second is our own
+UNPADDED = "unpadded_intermediate_size"  # a key of our own exports, whose FFN may be stored wider; engines pass it over
+_FFN_MULTIPLE = 256  # to which nemotron-nas rounds up the FFN's width
+_SIZES = ("n_heads_in_group", "num_key_value_heads", "ffn_mult", "intermediate_size")  # what a block may choose
+_NOT_LLAMAS = ("model_type", "auto_map", "block_configs", "per_layer_config", *_SIZES)
+_USUAL = {"gated": (None, True), "hidden_act": (None, "silu")}
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FROM_DISK = {"local_files_only": True, "trust_remote_code": False}
@@ -38,7 +48,8 @@ class Checkpoint:
 
     folder: Path
     shape: ModelShape
-    kv_heads: int  # in each of its layers
+    kv_heads: Vector
+    in_blocks: bool = False  # it has block_configs
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -48,13 +59,13 @@ class Checkpoint:
 
     def space(self) -> SearchSpace:
         """The space that suits it: in each layer all divisors of its K/V heads, so that the largest vector is it."""
-        if self.kv_heads == 1:
+        if max(self.kv_heads) == 1:
             raise UserError(
                 f"checkpoint {self.folder} has one K/V head in every layer, so there is nothing to choose; give a "
                 "checkpoint with more"
             )
-        groups = tuple(g for g in range(1, self.kv_heads + 1) if self.kv_heads % g == 0)
-        return SearchSpace(self.folder.resolve().name, self.shape, (groups,) * self.shape.num_hidden_layers)
+        choices = tuple(tuple(g for g in range(1, heads + 1) if heads % g == 0) for heads in self.kv_heads)
+        return SearchSpace(self.folder.resolve().name, self.shape, choices)
 
     def check_space(self, space: SearchSpace) -> None:
         """Refuses a space whose supernet cannot take over these weights (`UserError`); its context may be shorter."""
@@ -65,11 +76,20 @@ class Checkpoint:
                     f"space {space.name} has {key} {wanted} but checkpoint {self.folder} has {here}; change that in "
                     "the space, or leave space= out"
                 )
-        if (groups := max(space.largest)) > self.kv_heads:
-            raise UserError(
-                f"space {space.name} allows {groups} groups in layer {space.largest.index(groups)} but checkpoint "
-                f"{self.folder} has {self.kv_heads} K/V heads; allow at most that many in kv_groups"
-            )
+        for layer, (groups, heads) in enumerate(zip(space.largest, self.kv_heads, strict=True)):
+            if groups > heads:
+                raise UserError(
+                    f"space {space.name} allows {groups} groups in layer {layer} but checkpoint {self.folder} has "
+                    f"{heads} K/V heads; allow at most that many in kv_groups"
+                )
+
+    def model(self, with_weights: bool = True) -> Decoder:
+        """The checkpoint as a plain model; without its weights it is on the meta device."""
+        with torch.device("cpu" if with_weights else "meta"):
+            model = Decoder(self.shape, self.kv_heads)
+        if with_weights:
+            model.load_state_dict(self._weights())
+        return model
 
     def load_into(self, supernet: Supernet, text: Tensor | None = None, cache: Path | None = None) -> None:
         """Makes the checkpoint's weights the supernet's: see `Supernet.load_plain`, or, with a ``text``, `align`.
@@ -77,9 +97,9 @@ class Checkpoint:
         ``text`` are token ids (rows, length). What came of it is kept in the folder ``cache``, so that every process,
         and a run that goes on, starts from the very same weights.
         """
-        weights, kv_heads = self._weights(), [self.kv_heads] * self.shape.num_hidden_layers
+        weights = self._weights()
         if text is None or cache is None:
-            supernet.load_plain(weights, kv_heads)
+            supernet.load_plain(weights, self.kv_heads)
             return
         space = supernet.space
         decisive = [REVISION, self.identity["hash"], space.to_dict() | {"known_vectors": None}, text.tolist()]
@@ -88,7 +108,7 @@ class Checkpoint:
         with filelock.FileLock(file.with_suffix(".lock")):
             if not file.is_file():
                 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                model = Decoder(space.shape, kv_heads)
+                model = Decoder(space.shape, self.kv_heads)
                 model.load_state_dict(weights)
                 model.to(device)
                 layers = align(model, space.choices, text.to(device))
@@ -106,20 +126,45 @@ class Checkpoint:
         supernet.decoder.load_state_dict({**weights, **aligned})
 
     def _weights(self) -> Mapping[str, Tensor]:
-        """The weights in fp32, as transformers loads them."""
+        """The weights in fp32."""
         try:
-            options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_FROM_DISK}
-            model, report = _transformers().AutoModelForCausalLM.from_pretrained(
-                self.folder, ignore_mismatched_sizes=True, **options
-            )  # `_problems` tells of those sizes
+            weights, report = self._stored_weights() if self.in_blocks else self._weights_by_transformers()
         except Exception as error:  # a damaged file fails in as many ways as there are bytes
             raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
-        weights: Mapping[str, Tensor] = model.state_dict()
         if problem := next(_problems(report, weights), None):
             raise UserError(
                 f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
             )
         return weights
+
+    def _weights_by_transformers(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """The weights, and the library's report of loading them."""
+        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_FROM_DISK}
+        model, report = _transformers().AutoModelForCausalLM.from_pretrained(
+            self.folder, ignore_mismatched_sizes=True, **options
+        )  # `_problems` tells of those sizes
+        return model.state_dict(), report
+
+    def _stored_weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+        """The same without the library, which has no code for layers that differ."""
+        wanted = self.model(with_weights=False).state_dict()
+        found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
+        if self.shape.tie_word_embeddings:
+            found["lm_head.weight"] = found["model.embed_tokens.weight"]
+        for name in [name for name in wanted.keys() & found.keys() if ".mlp." in name]:
+            if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
+                found[name] = found[name][tuple(map(slice, wanted[name].shape))]
+        misshaped = {name: x for name, x in wanted.items() if name in found and found[name].shape != x.shape}
+        return {**found, **misshaped}, {
+            "missing_keys": wanted.keys() - found.keys(),
+            "mismatched_keys": misshaped,
+            "unexpected_keys": found.keys() - wanted.keys(),
+        }
+
+
+def padded_ffn_width(width: int) -> int:
+    """The width at which nemotron-nas stores an FFN: 2/3 · ffn_mult · hidden_size, rounded up to a multiple of 256."""
+    return math.ceil(width / _FFN_MULTIPLE) * _FFN_MULTIPLE
 
 
 def resolve_space(reference: str) -> SearchSpace:
@@ -129,24 +174,28 @@ def resolve_space(reference: str) -> SearchSpace:
     return load_space(reference)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, with_weights: bool = True) -> Checkpoint:
     """Reads a checkpoint's config and looks whether its weights are there; one that we cannot compute is refused."""
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint {folder} has no config.json; give the directory of a Hugging Face model")
     stated = read_json(folder / "config.json")
-    if stated.get("model_type") not in MODEL_TYPES:
+    kind = stated.get("model_type")
+    if kind not in (*MODEL_TYPES, *NEMOTRON_TYPES):
         raise UserError(
-            f"checkpoint {folder} is a '{stated.get('model_type')}' model; give one of type {', '.join(MODEL_TYPES)}"
+            f"checkpoint {folder} is a '{kind}' model; give one of type {', '.join(MODEL_TYPES)} or {NEMOTRON_TYPES[0]}"
         )
+    in_blocks = kind in NEMOTRON_TYPES or bool(stated.get("block_configs"))
     try:
-        config = _transformers().AutoConfig.from_pretrained(folder, **_FROM_DISK)
-        obstacle = next(_obstacles(stated, config), None)
-        shape = None if obstacle else _shape(config)
+        obstacle = next(_obstacles_in_blocks(stated["block_configs"]), None) if in_blocks else None
+        if not obstacle:
+            config, kv_heads = _config(folder, stated, in_blocks)
+            obstacle = next(_obstacles(stated, config, kv_heads), None)
+        shape = None if obstacle else _shape(config, stated)
     except Exception as error:  # whatever the library's checks raise, and what values of a wrong kind lead to
         raise UserError(f"{folder / 'config.json'} is not valid ({in_short(error)}); fix or restore it") from None
     if not shape:
         raise UserError(f"checkpoint {folder} {obstacle}; give another checkpoint")
-    files = _weight_files(folder)
+    files = _weight_files(folder) if with_weights else []
     if shape.tie_word_embeddings and not _has_tied_weights(files):
         shape = dataclasses.replace(shape, tie_word_embeddings=False)
     if shape.max_position_embeddings < config.max_position_embeddings:
@@ -154,7 +203,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             f"Checkpoint {folder} attends over a sliding window of {config.sliding_window} tokens: its context of "
             f"{config.max_position_embeddings} is cut to that, within which it computes the same"
         )
-    return Checkpoint(folder, shape, config.num_key_value_heads)
+    return Checkpoint(folder, shape, kv_heads, in_blocks)
 
 
 def _transformers() -> Any:
@@ -166,7 +215,48 @@ def _transformers() -> Any:
     return transformers
 
 
-def _obstacles(stated: Mapping[str, Any], config: Any) -> Iterator[str]:
+def _config(folder: Path, stated: Mapping[str, Any], in_blocks: bool) -> tuple[Any, Vector]:
+    """A config with transformers' defaults, and the K/V heads of each layer. Where there are blocks, they decide."""
+    if stated["model_type"] in NEMOTRON_TYPES:  # a Llama but for its blocks
+        own = {key: value for key, value in stated.items() if key not in _NOT_LLAMAS and value is not None}
+        config = _transformers().LlamaConfig(**own)
+    else:
+        config = _transformers().AutoConfig.from_pretrained(folder, **_FROM_DISK)
+    if not in_blocks:
+        return config, (config.num_key_value_heads,) * config.num_hidden_layers
+    heads, kv_heads, blocks = config.num_attention_heads, [], stated["block_configs"]
+    if len(blocks) != config.num_hidden_layers:
+        raise ValueError(f"block_configs lists {len(blocks)} layers, not num_hidden_layers of them")
+    for block in blocks:
+        attention, ffn = block["attention"], block["ffn"]
+        kv_heads.append(attention.get("num_key_value_heads") or heads / attention["n_heads_in_group"])
+        mult = ffn.get("ffn_mult")
+        width = padded_ffn_width(int(2 * mult * config.hidden_size / 3)) if mult else ffn["intermediate_size"]
+    config.intermediate_size = stated.get(UNPADDED, width)
+    if not all(groups % 1 == 0 for groups in kv_heads):
+        raise ValueError(f"n_heads_in_group does not divide num_attention_heads, {heads}, in each layer")
+    return config, tuple(map(int, kv_heads))
+
+
+def _obstacles_in_blocks(blocks: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """What block_configs ask for beyond attention and an FFN (SwiGLU) in every layer, that of one width."""
+    for layer, block in enumerate(blocks):
+        for part in block:
+            if part not in ("attention", "ffn") and block[part]:
+                yield f"has {part} in layer {layer} (block_configs), which are not supported"
+        for part in ("attention", "ffn"):
+            for key, value in block[part].items():
+                usual = value in _USUAL[key] if key in _USUAL else key in _SIZES or not value
+                if not usual:
+                    shown = f"{key} {json.dumps(value)} in the {part} of layer {layer} (block_configs)"
+                    yield f"has {shown}, which is not supported: every layer has attention and an FFN (SwiGLU) here"
+    for key in ("ffn_mult", "intermediate_size"):
+        if len(different := {block["ffn"].get(key) for block in blocks}) > 1:
+            shown = f"{key} {' and '.join(map(str, sorted(different)[:: len(different) - 1]))}"
+            yield f"has FFNs of different widths ({shown} in block_configs), and only one for all layers is supported"
+
+
+def _obstacles(stated: Mapping[str, Any], config: Any, kv_heads: Vector) -> Iterator[str]:
     """What a config asks for that our decoder does not compute. ``stated`` is its file, ``config`` has defaults too."""
     rope = _rope(config)
     if stated.get("quantization_config"):
@@ -183,8 +273,9 @@ def _obstacles(stated: Mapping[str, Any], config: Any) -> Iterator[str]:
         yield f"has rope_type '{rope['rope_type']}', and only default, {', '.join(ROPE_KEYS)} are supported"
     if (share := rope.get("partial_rotary_factor") or stated.get("partial_rotary_factor") or 1) != 1:
         yield f"has partial_rotary_factor {share}, and only whole heads are rotated here"
-    if config.num_attention_heads % config.num_key_value_heads:
-        yield f"has {config.num_key_value_heads} K/V heads, which do not divide its {config.num_attention_heads} heads"
+    for heads in kv_heads:
+        if config.num_attention_heads % heads:
+            yield f"has {heads} K/V heads, which do not divide its {config.num_attention_heads} heads"
 
 
 def _rope(config: Any) -> dict[str, Any]:
@@ -194,8 +285,9 @@ def _rope(config: Any) -> dict[str, Any]:
     return {"rope_type": legacy, **values}
 
 
-def _shape(config: Any) -> ModelShape:
+def _shape(config: Any, stated: Mapping[str, Any]) -> ModelShape:
     """The shape of a config that has no `_obstacles`, its context cut to its sliding window."""
+    own = stated if stated["model_type"] in NEMOTRON_TYPES else {}  # ours state qkv_bias, newer NVIDIA's o_proj_bias
     rope, kind = _rope(config), config.model_type
     scaling = None
     if rope["rope_type"] in ROPE_KEYS:
@@ -213,10 +305,10 @@ def _shape(config: Any) -> ModelShape:
         max_position_embeddings=min(config.max_position_embeddings, window or config.max_position_embeddings),
         rope_theta=rope["rope_theta"] if rope.get("rope_theta") else config.rope_theta,
         tie_word_embeddings=config.tie_word_embeddings,
-        qkv_bias=attention_bias or kind == "qwen2",
-        o_bias=attention_bias,
+        qkv_bias=attention_bias or kind == "qwen2" if own.get("qkv_bias") is None else own["qkv_bias"],
+        o_bias=attention_bias if own.get("o_proj_bias") is None else own["o_proj_bias"],
         mlp_bias=bool(getattr(config, "mlp_bias", False)) and kind == "llama",
-        qk_norm=kind == "qwen3",
+        qk_norm=own.get("qk_norm", kind == "qwen3"),
         rope_scaling=scaling,
     )
 

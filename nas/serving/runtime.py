@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nas.hardware import check_compiler
+from nas import hardware
 from nas.serving.batching import padded_batches, prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.layers import ServingLayer, ServingModel, split_k_linear
@@ -29,11 +29,8 @@ _ALIKE = 1.01  # times that differ by less do not count as different
 
 
 def compile_layers(layers: Iterable[nn.Module]) -> None:
-    """Compiles layers one by one: all of one number of groups share their kernels, for every batch and length."""
-    check_compiler("(workload.)runtime=graph or eager")
-    torch._dynamo.config.recompile_limit = 64
-    for layer in layers:
-        layer.compile(fullgraph=True, dynamic=True)
+    """Compiles layers: all of one number of groups share their kernels, for every batch and length."""
+    hardware.compile_layers(layers, "(workload.)runtime=graph or eager", dynamic=True)
 
 
 class Runner:

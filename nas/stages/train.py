@@ -134,10 +134,10 @@ def _obstacle_to_kv(init: Checkpoint | None, sharing: str, space: SearchSpace) -
     """Why the smaller choices' heads cannot be trained alone, as they follow the checkpoint, and how to change that."""
     if init is None or sharing != INIT_SHARING:
         return "which needs init= and train.sharing=separate; give both"
-    if set(space.largest) != {init.kv_heads}:
+    if space.largest != init.kv_heads:
         return (
-            f"but the largest vector of space {space.name} is not checkpoint {init.folder}, which has {init.kv_heads} "
-            "K/V heads in every layer; allow as many in kv_groups of every layer"
+            f"but the largest vector of space {space.name} is not checkpoint {init.folder}, which has "
+            f"{' or '.join(map(str, sorted(set(init.kv_heads))))} K/V heads in its layers; allow as many in kv_groups"
         )
     if space.size == 1:
         return f"but space {space.name} has no smaller choices to train; allow several in kv_groups"

@@ -39,11 +39,16 @@ def trained_parameters(space: SearchSpace) -> int:
     return one * sum(sum(choices[:-1]) for choices in space.choices)
 
 
-def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
-    """Freezes a supernet of separate heads, in ``dtype``, but for the K/V heads of its smaller choices."""
-    for parameter in supernet.parameters():
+def freeze(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps the parameters as they are, in ``dtype``; buffers, such as rotary tables, stay in fp32."""
+    for parameter in model.parameters():
         parameter.requires_grad_(False)
         parameter.data = parameter.data.to(dtype)
+
+
+def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
+    """Freezes a supernet of separate heads, in ``dtype``, but for the K/V heads of its smaller choices."""
+    freeze(supernet, dtype)
     attentions = (module for module in supernet.modules() if isinstance(module, Attention))
     for attention, choices in zip(attentions, supernet.space.choices, strict=True):
         if rows := sum(choices[:-1]) * attention.head_dim:

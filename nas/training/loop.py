@@ -29,7 +29,7 @@ from nas.config import TrainConfig
 from nas.distributed import IS_MAIN, RANK, SIZE
 from nas.errors import UserError, in_short
 from nas.files import write_atomically
-from nas.hardware import check_compiler
+from nas.hardware import compile_layers
 from nas.model import Supernet
 from nas.model.decoder import Layer
 from nas.run import Run
@@ -126,15 +126,13 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int
 
 def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     """Moves ``model`` to its device; returns what a training step calls: the model, or a wrapper that shares it out."""
-    if config.compile:
-        check_compiler("train.compile=false")
-    torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
     layers = [module for module in model.modules() if isinstance(module, Layer)]
-    for layer in layers:
-        if config.compile:  # one by one: all of one shape share a graph, which is compiled faster than the model
-            layer.forward = torch.compile(layer.forward, fullgraph=True)  # type: ignore[method-assign]
-        if config.recompute:
-            layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
+    if config.compile:
+        compile_layers(layers, "train.compile=false")
+    for layer in (
+        layers if config.recompute else ()
+    ):  # around what is compiled: in a graph, each layer would have its own
+        layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
     if SIZE > 1 and config.parallel == "fsdp":
         for layer in layers:
             fully_shard(layer)

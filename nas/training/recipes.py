@@ -6,6 +6,7 @@ distributed run draws the same. A new recipe is one function and one entry in `R
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -20,6 +21,7 @@ from nas.data import training_batch
 from nas.data.tokens import Tokens
 from nas.distributed import SIZE
 from nas.errors import UserError
+from nas.model import Decoder
 from nas.quality import row_losses
 from nas.shape import ModelShape
 from nas.space import SearchSpace, Totals, Vector
@@ -74,20 +76,15 @@ def step_plan(space: SearchSpace, config: SupernetConfig, step: int) -> Plan:
 def distilled_loss(
     logits_BTV: Tensor, targets_BT: Tensor, vectors_per_text: int, weight: float, temperature: float
 ) -> Tensor:
-    """Mean loss (nats per token, scalar): cross-entropy for the first vector of a text, distillation for the others.
+    """Mean loss (nats per token, scalar): cross-entropy for the first vector of a text, `divergence` for the others.
 
-    The rows of a text lie side by side. ``weight`` is the share of the others' loss that is the divergence from the
-    first's distribution, which is held fixed, at ``temperature``; it is multiplied by that squared.
+    The rows of a text lie side by side. The others follow the first one's logits, which are held fixed.
     """
-    entropy_NK = row_losses(logits_BTV, targets_BT).view(-1, vectors_per_text)  # N texts × K vectors
-    if vectors_per_text == 1 or weight == 0:
-        return entropy_NK.mean()
-    log_NKTV = (logits_BTV.float() / temperature).log_softmax(-1).unflatten(0, entropy_NK.shape)
-    teacher_N1TV = log_NKTV[:, :1].detach()
-    divergence_NK = (teacher_N1TV.exp() * (teacher_N1TV - log_NKTV[:, 1:])).sum(-1).mean(-1) * temperature**2
-    others = (1 - weight) * entropy_NK[:, 1:].sum() + weight * divergence_NK.sum()
-    total: Tensor = entropy_NK[:, 0].sum() + others
-    return total / entropy_NK.numel()
+    logits_NKTV, targets_NKT = (x.unflatten(0, (-1, vectors_per_text)) for x in (logits_BTV, targets_BT))
+    first = row_losses(logits_NKTV[:, 0], targets_NKT[:, 0]).mean()
+    followers, targets = logits_NKTV[:, 1:].flatten(0, 1), targets_NKT[:, 1:].flatten(0, 1)
+    others = divergence(followers, logits_NKTV[:, 0].detach(), targets, weight, temperature)
+    return (first + (vectors_per_text - 1) * others) / vectors_per_text
 
 
 def divergence(
@@ -100,8 +97,9 @@ def divergence(
 ) -> Tensor:
     """Mean loss (nats per token, scalar) of rows that follow a teacher: B / N rows side by side for each of its texts.
 
-    Piece by piece, each computed again in the backward pass, for logits in fp32 are large. ``weight`` and
-    ``temperature`` are as in `distilled_loss`.
+    ``weight`` is the share of the divergence from the teacher's distribution, at ``temperature``, multiplied by that
+    squared; the rest is cross-entropy. Piece by piece, each computed again in the backward pass, for logits in fp32 are
+    large.
     """
     rows = len(logits_BTV) // len(teacher_NTV)
     summed = torch.compile(_divergence) if compiled else _divergence
@@ -129,25 +127,26 @@ def window_length(options: TrainConfig, context: int) -> int:
 
 
 def training_bytes(
-    options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None
+    options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None, teacher: int = 0
 ) -> tuple[int, int]:
     """What a training keeps for certain: weights and optimizer; activations and logits of a microbatch.
 
     The first is 16 bytes per trained parameter: fp32 weight, gradient, AdamW's two moments. If only as many parameters
-    as ``trained`` are trained, all others are kept as they are computed in, and the logits are the teacher's, the
-    trained vectors' and their gradient. Activations are what no backward pass can do without: the residual stream
-    before attention and MLP, queries, keys, values and what attention makes of them, gate and up; or the residual
-    stream between layers, where they are computed again.
+    as ``trained`` are trained, all others are kept as they are computed in, as are those of a ``teacher``, on every
+    device. Logits are then the teacher's, the followers' and their gradient. Activations are what no backward pass can
+    do without: the residual stream before attention and MLP, queries, keys, values and what attention makes of them,
+    gate and up; or the residual stream between layers, where they are computed again.
     """
     width = computed_in(options.precision, training_device()).itemsize
     tokens = _rows(options) * window_length(options, shape.max_position_embeddings)
     parameters, layers = shape.parameters(vector), shape.layers(vector)
     state = 16 * parameters if trained is None else 16 * trained + width * parameters
-    logits = 4 * shape.vocab_size if trained is None else 3 * width * shape.vocab_size
+    logits = shape.vocab_size * (4 if trained is None and not teacher else 3 * width)
     queries = shape.num_attention_heads * shape.head_dim
     kept = [2 * (shape.hidden_size + queries + shape.intermediate_size) + one.kv_values_per_token for one in layers]
     activations = width * (shape.hidden_size * len(layers) if options.recompute else sum(kept))
-    return state // (SIZE if options.parallel == "fsdp" else 1), tokens * (logits + activations)
+    state //= SIZE if options.parallel == "fsdp" else 1
+    return state + width * teacher, tokens * (logits + activations)
 
 
 def _rows(options: TrainConfig) -> int:
@@ -155,13 +154,13 @@ def _rows(options: TrainConfig) -> int:
 
 
 def check_training_memory(
-    what: str, options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None
+    what: str, options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None, teacher: int = 0
 ) -> None:
     """Refuses a training that cannot fit into this machine, counting only what is certain: see `training_bytes`."""
     device = training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    state, activations = training_bytes(options, shape, vector, trained)
+    state, activations = training_bytes(options, shape, vector, trained, teacher)
     if state + activations > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
@@ -170,7 +169,16 @@ def check_training_memory(
         )
 
 
-def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model whose logits another one follows; the numbers are those of `divergence`."""
+
+    model: Decoder
+    weight: float
+    temperature: float
+
+
+def text_loss(tokens: Tokens, options: TrainConfig, length: int, teacher: Teacher | None = None) -> Loss:
     """The loss of a step of a plain model on windows of ``length`` tokens."""
     losses = torch.compile(row_losses) if options.compile else row_losses
 
@@ -179,7 +187,11 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int) -> Loss:
         own = microbatch.of(options.batch)
         windows = training_batch(tokens, options.seed, step, options.batch, length, own).to(device)
         with autocast(options.precision, device):
-            return losses(model(windows[:, :-1]), windows[:, 1:]).mean()
+            if teacher is None:
+                return losses(model(windows[:, :-1]), windows[:, 1:]).mean()
+            with torch.no_grad():
+                followed = teacher.model(windows[:, :-1])
+            return divergence(model(windows[:, :-1]), followed, windows[:, 1:], teacher.weight, teacher.temperature)
 
     return loss_at
 
@@ -188,7 +200,7 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
     """The loss of a step of a supernet by its recipe."""
     if options.trainable == "kv":
         return _kv_loss(space, tokens, options, length)
-    losses = torch.compile(distilled_loss) if options.compile else distilled_loss
+    losses = torch.compile(row_losses) if options.compile else row_losses
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
         plan = step_plan(space, options, step)
@@ -198,9 +210,11 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
         rows = windows.repeat_interleave(vectors_per_text, dim=0)
         choices_BL = space.choice_indices(itertools.chain.from_iterable(plan[own]))
         with autocast(options.precision, device):
-            logits = model(rows[:, :-1], torch.tensor(choices_BL, device=device))
-            return losses(
-                logits, rows[:, 1:], vectors_per_text, options.distilled_share, options.distillation_temperature
+            logits, targets = model(rows[:, :-1], torch.tensor(choices_BL, device=device)), rows[:, 1:]
+            if vectors_per_text == 1:
+                return losses(logits, targets).mean()
+            return distilled_loss(
+                logits, targets, vectors_per_text, options.distilled_share, options.distillation_temperature
             )
 
     return loss_at
