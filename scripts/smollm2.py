@@ -350,7 +350,7 @@ def main() -> None:
 
 
 SETTINGS = {
-    "steps": 400,  # of the supernet
+    "steps": 500,  # of the supernet
     "rate": 1e-3,
     "batch": 16,
     "length": 1024,  # of the texts for training, validation and test
@@ -359,8 +359,8 @@ SETTINGS = {
     "characters": 10**9,  # of the training split, at most
     "budget": 100,
     "random": 20,  # vectors beside each chosen one
-    "finetune_steps": 60,
-    "finetune_rate": 1e-4,
+    "finetune_steps": 80,
+    "finetune_rate": 2e-4,
 }
 
 if __name__ == "__main__":

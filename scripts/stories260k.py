@@ -5,7 +5,8 @@ supernet can learn from, trains a supernet that starts from the model, and write
 of uniform and mixed vectors as the supernet starts, with heads aligned or merged as they are, and after the training.
 The last line of stdout is JSON: the losses of the uniform vectors before and after.
 
-python scripts/stories260k.py SRC OUT      # SRC holds the two files; OUT gets model/, stories.jsonl and runs/
+    python scripts/stories260k.py SRC OUT      # SRC holds the two files; OUT gets model/, stories.jsonl and runs/
+    python scripts/stories260k.py SRC OUT --no-training        # model and text alone
 """
 
 import argparse
@@ -61,7 +62,7 @@ some water. They were good friends. They played all day and then they went to be
 """
 
 
-def main(source: Path, out: Path) -> None:
+def main(source: Path, out: Path, training: bool) -> None:
     """Does all of it; what is there already is not made again."""
     logging.disable_progress_bar()
     model, corpus = out / "model", out / "stories.jsonl"
@@ -71,6 +72,8 @@ def main(source: Path, out: Path) -> None:
     print(f"What it tells, greedily: {next(tell(model, rows=1, greedy=True), '(no end)')}")
     if not corpus.is_file():
         write_corpus(model, corpus)
+    if not training:
+        return
     run = out / "runs" / "train" / "stories260k"
     if not (run / "complete.json").is_file():
         text = (f"init={model}", "data=text", f"data.path={corpus}", *(f"train.{option}" for option in TRAINING))
@@ -234,5 +237,6 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder with the two files")
     parser.add_argument("out", type=Path, help="gets model/, stories.jsonl and runs/")
+    parser.add_argument("--no-training", action="store_true", help="only the model and its text")
     given = parser.parse_args()
-    main(given.source, given.out)
+    main(given.source, given.out, not given.no_training)
