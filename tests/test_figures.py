@@ -137,10 +137,11 @@ def test_vllm_is_quoted_as_measured(script: dict[str, Any]) -> None:
     of = rows.set_index(["device", "model"])["vllm_over_ours"]
     ratios = of["NVIDIA H100 80GB HBM3"][["Llama-2-7B", "DeciLM-6B"]]
     assert f"take {ratios.iloc[0]:.2f} and {ratios.iloc[1]:.2f} times as long" in page("docs/latency.md")
-    ((card, (vectors, tau)),) = script["rankings"](rows).items()
-    assert (card, vectors) == ("NVIDIA H200", 9)
-    assert f"take {of[card].min():.2f} to {of[card].max():.2f} times as long" in page("docs/latency.md")
-    assert f"throughputs, each at its own largest batch, is {tau:.3f}." in page("docs/latency.md")
+    ((card, ((vectors, tau), (models, with_llama))),) = script["rankings"](rows).items()
+    assert (card, vectors, models) == ("NVIDIA H200", 11, 12)
+    text = page("docs/latency.md")
+    assert f"take {of[card].min():.2f} to {of[card].max():.2f} times as long" in text
+    assert f"each at its own largest batch, is {tau:.3f}; with Llama 2 7B, of twelve models, {with_llama:.3f}." in text
 
 
 def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
