@@ -89,7 +89,7 @@ def _reference() -> Iterator[str]:
             example, _, does = (conf / f"{stage}.yaml").read_text().splitlines()[0].removeprefix("# ").partition(": ")
             yield f"## nas {stage}\n\n`{example}`: {does}"
             config = compose(stage, return_hydra_config=True)
-            groups = {key: f"{key}={choice}" for key, choice in config.hydra.runtime.choices.items()}
+            groups = {key: f"{key}={choice or 'null'}" for key, choice in config.hydra.runtime.choices.items()}
             yield from _keys(schema, OmegaConf.to_container(config), groups)
     for folder in sorted(filter(Path.is_dir, conf.iterdir())):
         yield f"## {folder.name}="

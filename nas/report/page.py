@@ -16,7 +16,7 @@ from bokeh.resources import INLINE
 
 from nas.metrics import METRICS, PAIRED_SE
 from nas.report import views
-from nas.report.views import Page, costs, origin
+from nas.report.views import REFERENCE, Page, costs, origin
 from nas.search import Objectives
 from nas.search.problem import LOSS
 
@@ -124,9 +124,12 @@ _PANELS = {
 def _front_note(found: Page) -> str:
     """What the marks of the front mean."""
     line = "the best loss that is evaluated within each cost"
-    if len(found.labels) == 1:
-        return f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
-    return f"Every point is an evaluated vector. Lines: {line}, median over runs, with the range of the runs."
+    reference = " Dotted: the reference search." if REFERENCE in set(found.fronts["label"]) else ""
+    if len(found.labels) > 1:
+        line += ", median over runs, with the range of the runs"
+    return (
+        f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better.{reference}"
+    )
 
 
 def _runs_note(found: Page) -> str:
