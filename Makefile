@@ -1,6 +1,7 @@
 # make demo    the whole path on this machine: train, measure, search, report, export, finetune
 # make test    the tests
 # make check   formatting, lint, types
+# make docs    the documentation site, to open from the disk: build/docs/index.html
 # make test-transformers-4   what reads and writes checkpoints, against transformers 4.57, in an environment of its own
 # make engines   exported models in the real engines, each in an environment of its own (some 15 GB): docs/engines.csv
 # make clean   removes what these made (never runs/)
@@ -19,11 +20,11 @@ KNEE := runs/export/$(DEMO)-knee/complete.json
 FINETUNED := runs/finetune/$(DEMO)/complete.json
 REPORTED := runs/report/$(DEMO)/complete.json
 
-.PHONY: demo test test-transformers-4 check engines clean
+.PHONY: demo test test-transformers-4 check docs engines clean
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,docs]'
 	touch $@
 
 demo: $(REPORTED)
@@ -65,6 +66,11 @@ check: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -nEWq --keep-going -c docs . build/docs
+	cp build/docs/README.html build/docs/index.html
+	@echo "Documentation, to open in a browser: build/docs/index.html"
 
 clean:
 	rm -rf $(VENV) $(VENV)-transformers-4 .engines build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

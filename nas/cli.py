@@ -26,7 +26,7 @@ from nas.distributed import IS_MAIN, SIZE, broadcast, process_group
 from nas.errors import AlreadyFinishedError, UserError, causes, in_short, is_out_of_memory
 from nas.overrides import to_hydra
 
-_USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
+USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
 
   nas train    space=tiny                          train a supernet
   nas train    init=DIR                            the same, from the weights of a Hugging Face checkpoint
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["-sc"]:
         return _complete(arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_USAGE)
+        print(USAGE)
         return 0 if arguments else 2
     if arguments[0] not in STAGES:
         console.warn(f"nas: there is no stage '{arguments[0]}'; use {', '.join(STAGES)}")

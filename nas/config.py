@@ -17,23 +17,25 @@ FRESH_LEARNING_RATE, TRAINED_LEARNING_RATE = 4e-3, 5e-4  # from random weights; 
 
 @dataclass
 class TrainConfig:
-    steps: int = 500
+    """How a model is trained: AdamW, on the same batches whatever the number of processes."""
+
+    steps: int = 500  # of the optimizer
     batch: int = 8  # rows per step
     length: int | None = None  # tokens per row; null: the model's whole context
     learning_rate: float | None = None  # null: 4e-3, or 5e-4 for a supernet that starts from a checkpoint
     warmup_share: float = 0.2  # of the steps, linear; then cosine down to final_share of the learning rate
-    final_share: float = 0.05
+    final_share: float = 0.05  # of the learning rate, at the end
     weight_decay: float = 0.1  # on matrices only
-    clip_norm: float = 0.5
-    seed: int = 0
+    clip_norm: float = 0.5  # of the gradients
+    seed: int = 0  # of weights and batches
     precision: str = "auto"  # fp32 | bf16 (autocast); auto: bf16 on a GPU
     accumulate: int = 1  # microbatches that share out the rows of a step: less memory, the same step
     recompute: bool = False  # activation checkpointing: a layer's activations are computed again in the backward pass
     compile: bool = False  # torch.compile; a minute once, then faster steps on a GPU
     parallel: str = "ddp"  # under torchrun: ddp (the full model on each) | fsdp (FSDP2: the model is sharded)
-    log_every: int = 10
-    validate_every: int = 100
-    checkpoint_every: int = 50
+    log_every: int = 10  # steps
+    validate_every: int = 100  # steps
+    checkpoint_every: int = 50  # steps; what an interrupted training goes on from
     validation_windows: int = 32  # context-long windows of validation text
 
     @property
@@ -44,6 +46,8 @@ class TrainConfig:
 
 @dataclass
 class SupernetConfig(TrainConfig):
+    """How a supernet is trained."""
+
     sharing: str = "auto"  # a rule of nas/model/sharing.py; auto: separate with init, else sliced
     # all; kv: only the smaller choices' K/V heads, which follow the largest vector's logits; auto: kv with init and
     # separate heads where the largest vector is the checkpoint, else all
@@ -51,11 +55,11 @@ class SupernetConfig(TrainConfig):
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
-    smallest_share: float = 0.125
+    smallest_share: float = 0.125  # mixed: of those that run the smallest
     vectors_per_text: int = 4  # sandwich: the largest, the smallest and random ones
     # sandwich, kv: share of the loss of all but the largest that follows its logits; null: 0.5, and 1 with kv
     distillation_weight: float | None = None
-    distillation_temperature: float = 1.0
+    distillation_temperature: float = 1.0  # of the logits that are followed
 
     @property
     def distilled_share(self) -> float:
@@ -112,13 +116,13 @@ class MeasureConfig:
     segment: int = 24  # at most so many points between two looks at the sentinel; on a GPU, no more than 0.4 s of them
     energy_s: float = 5.0  # seconds of decode steps for each reading of power, on a GPU; 0: none
     energy_batches: list[int] | None = None  # null: the smallest and the largest
-    seed: int = 0
+    seed: int = 0  # of the shuffling
 
 
 @dataclass
 class StageConfig:
-    name: str = MISSING
-    runs_dir: str = "runs"
+    name: str = MISSING  # of the run directory, RUNS_DIR/COMMAND/NAME; the same name again finishes an interrupted run
+    runs_dir: str = "runs"  # where all commands look for earlier runs
     logger: dict[str, Any] | None = None  # a tracker that gets what the command's runs write: conf/logger
 
 
@@ -128,7 +132,7 @@ class Train(StageConfig):
 
     space: str | None = None  # a name, a .yaml file, or a checkpoint's directory; null: that of init, else tiny
     init: InitConfig = field(default_factory=InitConfig)
-    data: dict[str, Any] = MISSING
+    data: dict[str, Any] = MISSING  # the text: conf/data
     tokenizer: str | None = None  # a tokenizer.json or a directory with one; null: init's, else one is trained
     train: SupernetConfig = field(default_factory=SupernetConfig)
 
@@ -137,7 +141,7 @@ class Train(StageConfig):
 class LatencyParts(StageConfig):
     """What the commands have that may measure."""
 
-    device: str = "this"
+    device: str = "this"  # this: the GPU here, else the CPU; or a folder of latency_models
     workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     measure: MeasureConfig = field(default_factory=MeasureConfig)
     check: int = 4  # end-to-end models of random vectors timed against the predictor, at each of a few workloads
@@ -149,21 +153,25 @@ class Measure(LatencyParts):
     publish: str | None = None  # copy the finished table into this folder of device folders too
 
 
-# Limits on what a vector may cost by the predictor: max_decode_ms, min_tokens_per_s and so on; null: no limit.
 ConstraintsConfig = make_dataclass(
-    "ConstraintsConfig", [(key, float | None, None) for key in LIMITS], namespace={"__module__": __name__}
+    "ConstraintsConfig",
+    [(key, float | None, None) for key in LIMITS],
+    namespace={
+        "__module__": __name__,
+        "__doc__": "Limits on what a vector may cost by the predictor: max_decode_ms, min_tokens_per_s, …; null: none.",
+    },
 )
 
 
 @dataclass
 class Search(LatencyParts, Train):
     serve: str | None = None  # the space that costs are of, if `space` is but a proxy for losses; null: the same
-    budget: str = "60"
+    budget: str = "60"  # vectors whose loss is evaluated: a number, a duration (90s, 30m, 2h), all or auto
     cost: CostConfig = field(default_factory=CostConfig)
-    objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])
+    objectives: list[str] = field(default_factory=lambda: ["loss_nats", "tokens_per_s"])  # two or three metrics
     constraints: ConstraintsConfig = field(default_factory=ConstraintsConfig)  # type: ignore[valid-type]
-    sampler: dict[str, Any] = MISSING
-    seed: int = 0
+    sampler: dict[str, Any] = MISSING  # what proposes vectors: conf/sampler
+    seed: int = 0  # of the proposals
     supernet: str | None = None  # directory of a train run; null: the first that fits, else train one
     latency: str | None = None  # directory of a measure run; null: the newest that fits, else measure or estimate
     warm_start: Any = None  # directory of a finished search, or a list of them: their vectors enter this one
@@ -175,42 +183,42 @@ class Search(LatencyParts, Train):
 
 @dataclass
 class Report(StageConfig):
-    run: str = MISSING
+    run: str = MISSING  # directory of a search, or of a sweep of searches
     reference: str | None = None  # a search whose front the others are measured by, such as an exhaustive one
     trained: str | None = None  # a nas finetune run of an export of it: losses before and after are drawn, too
 
 
 @dataclass
 class Export(StageConfig):
-    run: str = MISSING
-    select: str = "all"
-    export: dict[str, Any] = MISSING
+    run: str = MISSING  # directory of a search
+    select: str = "all"  # all of the front | knee | best_loss | fastest | a vector, such as 4-2-1-1
+    export: dict[str, Any] = MISSING  # one or several formats: conf/export
 
 
 @dataclass
 class Finetune(StageConfig):
-    checkpoint: str | None = None  # an exported model; or
+    checkpoint: str | None = None  # a directory that nas export or nas finetune wrote; or
     run: str | None = None  # a nas export run: all of its vectors, each on the same batches
-    from_scratch: bool = False
-    data: dict[str, Any] = MISSING
+    from_scratch: bool = False  # train random weights by the checkpoint's configuration
+    data: dict[str, Any] = MISSING  # the text: conf/data
     distill: str | None = None  # a teacher of the same vocabulary, a directory as for checkpoint; null: text alone
     distillation_weight: float = 1.0  # share of the loss that follows the teacher's logits, not the text
     distillation_temperature: float = 1.0
     tokenizer: str | None = None  # as for nas train; null: the checkpoint's, else one is trained
     train: TrainConfig = field(default_factory=TrainConfig)
-    export: dict[str, Any] = MISSING
+    export: dict[str, Any] = MISSING  # what the trained model is written as: conf/export
 
 
 @dataclass
 class Generate(StageConfig):
     checkpoint: str = MISSING  # a directory that nas export or nas finetune wrote
-    prompt: str = MISSING
-    new_tokens: int = 64
+    prompt: str = MISSING  # a text
+    new_tokens: int = 64  # of each continuation
     batch: int = 1  # so many continuations of the prompt
     temperature: float = 0.0  # 0: the likeliest token each time
-    seed: int = 0
+    seed: int = 0  # of the draws at a temperature
     dtype: str = "auto"  # as in workload
-    runtime: str = "auto"
+    runtime: str = "auto"  # as in workload
 
 
 @dataclass
@@ -233,14 +241,14 @@ class AloneConfig:
 
 @dataclass
 class Fidelity(StageConfig):
-    supernet: str = MISSING
+    supernet: str = MISSING  # directory of a train run
     data: dict[str, Any] = MISSING  # the text that the supernet was trained on
     init: str | None = None  # the checkpoint that it started from, if it did: the models trained alone start there too
-    vectors: int = 24
+    vectors: int = 24  # that are compared
     equal_total: int = 12  # of these, so many with the same total of groups
     seed: int = 0  # which vectors
-    validation_windows: int = 256
-    checkpoint_every: int = 200
+    validation_windows: int = 256  # by which all models are compared
+    checkpoint_every: int = 200  # steps
     further: FurtherConfig = field(default_factory=FurtherConfig)
     alone: AloneConfig = field(default_factory=AloneConfig)
 

@@ -1,13 +1,14 @@
-"""Trackers of others: what a run writes goes to TensorBoard, Weights & Biases or MLflow too, if ``logger=`` names one.
+"""Trackers of others: what a run writes goes to TensorBoard, W&B, Trackio or MLflow too, if ``logger=`` names one.
 
 All of it comes from what `nas.run` sees anyway, the lines of metrics.jsonl and the files of a finished run, so nothing
 that computes knows of trackers. None needs a network; each is an optional dependency.
 """
 
 import importlib.util
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -87,7 +88,7 @@ class WeightsAndBiases(Tracker):
     def __init__(self, run: str, config: Mapping[str, Any], project: str, folder: str, mode: str) -> None:
         import wandb
 
-        self._wandb = wandb
+        self._library = wandb
         identity = run.replace("/", "-")  # the same name goes on with the same run
         settings = wandb.Settings(silent=True)
         of_run: dict[str, Any] = {"name": run, "id": identity, "resume": "allow", "config": dict(config)}
@@ -97,13 +98,28 @@ class WeightsAndBiases(Tracker):
         self._run.log(dict(values), step=step)
 
     def table(self, name: str, table: "pd.DataFrame") -> None:
-        self._run.log({name: self._wandb.Table(dataframe=table)})
+        self._run.log({name: self._library.Table(dataframe=table)})
 
     def picture(self, file: Path) -> None:
-        self._run.log({file.stem: self._wandb.Image(str(file))})
+        self._run.log({file.stem: self._library.Image(str(file))})
 
     def close(self) -> None:
         self._run.finish()
+
+
+class Trackio(WeightsAndBiases):
+    """Hugging Face's tracker, which has the same interface."""
+
+    library = "trackio"
+
+    def __init__(self, run: str, config: Mapping[str, Any], project: str, folder: str) -> None:
+        os.environ.setdefault("TRACKIO_DIR", str(Path(folder).resolve()))  # read as it is imported
+        import trackio
+
+        self._library = trackio
+        quiet = {"embed": False, "auto_log_gpu": False, "auto_log_cpu": False}
+        with redirect_stdout(None):
+            self._run = trackio.init(project, name=run, config=dict(config), resume="allow", **quiet)
 
 
 class MLflow(Tracker):

@@ -443,9 +443,8 @@ def main() -> None:
         measure(given.csv, given.samplers, given.seeds, given.workers)
     table = ordered(pd.read_csv(given.csv))
     draw(table, given.csv)
-    full = (
-        f"Share of the exact front's hypervolume in per cent: median (quartiles) of 10 seeds.\n\n{full_table(table)}\n"
-    )
+    what = "# All samplers\n\nShare of the exact front's hypervolume in per cent: median (quartiles) of 10 seeds."
+    full = f"{what}\n\n{full_table(table)}\n"
     write_atomically(given.csv.with_name("table.md"), lambda path: path.write_text(full, encoding="utf-8"))
     print(short_table(table))
     print(json.dumps(summary(table)))

@@ -1,6 +1,7 @@
 """Reports: what the figures show, and that they come from the CSVs alone."""
 
 import io
+import json
 import re
 import shutil
 from itertools import pairwise
@@ -11,6 +12,8 @@ import moocore
 import numpy as np
 import pandas as pd
 import pytest
+from bokeh.document import Document
+from bokeh.models import GlyphRenderer, Step
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from PIL import Image
@@ -77,6 +80,16 @@ def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -
     assert metrics["uniform_on_front"] == trials[trials["on_front"]]["vector"].isin(["1-1-1", "2-2-2", "4-4-4"]).sum()
     assert 0 < metrics["hypervolume_share"] <= 1
     assert metrics["distance"] >= 0
+    html = Path("runs/report/measured/report.html").read_text()
+    assert "Dotted: the reference search." in html
+    (stored,) = re.findall(r'<script type="application/json".*?>(.*?)</script>', html, re.DOTALL)
+    page = Document.from_json(next(iter(json.loads(stored).values())))
+    lines = [line for line in page.select({"type": GlyphRenderer}) if isinstance(line.glyph, Step)]
+    dotted = [line.data_source.data for line in lines if line.glyph.line_dash == [2, 4]]
+    assert len(dotted) == len(lines) / 2  # one for each cost
+    known = pd.read_csv("runs/search/whole/trials.csv")
+    best = known.sort_values(["tokens_per_s", "loss_nats"], ascending=[False, True])["loss_nats"].cummin().unique()
+    assert any(len(line["median"]) == len(best) and (line["median"] == best).all() for line in dotted)
     itself = nas("report", "run=runs/search/whole", "reference=runs/search/whole", "name=itself")
     assert "100.0% of the best front's, and distance 0.0000 from it, after 27 evaluations" in itself.out
 
@@ -166,8 +179,10 @@ def test_the_front_is_drawn_from_its_points_with_every_reference_vector_named() 
         }
     )
     drawing = Figure()
-    draw_front(drawing, points, TWO)
+    draw_front(drawing, points, TWO, [points[1:]])
     (axes,) = drawing.axes
+    (reference,) = (line for line in axes.lines if line.get_label() == "reference's front (2)")
+    assert np.asarray(reference.get_xydata()).tolist() == [[10.0, 2.0], [20.0, 2.5]]
     assert axes.get_xlabel() == "decode throughput (tokens/s) — estimated"
     assert axes.get_ylabel() == "inherited validation loss (nats/token)"
     assert {text.get_text() for text in axes.texts} == {"uniform 1", "uniform 2", "Published"}

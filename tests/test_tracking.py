@@ -64,10 +64,25 @@ def read_wandb(runs: Path, run: str) -> tuple[Series, set[str]]:
     return series, others
 
 
+def read_trackio(runs: Path, run: str) -> tuple[Series, set[str]]:
+    from trackio.sqlite_storage import SQLiteStorage
+
+    assert (runs / "trackio" / "gqa-nas.db").is_file()
+    series, others = Series(), set()
+    for record in SQLiteStorage.get_logs("gqa-nas", run):
+        for name, value in record.items():
+            if isinstance(value, int | float):
+                series.setdefault(name, []).append((record["step"], value))
+            else:
+                others.add(name)
+    return series, others
+
+
 READERS: dict[str, Callable[[Path, str], tuple[Series, set[str]]]] = {
     "tensorboard": read_tensorboard,
     "mlflow": read_mlflow,
     "wandb": read_wandb,
+    "trackio": read_trackio,
 }
 
 

@@ -37,12 +37,17 @@ def front_points(trials: pd.DataFrame, reference_vectors: Mapping[str, Vector]) 
     return trials.assign(name=named, uniform=named.str.startswith("uniform "))
 
 
-def draw_front(drawing: Figure, points: pd.DataFrame, objectives: Objectives) -> None:
-    """One panel for each pair of objectives."""
+def draw_front(
+    drawing: Figure, points: pd.DataFrame, objectives: Objectives, reference: Sequence[pd.DataFrame] = ()
+) -> None:
+    """One panel for each pair of objectives, with the front of a ``reference`` search, if there is one."""
     pairs = list(itertools.combinations(objectives.names, 2))
     drawing.set_figwidth(6.4 if len(pairs) == 1 else 4.6 * len(pairs))
     panels = drawing.subplots(1, len(pairs), squeeze=False)[0]
     for panel, (y, x) in zip(panels, pairs, strict=True):
+        for trials in reference:
+            found = trials[trials["on_front"]]
+            panel.plot(found[x], found[y], "k+", label=f"reference's front ({len(found)})", zorder=3.5)
         _draw_pair(panel, points, x, y, staircase=len(pairs) == 1)
     panels[0].legend(loc="best", fontsize=8)
 

@@ -17,7 +17,7 @@ from bokeh.resources import INLINE
 from nas.metrics import METRICS, PAIRED_SE
 from nas.ranking import TRAINED, order_sentence
 from nas.report import views
-from nas.report.views import Page, costs, origin
+from nas.report.views import REFERENCE, Page, costs, origin
 from nas.search import Objectives
 from nas.search.problem import LOSS
 
@@ -124,14 +124,15 @@ _PANELS = {
 
 def _front_note(found: Page) -> str:
     """What the marks of the front mean."""
-    line, trained = "the best loss that is evaluated within each cost", ""
+    line = "the best loss that is evaluated within each cost"
+    if len(found.labels) > 1:
+        line += ", median over runs, with the range of the runs"
+    note = f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
+    if REFERENCE in set(found.fronts["label"]):
+        note += " Dotted: the reference search."
     if "loss_after_nats" in found.vectors:
-        trained = " " + order_sentence(found.vectors.dropna(subset=TRAINED)) + " (triangles: the trained losses)."
-    if len(found.labels) == 1:
-        note = f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
-    else:
-        note = f"Every point is an evaluated vector. Lines: {line}, median over runs, with the range of the runs."
-    return note + trained
+        note += f" {order_sentence(found.vectors.dropna(subset=TRAINED))} (triangles: the trained losses)."
+    return note
 
 
 def _runs_note(found: Page) -> str:

@@ -19,6 +19,7 @@ from nas.search.problem import LOSS
 from nas.space import parse_vector
 
 _COUNTED = ("batch", "kv_bytes_per_token", "parameters", "memory_gib")  # all other costs follow from the latency
+REFERENCE = "reference"  # the label of the front that others are measured by
 _BOUNDS = ("decode_ms_low", "decode_ms_high")
 _MARKERS = ("circle", "triangle", "diamond", "square")
 _SELECT: dict[str, Any] = {
@@ -139,12 +140,15 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     shown: list[tuple[str, Any]] = []  # what belongs to one cost alone
     for key, rows in found.fronts.groupby(["metric", "label"], sort=False):
         metric, label = map(str, key)
-        colour = COLOURS[found.labels.index(label) % len(COLOURS)]
+        colour, dash = "black", "dotted"
+        if label != REFERENCE:
+            colour, dash = COLOURS[found.labels.index(label) % len(COLOURS)], "solid"
         steps, mode = _source(rows), "before" if METRICS[metric].maximise else "after"
         if not (rows["low"] == rows["high"]).all():
             band = bm.VAreaStep(x="cost", y1="low", y2="high", step_mode=mode, fill_color=colour, fill_alpha=0.15)
             shown.append((metric, plot.add_glyph(steps, band)))
-        shown.append((metric, plot.step("cost", "median", source=steps, mode=mode, color=colour, line_width=1.5)))
+        look = {"color": colour, "line_dash": dash, "line_width": 1.5}
+        shown.append((metric, plot.step("cost", "median", source=steps, mode=mode, **look)))
     for metric, bound in found.limits.items():
         limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
         name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")

@@ -136,7 +136,7 @@ class _Worker:
                 return True
             if not running:
                 return False
-            bar(self.spent())
+            bar(self.spent(), self.so_far())
             time.sleep(_POLL_S)
 
     def has_converged(self) -> bool:
@@ -176,7 +176,8 @@ class _Worker:
         if frame.empty:  # others took this worker for dead
             return ""
         front = frame[on_front(frame, objectives)]
-        note = f"{len(front)} on the front, loss {front[LOSS].iloc[knee(front, objectives)]:.4f} at its knee"
+        loss = front[LOSS].iloc[knee(front, objectives)]
+        note = f"{len(front)} of {len(frame)} on the front, loss {loss:.4f} at its knee"
         self._told = time.monotonic(), note
         return note
 

@@ -36,7 +36,7 @@ from nas.report.hypervolume import curves, draw_hypervolume, reference_text
 from nas.report.learned import learned
 from nas.report.page import draw_page
 from nas.report.predicted import draw_check
-from nas.report.views import Page, costs
+from nas.report.views import REFERENCE, Page, costs
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
 from nas.search.pareto import front_distance
@@ -94,9 +94,10 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
     draw = partial(figure, caption=caption)
     labels = _labels([search.config for search in searches])
     runs = list(zip(labels, trials, strict=True))
+    better = known_trials[len(searches) :]  # the reference's
 
     with draw(path / "front", f"{name}: Pareto front") as drawing:
-        draw_front(drawing, points, objectives)
+        draw_front(drawing, points, objectives, better)
     if trained is not None:
         points = points.merge(trained, on="vector", how="left")
         with draw(path / "front_trained", f"{name}: losses before and after training") as drawing:
@@ -133,7 +134,7 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
         Page(
             title=f"{name}: loss against cost",
             caption=caption + stopped,
-            **_of_vectors(points, searches, runs, space),
+            **_of_vectors(points, searches, runs, better, space),
             volumes=table,
             reference=reference_text(objectives, reference),
             check=check,
@@ -158,6 +159,7 @@ def _of_vectors(
     points: pd.DataFrame,
     searches: Sequence[FinishedRun],
     runs: Sequence[tuple[str, pd.DataFrame]],
+    reference: Sequence[pd.DataFrame],
     space: SearchSpace,
 ) -> dict[str, Any]:
     """What the page shows of vectors: who evaluated each of them and when, and what was learned from all."""
@@ -177,11 +179,13 @@ def _of_vectors(
     bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
     found, moves = learned(found, space, bases)
     limits = searches[0].config.get("constraints", {}).items()
+    fronts = [attained(runs, costs(found))]
+    fronts += [attained([(REFERENCE, one)], [name for name in costs(found) if name in one]) for one in reference]
     return {
         "vectors": found,
         "moves": moves,
         "levels": sorted({groups for allowed in space.choices for groups in allowed}),
-        "fronts": attained(runs, costs(found)),
+        "fronts": pd.concat(fronts, ignore_index=True),
         "limits": {LIMITS[key].name: bound for key, bound in limits if bound is not None},
     }
 
