@@ -126,6 +126,8 @@ def compare_trained(vectors: Sequence[str], before_VN: Floats, after_VN: Floats)
 
 def order_sentence(trained: pd.DataFrame) -> str:
     """How far the order of `compare_trained` changed."""
+    if len(trained) == 1:
+        return "A single vector has no order that could change"
     count, (flips, clear) = len(trained), trained[["flips", "flips_beyond_noise"]].sum().astype(int) // 2
     tau = kendall(trained["loss_before_nats"].to_numpy(), trained["loss_after_nats"].to_numpy())
     return (

@@ -1,4 +1,4 @@
-"""nas finetune of a whole front: the same as vector by vector, resumed where it was killed, and what it compares."""
+"""nas finetune of a whole front: the same as vector by vector, resumed where it was stopped, and what it compares."""
 
 import dataclasses
 import shutil
@@ -18,9 +18,10 @@ from nas.export.hf import HfExporter
 from nas.files import read_json
 from nas.model.pretrained import read_checkpoint
 from nas.ranking import TRAINED, compare_trained, order_sentence
+from nas.run import Run
 from nas.space import SearchSpace, format_vector
 from tests.conftest import Nas, Workspace, random_supernet, read_metrics
-from tests.helpers import TRAINING, check_refusal, kill_when
+from tests.helpers import TRAINING, check_refusal
 
 
 @pytest.fixture
@@ -30,23 +31,29 @@ def front(nas: Nas, workspace: Workspace) -> Path:
     return workspace.runs / "export/front"
 
 
-def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_killed(
-    nas: Nas, workspace: Workspace, front: Path, micro: SearchSpace
+def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_interrupted(
+    nas: Nas, workspace: Workspace, front: Path, micro: SearchSpace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ("data=text", workspace.arguments[2])
-    command = ["finetune", f"run={front}", *data, *TRAINING, "train.steps=40", "train.learning_rate=3e-3"]
+    command = ("finetune", f"run={front}", *data, *TRAINING, "train.learning_rate=3e-3")
     names = sorted(folder.name for folder in front.glob("*/"))
-    killed, second = workspace.runs / "finetune/killed", names[1]
-    kill_when(
-        [*command, "name=killed"],
-        workspace.path,
-        lambda: any(entry["step"] > 8 for entry in read_metrics(killed / "trainings" / second)),
-    )
+    killed, second, log = workspace.runs / "finetune/killed", names[1], Run.log
+
+    def interrupted(run: Run, **values: object) -> None:
+        if run.path.name == second and values["step"] == 5:  # after the checkpoint of step 4
+            raise KeyboardInterrupt
+        log(run, **values)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupted)
+        assert nas(*command, "name=killed").code == 1
     first = (killed / names[0] / "model.safetensors").stat().st_mtime_ns
     done = nas(*command, "name=killed")
     assert done.code == 0, done.err
     assert "Kendall's τ of inherited and trained losses" in done.out
     assert names[0] not in done.out  # it was finished
+    steps = [entry["step"] for entry in read_metrics(killed / "trainings" / second) if "loss_nats" in entry]
+    assert steps == [1, 2, 3, 4, 5, 6]  # it went on from its checkpoint
     assert (killed / names[0] / "model.safetensors").stat().st_mtime_ns == first
     assert not list(killed.rglob("checkpoint.pt"))
     table = pd.read_csv(killed / "front_trained.csv")

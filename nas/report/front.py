@@ -73,10 +73,14 @@ def _draw_pair(axes: Axes, points: pd.DataFrame, x: str, y: str, staircase: bool
             text = axes.annotate(row["name"], (row[x], row[y]), (-6 * left, 6 * up), textcoords="offset points")
             text.set(fontsize=8, color=colour, ha=ha, va=va, zorder=2.5)
             text.set_bbox({"facecolor": "white", "alpha": 0.75, "linewidth": 0, "pad": 0.5})
+    axes.set(xlabel=_label(points, x), ylabel=_label(points, y))
+
+
+def _label(points: pd.DataFrame, name: str) -> str:
+    """A metric's label, with where its values come from if they are times."""
     source = " and ".join(sorted(points["latency_source"].unique()))
-    for name, set_label in ((x, axes.set_xlabel), (y, axes.set_ylabel)):
-        timed = METRICS[name].unit in ("ms", "tokens/s")
-        set_label(METRICS[name].label + (f" — {source}" if timed else ""))
+    timed = METRICS[name].unit in ("ms", "tokens/s")
+    return METRICS[name].label + (f" — {source}" if timed else "")
 
 
 def draw_trained(drawing: Figure, trained: pd.DataFrame, objectives: Objectives) -> None:
@@ -86,7 +90,6 @@ def draw_trained(drawing: Figure, trained: pd.DataFrame, objectives: Objectives)
     """
     cost = next(name for name in objectives.names if name != "loss_nats")
     drawing.set_figwidth(9.6)
-    source = " and ".join(sorted(trained["latency_source"].unique()))
     panels = drawing.subplots(1, 2, sharex=True)
     for axes, when, label, colour in zip(panels, ("before", "after"), ("inherited", "trained"), COLOURS, strict=False):
         losses, errors = trained[f"loss_{when}_nats"], trained[f"se_{when}_nats"]
@@ -94,7 +97,7 @@ def draw_trained(drawing: Figure, trained: pd.DataFrame, objectives: Objectives)
         for row in trained.to_dict("records"):
             at = row[cost], row[f"loss_{when}_nats"]
             axes.annotate(f"{row['rank_before']:.0f}", at, (4, 4), textcoords="offset points", fontsize=7, color=GREY)
-        axes.set(xlabel=f"{METRICS[cost].label} — {source}", ylabel=f"{label} validation loss (nats/token)")
+        axes.set(xlabel=_label(trained, cost), ylabel=f"{label} validation loss (nats/token)")
     panels[0].set_title(order_sentence(trained), fontsize=7, loc="left", in_layout=False)
 
 

@@ -163,8 +163,8 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     if "loss_after_nats" in found.vectors:
         ends = {"x0": "x", "x1": "x", "y0": "loss_before_nats", "y1": "loss_after_nats"}
         plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
-        look = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
-        trained = plot.scatter("x", "loss_after_nats", source=source, **look)
+        triangle = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
+        trained = plot.scatter("x", "loss_after_nats", source=source, **triangle)
         said = [("vector", "@vector")]
         said += [
             (f"{name} loss, rank", f"@loss_{when}_nats{{0.00000}}, @rank_{when}")

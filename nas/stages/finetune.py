@@ -43,19 +43,23 @@ def run(config: Finetune, path: Path) -> None:
     trainings = Trainings(config, sources)
     with start_run(path, "finetune", trainings.recorded, {"train": config.train.seed}, parents) as run:
         memo = LossMemo(path / "losses.jsonl")
-        for name in sources:
-            one, names = Run(path / "trainings" / name) if config.run else run, [f"{name} {when}" for when in _WHEN]
+        for number, (name, vector) in enumerate(zip(sources, trainings.vectors, strict=True)):
+            one = Run(path / "trainings" / name) if config.run else run
+            names = [f"{name} {when}" for when in _WHEN]
             if not broadcast(names[-1] in memo):  # else it was finished before an interruption
                 one.path.mkdir(parents=True, exist_ok=True)
                 losses = trainings.train(name, one, path)
+                before, after = losses.double().mean(1).tolist()
+                if config.run:
+                    run.log(step=number, vector=vector, loss_before_nats=before, loss_after_nats=after)
                 if IS_MAIN:
-                    means = losses.double().mean(1).tolist()
-                    memo.add(dict(zip(names, means, strict=True)), dict(zip(names, losses.numpy(), strict=True)))
+                    windows = dict(zip(names, losses.numpy(), strict=True))
+                    memo.add(dict(zip(names, (before, after), strict=True)), windows)
             if IS_MAIN:
                 (one.path / CHECKPOINT).unlink(missing_ok=True)
         if config.run and IS_MAIN:
-            before, after = (np.stack([memo.windows[f"{name} {when}"] for name in sources]) for when in _WHEN)
-            table = compare_trained(trainings.vectors, before.astype(float), after.astype(float))
+            losses_VN = [np.stack([memo.windows[f"{name} {when}"] for name in sources]).astype(float) for when in _WHEN]
+            table = compare_trained(trainings.vectors, *losses_VN)
             write_csv(path / "front_trained.csv", table.assign(**origin()))
             console.print(f"{order_sentence(table)}: {path / 'front_trained.csv'}")
         run.finish()
