@@ -263,54 +263,50 @@ def table(work: Work) -> None:
         old, new = page.read_text(encoding="utf-8"), markdown(losses)
         new = re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- /tables -->)", f"\n{new}\n\n", old, flags=re.DOTALL)
         write_atomically(page, lambda path: path.write_text(new, encoding="utf-8"))
-    third = losses[losses["share"] == "2/3"].set_index(["state", "kind"])
-    random = third.loc[("trained", "random"), "perplexity"]
+    chosen, random, tuned = (
+        rows(losses, state, kind, "2/3")["perplexity"]
+        for state, kind in (("trained", "chosen"), ("trained", "random"), ("finetuned", "chosen"))
+    )
     results = {
         "checkpoint": math.exp(checkpoint),
-        "two_thirds": third.loc[("trained", "chosen"), "perplexity"].item(),
-        "two_thirds_over_checkpoint": third.loc[("trained", "chosen"), "over_checkpoint"].item(),
+        "two_thirds": chosen.item(),
+        "two_thirds_over_checkpoint": chosen.item() / math.exp(checkpoint) - 1,
         "best_random": random.min(),
         "mean_random": random.mean(),
     }
-    if ("finetuned", "chosen") in third.index:
-        results["two_thirds_finetuned"] = third.loc[("finetuned", "chosen"), "perplexity"].item()
-        results["best_random_finetuned"] = third.loc[("finetuned", "random"), "perplexity"].min()
-        tuned = losses.query("state == 'finetuned' and kind == 'largest'")
-        results["checkpoint_finetuned"] = tuned["perplexity"].item()
+    if len(tuned):
+        results["two_thirds_finetuned"] = tuned.item()
+        results["best_random_finetuned"] = rows(losses, "finetuned", "random", "2/3")["perplexity"].min()
+        results["checkpoint_finetuned"] = rows(losses, "finetuned", "largest")["perplexity"].item()
     print(json.dumps({name: round(float(value), 4) for name, value in results.items()}))
+
+
+def rows(losses: pd.DataFrame, state: str, kind: str, share: str | None = None) -> pd.DataFrame:
+    """The rows of a kind of vectors in a state, perhaps of one share of the KV bytes alone."""
+    found = losses[(losses["state"] == state) & (losses["kind"] == kind)]
+    return found if share is None else found[found["share"] == share]
 
 
 def markdown(losses: pd.DataFrame) -> str:
     """Two tables: one head and three heads everywhere; three shares of the KV bytes."""
 
-    def shown(rows: pd.DataFrame) -> str:
-        return f"{rows['perplexity'].min():.2f} ({100 * rows['over_checkpoint'].min():+.1f} %)" if len(rows) else "–"
+    def shown(state: str, kind: str, share: str | None = None) -> str:
+        best = rows(losses, state, kind, share)[["perplexity", "over_checkpoint"]].min()
+        return "–" if best.isna().any() else f"{best['perplexity']:.2f} ({100 * best['over_checkpoint']:+.1f} %)"
 
-    def of(state: str, kind: str, share: str | None = None) -> pd.DataFrame:
-        rows = losses[(losses["state"] == state) & (losses["kind"] == kind)]
-        return rows if share is None else rows[rows["share"] == share]
-
-    lines = ["| | perplexity |", "| --- | ---: |", f"| checkpoint | {shown(of('trained', 'largest'))} |"]
     states = {"means": "as means", "aligned": "aligned", "trained": "aligned and trained"}
-    lines += [f"| one head everywhere, {words} | {shown(of(state, 'smallest'))} |" for state, words in states.items()]
-    columns = [
-        "merged as means",
-        "aligned",
-        "trained",
-        "best of random",
-        "mean of random",
-        "finetuned",
-        "random, finetuned",
-    ]
-    lines += ["", f"| KV bytes | {' | '.join(columns)} |", f"| --- |{' ---: |' * len(columns)}"]
+    lines = ["| | perplexity |", "| --- | ---: |", f"| checkpoint | {shown('trained', 'largest')} |"]
+    if len(rows(losses, "finetuned", "largest")):
+        lines.append(f"| checkpoint, finetuned like the others | {shown('finetuned', 'largest')} |")
+    lines += [f"| one head everywhere, {words} | {shown(state, 'smallest')} |" for state, words in states.items()]
+    cells = ["KV bytes", "merged as means", "aligned", "trained", "best of random", "mean of random"]
+    cells += ["finetuned", "best of random, finetuned"]
+    lines += ["", f"| {' | '.join(cells)} |", f"| --- |{' ---: |' * len(cells[1:])}"]
     for share in SHARES:
-        random = of("trained", "random", share)
-        mean = f"{random['perplexity'].mean():.2f}"
-        cells = [shown(of(state, "chosen", share)) for state in ("means", "aligned", "trained")]
-        cells += [shown(random), mean, shown(of("finetuned", "chosen", share)), shown(of("finetuned", "random", share))]
-        lines.append(f"| {share} | {' | '.join(cells)} |")
-    if len(tuned := of("finetuned", "largest")):
-        lines += ["", f"The checkpoint, finetuned alike: {shown(tuned)}."]
+        cells = [share, *(shown(state, "chosen", share) for state in states), shown("trained", "random", share)]
+        cells += [f"{rows(losses, 'trained', 'random', share)['perplexity'].mean():.2f}"]
+        cells += [shown("finetuned", kind, share) for kind in ("chosen", "random")]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

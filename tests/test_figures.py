@@ -106,11 +106,21 @@ def test_lasting_steps_are_quoted_as_measured(script: dict[str, Any]) -> None:
     [
         ("bench_search.py", "stops_table", "search/auto.csv", "search.md"),
         ("engines_check.py", "table", "engines.csv", "engines.md"),
+        ("bench_kv_training.py", "markdown", "benchmarks/kv_training.csv", "checkpoints.md"),
     ],
     indirect=["script"],
 )
 def test_tables_are_those_of_their_csvs(script: dict[str, Any], function: str, table: str, text: str) -> None:
     assert script[function](pd.read_csv(DOCS / table)).strip() in (DOCS / text).read_text(encoding="utf-8")
+
+
+def test_training_the_heads_of_a_large_model_is_quoted_as_measured() -> None:
+    seconds = pd.read_csv(DOCS / "benchmarks" / "kv_training.csv").set_index("kind")["seconds"]
+    plain = [seconds["forward"] + seconds[name] for name in ("forward and backward", "backward")]
+    needed, alone = (seconds["kv step"] / both for both in plain)
+    text = page("docs/checkpoints.md")
+    assert f"It takes {needed:.2f} times as long as the plain passes" in text
+    assert f"forward and backward); {alone:.2f} times forward and backward alone" in text
 
 
 def test_how_the_page_opens_is_quoted_as_measured() -> None:
