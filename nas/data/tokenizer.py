@@ -1,7 +1,7 @@
 """The tokenizer: a byte-level BPE trained on the corpus, or one that the user gives."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,16 +111,17 @@ def special_ids(file: Path) -> dict[str, Any]:
     return stated
 
 
-def copy_companions(file: Path, folder: Path) -> None:
+def copy_companions(file: Path, folder: Path, generation: Mapping[str, Any] | None = None) -> None:
     """Copies what lies beside a checkpoint's tokenizer and must not be lost: special tokens, chat template, generation.
 
-    The generation_config.json then has all special ids.
+    The generation_config.json then has all special ids, and what ``generation`` has beyond.
     """
     for name in COMPANIONS:
         if file.with_name(name).is_file():
             shutil.copy(file.with_name(name), folder)
-    if generation := special_ids(file) | (json_beside(file, "generation_config.json") or {}):
-        write_json(folder / "generation_config.json", generation)
+    stated = special_ids(file) | (json_beside(file, "generation_config.json") or {})
+    if found := {**(generation or {}), **stated}:
+        write_json(folder / "generation_config.json", found)
 
 
 def json_beside(file: Path, name: str) -> dict[str, Any] | None:

@@ -39,6 +39,7 @@ _CODE = ("configuration_decilm", "modeling_decilm")
 _TYPES = {False: ("nemotron-nas", "DeciLM"), True: ("nemotron-nas-qk-norm", "DeciLMQKNorm")}  # by the shape's qk_norm
 _FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_GREEDY = {"do_sample": False}  # generation_config.json, where a checkpoint does not say otherwise
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -74,13 +75,12 @@ class HfExporter:
             state = self.state(model)
             self._save({n: x.detach().to("cpu", self.dtype).contiguous() for n, x in state.items()}, folder)
         special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
-        generation: dict[str, Any] = {"do_sample": False}
         if tokenizer:
-            generation |= json_beside(tokenizer, "generation_config.json") or {}
             special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
+        else:
+            write_json(folder / "generation_config.json", special | _GREEDY)
         dtype = str(self.dtype).removeprefix("torch.")
         write_json(folder / CONFIG, self.config(model) | {"dtype": dtype, "torch_dtype": dtype} | special)
-        write_json(folder / "generation_config.json", special | generation)
         if self.has_code:
             copy_code(folder)
         write_card(self.form, model, folder, card, self.notes(model), self.usage(model))
@@ -221,7 +221,7 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, An
     loaded = load_tokenizer(str(tokenizer))
     usual = {"bos_token_id": beginning_id(loaded), "eos_token_id": end_of_text_id(loaded)}
     ids = dict.fromkeys(usual) | (special_ids(tokenizer) or usual)  # null, or transformers takes Llama's
-    copy_companions(tokenizer, folder)
+    copy_companions(tokenizer, folder, ids | _GREEDY)
     loaded.save(str(folder / "tokenizer.json"))
     config = json_beside(tokenizer, "tokenizer_config.json")
     if config is None:

@@ -2,9 +2,10 @@
 and how other stages open those.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -34,30 +35,37 @@ def run(config: Export, path: Path) -> None:
     front, trials = (read_csv(search.artifact(f"{name}.csv"), COLUMNS) for name in ("front", "trials"))
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     formats = exporters(config.export)
-    own = supernet_run.artifact("tokenizer.json")
-    shapes = {True: searched_space(search.config)[0].shape}  # by of_served
-    tokenizers: dict[bool, Path | None] = {False: own}
-    supernet = None
-    of_served = {exporter.of_served for exporter, _ in formats}
-    if True in of_served:
-        tokenizers[True] = _that_fits(own, shapes[True])
-    if False in of_served:
-        supernet = load_supernet(supernet_run, torch.device("cpu"))
-        shapes[False] = supernet.space.shape
+    sources = {kind: _source(kind, search, supernet_run) for kind in {exporter.of_served for exporter, _ in formats}}
     for exporter, _ in formats:
-        exporter.check(shapes[exporter.of_served], tokenizers[exporter.of_served])
+        source = sources[exporter.of_served]
+        exporter.check(source.shape, source.tokenizer)
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
             vector, card = parse_vector(row["vector"]), model_card(row, search)
-            models = {True: _without_weights(shapes[True], vector)}
-            if supernet:
-                models[False] = supernet.extract(vector)
             for exporter, below in formats:
-                folder = path / below / _folder_name(row["vector"])
-                exporter.write(models[exporter.of_served], tokenizers[exporter.of_served], folder, card)
+                folder, source = path / below / _folder_name(row["vector"]), sources[exporter.of_served]
+                exporter.write(source.model(vector), source.tokenizer, folder, card)
                 console.print(f"Exported {folder}")
         run.finish()
+
+
+class _Source(NamedTuple):
+    """What the models of a format are made from."""
+
+    shape: ModelShape
+    tokenizer: Path | None
+    model: Callable[[Vector], Decoder]
+
+
+def _source(of_served: bool, search: FinishedRun, supernet_run: FinishedRun) -> _Source:
+    """The supernet's weights, or the served shape without any."""
+    tokenizer = supernet_run.artifact("tokenizer.json")
+    if of_served:
+        shape = searched_space(search.config)[0].shape
+        return _Source(shape, _that_fits(tokenizer, shape), partial(_without_weights, shape))
+    supernet = load_supernet(supernet_run, torch.device("cpu"))
+    return _Source(supernet.space.shape, tokenizer, supernet.extract)
 
 
 def _folder_name(vector: str) -> str:
