@@ -86,7 +86,7 @@ def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -
     page = Document.from_json(next(iter(json.loads(stored).values())))
     lines = [line for line in page.select({"type": GlyphRenderer}) if isinstance(line.glyph, Step)]
     dotted = [line.data_source.data for line in lines if line.glyph.line_dash == [2, 4]]
-    assert len(dotted) == len(lines) / 2  # one for each cost
+    assert len(dotted) == len(lines) // 2  # one for each cost; the hypervolume has no other
     known = pd.read_csv("runs/search/whole/trials.csv")
     best = known.sort_values(["tokens_per_s", "loss_nats"], ascending=[False, True])["loss_nats"].cummin().unique()
     assert any(len(line["median"]) == len(best) and (line["median"] == best).all() for line in dotted)
