@@ -11,7 +11,8 @@ import torch
 import yaml
 
 from nas.data.tokenizer import train_tokenizer
-from nas.export.hf import HfExporter, padded_ffn_width
+from nas.export.hf import HfExporter
+from nas.model.pretrained import padded_ffn_width
 from nas.space import SearchSpace
 from tests.conftest import Nas, random_supernet
 

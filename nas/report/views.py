@@ -147,8 +147,8 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
         if not (rows["low"] == rows["high"]).all():
             band = bm.VAreaStep(x="cost", y1="low", y2="high", step_mode=mode, fill_color=colour, fill_alpha=0.15)
             shown.append((metric, plot.add_glyph(steps, band)))
-        look = {"color": colour, "line_dash": dash, "line_width": 1.5}
-        shown.append((metric, plot.step("cost", "median", source=steps, mode=mode, **look)))
+        line = {"color": colour, "line_dash": dash, "line_width": 1.5}
+        shown.append((metric, plot.step("cost", "median", source=steps, mode=mode, **line)))
     for metric, bound in found.limits.items():
         limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
         name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
@@ -161,16 +161,7 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
         interval = plot.segment(**ends, source=source, view=on_front, line_color="colour", line_alpha=0.5)
         shown.append(("decode_ms", interval))
     if "loss_after_nats" in found.vectors:
-        ends = {"x0": "x", "x1": "x", "y0": "loss_before_nats", "y1": "loss_after_nats"}
-        plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
-        triangle = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
-        trained = plot.scatter("x", "loss_after_nats", source=source, **triangle)
-        said = [("vector", "@vector")]
-        said += [
-            (f"{name} loss, rank", f"@loss_{when}_nats{{0.00000}}, @rank_{when}")
-            for name, when in (("inherited", "before"), ("trained", "after"))
-        ]
-        plot.add_tools(bm.HoverTool(renderers=[trained], tooltips=said))
+        _draw_trained(plot, source)
     points = _scatter(plot, source, "x", LOSS, legend_group="kind")
     plot.add_tools(bm.HoverTool(renderers=[points], **hover))
     named = bm.CDSView(filter=bm.BooleanFilter((found.vectors["name"] != "").tolist()))
@@ -203,6 +194,20 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     chooser.js_on_change("value", choose)
     logarithmic.js_on_change("active", choose)
     return plot, layouts.row(chooser, logarithmic)
+
+
+def _draw_trained(plot: Any, source: bm.ColumnDataSource) -> None:
+    """The losses that training has made of some vectors', joined to those before."""
+    ends = {"x0": "x", "x1": "x", "y0": "loss_before_nats", "y1": "loss_after_nats"}
+    plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
+    triangle = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
+    trained = plot.scatter("x", "loss_after_nats", source=source, **triangle)
+    said = [("vector", "@vector")]
+    said += [
+        (f"{name} loss, rank", f"@loss_{when}_nats{{0.00000}}, @rank_{when}")
+        for name, when in (("inherited", "before"), ("trained", "after"))
+    ]
+    plot.add_tools(bm.HoverTool(renderers=[trained], tooltips=said))
 
 
 def draw_layers(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any]) -> tuple[Any, Any]:
