@@ -28,36 +28,10 @@ highlight_language = "none"
 html_theme = "furo"
 html_copy_source = False
 
-_CONTENTS = """
-```{toctree}
-:hidden:
-:caption: Tutorials
-docs/tutorials/from-text
-docs/tutorials/from-a-checkpoint
-docs/tutorials/many-workers
-```
-
-```{toctree}
-:hidden:
-:caption: Reference
-docs/reference
-docs/report
-docs/engines
-docs/recipes
-```
-
-```{toctree}
-:hidden:
-:caption: How it works, how well
-docs/checkpoints
-docs/search
-docs/search/table
-docs/fidelity
-docs/latency
-docs/a10g
-docs/energy
-```
-"""
+_CONTENTS = {
+    "Tutorials": ["docs/tutorials/from-text", "docs/tutorials/from-a-checkpoint", "docs/tutorials/many-workers"],
+    "Reference": ["docs/reference", "docs/report", "docs/engines", "docs/recipes"],
+}  # all other pages follow
 
 
 def setup(app: Sphinx) -> None:
@@ -65,10 +39,12 @@ def setup(app: Sphinx) -> None:
     app.connect("doctree-read", _unlink_folders)
 
 
-def _add(_: Sphinx, page: str, source: list[str]) -> None:
+def _add(app: Sphinx, page: str, source: list[str]) -> None:
     """Adds what GitHub should not show, or cannot."""
     if page == root_doc:
-        source[0] += _CONTENTS
+        others = app.env.found_docs.difference([page], *_CONTENTS.values())
+        for caption, pages in (_CONTENTS | {"How it works, how well": sorted(others)}).items():
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n" + "\n".join(pages) + "\n```\n"
     elif page == "docs/reference":
         source[0] += "\n\n".join(_reference())
 

@@ -121,6 +121,13 @@ class Trackio(WeightsAndBiases):
         with redirect_stdout(None):
             self._run = trackio.init(project, name=run, config=dict(config), resume="allow", **quiet)
 
+    def table(self, name: str, table: "pd.DataFrame") -> None:
+        super().table(f"table/{name}", table)  # a name such as metrics is taken
+
+    def close(self) -> None:
+        with redirect_stdout(None):
+            super().close()
+
 
 class MLflow(Tracker):
     library = "mlflow"

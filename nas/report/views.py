@@ -147,8 +147,8 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
         if not (rows["low"] == rows["high"]).all():
             band = bm.VAreaStep(x="cost", y1="low", y2="high", step_mode=mode, fill_color=colour, fill_alpha=0.15)
             shown.append((metric, plot.add_glyph(steps, band)))
-        line = {"color": colour, "line_dash": dash, "line_width": 1.5}
-        shown.append((metric, plot.step("cost", "median", source=steps, mode=mode, **line)))
+        line = plot.step("cost", "median", source=steps, mode=mode, color=colour, line_dash=dash, line_width=1.5)
+        shown.append((metric, line))
     for metric, bound in found.limits.items():
         limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
         name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
