@@ -157,6 +157,7 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
         interval = plot.segment(**ends, source=source, view=on_front, line_color="colour", line_alpha=0.5)
         shown.append(("decode_ms", interval))
     if "loss_after_nats" in found.vectors:
+        plot.yaxis.axis_label = "validation loss (nats/token), inherited and trained"
         ends = {"x0": "x", "x1": "x", "y0": "loss_before_nats", "y1": "loss_after_nats"}
         plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
         triangle = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
