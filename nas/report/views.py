@@ -198,6 +198,7 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
 
 def _draw_trained(plot: Any, source: bm.ColumnDataSource) -> None:
     """The losses that training has made of some vectors', joined to those before."""
+    plot.yaxis.axis_label = "validation loss (nats/token), inherited and trained"
     ends = {"x0": "x", "x1": "x", "y0": "loss_before_nats", "y1": "loss_after_nats"}
     plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
     triangle = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
