@@ -16,7 +16,8 @@ On a machine with a GPU, part by part or all at once; a part that was interrupte
 - search: its front of loss against KV bytes
 - perplexity: on WikiText-2's test split, of the checkpoint, of one head everywhere merged as means and aligned, of the
   front, and of random vectors with as many KV bytes as three vectors of the front
-- finetune: those three vectors, the best random one of each and the checkpoint itself, on the same batches
+- finetune: those three vectors, the best random one of each and the checkpoint itself, on the same batches, to follow
+  the checkpoint's logits
 - table: docs/smollm2/perplexity.csv and the tables of docs/smollm2.md
 
 Perplexity is exp(loss per token of the checkpoint's tokenizer, without special tokens), over windows that follow one
@@ -33,7 +34,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +43,6 @@ import torch
 from torch import Tensor
 
 from nas import cli
-from nas.config import Finetune
 from nas.data import prepare_tokens
 from nas.data.corpora import TextCorpus
 from nas.data.tokenizer import load_tokenizer
@@ -153,9 +153,9 @@ def vectors(work: Work) -> pd.DataFrame:
     run = work.finished("search")
     front = read_csv(run.artifact("front.csv"), ["vector", "loss_nats", "kv_bytes_per_token"])
     space = read_checkpoint(work.model).space()
-    rows = [{"kind": "largest", "vector": format_vector(space.largest)}]
-    rows += [{"kind": "smallest", "vector": format_vector(space.smallest)}]
-    rows += [{"kind": "front", "vector": vector} for vector in front["vector"]]
+    found = [{"kind": "largest", "vector": format_vector(space.largest)}]
+    found += [{"kind": "smallest", "vector": format_vector(space.smallest)}]
+    found += [{"kind": "front", "vector": vector} for vector in front["vector"]]
     fronts, totals = list(map(parse_vector, front["vector"])), Totals(space.choices)
     for number, (share, part) in enumerate(SHARES.items()):
         chosen = next(vector for vector in fronts if sum(vector) < part * sum(space.largest) + 0.5)
@@ -163,11 +163,11 @@ def vectors(work: Work) -> pd.DataFrame:
         while len(drawn) <= min(work.settings.random, totals.counts[sum(chosen)] - 1):
             drawn += set(totals.draw([sum(chosen)], rng)).difference(drawn)
         kinds = ["chosen"] + ["random"] * (len(drawn) - 1)
-        rows += [
+        found += [
             {"kind": kind, "vector": format_vector(vector), "share": share}
             for kind, vector in zip(kinds, drawn, strict=True)
         ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(found)
 
 
 def perplexity(work: Work) -> None:
@@ -211,15 +211,13 @@ def finetune(work: Work) -> None:
     options = {"batch": given.batch, "length": given.length, "steps": given.finetune_steps, "weight_decay": 0}
     options |= {"learning_rate": given.finetune_rate, "validation_windows": given.windows, "checkpoint_every": 1000}
     options |= {"validate_every": given.finetune_steps, "compile": str(torch.cuda.is_available()).lower()}
-    distilled = "distill" in {field.name for field in fields(Finetune)}
-    more = [f"distill={work.model}"] if distilled else []
-    work.command("finetune", f"run={export}", *more, *(f"train.{name}={value}" for name, value in options.items()))
+    overrides = (f"train.{name}={value}" for name, value in options.items())
+    work.command("finetune", f"run={export}", f"distill={work.model}", *overrides)
     losses, windows = {}, work.test_windows().to(device)
     for vector in names:
         folder = work.runs / "finetune" / NAME / vector.replace("-", "_")
         losses[vector] = test_loss(HfExporter().read(folder).to(device), windows)
-    tuned = selected.assign(state="finetuned", loss_nats=selected["vector"].map(losses))
-    write_csv(work.out / "finetuned.csv", tuned.assign(finetuned_by="distillation" if distilled else "text"))
+    write_csv(work.out / "finetuned.csv", selected.assign(state="finetuned", loss_nats=selected["vector"].map(losses)))
 
 
 @torch.no_grad()
@@ -248,7 +246,6 @@ def table(work: Work) -> None:
         kv_share=kept,
         perplexity=losses["loss_nats"].map(math.exp),
         over_checkpoint=(losses["loss_nats"] - checkpoint).map(math.exp) - 1,
-        finetuned_by=losses.get("finetuned_by"),
         test_tokens=work.test_windows()[:, 1:].numel(),
         steps=given.steps,
         learning_rate=given.rate,
