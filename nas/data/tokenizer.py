@@ -111,6 +111,11 @@ def special_ids(file: Path) -> dict[str, Any]:
     return stated
 
 
+def special_or_usual_ids(file: Path, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `special_ids` finds beside a tokenizer's file; if nothing, the tokenizer's own beginning and end."""
+    return special_ids(file) or {"bos_token_id": beginning_id(tokenizer), "eos_token_id": end_of_text_id(tokenizer)}
+
+
 def copy_companions(file: Path, folder: Path, generation: Mapping[str, Any] | None = None) -> None:
     """Copies what lies beside a checkpoint's tokenizer and must not be lost: special tokens, chat template, generation.
 

@@ -13,15 +13,7 @@ import gguf
 from gguf import GGMLQuantizationType as Ggml
 from torch import Tensor
 
-from nas.data.tokenizer import (
-    as_ids,
-    beginning_id,
-    chat_template,
-    document_frame,
-    end_of_text_id,
-    load_tokenizer,
-    special_ids,
-)
+from nas.data.tokenizer import as_ids, chat_template, document_frame, load_tokenizer, special_or_usual_ids
 from nas.errors import UserError
 from nas.export.card import write_card
 from nas.export.hf import untied_state
@@ -189,7 +181,7 @@ def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Path, vocab_size: int) ->
         writer.add_token_merges([" ".join(merge) for merge in merges])
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    special = special_ids(tokenizer) or {"bos_token_id": beginning_id(loaded), "eos_token_id": end_of_text_id(loaded)}
+    special = special_or_usual_ids(tokenizer, loaded)
     begin, ends = (as_ids(special.get(key)) for key in ("bos_token_id", "eos_token_id"))
     writer.add_add_bos_token(bool(document_frame(loaded, tokenizer)[0]))
     if begin:

@@ -17,15 +17,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from nas.data.tokenizer import (
-    beginning_id,
-    copy_companions,
-    document_frame,
-    end_of_text_id,
-    json_beside,
-    load_tokenizer,
-    special_ids,
-)
+from nas.data.tokenizer import copy_companions, document_frame, json_beside, load_tokenizer, special_or_usual_ids
 from nas.errors import UserError
 from nas.export.card import has_weights, listed, write_card
 from nas.files import write_atomically, write_json
@@ -39,6 +31,7 @@ _CODE = ("configuration_decilm", "modeling_decilm")
 _TYPES = {False: ("nemotron-nas", "DeciLM"), True: ("nemotron-nas-qk-norm", "DeciLMQKNorm")}  # by the shape's qk_norm
 _FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # null, or transformers takes Llama's
 _GREEDY = {"do_sample": False}  # generation_config.json, where a checkpoint does not say otherwise
 LOADING = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -74,7 +67,7 @@ class HfExporter:
         if has_weights(model):
             state = self.state(model)
             self._save({n: x.detach().to("cpu", self.dtype).contiguous() for n, x in state.items()}, folder)
-        special: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}
+        special = _NO_IDS
         if tokenizer:
             special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
         else:
@@ -219,8 +212,7 @@ def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, An
     What lies beside it of a checkpoint's special tokens and chat template is kept.
     """
     loaded = load_tokenizer(str(tokenizer))
-    usual = {"bos_token_id": beginning_id(loaded), "eos_token_id": end_of_text_id(loaded)}
-    ids = dict.fromkeys(usual) | (special_ids(tokenizer) or usual)  # null, or transformers takes Llama's
+    ids = _NO_IDS | special_or_usual_ids(tokenizer, loaded)
     copy_companions(tokenizer, folder, ids | _GREEDY)
     loaded.save(str(folder / "tokenizer.json"))
     config = json_beside(tokenizer, "tokenizer_config.json")
