@@ -2,7 +2,7 @@
 # make test    the tests
 # make check   formatting, lint, types
 # make test-transformers-4   what reads and writes checkpoints, against transformers 4.57, in an environment of its own
-# make engines   exported models in the real engines, each in an environment of its own (some 15 GB): docs/engines.csv
+# make engines   exported models in the real engines, each in an environment of its own (some 20 GB): docs/engines.csv
 # make clean   removes what these made (never runs/)
 
 PYTHON ?= python3
