@@ -3,7 +3,7 @@
 # make check   formatting, lint, types
 # make docs    the documentation site, to open from the disk: build/docs/index.html
 # make test-transformers-4   what reads and writes checkpoints, against transformers 4.57, in an environment of its own
-# make engines   exported models in the real engines, each in an environment of its own (some 15 GB): docs/engines.csv
+# make engines   exported models in the real engines, each in an environment of its own (some 20 GB): docs/engines.csv
 # make clean   removes what these made (never runs/)
 
 PYTHON ?= python3

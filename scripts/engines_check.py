@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32"])
     parser.add_argument("--at-once", type=int, default=1, help="how many engines run at the same time")
     parser.add_argument("--out", type=Path, default=OUT)
-    options = parser.parse_args()
+    options, made_by = parser.parse_args(), origin()
     chosen = options.engines or list(ENGINES)
     pythons = {name: Path(path) for name, _, path in (given.partition("=") for given in options.python)}
     kept = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame({"engine": []})
@@ -265,7 +265,7 @@ def main() -> None:
                 same = sum(map(list.__eq__, tokens, others))
                 found["prompts_as_transformers"] = f"{same} of {len(TEXTS)}"
             about = {"engine": engine, "version": None, "format": ENGINES[engine][2], "dtype": dtype, "model": name}
-            return about | {"vector": format_vector(model.kv_heads)} | found | origin()
+            return about | {"vector": format_vector(model.kv_heads)} | found | made_by
 
         for engine in chosen:
             if engine not in pythons:
