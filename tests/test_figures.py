@@ -154,6 +154,24 @@ def test_vllm_is_quoted_as_measured(script: dict[str, Any]) -> None:
     assert f"each at its own largest batch, is {tau:.3f}; with Llama 2 7B, of twelve models, {with_llama:.3f}." in text
 
 
+@pytest.mark.parametrize("script", ["smollm2.py"], indirect=True)
+def test_smollm2_is_quoted_as_measured(script: dict[str, Any]) -> None:
+    losses, text = pd.read_csv(DOCS / "smollm2" / "perplexity.csv"), page("docs/smollm2.md")
+    assert script["markdown"](losses) in (DOCS / "smollm2.md").read_text(encoding="utf-8")
+    trained = losses[losses["state"] == "trained"]
+    third = trained[trained["share"] == "2/3"].set_index("kind")["over_checkpoint"] * 100
+    random = third["random"]
+    assert len(random) == 20 and random.min() > third["chosen"]
+    chosen = f"the searched vector has {third['chosen']:.1f} % more, the best of 20 random ones {random.min():.1f} %"
+    assert f"{chosen}, the mean of them {random.mean():.1f} %" in text
+    front = trained[trained["kind"] == "front"]
+    enough = front.loc[front["over_checkpoint"] <= 0.02, "kv_share"].min()
+    assert f"2 % are reached at {100 * enough:.0f} % of the KV bytes" in text
+    better = front[front["over_checkpoint"] < 0]
+    assert f"Down to {100 * better['kv_share'].min():.0f} % the front lies up to" in text
+    assert f"up to {-100 * better['over_checkpoint'].min():.1f} % below the checkpoint" in text
+
+
 def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
     """The rows of a CSV under docs, by the values of some columns."""
     return {tuple(row[key] for key in keys): dict(row) for _, row in pd.read_csv(DOCS / name).iterrows()}
