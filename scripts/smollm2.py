@@ -206,13 +206,15 @@ def finetune(work: Work) -> None:
             for vector in names:
                 plain = supernet.extract(parse_vector(vector))
                 tokenizer = supernet_run.artifact("tokenizer.json")
-                HfExporter().write(plain, tokenizer, export / vector.replace("-", "_"), {"KV groups by layer": vector})
+                HfExporter("fp16").write(
+                    plain, tokenizer, export / vector.replace("-", "_"), {"KV groups by layer": vector}
+                )
             run.finish()
     options = {"batch": given.batch, "length": given.length, "steps": given.finetune_steps, "weight_decay": 0}
     options |= {"learning_rate": given.finetune_rate, "validation_windows": given.windows, "checkpoint_every": 1000}
     options |= {"validate_every": given.finetune_steps, "compile": str(torch.cuda.is_available()).lower()}
     overrides = (f"train.{name}={value}" for name, value in options.items())
-    work.command("finetune", f"run={export}", f"distill={work.model}", *overrides)
+    work.command("finetune", f"run={export}", f"distill={work.model}", "export.dtype=fp16", *overrides)
     losses, windows = {}, work.test_windows().to(device)
     for vector in names:
         folder = work.runs / "finetune" / NAME / vector.replace("-", "_")

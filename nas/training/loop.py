@@ -129,9 +129,7 @@ def make_ready(model: nn.Module, config: TrainConfig) -> nn.Module:
     layers = [module for module in model.modules() if isinstance(module, Layer)]
     if config.compile:
         compile_layers(layers, "train.compile=false")
-    for layer in (
-        layers if config.recompute else ()
-    ):  # around what is compiled: in a graph, each layer would have its own
+    for layer in layers if config.recompute else ():  # around what is compiled, or no layer would share its graph
         layer.forward = partial(recomputed, layer.forward, use_reentrant=False)  # type: ignore[method-assign]
     if SIZE > 1 and config.parallel == "fsdp":
         for layer in layers:
