@@ -27,6 +27,7 @@ myst_heading_anchors = 3  # as GitHub has them
 highlight_language = "none"
 html_theme = "furo"
 html_copy_source = False
+html_show_search_summary = False  # a page opened from a disk may not read others
 
 _CONTENTS = {
     "Tutorials": ["docs/tutorials/from-text", "docs/tutorials/from-a-checkpoint", "docs/tutorials/many-workers"],

@@ -126,7 +126,7 @@ class Trackio(WeightsAndBiases):
 
     def close(self) -> None:
         with redirect_stdout(None):
-            super().close()
+            self._library.finish()
 
 
 class MLflow(Tracker):

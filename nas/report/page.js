@@ -68,7 +68,7 @@ if (chosen.length) {
       const value = d[column][i], first = d[column][chosen[0]]
       cell.textContent = `${write(value)} `
       const change = column == "loss_nats" ? (value - first).toFixed(5) : `${(100 * (value / first - 1)).toFixed(1)} %`
-      const more = [origin ?? d.latency_source[i], ...at ? [(value >= first ? "+" : "") + change] : []]
+      const more = [origin ?? d.latency_source[i], ...at && first ? [(value >= first ? "+" : "") + change] : []]
       make("span", cell, more.join(", ")).className = "more"
     })
   }
