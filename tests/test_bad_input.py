@@ -454,7 +454,7 @@ def test_memory_that_ran_out_is_known_in_all_its_shapes(error: Exception, is_one
     ("place", "command", "fix"),
     [
         (
-            "nas.training.recipes.distilled_loss",
+            "nas.training.recipes.row_losses",
             "train space=micro.yaml data=text data.path=text.txt",
             "lower train.batch",
         ),
@@ -465,7 +465,7 @@ def test_memory_that_ran_out_is_known_in_all_its_shapes(error: Exception, is_one
             "lower batch or new_tokens",
         ),
         (
-            "nas.export.hf.load_file",
+            "nas.model.pretrained.load_file",
             "generate checkpoint=model prompt=import new_tokens=2",
             "lower batch or new_tokens",
         ),
