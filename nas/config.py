@@ -203,7 +203,7 @@ class Finetune(StageConfig):
     data: dict[str, Any] = MISSING  # the text: conf/data
     distill: str | None = None  # a teacher of the same vocabulary, a directory as for checkpoint; null: text alone
     distillation_weight: float = 1.0  # share of the loss that follows the teacher's logits, not the text
-    distillation_temperature: float = 1.0
+    distillation_temperature: float = 1.0  # both softened by it; above 1 the less likely tokens count for more
     tokenizer: str | None = None  # as for nas train; null: the checkpoint's, else one is trained
     train: TrainConfig = field(default_factory=TrainConfig)
     export: dict[str, Any] = MISSING  # what the trained model is written as: conf/export
