@@ -201,7 +201,7 @@ class Finetune(StageConfig):
     run: str | None = None  # a nas export run: all of its vectors, each on the same batches
     from_scratch: bool = False  # train random weights by the checkpoint's configuration
     data: dict[str, Any] = MISSING  # the text: conf/data
-    distill: str | None = None  # a teacher of the same vocabulary, a directory as for checkpoint; null: text alone
+    distill: str | None = None  # a teacher's Hugging Face directory, of the same vocabulary; null: text alone
     distillation_weight: float = 1.0  # share of the loss that follows the teacher's logits, not the text
     distillation_temperature: float = 1.0  # both softened by it; above 1 the less likely tokens count for more
     tokenizer: str | None = None  # as for nas train; null: the checkpoint's, else one is trained

@@ -33,15 +33,15 @@ _METADATA = "metadata"  # the study's user attribute that all workers must have 
 
 
 class _QuickFile(sqlite3.Connection):
-    """A SQLite file with a write-ahead log, whose commits do not wait for the disk: a trial takes one per layer.
+    """A SQLite file whose commits do not wait for the disk: a trial takes one for each layer and each metric.
 
-    What a process has committed outlives it. A machine that crashes can lose its last trials, whose losses are
-    remembered elsewhere, but does not damage the file.
+    What a process has committed outlives it. If the machine crashes, the file may be damaged; removed, the search finds
+    again what it held, for losses are remembered elsewhere.
     """
 
     def __init__(self, *words: Any, **options: Any) -> None:
         super().__init__(*words, **options)
-        self.execute("PRAGMA synchronous=NORMAL")
+        self.execute("PRAGMA synchronous=OFF")
 
 
 _CONNECT: dict[str, dict[str, Any]] = {  # seconds; SQLite's: for a lock
@@ -123,16 +123,17 @@ class Storage:
             cause = without_passwords(str(error.__cause__ or error).splitlines()[0])
             if "is locked" in cause:
                 raise UserError(f"{self} is held by another process ({cause}); end that one, and run again") from None
-            fix = "free disk space or restore it" if self.url.startswith("sqlite:") else "see that the server runs"
+            fix = (
+                "free disk space, or restore or remove it"
+                if self.url.startswith("sqlite:")
+                else "see that the server runs"
+            )
             raise UserError(f"{self} cannot be read or written ({cause}); {fix}, and run again") from None
 
     def _connect(self, attempt: int = 1) -> _PatientStorage:
         """Optuna's storage with its tables, which another worker may be making at the same moment."""
         url = self._parsed()
         try:
-            if url.get_backend_name() == "sqlite":
-                with closing(sqlite3.connect(str(url.database), timeout=_LOCKED_S)) as file:
-                    file.execute("PRAGMA journal_mode=WAL")
             storage = _PatientStorage(
                 url.render_as_string(hide_password=False),
                 {"connect_args": _CONNECT[url.get_backend_name()], "pool_pre_ping": True},  # reconnects after a break

@@ -7,6 +7,7 @@ trainings/         metrics of every training
 """
 
 import dataclasses
+import gc
 from functools import cached_property
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def run(config: Finetune, path: Path) -> None:
             if not broadcast(names[-1] in memo):  # else it was finished before an interruption
                 one.path.mkdir(parents=True, exist_ok=True)
                 losses = trainings.train(name, one, path)
+                gc.collect()  # the trained model's layers refer to themselves
                 before, after = losses.double().mean(1).tolist()
                 if config.run:
                     run.log(step=number, vector=vector, loss_before_nats=before, loss_after_nats=after)
@@ -89,13 +91,15 @@ class Trainings:
     def __init__(self, config: Finetune, sources: dict[str, Path]) -> None:
         self._config, self._sources, self._options = config, sources, config.train
         self._formats, self._device = exporters(config.export), training_device()
+        if not config.distill and (config.distillation_weight, config.distillation_temperature) != (1.0, 1.0):
+            raise UserError("distillation_weight and distillation_temperature belong to a teacher; give distill=DIR")
         self._teacher = teacher = read_checkpoint(Path(config.distill)) if config.distill else None
-        self.vectors = []
-        for source in sources.values():
-            model = HfExporter().read(source, with_weights=False)
-            followed = teacher.shape.parameters(teacher.kv_heads) if teacher else 0
+        followed = teacher.shape.parameters(teacher.kv_heads) if teacher else 0
+        models = {source: HfExporter().read(source, with_weights=False) for source in sources.values()}
+        for source, model in models.items():
             check_training_memory(f"checkpoint {source}", config.train, model.shape, model.kv_heads, teacher=followed)
-            self.vectors.append(format_vector(model.kv_heads))
+        self.vectors = [format_vector(model.kv_heads) for model in models.values()]
+        source, model = next(iter(models.items()))
         self._shape = model.shape
         self._length = window_length(config.train, self._shape.max_position_embeddings)
         own = source / "tokenizer.json"

@@ -74,16 +74,21 @@ def step_plan(space: SearchSpace, config: SupernetConfig, step: int) -> Plan:
 
 
 def distilled_loss(
-    logits_BTV: Tensor, targets_BT: Tensor, vectors_per_text: int, weight: float, temperature: float
+    logits_BTV: Tensor,
+    targets_BT: Tensor,
+    vectors_per_text: int,
+    weight: float,
+    temperature: float,
+    compiled: bool = False,
 ) -> Tensor:
     """Mean loss (nats per token, scalar): cross-entropy for the first vector of a text, `divergence` for the others.
 
-    The rows of a text lie side by side. The others follow the first one's logits, which are held fixed.
+    There are two or more, whose rows lie side by side. The others follow the first one's logits, which are held fixed.
     """
     logits_NKTV, targets_NKT = (x.unflatten(0, (-1, vectors_per_text)) for x in (logits_BTV, targets_BT))
     first = row_losses(logits_NKTV[:, 0], targets_NKT[:, 0]).mean()
     followers, targets = logits_NKTV[:, 1:].flatten(0, 1), targets_NKT[:, 1:].flatten(0, 1)
-    others = divergence(followers, logits_NKTV[:, 0].detach(), targets, weight, temperature)
+    others = divergence(followers, logits_NKTV[:, 0].detach(), targets, weight, temperature, compiled)
     return (first + (vectors_per_text - 1) * others) / vectors_per_text
 
 
@@ -191,7 +196,8 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int, teacher: Teache
                 return losses(model(windows[:, :-1]), windows[:, 1:]).mean()
             with torch.no_grad():
                 followed = teacher.model(windows[:, :-1])
-            return divergence(model(windows[:, :-1]), followed, windows[:, 1:], teacher.weight, teacher.temperature)
+            numbers = teacher.weight, teacher.temperature, options.compile
+            return divergence(model(windows[:, :-1]), followed, windows[:, 1:], *numbers)
 
     return loss_at
 
@@ -213,9 +219,8 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
             logits, targets = model(rows[:, :-1], torch.tensor(choices_BL, device=device)), rows[:, 1:]
             if vectors_per_text == 1:
                 return losses(logits, targets).mean()
-            return distilled_loss(
-                logits, targets, vectors_per_text, options.distilled_share, options.distillation_temperature
-            )
+            numbers = options.distilled_share, options.distillation_temperature, options.compile
+            return distilled_loss(logits, targets, vectors_per_text, *numbers)
 
     return loss_at
 
