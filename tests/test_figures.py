@@ -72,8 +72,8 @@ def test_the_headline_is_quoted_as_measured(script: dict[str, Any]) -> None:
     pd.testing.assert_frame_equal(errors, pd.read_csv(DOCS / "headline" / "predicted.csv"))
     compiled, eager = (100 * errors.loc[errors["runtime"] == name, "relative_error"].abs() for name in RUNTIMES)
     assert (
-        f"headline.csv below by {compiled.mean():.1f} % and {compiled.max():.1f} %. The eager tables miss those "
-        f"by {eager.mean():.0f} % and {eager.max():.0f} %"
+        f"headline.csv below by {compiled.mean():.1f} % and {compiled.max():.1f} %, mean and worst. The eager tables "
+        f"miss those by {eager.mean():.0f} % and {eager.max():.0f} %"
     ) in page("README.md")
     assert f"{compiled.mean():.1f} % off in the mean and {compiled.max():.1f} % at worst" in page("docs/latency.md")
 
@@ -147,11 +147,19 @@ def test_vllm_is_quoted_as_measured(script: dict[str, Any]) -> None:
     of = rows.set_index(["device", "model"])["vllm_over_ours"]
     ratios = of["NVIDIA H100 80GB HBM3"][["Llama-2-7B", "DeciLM-6B"]]
     assert f"take {ratios.iloc[0]:.2f} and {ratios.iloc[1]:.2f} times as long" in page("docs/latency.md")
-    ((card, ((vectors, tau), (models, with_llama))),) = script["rankings"](rows).items()
-    assert (card, vectors, models) == ("NVIDIA H200", 11, 12)
-    text = page("docs/latency.md")
+    (tau,) = script["rankings"](rows).to_dict("records")
+    card, text = tau["device"], page("docs/latency.md")
+    assert (card, tau["vectors"]) == ("NVIDIA H200", 11)
     assert f"take {of[card].min():.2f} to {of[card].max():.2f} times as long" in text
-    assert f"each at its own largest batch, is {tau:.3f}; with Llama 2 7B, of twelve models, {with_llama:.3f}." in text
+    assert (
+        f"largest batch, is {tau['throughput']:.3f}; with Llama 2 7B, of twelve models, {tau['with_llama']:.3f}."
+        in text
+    )
+    assert f"alone has the same τ of {tau['total']:.3f}" in text
+    assert f"which differ by vector, τ is {tau['step']:.3f}" in text
+    h100 = rows[rows["device"].str.contains("H100")].set_index("model")
+    shares = (h100["vllm_tokens_per_s"] / h100["our_tokens_per_s"]).dropna().round(2)
+    assert f"{shares['Llama-2-7B']} (Llama) and {shares['DeciLM-6B']} times as many tokens" in page("README.md")
 
 
 @pytest.mark.parametrize("script", ["smollm2.py"], indirect=True)
@@ -164,6 +172,8 @@ def test_smollm2_is_quoted_as_measured(script: dict[str, Any]) -> None:
     assert len(random) == 20 and random.min() > third["chosen"]
     chosen = f"the searched vector has {third['chosen']:.1f} % more, the best of 20 random ones {random.min():.1f} %"
     assert f"{chosen}, the mean of them {random.mean():.1f} %" in text
+    assert f"{third['chosen']:.1f} % more perplexity than" in page("README.md")
+    assert f"the best of 20 random ones {random.min():.1f} %" in page("README.md")
     front = trained[trained["kind"] == "front"]
     enough = front.loc[front["over_checkpoint"] <= 0.02, "kv_share"].min()
     assert f"2 % are reached at {100 * enough:.0f} % of the KV bytes" in text

@@ -8,6 +8,7 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from tests.conftest import Nas
@@ -29,3 +30,6 @@ def test_a_tutorial_can_be_followed(nas: Nas, pages: tuple[str, ...]) -> None:
                     assert outcome.code == 0, f"{page}: {command}\n{outcome.err}"
             else:
                 subprocess.run(["bash", "-ec", block], check=True)
+    assert list(Path("runs/report").glob("*/report.html"))
+    for trials in Path("runs/search").glob("*/trials.csv"):
+        assert pd.read_csv(trials)["vector"].is_unique, trials
