@@ -124,7 +124,7 @@ class Storage:
             if "is locked" in cause:
                 raise UserError(f"{self} is held by another process ({cause}); end that one, and run again") from None
             fix = (
-                "free disk space, or restore or remove it"
+                "free disk space, restore it, or remove it"
                 if self.url.startswith("sqlite:")
                 else "see that the server runs"
             )
