@@ -8,7 +8,7 @@ one kind of step with its median time, its peak memory and what the check before
 line of stdout is JSON.
 
     python scripts/bench_kv_training.py                                            # about a minute on an H100
-    python scripts/bench_kv_training.py --tiny --csv /tmp/kv_training.csv          # a trial on a CPU
+    python scripts/bench_kv_training.py --tiny --csv kv_training.csv               # a trial on a CPU
 """
 
 import argparse
