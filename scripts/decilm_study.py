@@ -1,14 +1,15 @@
 """A study of DeciLM-6B's problem: 3^32 vectors searched on a proxy with DeciLM-6B's layers, and tests of the result.
 
     python scripts/decilm_study.py supernet --text TEXT --gpus 4    trains the proxies: main, narrow, and twice as long
-    python scripts/decilm_study.py search --text TEXT               500 evaluations for the H100 and the A10G
+    python scripts/decilm_study.py search --text TEXT               500 evaluations for each of three devices
     python scripts/decilm_study.py equal_cost --text TEXT           the best order of DeciLM-6B's own groups
     python scripts/decilm_study.py alone --text TEXT --gpus 4       that, DeciLM-6B's and uniform ones, trained alone
     python scripts/decilm_study.py transfer --text TEXT             do layers keep their order in the other proxies?
     python scripts/decilm_study.py figures                          from the CSVs alone
 
 TEXT is what scripts/decilm_text.py made. Runs are runs/*/decilm-*, results CSVs in --out. A part that is stopped, by
---seconds or a kill, goes on when its command is repeated where its runs/ are; what is finished is not made again.
+--seconds or a kill, goes on when its command is repeated where its runs/ are; what is finished is not made again. Rows
+of supernets that are elsewhere stay in supernets.csv and transfer.csv.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
 from nas.files import value_hash, write_csv
 from nas.model import Decoder, Supernet
-from nas.quality import InheritedLoss, LossMemo
+from nas.quality import InheritedLoss, LossMemo, Windows
 from nas.ranking import bootstrap_interval, kendall
 from nas.report.figure import COLOURS, GREY, figure
 from nas.report.front import draw_front, front_points
@@ -44,13 +46,14 @@ from nas.stages.train import inherited_loss, weights_identity
 from nas.training.loop import training_device
 
 SUPERNETS = {"main": 1, "narrow": 1, "twice": 2}  # the training's length, in --steps
-DEVICES = {
-    "h100": ("device=nvidia-h100-80gb-hbm3", "workload.memory_gib=22.5"),
+DEVICES = {  # the first one's costs are those of equal_cost; the H100's table ends at the batches of 21 GiB
+    "h200": ("device=nvidia-h200", "workload.memory_gib=22.5"),
+    "h100": ("device=nvidia-h100-80gb-hbm3", "workload.memory_gib=21"),
     "a10g": ("device=nvidia-a10g",),
 }
 DECILM = "DeciLM-6B"
 COSTS = ["decode_ms", "tokens_per_s", "batch", "kv_bytes_per_token", "memory_gib", "latency_source"]
-MICROBATCH = 16  # rows that a GPU computes at once
+MICROBATCH = 32  # rows that a GPU computes at once
 PROPOSALS = 8  # orders per round: the best by the mean of what is known of the layers, and by draws
 
 
@@ -65,14 +68,16 @@ def supernet(given: argparse.Namespace) -> None:
         keys = {"steps": steps, "accumulate": microbatches(given.batch, given.gpus), **training(given)}
         print(f"{name}: {steps * given.batch * length(given):,} tokens", flush=True)
         nas(given, "train", name, *(f"train.{key}={value}" for key, value in keys.items()), gpus=given.gpus)
-        size = (Path("runs/train") / f"decilm-{name}" / "supernet.safetensors").stat().st_size
-        print(f"{name}: {size / 1e6:.0f} MB of weights; its checkpoint took three times that", flush=True)
+        losses = pd.read_json(f"runs/train/decilm-{name}/metrics.jsonl", lines=True).iloc[-1].filter(like="_loss_nats")
+        row = {"supernet": name, "space": space_of(given, name).name, "tokens": steps * given.batch * length(given)}
+        row |= {"steps": steps, "batch": given.batch, "learning_rate": given.learning_rate, **losses}
+        write(given, "supernets", pd.DataFrame([row]))
 
 
 def search(given: argparse.Namespace) -> None:
-    """Searches for both devices; the second search finds most losses in the memory of the first."""
-    for device, words in DEVICES.items():
-        words = given.device or words
+    """Searches for the devices that are named; the next search finds many losses in the memory of the first."""
+    for device in given.devices:
+        words = given.words or DEVICES[device]
         nas(
             given,
             *("search", device, f"serve={given.serve}", "supernet=runs/train/decilm-main", f"budget={given.budget}"),
@@ -83,19 +88,26 @@ def search(given: argparse.Namespace) -> None:
         write(given, f"search_{device}", front_points(trials, space_of(given).reference_vectors()))
 
 
-def write(given: argparse.Namespace, name: str, table: pd.DataFrame) -> None:
-    """Writes a result with the columns of its origin, and shows its head."""
-    write_csv(given.out / f"{name}.csv", table.assign(**origin()))
-    print(f"{given.out / name}.csv", table.head(8).to_string(index=False), sep="\n", flush=True)
+def write(given: argparse.Namespace, name: str, table: pd.DataFrame) -> pd.DataFrame:
+    """Writes a result with the columns of its origin, below the rows of other supernets; shows its head."""
+    path = given.out / f"{name}.csv"
+    print(path, table.head(8).to_string(index=False), sep="\n", flush=True)
+    table = table.assign(**origin())
+    if "supernet" in table and path.is_file():
+        before = pd.read_csv(path)
+        table = pd.concat([before[~before["supernet"].isin(table["supernet"])], table])
+    write_csv(path, table)
+    return table
 
 
 def equal_cost(given: argparse.Namespace) -> None:
     """What is to be had at DeciLM-6B's exact cost, and at its loss.
 
-    A cost depends on how many layers have each choice, so all orders of the same groups cost the same.
+    A cost depends on how many layers have each choice, so all orders of the same groups cost the same. The best order
+    was chosen by the windows of its loss: what it is better by is told on other windows too, three times as many.
     """
     loss, rng = loss_of(given, "main"), np.random.default_rng(0)
-    trials, space = pd.read_csv("runs/search/decilm-h100/trials.csv"), loss.supernet.space
+    trials, space = pd.read_csv(f"runs/search/decilm-{next(iter(DEVICES))}/trials.csv"), loss.supernet.space
     theirs = space.known_vectors[DECILM]
     orders = {theirs: DECILM, theirs[::-1]: "reversed"}
     while len(orders) < given.orders + 2:
@@ -115,15 +127,32 @@ def equal_cost(given: argparse.Namespace) -> None:
     orders[best_order] = "best order" if best_order != theirs else DECILM
     faster = trials[trials["loss_nats"] <= losses_of[theirs]].nlargest(1, "tokens_per_s")["vector"].item()
     orders.setdefault(parse_vector(faster), "fastest at its loss")
-    windows = loss.memo.windows
+    tuned, others = loss.memo.windows, held_out(given, loss)
     costs = {tuple(sorted(parse_vector(row["vector"]))): row for row in trials.to_dict("records")}
     rows = []
     for vector, kind in orders.items():
-        difference = windows[format_vector(vector)].astype(float) - windows[format_vector(theirs)]
         row = {"kind": kind, "vector": format_vector(vector), "loss_nats": loss(vector)}
-        row |= {"difference_nats": loss(vector) - loss(theirs), "difference_se_nats": float(sem(difference))}
+        both = [("", tuned)] + ([] if kind in ("random order", "searched order") else [("held_out_", others(vector))])
+        for name, windows in both:
+            difference = windows[format_vector(vector)].astype(float) - windows[format_vector(theirs)]
+            row |= {f"{name}difference_nats": difference.mean(), f"{name}difference_se_nats": float(sem(difference))}
         rows.append(row | {column: costs[tuple(sorted(vector))].get(column) for column in COSTS})
     write(given, "equal_cost", pd.DataFrame(rows).sort_values("loss_nats"))
+
+
+def held_out(given: argparse.Namespace, loss: InheritedLoss) -> Callable[[Vector], dict[str, Windows]]:
+    """A function to the losses of vectors, DeciLM-6B's too, on windows of validation that nothing else sees."""
+    windows = validation_windows(tokens(given, "main").validation, 4 * given.windows - 3, length(given))
+    unseen = windows[torch.arange(len(windows)) % 4 != 0]  # every fourth is among the others
+    memo = LossMemo(Path("runs/cache") / f"decilm-held-out-{loss.memo.file.stem}.jsonl")
+    held = InheritedLoss(loss.supernet, unseen, memo)
+    held(loss.supernet.space.known_vectors[DECILM])
+
+    def losses(vector: Vector) -> dict[str, Windows]:
+        held(vector)
+        return memo.windows
+
+    return losses
 
 
 def alone(given: argparse.Namespace) -> None:
@@ -190,12 +219,10 @@ def transfer(given: argparse.Namespace) -> None:
             rows = [(format_vector(one), nats, loss.noise(one).get("paired_se_nats")) for one, nats in losses]
             frame = pd.DataFrame(rows, columns=["vector", "loss_nats", "paired_se_nats"])
             tables.append(frame.assign(kind=kind, supernet=name))
-    table = pd.concat(tables)
-    write(given, "transfer", table)
-    taus = []
+    table, taus = write(given, "transfer", pd.concat(tables)), []
     for kind in ("layer", "vector"):
         by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet")
-        for other in by_net.columns.drop("main"):
+        for other in by_net.columns.difference(["main"]):
             first, second = by_net["main"].to_numpy(), by_net[[other]].to_numpy()
             interval = bootstrap_interval(first, second, seed=0)
             taus.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
@@ -204,7 +231,7 @@ def transfer(given: argparse.Namespace) -> None:
 
 def figures(given: argparse.Namespace) -> None:
     """The fronts, the orders of DeciLM-6B's groups, and what each layer loses, from the CSVs."""
-    for device in DEVICES:
+    for device in given.devices:
         points = pd.read_csv(given.out / f"search_{device}.csv", keep_default_na=False, na_values=[""])
         points["name"] = points["name"].fillna("")
         with figure(
@@ -315,7 +342,8 @@ if __name__ == "__main__":
     parser.add_argument("--gpus", type=int, default=1)
     parser.add_argument("--spaces", nargs=2, default=["decilm-proxy", "decilm-proxy-narrow"], help="main and narrow")
     parser.add_argument("--serve", default="decilm-6b")
-    parser.add_argument("--device", nargs="*", help="words that replace both searches' devices, for a trial")
+    parser.add_argument("--devices", nargs="*", default=list(DEVICES), choices=DEVICES, help="to search for, in order")
+    parser.add_argument("--words", nargs="*", help="what replaces a device's words, for a trial")
     parser.add_argument("--context", type=int, default=2048, help="of the served workload")
     parser.add_argument("--supernets", nargs="*", default=list(SUPERNETS), choices=SUPERNETS, help="to train, in order")
     parser.add_argument("--steps", type=int, default=4000, help="of a supernet")
