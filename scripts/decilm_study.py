@@ -234,9 +234,9 @@ def figures(given: argparse.Namespace) -> None:
     for device in given.devices:
         points = pd.read_csv(given.out / f"search_{device}.csv", keep_default_na=False, na_values=[""])
         points["name"] = points["name"].fillna("")
-        with figure(
-            given.out / f"front_{device}", f"{given.serve} on {device}, losses of {given.spaces[0]}"
-        ) as drawing:
+        words = " ".join(word.split(".")[-1] for word in DEVICES[device])
+        title = f"costs of {given.serve} ({words} batch=max context={given.context}), losses of {given.spaces[0]}"
+        with figure(given.out / f"front_{device}", title) as drawing:
             draw_front(drawing, points, Objectives(("loss_nats", "tokens_per_s")))
     orders, layers = pd.read_csv(given.out / "equal_cost.csv"), pd.read_csv(given.out / "transfer.csv")
     with figure(given.out / "layers", width=11) as drawing:

@@ -172,14 +172,42 @@ def test_smollm2_is_quoted_as_measured(script: dict[str, Any]) -> None:
     assert len(random) == 20 and random.min() > third["chosen"]
     chosen = f"the searched vector has {third['chosen']:.1f} % more, the best of 20 random ones {random.min():.1f} %"
     assert f"{chosen}, the mean of them {random.mean():.1f} %" in text
-    assert f"{third['chosen']:.1f} % more perplexity than" in page("README.md")
-    assert f"the best of 20 random ones {random.min():.1f} %" in page("README.md")
+    tuned = losses[losses["state"] == "finetuned"].set_index("kind")
+    checkpoint, tuned = tuned.loc["largest"], tuned[tuned["share"] == "2/3"]
+    beside = [-100 * checkpoint["over_checkpoint"], *(100 * tuned["over_checkpoint"])]
+    also = 100 * (tuned["perplexity"] / checkpoint["perplexity"] - 1)
+    assert f"it is {-beside[1]:.1f} % below the checkpoint, and the best random one {beside[2]:.1f} % above it" in text
+    assert f"is {beside[0]:.1f} % below itself, and the searched vector {also['chosen']:.1f} % above that" in text
+    assert f"{third['chosen']:.1f} % more perplexity than the checkpoint, the best of 20 random ones" in page(
+        "README.md"
+    )
+    finetuned = f"{random.min():.1f} %; after 80 steps of finetuning each they are {also['chosen']:.1f} % and"
+    assert f"{finetuned} {also['random']:.1f} % above the checkpoint" in page("README.md")
     front = trained[trained["kind"] == "front"]
     enough = front.loc[front["over_checkpoint"] <= 0.02, "kv_share"].min()
     assert f"2 % are reached at {100 * enough:.0f} % of the KV bytes" in text
     better = front[front["over_checkpoint"] < 0]
     assert f"Down to {100 * better['kv_share'].min():.0f} % the front lies up to" in text
     assert f"up to {-100 * better['over_checkpoint'].min():.1f} % below the checkpoint" in text
+
+
+def test_vllm_on_a_gpu_is_quoted_as_measured() -> None:
+    table, text = pd.read_csv(DOCS / "engines_gpu.csv"), page("docs/engines.md")
+    alike = table["prompts_equal"].str.split().str[0].astype(int).groupby([table["engine"], table["dtype"]]).sum()
+    assert alike["vllm", "float32"] == alike["transformers", "float32"] == 24
+    assert (
+        f"{alike['vllm', 'bfloat16']} of 24 prompts have them (in transformers {alike['transformers', 'bfloat16']})"
+        in text
+    )
+    errors = table.set_index(["engine", "dtype", "model"])["max_log_probability_error"].sort_index()
+    assert errors["vllm", "float32"].max() < 3e-6
+    assert f"a log-probability of the mixed vector is off by {errors['vllm', 'bfloat16', 'mixed']:.1f}" in text
+    of_uniform = errors["vllm", "bfloat16"].drop("mixed").max()
+    assert f"within {of_uniform:.2f} (in transformers {errors['transformers', 'bfloat16'].max():.2f})" in text
+    served = table[table["engine"] == "vllm"].set_index(["dtype", "model"])
+    assert (served["kv_cache"].str.split().str[-1] == served["kv_cache_of_vector"].astype(str)).all()
+    mixed, four = (int(served.loc[("float32", name), "kv_cache_of_vector"]) for name in ("mixed", "uniform-4"))
+    assert f"{mixed:,} tokens for the mixed vector, {mixed / four:.2f} times as many as for uniform 4" in text
 
 
 def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
