@@ -210,6 +210,49 @@ def test_vllm_on_a_gpu_is_quoted_as_measured() -> None:
     assert f"{mixed:,} tokens for the mixed vector, {mixed / four:.2f} times as many as for uniform 4" in text
 
 
+def test_decilms_problem_is_quoted_as_measured() -> None:
+    text, readme = page("docs/decilm.md"), page("README.md")
+    orders = pd.read_csv(DOCS / "decilm" / "equal_cost.csv")
+    known = pd.read_csv(DOCS / "decilm" / "search_h200.csv").set_index("name")
+    by_kind = orders.drop_duplicates("kind").set_index("kind")
+    best, fastest, theirs = (by_kind.loc[kind] for kind in ("best order", "fastest at its loss", "DeciLM-6B"))
+    random = orders.loc[orders["kind"] == "random order", "difference_nats"]
+
+    def with_error(row: Any, windows: str = "") -> str:
+        difference = f"{row[f'{windows}difference_nats']:+.4f}".replace("-", "−")
+        return f"{difference} ± {row[f'{windows}difference_se_nats']:.4f}"
+
+    for name, row in (("reversed", by_kind.loc["reversed"]), ("best order found", best)):
+        assert f"| {name} | {with_error(row)} | {with_error(row, 'held_out_')} |" in text
+    low, median = (f"{number:.4f}".replace("-", "−") for number in (random.min(), random.median()))
+    assert f"| {len(random)} random orders, median (best) | {median} ({low}) |" in text
+    assert f"{(random < 0).sum()} of {len(random)} random orders are better" in text
+    assert f"one of {orders['kind'].isin(['searched order', 'best order']).sum()} that a model" in text
+    held_out = -best["held_out_difference_nats"]
+    assert f"loses {held_out:.4f} ± {best['held_out_difference_se_nats']:.4f} nats less" in readme
+    to_four = theirs["loss_nats"] - known.loc["uniform 4", "loss_nats"]
+    assert f"Uniform 4 is {to_four:.4f} nats better" in text and 0.55 < held_out / to_four < 0.65
+    assert best[["decode_ms", "tokens_per_s", "batch"]].equals(theirs[["decode_ms", "tokens_per_s", "batch"]])
+    assert f"{theirs['batch']} sequences in 22.5 GiB, {theirs['decode_ms']:.2f} ms per step" in text
+    assert f"({with_error(fastest, 'held_out_')} on the other windows)" in text
+    faster = fastest["tokens_per_s"] / theirs["tokens_per_s"]
+    assert f"{fastest['tokens_per_s']:,.0f} tokens/s: {faster:.2f} times as many" in text
+    assert f"decodes {faster:.2f} times as many tokens" in readme
+    supernet = pd.read_csv(DOCS / "decilm" / "supernets.csv").set_index("supernet").loc["main"]
+    assert f"| supernet | {supernet['tokens']:,} tokens ({supernet['steps']:,} steps" in text
+
+
+def test_the_speed_of_evaluation_is_quoted_as_measured() -> None:
+    table, text = pd.read_csv(DOCS / "benchmarks" / "evaluation.csv"), page("docs/decilm.md")
+    on_gpu = table[(table["space"] == "decilm-proxy") & (table["device"] == "NVIDIA H200")]
+    speed, errors = on_gpu.dropna(subset="plain_tokens_per_s").iloc[-1], on_gpu.dropna(subset="compared").iloc[-1]
+    rates = [speed["tokens_per_s"] / 1e6, speed["plain_tokens_per_s"] / 1e6]
+    assert f"{rates[0]:.2f} against {rates[1]:.2f} million tokens/s, {rates[0] / rates[1]:.2f} times as many" in text
+    assert f"161 vectors of 262,144 tokens take {speed['seconds_one_by_one']:.1f} s one by one" in text
+    shown = f"{errors['fp16_difference_nats']:.1e}".replace("e-0", "e-")
+    assert f"was {shown} nats over {errors['tokens']:,.0f} tokens" in text
+
+
 def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
     """The rows of a CSV under docs, by the values of some columns."""
     return {tuple(row[key] for key in keys): dict(row) for _, row in pd.read_csv(DOCS / name).iterrows()}
