@@ -96,7 +96,7 @@ class HfExporter:
             if ".mlp." in name and not name.endswith("down_proj.bias"):
                 axis = 1 if "down_proj" in name else 0
                 added = padded_ffn_width(tensor.shape[axis]) - tensor.shape[axis]
-                state[name] = F.pad(tensor.movedim(axis, -1), [0, added]).movedim(-1, axis)
+                state[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 1 - axis) + [0, added])  # from the last axis
         return state
 
     def usage(self, model: Decoder) -> str:
