@@ -10,9 +10,9 @@ On a GPU, the models that `export=hf` wrote, here with a Python that has vLLM; d
     python scripts/engines_check.py transformers vllm --models DIR … --dtypes float32 bfloat16 --at-once 8 \
         --python transformers=python --python vllm=PATH --out docs/engines_gpu.csv
 
-The models of the first: `demo` is the knee of a short search of `tiny` (heads of 16); the others have random weights,
-layers of 4, 1 and 2 groups, and each one a feature. `vllm` is its build for CPUs, `llama.cpp` is xllamacpp, its server
-as a package.
+The models of the first: `demo` is of the front of a short search of `tiny`; the others have random weights, layers of
+4, 1 and 2 groups, and each one a feature. `vllm` is its build for CPUs, `llama.cpp` is xllamacpp, its server as a
+package.
 """
 
 import argparse

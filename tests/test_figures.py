@@ -114,6 +114,29 @@ def test_tables_are_those_of_their_csvs(script: dict[str, Any], function: str, t
     assert script[function](pd.read_csv(DOCS / table)).strip() in (DOCS / text).read_text(encoding="utf-8")
 
 
+def test_what_engines_compute_of_exports_is_quoted_as_measured() -> None:
+    table, text = pd.read_csv(DOCS / "engines.csv"), page("docs/engines.md")
+    assert not table["commit"].str.endswith("-dirty").any()
+    engines = {name: rows.set_index("model") for name, rows in table.groupby("engine")}
+    flash, plain = (engines[f"llama.cpp{how}"].drop("q/k norms") for how in ("", " without flash attention"))
+    equal, prompts = flash["prompts_equal"].str.split(" of ", expand=True).astype(int).sum()
+    assert f"of {prompts} prompts {equal} have the same greedy tokens (the others part at near-ties)" in text
+    errors, exact = (rows["max_log_probability_error"] for rows in (flash, plain))
+    assert (flash["margin_where_tokens_differ"].fillna(0) < 2 * errors).all()
+    assert f"by up to {errors['demo']:.1g} for `demo` and {errors.drop('demo').max():.2f} for the random models" in text
+    assert (plain["prompts_equal"] == "8 of 8").all()
+    most, llama3, yarn = (f"{error:.1e}" for error in (exact.max(), exact["llama3 rope"], exact["yarn rope"]))
+    agreement = f"all tokens are the same and log-probabilities agree to {most} (llama3 {llama3}, yarn {yarn})"
+    assert agreement.replace("e-0", "e-") in text
+
+
+def test_the_demos_latency_check_is_quoted_as_measured() -> None:
+    check = pd.read_csv(DOCS / "demo" / "latency_check.csv")
+    errors = 100 * (check["predicted_ms"] / check["measured_ms"] - 1).abs()
+    low, high = sorted(errors.groupby(check["phase"]).mean())
+    assert f"{low:.0f} to {high:.0f} % in the mean and {errors.max():.0f} % at worst)" in page("docs/latency.md")
+
+
 def test_training_the_heads_of_a_large_model_is_quoted_as_measured() -> None:
     seconds = pd.read_csv(DOCS / "benchmarks" / "kv_training.csv").set_index("kind")["seconds"]
     plain = [seconds["forward"] + seconds[name] for name in ("forward and backward", "backward")]

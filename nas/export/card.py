@@ -20,7 +20,7 @@ _ENGINES = {
             "vLLM 0.32.0 (on a CPU)",
             "`vllm serve DIR --trust-remote-code`",
             _COMPARED,
-            "heads of 16; with tensor parallelism, a layer with fewer groups than ranks is replicated and saves less",
+            "with tensor parallelism, a layer with fewer groups than ranks is replicated and saves less",
         ),
         (
             "mlx-lm 0.32.2 (on a CPU)",

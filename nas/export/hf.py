@@ -4,9 +4,8 @@ It is a `nemotron-nas` model (`DeciLMForCausalLM`), a type that vLLM and mlx-lm 
 its own size. transformers does not, so two small files of model code travel along.
 """
 
-import dataclasses
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ CONFIG = "config.json"
 _WEIGHTS = "model*.safetensors"  # one file, or shards
 _CODE = ("configuration_decilm", "modeling_decilm")
 _TYPES = {False: ("nemotron-nas", "DeciLM"), True: ("nemotron-nas-qk-norm", "DeciLMQKNorm")}  # by the shape's qk_norm
-_FFN_AXES = {"gate_proj.weight": 0, "up_proj.weight": 0, "gate_proj.bias": 0, "up_proj.bias": 0, "down_proj.weight": 1}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NO_IDS: dict[str, Any] = {"bos_token_id": None, "eos_token_id": None}  # null, or transformers takes Llama's
 _GREEDY = {"do_sample": False}  # generation_config.json, where a checkpoint does not say otherwise
@@ -67,10 +65,10 @@ class HfExporter:
         if has_weights(model):
             state = self.state(model)
             self._save({n: x.detach().to("cpu", self.dtype).contiguous() for n, x in state.items()}, folder)
-        special = _NO_IDS
         if tokenizer:
             special = _save_tokenizer(tokenizer, folder, model.shape.max_position_embeddings)
         else:
+            special = _NO_IDS
             write_json(folder / "generation_config.json", special | _GREEDY)
         dtype = str(self.dtype).removeprefix("torch.")
         write_json(folder / CONFIG, self.config(model) | {"dtype": dtype, "torch_dtype": dtype} | special)
@@ -94,9 +92,11 @@ class HfExporter:
     def state(self, model: Decoder) -> dict[str, Tensor]:
         """The tensors that are stored: here with the FFN zero-padded to the widths that engines will compute."""
         state = untied_state(model)
-        for name, axis, width in _ffn_tensors(state):  # silu(0) · 0 = 0: the added neurons change nothing
-            after = [0] * (2 * (state[name].dim() - 1 - axis))  # F.pad counts axes from the last
-            state[name] = F.pad(state[name], [*after, 0, padded_ffn_width(width) - width])
+        for name, tensor in state.items():  # silu(0) · 0 = 0: the added neurons change nothing
+            if ".mlp." in name and not name.endswith("down_proj.bias"):
+                axis = 1 if "down_proj" in name else 0
+                added = padded_ffn_width(tensor.shape[axis]) - tensor.shape[axis]
+                state[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 1 - axis) + [0, added])  # from the last axis
         return state
 
     def usage(self, model: Decoder) -> str:
@@ -177,9 +177,8 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
 
 def llama_keys(shape: ModelShape) -> dict[str, Any]:
     """What config.json says of a shape in any dialect of Llama, biases of the attention apart."""
-    own = dataclasses.asdict(shape)
-    scaling = own.pop("rope_scaling")
-    own = {key: value for key, value in own.items() if key not in ("qkv_bias", "o_bias", "qk_norm")}
+    scaling, ours = shape.rope_scaling, ("rope_scaling", "qkv_bias", "o_bias", "qk_norm")
+    own = {key: value for key, value in vars(shape).items() if key not in ours}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **(scaling or {})}}
     legacy = {"rope_scaling": scaling} if scaling else {}  # where transformers 4 looks for it, and engines do
     return own | rope | legacy | {"hidden_act": "silu"}
@@ -197,13 +196,6 @@ def untied_state(model: Decoder) -> dict[str, Tensor]:
     if model.shape.tie_word_embeddings:
         del state["lm_head.weight"]
     return state
-
-
-def _ffn_tensors(state: Mapping[str, Tensor]) -> Iterator[tuple[str, int, int]]:
-    """Names of the tensors with an axis as long as their layer's FFN is wide, that axis, and that width."""
-    for name, tensor in state.items():
-        if (axis := _FFN_AXES.get(name.partition(".mlp.")[2])) is not None:
-            yield name, axis, tensor.shape[axis]
 
 
 def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, Any]:
