@@ -48,6 +48,7 @@ TRAINING = (
     "learning_rate=1e-2",
     "weight_decay=0",
     "smallest_share=0.25",
+    "output_rank=16",
     "validate_every=100",
 )
 MIXED = ("4-4-2-2-1", "1-2-2-4-4", "4-2-1-1-1", "1-1-1-2-4", "2-4-1-4-2", "4-1-2-1-4")
@@ -228,6 +229,7 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["vector", "not_aligned_nats", "before_nats", "after_nats"]).assign(
         steps=run.config["train"]["steps"],
         learning_rate=run.config["train"]["learning_rate"],
+        output_rank=run.config["train"]["output_rank"],
         validation_tokens=windows[:, 1:].numel(),
         **origin(),
     )

@@ -62,7 +62,9 @@ def vectors_of(space: SearchSpace) -> st.SearchStrategy[Vector]:
 def test_a_row_of_a_mixed_batch_has_the_loss_of_its_extracted_sub_network(data: st.DataObject) -> None:
     space = data.draw(spaces())
     vectors = data.draw(st.lists(vectors_of(space), min_size=1, max_size=5))
-    supernet = random_supernet(space, data.draw(st.integers(0, 100)), sharing=data.draw(RULES))
+    sharing = data.draw(RULES)
+    rank = data.draw(st.sampled_from([0, 3])) if sharing == "separate" else 0
+    supernet = random_supernet(space, data.draw(st.integers(0, 100)), sharing=sharing, output_rank=rank)
     tokens = torch.randint(SHAPE.vocab_size, (len(vectors), 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mixed = row_losses(logits_at(supernet, tokens[:, :-1], vectors), tokens[:, 1:])

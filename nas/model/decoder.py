@@ -6,7 +6,7 @@ checkpoint, so exporting a state dict needs no renaming.
 
 Shape suffixes: B rows of a batch, T tokens, D model width, H query heads, G K/V heads that attention reads,
 S K/V heads that are stored as weights, R query heads of one group (H / G), C cache length, d head width,
-L layers, V vocabulary.
+E = H d, L layers, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,11 +80,12 @@ class Attention(nn.Module):
     """Causal grouped-query attention.
 
     With a ``selection`` (B, G, S) each row of the batch attends over its own G mixtures of the S stored heads: that
-    is all the supernet needs. Without one, G = S.
+    is all the supernet needs, and perhaps a ``correction`` of what comes out. Without a selection, G = S.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
+        self.correction: nn.Module | None = None
         self.head_dim, self.qk_norm = spec.head_dim, spec.qk_norm
         self.q_proj = _linear(spec.linears["q_proj"])
         self.k_proj = _linear(spec.linears["k_proj"])
@@ -104,7 +105,9 @@ class Attention(nn.Module):
             q_BHTd, k_BGTd = self.q_norm(q_BHTd), self.k_norm(k_BGTd)
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
         out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=True)
-        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out_BTE = out_BHTd.transpose(1, 2).flatten(2)
+        out_BTD: Tensor = self.o_proj(out_BTE)
+        return out_BTD if self.correction is None else out_BTD + self.correction(out_BTE, selection_BGS)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]

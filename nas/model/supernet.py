@@ -27,19 +27,60 @@ from nas.space import SearchSpace, Vector, space_from_dict
 _WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
 
 
-class Supernet(nn.Module):
-    """Elastic decoder over a search space, by the sharing rule of this name."""
+class OutputCorrection(nn.Module):
+    """What each smaller choice of a layer adds to the output projection: a matrix of its own, of low rank R.
 
-    def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING) -> None:
+    All of them are computed, one beside the other, and each row keeps its own. The rows of the largest choice add zero,
+    and so do all at first.
+    """
+
+    owners_SR: Tensor
+
+    def __init__(self, projection: nn.Linear, choices: Vector, rank: int) -> None:
+        super().__init__()
+        width = rank * (len(choices) - 1)
+        self.down = nn.Linear(projection.in_features, width, bias=False)
+        self.up = nn.Linear(width, projection.out_features, bias=False)
+        drawn = torch.randn(self.down.weight.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.down.weight.data.copy_(drawn / projection.in_features**0.5)
+        self.up.weight.data.zero_()
+        owners_SR = torch.zeros(sum(choices), width)  # the first group reads the first stored head of a row's choice
+        for index in range(len(choices) - 1):
+            owners_SR[sum(choices[:index]), index * rank : (index + 1) * rank] = 1
+        self.register_buffer("owners_SR", owners_SR, persistent=False)
+
+    def forward(self, x_BTE: Tensor, selection_BGS: Tensor) -> Tensor:
+        own_BR = selection_BGS[:, 0] @ self.owners_SR
+        low_BTR = self.down(x_BTE)
+        return self.up(low_BTR * own_BR[:, None].to(low_BTR.dtype))  # type: ignore[no-any-return]
+
+    def matrix(self, choices: Vector, groups: int) -> Tensor:
+        """What a choice adds to the output projection's weight."""
+        own_R = self.owners_SR[sum(choice for choice in choices if choice < groups)]
+        return (self.up.weight * own_R) @ self.down.weight
+
+
+class Supernet(nn.Module):
+    """Elastic decoder over a search space, by the sharing rule of this name.
+
+    With an ``output_rank`` each smaller choice corrects the output projection by a matrix of this rank.
+    """
+
+    def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING, output_rank: int = 0) -> None:
         super().__init__()
         if sharing not in SHARING_RULES:
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
+        if output_rank and sharing != "separate":
+            raise UserError(f"train.output_rank is {output_rank}, which needs train.sharing=separate, not {sharing}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
         for layer, choices in enumerate(space.choices):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
             self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
+            if output_rank and len(choices) > 1:
+                attention = self.decoder.model.layers[layer].self_attn
+                attention.correction = OutputCorrection(attention.o_proj, choices, output_rank)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
         """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
@@ -82,7 +123,12 @@ class Supernet(nn.Module):
         """The sub-network at ``vector`` as a plain model of its own, with copied weights."""
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
         mixtures = (self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True))
-        plain.load_state_dict(_with_mixed_heads(self.decoder.state_dict(), mixtures))
+        state = _with_mixed_heads(self.decoder.state_dict(), mixtures)
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+        for layer, (choices, groups) in enumerate(zip(self.space.choices, vector, strict=True)):
+            own, folded = (model.model.layers[layer].self_attn for model in (self.decoder, plain))
+            if own.correction is not None:
+                folded.o_proj.weight += own.correction.matrix(choices, groups)
         return plain
 
     @torch.no_grad()
@@ -96,7 +142,7 @@ class Supernet(nn.Module):
         assert all(heads >= groups for heads, groups in zip(kv_heads, self.space.largest, strict=True))
         layers = zip(self.space.choices, kv_heads, strict=True)
         mixtures = (self.rule.from_largest(choices) @ pooling(heads, choices[-1]) for choices, heads in layers)
-        self.decoder.load_state_dict(_with_mixed_heads(state, mixtures))
+        self.decoder.load_state_dict(self.decoder.state_dict() | _with_mixed_heads(state, mixtures))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draws fresh weights: those that the plain largest model draws, whatever the sharing rule."""
@@ -105,19 +151,23 @@ class Supernet(nn.Module):
         self.load_plain(plain.state_dict(), plain.kv_heads)
 
 
-def save_supernet(space: SearchSpace, sharing: str, state: Mapping[str, Tensor], folder: Path) -> None:
+def save_supernet(
+    space: SearchSpace, sharing: str, output_rank: int, state: Mapping[str, Tensor], folder: Path
+) -> None:
     """Writes weights and config into ``folder``; ``state`` is the decoder's."""
     tied = {"lm_head.weight"} if space.shape.tie_word_embeddings else set()
     kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in tied}
     write_atomically(folder / _WEIGHTS, lambda path: save_file(kept, path))
-    write_json(folder / _CONFIG, {"name": space.name, "space": space.to_dict(), "sharing": sharing})
+    config = {"name": space.name, "space": space.to_dict(), "sharing": sharing, "output_rank": output_rank}
+    write_json(folder / _CONFIG, config)
 
 
 def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
     """Loads the supernet of a finished train run."""
     weights, config = run.artifact(_WEIGHTS), read_json(run.artifact(_CONFIG))
     try:
-        supernet = Supernet(space_from_dict(config["name"], config["space"]), config["sharing"])
+        space, rank = space_from_dict(config["name"], config["space"]), config.get("output_rank", 0)
+        supernet = Supernet(space, config["sharing"], rank)
         load_model(supernet.decoder, weights)  # which lacks a tied head
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"supernet {run.path} is corrupt ({in_short(error)}); train it again") from None
