@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
-from nas.model.decoder import Decoder
+from nas.model.decoder import Decoder, OutputCorrection
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
 from nas.run import FinishedRun
 from nas.space import SearchSpace, Vector, space_from_dict
@@ -27,59 +27,23 @@ from nas.space import SearchSpace, Vector, space_from_dict
 _WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
 
 
-class OutputCorrection(nn.Module):
-    """What each smaller choice of a layer adds to the output projection: a matrix of its own, of low rank R.
-
-    All of them are computed, one beside the other, and each row keeps its own. The rows of the largest choice add zero,
-    and so do all at first.
-    """
-
-    owners_SR: Tensor
-
-    def __init__(self, projection: nn.Linear, choices: Vector, rank: int) -> None:
-        super().__init__()
-        width = rank * (len(choices) - 1)
-        self.down = nn.Linear(projection.in_features, width, bias=False)
-        self.up = nn.Linear(width, projection.out_features, bias=False)
-        drawn = torch.randn(self.down.weight.shape, generator=torch.Generator().manual_seed(0), device="cpu")
-        self.down.weight.data.copy_(drawn / projection.in_features**0.5)
-        self.up.weight.data.zero_()
-        owners_SR = torch.zeros(sum(choices), width)  # the first group reads the first stored head of a row's choice
-        for index in range(len(choices) - 1):
-            owners_SR[sum(choices[:index]), index * rank : (index + 1) * rank] = 1
-        self.register_buffer("owners_SR", owners_SR, persistent=False)
-
-    def forward(self, x_BTE: Tensor, selection_BGS: Tensor) -> Tensor:
-        own_BR = selection_BGS[:, 0] @ self.owners_SR
-        low_BTR = self.down(x_BTE)
-        return self.up(low_BTR * own_BR[:, None].to(low_BTR.dtype))  # type: ignore[no-any-return]
-
-    def matrix(self, choices: Vector, groups: int) -> Tensor:
-        """What a choice adds to the output projection's weight."""
-        own_R = self.owners_SR[sum(choice for choice in choices if choice < groups)]
-        return (self.up.weight * own_R) @ self.down.weight
-
-
 class Supernet(nn.Module):
     """Elastic decoder over a search space, by the sharing rule of this name.
 
-    With an ``output_rank`` each smaller choice corrects the output projection by a matrix of this rank.
+    With an ``output_rank``, which needs separate heads, each smaller choice of a layer has a correction of that rank.
     """
 
     def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING, output_rank: int = 0) -> None:
         super().__init__()
         if sharing not in SHARING_RULES:
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
-        if output_rank and sharing != "separate":
-            raise UserError(f"train.output_rank is {output_rank}, which needs train.sharing=separate, not {sharing}")
         self.space, self.rule = space, SHARING_RULES[sharing]
-        self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
-        for layer, choices in enumerate(space.choices):
+        self.decoder = Decoder(space.shape, [len(self.rule.from_largest(choices)) for choices in space.choices])
+        for layer, (choices, attention) in enumerate(zip(space.choices, self.decoder.attentions, strict=True)):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
             self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
             if output_rank and len(choices) > 1:
-                attention = self.decoder.model.layers[layer].self_attn
                 attention.correction = OutputCorrection(attention.o_proj, choices, output_rank)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
@@ -122,13 +86,12 @@ class Supernet(nn.Module):
     def extract(self, vector: Vector) -> Decoder:
         """The sub-network at ``vector`` as a plain model of its own, with copied weights."""
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
-        mixtures = (self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True))
+        mixtures = [self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True)]
         state = _with_mixed_heads(self.decoder.state_dict(), mixtures)
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-        for layer, (choices, groups) in enumerate(zip(self.space.choices, vector, strict=True)):
-            own, folded = (model.model.layers[layer].self_attn for model in (self.decoder, plain))
+        for own, folded, mixture in zip(self.decoder.attentions, plain.attentions, mixtures, strict=True):
             if own.correction is not None:
-                folded.o_proj.weight += own.correction.matrix(choices, groups)
+                folded.o_proj.weight += own.correction.matrix(mixture)
         return plain
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.model import Supernet
-from nas.model.decoder import Attention
 from nas.space import SearchSpace
 
 
@@ -52,8 +51,7 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
 def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
     """Freezes a supernet of separate heads, in ``dtype``, but for what its smaller choices have alone."""
     freeze(supernet, dtype)
-    attentions = (module for module in supernet.modules() if isinstance(module, Attention))
-    for attention, choices in zip(attentions, supernet.space.choices, strict=True):
+    for attention, choices in zip(supernet.decoder.attentions, supernet.space.choices, strict=True):
         if rows := sum(choices[:-1]) * attention.head_dim:
             attention.k_proj = _PartlyTrained(attention.k_proj, rows)  # type: ignore[assignment]
             attention.v_proj = _PartlyTrained(attention.v_proj, rows)  # type: ignore[assignment]
