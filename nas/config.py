@@ -52,7 +52,7 @@ class SupernetConfig(TrainConfig):
     # all; kv: only what the smaller choices have alone, K/V heads and corrections, which follow the largest vector's
     # logits; auto: kv with init and separate heads where the largest vector is the checkpoint, else all
     trainable: str = "auto"
-    output_rank: int = 0  # separate: of a correction of the output projection for each smaller choice; 0: none
+    output_rank: int = 0  # separate: rank of each smaller choice's own correction of the output projection; 0: none
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
