@@ -49,9 +49,10 @@ class SupernetConfig(TrainConfig):
     """How a supernet is trained."""
 
     sharing: str = "auto"  # a rule of nas/model/sharing.py; auto: separate with init, else sliced
-    # all; kv: only the smaller choices' K/V heads, which follow the largest vector's logits; auto: kv with init and
-    # separate heads where the largest vector is the checkpoint, else all
+    # all; kv: only what the smaller choices have alone, K/V heads and corrections, which follow the largest vector's
+    # logits; auto: kv with init and separate heads where the largest vector is the checkpoint, else all
     trainable: str = "auto"
+    output_rank: int = 0  # separate: rank of each smaller choice's own correction of the output projection; 0: none
     recipe: str = "mixed"  # mixed: every row its own text and vector | sandwich: the same text at several vectors
     largest_first: float = 0.0  # of the steps: so long only the largest vector is trained
     largest_share: float = 0.125  # mixed: of a step's rows that run the largest vector
@@ -259,7 +260,7 @@ STAGES: dict[str, type[StageConfig]] = {
 
 
 # What values must be, by the names of their fields, which mean the same in every command; other numbers are positive.
-_NOT_NEGATIVE = "check energy_s equal_total grid_kg_per_kwh seeds temperature vectors weight_decay worker"
+_NOT_NEGATIVE = "check energy_s equal_total grid_kg_per_kwh output_rank seeds temperature vectors weight_decay worker"
 _SHARES = "distillation_weight final_share largest_first largest_share smallest_share utilisation warmup_share"
 _RANGES: dict[str, tuple[Callable[[float], bool], str]] = {
     **dict.fromkeys(_NOT_NEGATIVE.split(), (lambda number: number >= 0, "be 0 or more")),

@@ -76,9 +76,6 @@ class ScaledPooled(Pooled):
 class Residual(Pooled):
     """Means, and for every smaller choice heads of its own on top, which start at zero."""
 
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        return sum(choices)
-
     def mixture(self, choices: Sequence[int], groups: int) -> Tensor:
         own = [torch.eye(choice) if choice == groups else torch.zeros(groups, choice) for choice in choices[:-1]]
         return torch.cat((pooling(max(choices), groups), *own), dim=1)

@@ -7,6 +7,7 @@ The last line of stdout is JSON: the losses of the uniform vectors before and af
 
     python scripts/stories260k.py SRC OUT      # SRC holds the two files; OUT gets model/, stories.jsonl and runs/
     python scripts/stories260k.py SRC OUT --no-training        # model and text alone
+    python scripts/stories260k.py SRC OUT --rank 0             # K/V heads trained alone: losses-rank-0.csv
 """
 
 import argparse
@@ -50,6 +51,7 @@ TRAINING = (
     "smallest_share=0.25",
     "validate_every=100",
 )
+RANK = 16  # of each smaller choice's correction of the output projection
 MIXED = ("4-4-2-2-1", "1-2-2-4-4", "4-2-1-1-1", "1-1-1-2-4", "2-4-1-4-2", "4-1-2-1-4")
 SAMPLE_TEXT = """\
 Once upon a time, there was a little girl named Lily. She loved to play in the park with her red ball. One day, the \
@@ -62,7 +64,7 @@ some water. They were good friends. They played all day and then they went to be
 """
 
 
-def main(source: Path, out: Path, training: bool) -> None:
+def main(source: Path, out: Path, training: bool, rank: int) -> None:
     """Does all of it; what is there already is not made again."""
     logging.disable_progress_bar()
     model, corpus = out / "model", out / "stories.jsonl"
@@ -74,14 +76,16 @@ def main(source: Path, out: Path, training: bool) -> None:
         write_corpus(model, corpus)
     if not training:
         return
-    run = out / "runs" / "train" / "stories260k"
+    suffix = "" if rank == RANK else f"-rank-{rank}"
+    run = out / "runs" / "train" / f"stories260k{suffix}"
     if not (run / "complete.json").is_file():
-        text = (f"init={model}", "data=text", f"data.path={corpus}", *(f"train.{option}" for option in TRAINING))
-        if code := cli.main(["train", *text, "name=stories260k", f"runs_dir={out / 'runs'}"]):
+        options = (f"train.{option}" for option in (*TRAINING, f"output_rank={rank}"))
+        text = (f"init={model}", "data=text", f"data.path={corpus}", *options)
+        if code := cli.main(["train", *text, f"name={run.name}", f"runs_dir={out / 'runs'}"]):
             raise SystemExit(code)
     table = losses(model, corpus, FinishedRun(run, "train"))
     print(table.to_string(index=False))
-    target = ROOT / "docs" / "stories260k" / "losses.csv"
+    target = ROOT / "docs" / "stories260k" / f"losses{suffix}.csv"
     write_atomically(target, lambda path: table.to_csv(path, index=False))
     print(f"Wrote {target.relative_to(ROOT)}")
     rows, named = table.set_index("vector"), {"largest": 4, "uniform_2": 2, "uniform_1": 1}
@@ -228,6 +232,7 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["vector", "not_aligned_nats", "before_nats", "after_nats"]).assign(
         steps=run.config["train"]["steps"],
         learning_rate=run.config["train"]["learning_rate"],
+        output_rank=run.config["train"]["output_rank"],
         validation_tokens=windows[:, 1:].numel(),
         **origin(),
     )
@@ -238,5 +243,6 @@ if __name__ == "__main__":
     parser.add_argument("source", type=Path, help="folder with the two files")
     parser.add_argument("out", type=Path, help="gets model/, stories.jsonl and runs/")
     parser.add_argument("--no-training", action="store_true", help="only the model and its text")
+    parser.add_argument("--rank", type=int, default=RANK, help="of the corrections of the output projection, 0: none")
     given = parser.parse_args()
-    main(given.source, given.out, not given.no_training)
+    main(given.source, given.out, not given.no_training, given.rank)

@@ -146,9 +146,11 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return values
 
 
-def random_supernet(space: SearchSpace, seed: int = 0, spread: float = 0.3, sharing: str = "sliced") -> Supernet:
+def random_supernet(
+    space: SearchSpace, seed: int = 0, spread: float = 0.3, sharing: str = "sliced", output_rank: int = 0
+) -> Supernet:
     """A supernet with random weights, large enough for vectors to differ clearly."""
-    supernet = Supernet(space, sharing)
+    supernet = Supernet(space, sharing, output_rank)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in supernet.parameters():

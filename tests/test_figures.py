@@ -434,7 +434,14 @@ def test_the_small_trained_checkpoint_is_quoted_as_measured() -> None:
         f"{two['not_aligned_nats']:.2f} and {one['not_aligned_nats']:.2f}) and end at {two['after_nats']:.2f} and "
         f"{one['after_nats']:.2f} after {one['steps']} steps"
     ) in page("README.md")
+    alone = records("stories260k/losses-rank-0.csv", ["vector"])
+    two_alone, one_alone = (alone[vector,]["after_nats"] for vector in ("2-2-2-2-2", "1-1-1-1-1"))
     table = page("docs/checkpoints.md")
+    assert (
+        f"two heads everywhere end at {two['after_nats']:.2f} nats and one at {one['after_nats']:.2f}. "
+        f"Heads alone ended at {two_alone:.2f} and {one_alone:.2f}"
+    ) in table
+    assert f"(heads alone: {two_alone:.2f} and {one_alone:.2f};" in page("README.md")
     assert f"(`init.align=null`) | {two['not_aligned_nats']:.2f} | {one['not_aligned_nats']:.2f} |" in table
     assert f"(**built**) | {two['before_nats']:.2f} | {one['before_nats']:.2f} |" in table
 

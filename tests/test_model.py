@@ -62,7 +62,9 @@ def vectors_of(space: SearchSpace) -> st.SearchStrategy[Vector]:
 def test_a_row_of_a_mixed_batch_has_the_loss_of_its_extracted_sub_network(data: st.DataObject) -> None:
     space = data.draw(spaces())
     vectors = data.draw(st.lists(vectors_of(space), min_size=1, max_size=5))
-    supernet = random_supernet(space, data.draw(st.integers(0, 100)), sharing=data.draw(RULES))
+    sharing = data.draw(RULES)
+    rank = data.draw(st.sampled_from([0, 3])) if sharing == "separate" else 0
+    supernet = random_supernet(space, data.draw(st.integers(0, 100)), sharing=sharing, output_rank=rank)
     tokens = torch.randint(SHAPE.vocab_size, (len(vectors), 13), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         mixed = row_losses(logits_at(supernet, tokens[:, :-1], vectors), tokens[:, 1:])
@@ -138,7 +140,7 @@ def test_a_large_published_shape_has_its_published_number_of_parameters() -> Non
 @given(st.sets(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=1), RULES)
 def test_every_sharing_rule_mixes_stored_heads_with_weights_that_sum_to_one(choices: set[int], rule: str) -> None:
     ascending = sorted(choices)
-    stored = SHARING_RULES[rule].stored_heads(ascending)
+    stored = len(SHARING_RULES[rule].from_largest(ascending))
     for groups in ascending:
         mixture = SHARING_RULES[rule].mixture(ascending, groups)
         assert mixture.shape == (groups, stored)
@@ -182,6 +184,21 @@ def test_a_trained_layer_loses_nothing_at_its_largest_choice(choices: set[int], 
 def test_an_unknown_sharing_rule_is_refused(micro: SearchSpace) -> None:
     with pytest.raises(UserError, match=r"train.sharing is 'nonsense'; use auto, sliced"):
         Supernet(micro, "nonsense")
+
+
+def test_a_correction_changes_nothing_at_first_and_the_largest_vector_never(micro: SearchSpace) -> None:
+    supernet, vectors = random_supernet(micro, sharing="separate"), [micro.smallest, micro.largest]
+    corrected = Supernet(micro, "separate", 2)
+    corrected.decoder.load_state_dict(corrected.decoder.state_dict() | supernet.decoder.state_dict())
+    tokens = torch.randint(micro.shape.vocab_size, (2, 8))
+    with torch.no_grad():
+        wanted = logits_at(supernet, tokens, vectors)
+        assert torch.equal(logits_at(corrected, tokens, vectors), wanted)
+        for name, parameter in corrected.named_parameters():
+            parameter.add_(".correction." in name)
+        smallest, largest = logits_at(corrected, tokens, vectors)
+        assert torch.equal(largest, wanted[1])
+        assert (smallest - wanted[0]).abs().max() > 1e-2
 
 
 def test_gradients_reach_only_the_heads_that_a_batch_uses(micro: SearchSpace) -> None:

@@ -39,7 +39,7 @@ from nas.training.recipes import text_loss
 from tests.conftest import FAST, Nas, logits_at
 from tests.helpers import TEXT, TRAINING, check_refusal
 
-INIT = ("init=model", "init.calibration_tokens=160")
+INIT = ("init=model", "init.calibration_tokens=160", "train.output_rank=2")
 ROOT = Path(__file__).resolve().parent.parent
 STORIES = ROOT.parent / "shared" / "data" / "stories260K"
 

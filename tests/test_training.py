@@ -141,22 +141,24 @@ def test_following_a_teacher_piece_by_piece_is_the_divergence_that_pytorch_compu
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_only_the_smaller_choices_heads_are_trained_and_kept_in_fp32(micro: SearchSpace, dtype: torch.dtype) -> None:
-    supernet = random_supernet(micro, sharing="separate")
+def test_only_what_smaller_choices_have_alone_is_trained_and_kept_in_fp32(
+    micro: SearchSpace, dtype: torch.dtype
+) -> None:
+    supernet = random_supernet(micro, sharing="separate", output_rank=3)
     start = {name: tensor.clone() for name, tensor in supernet.decoder.state_dict().items()}
     tokens = torch.randint(micro.shape.vocab_size, (2, 8))
     with torch.no_grad():
         before = logits_at(supernet, tokens, [micro.largest] * 2)
     train_smaller_heads(supernet, dtype)
     trained = trained_of(supernet)
-    assert sum(parameter.numel() for parameter in trained) == trained_parameters(micro)
+    assert sum(parameter.numel() for parameter in trained) == trained_parameters(micro, 3)
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     kept = {parameter.dtype for parameter in supernet.parameters() if not parameter.requires_grad}
     assert kept == {dtype}
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         logits_at(supernet, tokens, [micro.smallest] * 2).float().square().mean().backward()
     make_optimizer(supernet, TrainConfig(learning_rate=0.1)).step()
-    after = random_supernet(micro, seed=1, sharing="separate")
+    after = random_supernet(micro, seed=1, sharing="separate", output_rank=3)
     after.decoder.load_state_dict(with_trained_heads(start, full_state_dict(supernet.decoder)))
     with torch.no_grad():
         assert torch.equal(logits_at(after, tokens, [micro.largest] * 2), before)
@@ -186,7 +188,8 @@ def test_layers_with_heads_that_are_trained_alone_share_their_graphs(
 
     torch.compiler.reset()
     monkeypatch.setattr("torch.compile", partial(torch.compile, backend=backend))
-    supernet, tokens = random_supernet(micro, sharing="separate"), torch.randint(micro.shape.vocab_size, (2, 8))
+    supernet = random_supernet(micro, sharing="separate", output_rank=3)
+    tokens = torch.randint(micro.shape.vocab_size, (2, 8))
     train_smaller_heads(supernet, torch.float32)
     wanted = logits_at(supernet, tokens, [micro.smallest] * 2)
     make_ready(supernet, TrainConfig(compile=True, recompute=recompute))
@@ -336,6 +339,7 @@ def test_a_checkpoint_with_too_few_or_too_many_tensors_is_refused(
         ({"largest_share": 0.8, "smallest_share": 0.3}, r"largest_share 0\.8 and .*smallest_share 0\.3 .*; lower one"),
         ({"recipe": "sandwich", "vectors_per_text": 3, "batch": 4}, r"vectors_per_text is 3 .* train\.batch, 4"),
         ({"recipe": "sandwich", "vectors_per_text": 1}, r"vectors_per_text is 1 but must be 2 or more"),
+        ({"output_rank": 2, "sharing": "pooled"}, r"output_rank is 2 but train\.sharing pooled; use separate"),
     ],
 )
 def test_a_recipe_whose_numbers_do_not_go_together_is_refused(options: dict[str, Any], words: str) -> None:

@@ -6,7 +6,7 @@ checkpoint, so exporting a state dict needs no renaming.
 
 Shape suffixes: B rows of a batch, T tokens, D model width, H query heads, G K/V heads that attention reads,
 S K/V heads that are stored as weights, R query heads of one group (H / G), C cache length, d head width,
-L layers, V vocabulary.
+E = H d, L layers, V vocabulary.
 """
 
 from collections.abc import Mapping, Sequence
@@ -80,11 +80,12 @@ class Attention(nn.Module):
     """Causal grouped-query attention.
 
     With a ``selection`` (B, G, S) each row of the batch attends over its own G mixtures of the S stored heads: that
-    is all the supernet needs. Without one, G = S.
+    is all the supernet needs, and perhaps a ``correction`` of what comes out. Without a selection, G = S.
     """
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
+        self.correction: OutputCorrection | None = None
         self.head_dim, self.qk_norm = spec.head_dim, spec.qk_norm
         self.q_proj = _linear(spec.linears["q_proj"])
         self.k_proj = _linear(spec.linears["k_proj"])
@@ -104,7 +105,9 @@ class Attention(nn.Module):
             q_BHTd, k_BGTd = self.q_norm(q_BHTd), self.k_norm(k_BGTd)
         q_BHTd, k_BGTd = rotate(q_BHTd, rope), rotate(k_BGTd, rope)
         out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BGTd, v_BGTd, is_causal=True, enable_gqa=True)
-        return self.o_proj(out_BHTd.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        out_BTE = out_BHTd.transpose(1, 2).flatten(2)
+        out_BTD: Tensor = self.o_proj(out_BTE)
+        return out_BTD if self.correction is None else out_BTD + self.correction(out_BTE, selection_BGS)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # type: ignore[no-any-return]
@@ -116,6 +119,36 @@ def select_heads(selection_BGS: Tensor, x_BSTd: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # the compiler fuses a sum with the rotation that follows, but no GEMM
         return (selection_BGS[..., None, None] * x_BSTd.unsqueeze(1)).sum(2)
     return torch.einsum("bgs,bstd->bgtd", selection_BGS, x_BSTd)
+
+
+class OutputCorrection(nn.Module):
+    """What each smaller choice of a layer adds to the output projection: a matrix of its own, of a low rank.
+
+    All of them are computed side by side, W = rank × smaller choices, and each row of a batch keeps its own. Rows at
+    the largest choice add zero, and so do all at first.
+    """
+
+    owners_SW: Tensor  # 1 where a stored head belongs to the choice
+
+    def __init__(self, projection: nn.Linear, choices: Sequence[int], rank: int) -> None:
+        super().__init__()
+        columns = rank * (len(choices) - 1)
+        self.down = nn.Linear(projection.in_features, columns, bias=False)
+        self.up = nn.Linear(columns, projection.out_features, bias=False)
+        drawn = torch.randn(self.down.weight.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        self.down.weight.data.copy_(drawn / projection.in_features**0.5)
+        self.up.weight.data.zero_()
+        owners = torch.eye(len(choices))[:, :-1].repeat_interleave(torch.tensor(choices), dim=0)
+        self.register_buffer("owners_SW", owners.repeat_interleave(rank, dim=1), persistent=False)
+
+    def forward(self, x_BTE: Tensor, selection_BGS: Tensor) -> Tensor:
+        own_BW, low_BTW = selection_BGS[:, 0] @ self.owners_SW, self.down(x_BTE)
+        return self.up(low_BTW * own_BW[:, None].to(low_BTW.dtype))  # type: ignore[no-any-return]
+
+    def matrix(self, mixture_GS: Tensor) -> Tensor:
+        """What the choice with this mixture adds to the projection's weight."""
+        own_W = mixture_GS[0].to(self.owners_SW) @ self.owners_SW
+        return (self.up.weight * own_W) @ self.down.weight
 
 
 class MLP(nn.Module):
@@ -184,6 +217,10 @@ class Decoder(nn.Module):
             residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             std = 0.02 / (2 * len(self.kv_heads)) ** 0.5 if residual else 0.02
             parameter.normal_(0.0, std, generator=generator)
+
+    @property
+    def attentions(self) -> list[Attention]:
+        return [module for module in self.modules() if isinstance(module, Attention)]
 
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
         """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""

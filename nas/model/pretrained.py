@@ -123,7 +123,7 @@ class Checkpoint:
             aligned = load_file(file)
         except SafetensorError as error:
             raise UserError(f"{file} is corrupt ({in_short(error)}); remove it") from None
-        supernet.decoder.load_state_dict({**weights, **aligned})
+        supernet.decoder.load_state_dict({**supernet.decoder.state_dict(), **weights, **aligned})
 
     def _weights(self) -> Mapping[str, Tensor]:
         """The weights in fp32."""

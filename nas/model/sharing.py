@@ -19,12 +19,8 @@ class SharingRule(ABC):
         """The (groups, S) matrix that makes the heads of choice ``groups`` out of the stored ones."""
 
     def from_largest(self, choices: Sequence[int]) -> Tensor:
-        """The (S, C) matrix that makes the stored heads out of a plain layer's C = max(choices) K/V heads."""
+        """The (S, C) matrix that makes the S stored heads out of a plain layer's C = max(choices) K/V heads."""
         return torch.eye(max(choices))
-
-    def stored_heads(self, choices: Sequence[int]) -> int:
-        """S, the number of K/V heads that a layer with these choices keeps as weights."""
-        return len(self.from_largest(choices))
 
 
 def pooling(heads: int, groups: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
-from nas.model.decoder import Decoder
+from nas.model.decoder import Decoder, OutputCorrection
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
 from nas.run import FinishedRun
 from nas.space import SearchSpace, Vector, space_from_dict
@@ -28,18 +28,23 @@ _WEIGHTS, _CONFIG = "supernet.safetensors", "supernet.json"
 
 
 class Supernet(nn.Module):
-    """Elastic decoder over a search space, by the sharing rule of this name."""
+    """Elastic decoder over a search space, by the sharing rule of this name.
 
-    def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING) -> None:
+    With an ``output_rank``, which needs separate heads, each smaller choice of a layer has a correction of that rank.
+    """
+
+    def __init__(self, space: SearchSpace, sharing: str = DEFAULT_SHARING, output_rank: int = 0) -> None:
         super().__init__()
         if sharing not in SHARING_RULES:
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
-        self.decoder = Decoder(space.shape, [self.rule.stored_heads(choices) for choices in space.choices])
-        for layer, choices in enumerate(space.choices):
+        self.decoder = Decoder(space.shape, [len(self.rule.from_largest(choices)) for choices in space.choices])
+        for layer, (choices, attention) in enumerate(zip(space.choices, self.decoder.attentions, strict=True)):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
             self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
+            if output_rank and len(choices) > 1:
+                attention.correction = OutputCorrection(attention.o_proj, choices, output_rank)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
         """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
@@ -81,8 +86,12 @@ class Supernet(nn.Module):
     def extract(self, vector: Vector) -> Decoder:
         """The sub-network at ``vector`` as a plain model of its own, with copied weights."""
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
-        mixtures = (self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True))
-        plain.load_state_dict(_with_mixed_heads(self.decoder.state_dict(), mixtures))
+        mixtures = [self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True)]
+        state = _with_mixed_heads(self.decoder.state_dict(), mixtures)
+        plain.load_state_dict({name: state[name] for name in plain.state_dict()})
+        for own, folded, mixture in zip(self.decoder.attentions, plain.attentions, mixtures, strict=True):
+            if own.correction is not None:
+                folded.o_proj.weight += own.correction.matrix(mixture)
         return plain
 
     @torch.no_grad()
@@ -96,7 +105,7 @@ class Supernet(nn.Module):
         assert all(heads >= groups for heads, groups in zip(kv_heads, self.space.largest, strict=True))
         layers = zip(self.space.choices, kv_heads, strict=True)
         mixtures = (self.rule.from_largest(choices) @ pooling(heads, choices[-1]) for choices, heads in layers)
-        self.decoder.load_state_dict(_with_mixed_heads(state, mixtures))
+        self.decoder.load_state_dict(self.decoder.state_dict() | _with_mixed_heads(state, mixtures))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draws fresh weights: those that the plain largest model draws, whatever the sharing rule."""
@@ -105,19 +114,23 @@ class Supernet(nn.Module):
         self.load_plain(plain.state_dict(), plain.kv_heads)
 
 
-def save_supernet(space: SearchSpace, sharing: str, state: Mapping[str, Tensor], folder: Path) -> None:
+def save_supernet(
+    space: SearchSpace, sharing: str, output_rank: int, state: Mapping[str, Tensor], folder: Path
+) -> None:
     """Writes weights and config into ``folder``; ``state`` is the decoder's."""
     tied = {"lm_head.weight"} if space.shape.tie_word_embeddings else set()
     kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in tied}
     write_atomically(folder / _WEIGHTS, lambda path: save_file(kept, path))
-    write_json(folder / _CONFIG, {"name": space.name, "space": space.to_dict(), "sharing": sharing})
+    config = {"name": space.name, "space": space.to_dict(), "sharing": sharing, "output_rank": output_rank}
+    write_json(folder / _CONFIG, config)
 
 
 def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
     """Loads the supernet of a finished train run."""
     weights, config = run.artifact(_WEIGHTS), read_json(run.artifact(_CONFIG))
     try:
-        supernet = Supernet(space_from_dict(config["name"], config["space"]), config["sharing"])
+        space, rank = space_from_dict(config["name"], config["space"]), config.get("output_rank", 0)
+        supernet = Supernet(space, config["sharing"], rank)
         load_model(supernet.decoder, weights)  # which lacks a tied head
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"supernet {run.path} is corrupt ({in_short(error)}); train it again") from None

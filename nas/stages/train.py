@@ -72,7 +72,7 @@ class Training:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
         space, trained = self.space, None
         if self.options.trainable == "kv":
-            trained = trained_parameters(space)
+            trained = trained_parameters(space, self.options.output_rank)
         check_training_memory(f"space {space.name}", self.options, space.shape, space.largest, trained)
 
     @cached_property
@@ -110,7 +110,7 @@ class Training:
             vectors = f"{space.name} ({space.size:,} vectors)"
             start = f"the weights of {init.folder}" if init else "random weights"
             console.print(f"Training {vectors} from {start} for {options.steps} steps in {path}")
-            supernet = Supernet(space, options.sharing)
+            supernet = Supernet(space, options.sharing, options.output_rank)
             if init:
                 load_checkpoint(init, supernet, self.recorded, self.data, Path(self._config.runs_dir) / "cache")
             else:
@@ -122,7 +122,7 @@ class Training:
             state = full_state_dict(supernet.decoder)
             if IS_MAIN:
                 state = with_trained_heads(first, state) if options.trainable == "kv" else state
-                save_supernet(space, options.sharing, state, path)
+                save_supernet(space, options.sharing, options.output_rank, state, path)
                 shutil.copy(self.data.tokenizer, path / "tokenizer.json")
                 if self.tokenizer:
                     copy_companions(tokenizer_file(self.tokenizer), path)
@@ -163,7 +163,7 @@ def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
         "space": {key: value for key, value in config["space"].items() if key not in ("name", "known_vectors")},
         "init": {key: value for key, value in (config.get("init") or {}).items() if key != "name"},
         "data": config["data"]["digest"],
-        "train": weights_identity({"trainable": "all"} | config["train"]),  # older runs knew nothing else
+        "train": weights_identity({"trainable": "all", "output_rank": 0} | config["train"]),  # as older runs had it
     }
 
 

@@ -1,7 +1,8 @@
-"""Training only the K/V heads of a supernet's smaller choices: the largest vector stays the checkpoint for ever.
+"""Training only what a supernet's smaller choices have alone: the largest vector stays the checkpoint for ever.
 
-The projections are split into rows that are trained, kept in fp32, and rows of the largest choice, which are frozen
-like everything else and kept in the precision that computes.
+That is their K/V heads, and their corrections of the output projection if there are any. The K/V projections are split
+into rows that are trained, kept in fp32, and rows of the largest choice, which are frozen like everything else and kept
+in the precision that computes.
 """
 
 from collections.abc import Mapping
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.model import Supernet
-from nas.model.decoder import Attention
 from nas.space import SearchSpace
 
 
@@ -33,10 +33,12 @@ class _PartlyTrained(nn.Module):
         return F.linear(x, *(torch.cat((trained.to(frozen.dtype), frozen)) for trained, frozen in pairs))
 
 
-def trained_parameters(space: SearchSpace) -> int:
-    """How many parameters the K/V heads of the smaller choices have."""
-    one = 2 * space.shape.layer(1).linears["k_proj"].parameters  # the K and V projections of one head
-    return one * sum(sum(choices[:-1]) for choices in space.choices)
+def trained_parameters(space: SearchSpace, output_rank: int = 0) -> int:
+    """How many parameters the smaller choices have alone."""
+    linears = space.shape.layer(1).linears
+    head, output = 2 * linears["k_proj"].parameters, linears["o_proj"]
+    correction = output_rank * (output.inputs + output.outputs)
+    return sum(head * sum(choices[:-1]) + correction * (len(choices) - 1) for choices in space.choices)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype) -> None:
@@ -47,21 +49,24 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
-    """Freezes a supernet of separate heads, in ``dtype``, but for the K/V heads of its smaller choices."""
+    """Freezes a supernet of separate heads, in ``dtype``, but for what its smaller choices have alone."""
     freeze(supernet, dtype)
-    attentions = (module for module in supernet.modules() if isinstance(module, Attention))
-    for attention, choices in zip(attentions, supernet.space.choices, strict=True):
+    for attention, choices in zip(supernet.decoder.attentions, supernet.space.choices, strict=True):
         if rows := sum(choices[:-1]) * attention.head_dim:
             attention.k_proj = _PartlyTrained(attention.k_proj, rows)  # type: ignore[assignment]
             attention.v_proj = _PartlyTrained(attention.v_proj, rows)  # type: ignore[assignment]
+        if attention.correction is not None:
+            attention.correction.requires_grad_(True).float()
 
 
 def with_trained_heads(start: Mapping[str, Tensor], trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The decoder's state dict before `train_smaller_heads`, with the rows that were trained since."""
+    """The decoder's state dict before `train_smaller_heads`, with what was trained since."""
     state = {**start}
     for name, rows in trained.items():
         layer, _, number = name.partition(".trained.")
-        if number:  # and not what is tied to something frozen
+        if ".correction." in name:
+            state[name] = rows
+        elif number:  # and not what is tied to something frozen
             plain = f"{layer}.{('weight', 'bias')[int(number)]}"
             state[plain] = torch.cat((rows, start[plain][len(rows) :]))
     return state

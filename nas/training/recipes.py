@@ -56,6 +56,8 @@ def check_recipe(config: SupernetConfig) -> None:
     """Refuses a recipe that is unknown or whose numbers do not go together."""
     if config.recipe not in RECIPES:
         raise UserError(f"train.recipe is '{config.recipe}'; use {', '.join(RECIPES)}")
+    if config.output_rank and config.sharing != "separate":
+        raise UserError(f"train.output_rank is {config.output_rank} but train.sharing {config.sharing}; use separate")
     largest, smallest = config.largest_share, config.smallest_share
     if largest + smallest > 1:
         raise UserError(f"train.largest_share {largest} and smallest_share {smallest} exceed 1 together; lower one")
@@ -203,44 +205,26 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int, teacher: Teache
 
 
 def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
-    """The loss of a step of a supernet by its recipe."""
-    if options.trainable == "kv":
-        return _kv_loss(space, tokens, options, length)
+    """The loss of a step of a supernet by its recipe; with `trainable=kv` all rows follow the largest vector."""
     losses = torch.compile(row_losses) if options.compile else row_losses
+    numbers = options.distilled_share, options.distillation_temperature, options.compile
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
-        plan = step_plan(space, options, step)
-        own, vectors_per_text = microbatch.of(len(plan)), len(plan[0])
-        device = next(model.parameters()).device
-        windows = training_batch(tokens, options.seed, step, len(plan), length, own).to(device)
-        rows = windows.repeat_interleave(vectors_per_text, dim=0)
-        choices_BL = space.choice_indices(itertools.chain.from_iterable(plan[own]))
-        with autocast(options.precision, device):
-            logits, targets = model(rows[:, :-1], torch.tensor(choices_BL, device=device)), rows[:, 1:]
-            if vectors_per_text == 1:
-                return losses(logits, targets).mean()
-            numbers = options.distilled_share, options.distillation_temperature, options.compile
-            return distilled_loss(logits, targets, vectors_per_text, *numbers)
-
-    return loss_at
-
-
-def _kv_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
-    """The same where only the smaller choices' heads are trained: they follow the largest vector's logits."""
-
-    def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
-        plan = step_plan(space, options, step)
+        plan, kv = step_plan(space, options, step), options.trainable == "kv"
         own, device = microbatch.of(len(plan)), next(model.parameters()).device
-        followers = [text[1:] or text for text in plan[own]]  # a sandwich begins with the largest
         windows = training_batch(tokens, options.seed, step, len(plan), length, own).to(device)
-        largest = torch.tensor(space.choice_indices([space.largest] * len(windows)), device=device)
-        choices = torch.tensor(space.choice_indices(itertools.chain.from_iterable(followers)), device=device)
-        rows = windows.repeat_interleave(len(followers[0]), dim=0)
+        texts = [text[1:] or text for text in plan[own]] if kv else plan[own]  # a sandwich begins with the largest
+        rows = windows.repeat_interleave(len(texts[0]), dim=0)
+        choices_BL = torch.tensor(space.choice_indices(itertools.chain.from_iterable(texts)), device=device)
         with autocast(options.precision, device):
-            with torch.no_grad():
-                teacher = model(windows[:, :-1], largest)
-            logits, share = model(rows[:, :-1], choices), options.distilled_share
-            temperature = options.distillation_temperature
-            return divergence(logits, teacher, rows[:, 1:], share, temperature, options.compile)
+            if kv:
+                largest = torch.tensor(space.choice_indices([space.largest] * len(windows)), device=device)
+                with torch.no_grad():
+                    teacher = model(windows[:, :-1], largest)
+                return divergence(model(rows[:, :-1], choices_BL), teacher, rows[:, 1:], *numbers)
+            logits, targets = model(rows[:, :-1], choices_BL), rows[:, 1:]
+            if len(texts[0]) == 1:
+                return losses(logits, targets).mean()
+            return distilled_loss(logits, targets, len(texts[0]), *numbers)
 
     return loss_at
