@@ -68,10 +68,12 @@ def supernet(given: argparse.Namespace) -> None:
         keys = {"steps": steps, "accumulate": microbatches(given.batch, given.gpus), **training(given)}
         print(f"{name}: {steps * given.batch * length(given):,} tokens", flush=True)
         nas(given, "train", name, *(f"train.{key}={value}" for key, value in keys.items()), gpus=given.gpus)
-        losses = pd.read_json(f"runs/train/decilm-{name}/metrics.jsonl", lines=True).iloc[-1].filter(like="_loss_nats")
-        row = {"supernet": name, "space": space_of(given, name).name, "tokens": steps * given.batch * length(given)}
-        row |= {"steps": steps, "batch": given.batch, "learning_rate": given.learning_rate, **losses}
-        write(given, "supernets", pd.DataFrame([row]))
+        run = FinishedRun(Path("runs/train") / f"decilm-{name}", "train")
+        losses = pd.read_json(run.path / "metrics.jsonl", lines=True).iloc[-1].filter(like="_loss_nats")
+        options = {key: run.config["train"][key] for key in ("steps", "batch", "learning_rate", "validation_windows")}
+        seen = options["steps"] * options["batch"] * length(given)
+        row = {"supernet": name, "weights": run.digest()[:12], "space": space_of(given, name).name, "tokens": seen}
+        write(given, "supernets", pd.DataFrame([row | options | dict(losses)]))
 
 
 def search(given: argparse.Namespace) -> None:
@@ -84,7 +86,7 @@ def search(given: argparse.Namespace) -> None:
             *("workload.batch=max", f"workload.context={given.context}", *words),
             *(f"train.validation_windows={given.windows}", "check=0"),
         )
-        trials = pd.read_csv(f"runs/search/decilm-{device}/trials.csv")
+        trials = pd.read_csv(f"runs/search/decilm-{device}/trials.csv").assign(latencies_of=words[0])
         write(given, f"search_{device}", front_points(trials, space_of(given).reference_vectors()))
 
 
@@ -104,7 +106,8 @@ def equal_cost(given: argparse.Namespace) -> None:
     """What is to be had at DeciLM-6B's exact cost, and at its loss.
 
     A cost depends on how many layers have each choice, so all orders of the same groups cost the same. The best order
-    was chosen by the windows of its loss: what it is better by is told on other windows too, three times as many.
+    was chosen by the windows of its loss: what it is better by is told on other windows too, three times as many. So
+    are the uniform vectors, and the best one that is as fast.
     """
     loss, rng = loss_of(given, "main"), np.random.default_rng(0)
     trials, space = pd.read_csv(f"runs/search/decilm-{next(iter(DEVICES))}/trials.csv"), loss.supernet.space
@@ -127,12 +130,17 @@ def equal_cost(given: argparse.Namespace) -> None:
     orders[best_order] = "best order" if best_order != theirs else DECILM
     faster = trials[trials["loss_nats"] <= losses_of[theirs]].nlargest(1, "tokens_per_s")["vector"].item()
     orders.setdefault(parse_vector(faster), "fastest at its loss")
+    speed = trials.loc[trials["vector"] == format_vector(theirs), "tokens_per_s"].item()
+    better = trials[trials["tokens_per_s"] >= speed].nsmallest(1, "loss_nats")["vector"].item()
+    orders.setdefault(parse_vector(better), "best at its speed")
+    for groups in space.choices[0]:
+        orders.setdefault((groups,) * len(theirs), f"uniform {groups}")
     tuned, others = loss.memo.windows, held_out(given, loss)
     costs = {tuple(sorted(parse_vector(row["vector"]))): row for row in trials.to_dict("records")}
     rows = []
     for vector, kind in orders.items():
         row = {"kind": kind, "vector": format_vector(vector), "loss_nats": loss(vector)}
-        both = [("", tuned)] + ([] if kind in ("random order", "searched order") else [("held_out_", others(vector))])
+        both = [("", tuned)] + ([] if kind == "searched order" else [("held_out_", others(vector))])
         for name, windows in both:
             difference = windows[format_vector(vector)].astype(float) - windows[format_vector(theirs)]
             row |= {f"{name}difference_nats": difference.mean(), f"{name}difference_se_nats": float(sem(difference))}
@@ -213,15 +221,15 @@ def transfer(given: argparse.Namespace) -> None:
     kinds = {"largest": [space.largest], "layer": single, "vector": list(dict.fromkeys(whole))}
     tables = []
     for name in (name for name in SUPERNETS if finished("train", name)):
-        loss = loss_of(given, name)
+        loss, weights = loss_of(given, name), FinishedRun(Path("runs/train") / f"decilm-{name}", "train").digest()
         for kind, vectors in kinds.items():
             losses = zip(vectors, loss.of(vectors), strict=True)
             rows = [(format_vector(one), nats, loss.noise(one).get("paired_se_nats")) for one, nats in losses]
             frame = pd.DataFrame(rows, columns=["vector", "loss_nats", "paired_se_nats"])
-            tables.append(frame.assign(kind=kind, supernet=name))
+            tables.append(frame.assign(kind=kind, supernet=name, weights=weights[:12]))
     table, taus = write(given, "transfer", pd.concat(tables)), []
     for kind in ("layer", "vector"):
-        by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet")
+        by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet").dropna()
         for other in by_net.columns.difference(["main"]):
             first, second = by_net["main"].to_numpy(), by_net[[other]].to_numpy()
             interval = bootstrap_interval(first, second, seed=0)
@@ -231,12 +239,14 @@ def transfer(given: argparse.Namespace) -> None:
 
 def figures(given: argparse.Namespace) -> None:
     """The fronts, the orders of DeciLM-6B's groups, and what each layer loses, from the CSVs."""
-    for device in given.devices:
+    for device in (device for device in given.devices if (given.out / f"search_{device}.csv").is_file()):
         points = pd.read_csv(given.out / f"search_{device}.csv", keep_default_na=False, na_values=[""])
         points["name"] = points["name"].fillna("")
-        words = " ".join(word.split(".")[-1] for word in DEVICES[device])
-        title = f"costs of {given.serve} ({words} batch=max context={given.context}), losses of {given.spaces[0]}"
-        with figure(given.out / f"front_{device}", title) as drawing:
+        words = " ".join(word.removeprefix("workload.") for word in DEVICES[device])
+        caption = f"{words} batch=max context={given.context}, decode alone"
+        with figure(
+            given.out / f"front_{device}", f"{given.serve}'s costs, {given.spaces[0]}'s losses", caption
+        ) as drawing:
             draw_front(drawing, points, Objectives(("loss_nats", "tokens_per_s")))
     orders, layers = pd.read_csv(given.out / "equal_cost.csv"), pd.read_csv(given.out / "transfer.csv")
     with figure(given.out / "layers", width=11) as drawing:
@@ -309,8 +319,9 @@ def nas(given: argparse.Namespace, stage: str, name: str, *words: str, gpus: int
 
 
 def on_gpu(index: int) -> dict[str, str]:
-    """The environment of a process that has one GPU to itself."""
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": str(index)}
+    """The environment of a process that has one of this one's GPUs to itself."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[index] if visible else str(index)}
 
 
 def wait(*processes: "subprocess.Popen[bytes]") -> None:
@@ -339,7 +350,7 @@ if __name__ == "__main__":
     parser.add_argument("--text", default="runs/text", help="data.path")
     parser.add_argument("--out", type=Path, default=Path("docs/decilm"), help="folder of the CSVs and figures")
     parser.add_argument("--seconds", type=float, default=1e6, help="time after which the part stops")
-    parser.add_argument("--gpus", type=int, default=1)
+    parser.add_argument("--gpus", type=int, default=1, help="as many as before, where a supernet's training goes on")
     parser.add_argument("--spaces", nargs=2, default=["decilm-proxy", "decilm-proxy-narrow"], help="main and narrow")
     parser.add_argument("--serve", default="decilm-6b")
     parser.add_argument("--devices", nargs="*", default=list(DEVICES), choices=DEVICES, help="to search for, in order")

@@ -20,7 +20,9 @@ _ENGINES = {
             "vLLM 0.32.0 (on a CPU)",
             "`vllm serve DIR --trust-remote-code`",
             _COMPARED,
-            "with tensor parallelism, a layer with fewer groups than ranks is replicated and saves less",
+            "0.22 on Hopper GPUs in bf16 or fp16 computes layers that differ in groups wrongly: take a later one, or "
+            "`--attention-backend TRITON_ATTN`; with tensor parallelism, a layer with fewer groups than ranks is "
+            "replicated and saves less",
         ),
         (
             "mlx-lm 0.32.2 (on a CPU)",
