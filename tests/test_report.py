@@ -21,10 +21,18 @@ from rich.console import Console
 
 from nas.latency.accuracy import CHECK_COLUMNS
 from nas.metrics import METRICS
+from nas.report.agreement import draw_check
 from nas.report.figure import figure
-from nas.report.front import draw_front, draw_groups, front_points, front_table, gain_sentence, group_matrix
-from nas.report.hypervolume import curves, draw_hypervolume
-from nas.report.predicted import draw_check
+from nas.report.front import (
+    curves,
+    draw_front,
+    draw_groups,
+    draw_hypervolume,
+    front_points,
+    front_table,
+    gain_sentence,
+    group_matrix,
+)
 from nas.search import Objectives
 from nas.search.pareto import front_distance
 from nas.stages.report import _labels

@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.interpolate import make_interp_spline
 
 from nas.errors import UserError, in_short
-from nas.files import counts, file_hash, positive_numbers, read_csv, read_json, require
+from nas.files import file_hash, numbers, read_csv, read_json, require
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.predictor import (
@@ -72,8 +72,9 @@ class TableLatency(Predictor):
         table = read_csv(folder / TABLE, COLUMNS)
         self.digest = file_hash(folder / TABLE)
         lost = table["status"] == OUT_OF_MEMORY
-        good = positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | lost)
-        good &= counts(table, ["groups", "batch", "length"]) & ~table.duplicated(POINT_COLUMNS)
+        sizes, ms = numbers(table, ["groups", "batch", "length"]), numbers(table, ["median_ms"])["median_ms"]
+        good = ((sizes % 1 == 0) & (sizes >= [0, 1, 1])).all(axis=1) & (((ms > 0) & (ms < math.inf)) | lost)
+        good &= ~table.duplicated(POINT_COLUMNS)
         require(folder / TABLE, table, good, "a number is not positive, or a point is there twice")
         keys = ["phase", "part", "groups"]
         self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
@@ -100,9 +101,7 @@ class TableLatency(Predictor):
 
     def check(self) -> pd.DataFrame:
         """The end-to-end models that the table was checked against: `CHECK_COLUMNS`."""
-        check = read_csv(self.folder / CHECK, CHECK_COLUMNS)
-        require(self.folder / CHECK, check, positive_numbers(check, CHECK_COLUMNS[2:]), "its numbers must be positive")
-        return check
+        return read_csv(self.folder / CHECK, CHECK_COLUMNS, positive=CHECK_COLUMNS[2:])
 
     def is_of(self, device: str, space: SearchSpace, workload: Workload) -> bool:
         """Whether the table is of a device, shape, dtype and runtime; none is of a serving engine."""
@@ -114,7 +113,7 @@ class TableLatency(Predictor):
         if not self.is_of(device, space, workload):
             return False
         try:
-            for batch, groups in itertools.product(batches, set().union(*space.choices)):
+            for batch, groups in itertools.product(batches, space.levels):
                 self.decode_ms((groups,), batch, workload.context)
                 self.prefill_ms((groups,), batch, workload.prompt)
         except UserError:
