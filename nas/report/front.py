@@ -15,7 +15,8 @@ from rich.table import Table
 from nas.metrics import METRICS
 from nas.ranking import order_sentence
 from nas.report.figure import COLOURS, GREY
-from nas.search.pareto import Floats, Objectives, hypervolume_curve
+from nas.search.exact import Floats
+from nas.search.pareto import Objectives, hypervolume_curve
 from nas.space import Vector, format_vector, parse_vector
 
 _TABLE = {  # heading and format of each column in the terminal

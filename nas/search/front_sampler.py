@@ -94,8 +94,8 @@ class FrontSampler(InformedSampler, RandomSampler):  # random before any trial i
             losses = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
             models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in losses}
             if len(candidates := new(self._candidates(layers, models.values()))):
-                found = _most_promising(candidates, vectors_NL, values_NO, models, costs_of, bool(costs))
-                chosen, self.promised = found
+                best = _most_promising(candidates, vectors_NL, values_NO, models, costs_of, bool(costs))
+                chosen, self.promised = best
                 return chosen
         for _ in range(20):
             drawn = np.stack([self._random.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)

@@ -26,7 +26,8 @@ from nas.report.page import draw_page
 from nas.report.views import REFERENCE, Page, costs
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
-from nas.search.pareto import Floats, front_distance
+from nas.search.exact import Floats
+from nas.search.pareto import front_distance
 from nas.space import SearchSpace, format_vector, searched_space
 
 _COMPARABLE = ("space", "serve", "device", "workload", "objectives", "windows", "latency_table")
