@@ -64,7 +64,7 @@ class TableLatency(Predictor):
             self.is_steady = drift["segments_beyond"] <= drift["segments"] / 2  # else too many to be timed again
             self._measured = meta["device"]["slug"], meta["shape"], meta["dtype"], meta["runtime"]
             self._slowdowns = _slowdowns(meta)
-            self.description = _describe(meta, self._slowdowns, self.is_steady, self.is_current)
+            self.description = self._describe()
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
@@ -120,6 +120,28 @@ class TableLatency(Predictor):
             return False
         return True
 
+    def _describe(self) -> str:
+        meta, slowdowns = self.meta, self._slowdowns
+        words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
+        if clock := meta.get("clock"):
+            words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
+        for phase in PHASES:
+            if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
+                mean, worst = overall_errors(checks)
+                where = ", ".join(f"{check['batch']} x {check['length']}" for check in checks)
+                at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
+                what = "short runs of decode" if phase == "decode" and slowdowns else phase
+                words.append(f"mean error of {what} {mean:.1%}, worst {worst:.1%} ({at})")
+        slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
+        if slower >= _REPORTED_SLOWER:
+            words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
+        if not self.is_steady:
+            segments = "{segments_beyond} of {segments} segments, by up to {worst:.0%}".format(**meta["drift"])
+            words.append(f"the machine drifted in {segments}")
+        if not self.is_current:
+            words += ["decode steps were of an earlier version of this software, so may be off by a tenth at few rows"]
+        return "; ".join(words)
+
     def _at(self, phase: str, part: str, groups: int, batch: int, length: int) -> float:
         where = self.folder / TABLE
         if not (surface := self._surfaces.get((phase, part, groups))):
@@ -142,29 +164,6 @@ def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float
         batches.append(load["batch"])
         ratios.append(load["ratio"])
     return found
-
-
-def _describe(
-    meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], list[float]]], is_steady: bool, is_current: bool
-) -> str:
-    words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
-    if clock := meta.get("clock"):
-        words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
-    for phase in PHASES:
-        if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
-            (mean, worst), where = overall_errors(checks), ", ".join(f"{c['batch']} x {c['length']}" for c in checks)
-            at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
-            what = "short runs of decode" if phase == "decode" and slowdowns else phase
-            words.append(f"mean error of {what} {mean:.1%}, worst {worst:.1%} ({at})")
-    slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
-    if slower >= _REPORTED_SLOWER:
-        words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
-    if not is_steady:
-        segments = "{segments_beyond} of {segments} segments, by up to {worst:.0%}".format(**meta["drift"])
-        words.append(f"the machine drifted in {segments}")
-    if not is_current:
-        words.append("decode steps were of an earlier version of this software, so may be off by a tenth at few rows")
-    return "; ".join(words)
 
 
 class _Surface:

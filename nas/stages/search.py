@@ -6,8 +6,8 @@ latency_check.csv   predicted against measured end-to-end models, where the tabl
 study.db            the Optuna study, unless storage= names another database
 
 Whether a process may go on with a search is decided by its config, against that in run.json (`check_begun`); by its
-supernet and latency table, against the run's parents (`start_run`); and, for workers on a shared study, by what `agree`
-collects, against the study's metadata (`Storage`).
+supernet and latency table, against the run's parents (`start_run`); and, for workers on a shared study, by what
+`_agree` collects, against the study's metadata (`Storage`).
 """
 
 import dataclasses
@@ -244,14 +244,14 @@ def _taken_over(
         theirs = run.parents["supernet"]["hash"], run.config["windows"], run.config.get("precision", "fp32")
         holds = ours == theirs
         table = read_csv(run.artifact("trials.csv" if holds else "front.csv"), COLUMNS)
-        losses = dict(zip(map(parse_vector, table["vector"]), table["loss_nats"].astype(float), strict=True))
-        if holds:
-            known = losses | known
-            if PAIRED_SE in table:
-                told = zip(losses, table[PAIRED_SE], strict=True)
-                errors = {vector: {PAIRED_SE: error} for vector, error in told if pd.notna(error)} | errors
-        else:
-            proposed += list(losses)
+        vectors = list(map(parse_vector, table["vector"]))
+        if not holds:
+            proposed += vectors
+            continue
+        known = dict(zip(vectors, table["loss_nats"].astype(float), strict=True)) | known
+        if PAIRED_SE in table:
+            told = zip(vectors, table[PAIRED_SE], strict=True)
+            errors = {vector: {PAIRED_SE: error} for vector, error in told if pd.notna(error)} | errors
     names = {format_vector(vector): value for vector, value in known.items()}
     loss.memo.add({name: value for name, value in names.items() if name not in loss.memo})
     if earlier:
