@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import pwd
 import random
@@ -37,11 +36,10 @@ from nas.search import storage as storage_module
 from nas.search.problem import Budget
 from nas.space import Vector, load_space
 from tests.conftest import Nas
+from tests.helpers import PROCESSES
 from tests.search_problem import SAMPLERS, TWO, additive_loss, problem, work
 
 HEARTBEAT_S = 0.3  # a worker counts as dead after 1.8 s
-PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks a worker in milliseconds
-PROCESSES.set_forkserver_preload(["tests.search_problem"])
 
 
 @pytest.fixture(scope="module")
