@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,8 +73,8 @@ def write_csv(path: Path, frame: pd.DataFrame) -> None:
     write_atomically(path, partial(frame.to_csv, index=False))
 
 
-def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
-    """Reads a CSV that must have at least ``columns``; a UserError if it is missing, no CSV, or lacks one."""
+def read_csv(path: Path, columns: list[str], positive: Sequence[str] = ()) -> pd.DataFrame:
+    """A CSV that must have at least ``columns``, with numbers above zero in the ``positive`` ones; else a UserError."""
     try:
         frame = pd.read_csv(path, dtype={"vector": str})  # "4" is a vector of one layer
     except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
@@ -82,27 +82,21 @@ def read_csv(path: Path, columns: list[str]) -> pd.DataFrame:
         raise UserError(f"{path} is not a valid CSV ({reason}); restore it or run its stage again") from None
     if missing := [column for column in columns if column not in frame.columns]:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; restore it or run its stage again")
+    values = numbers(frame, positive)
+    require(path, frame, ((values > 0) & (values < math.inf)).all(axis=1), "its numbers must be positive")
     return frame
+
+
+def numbers(frame: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Some columns as numbers, NaN where they hold anything else."""
+    found: pd.DataFrame = frame[list(columns)].apply(pd.to_numeric, errors="coerce")
+    return found
 
 
 def require(path: Path, frame: pd.DataFrame, good: "pd.Series[bool]", rule: str) -> None:
     """Refuses a table for its first row that is not good, with the row's line in the file."""
     if not good.all():
         raise UserError(f"{path} is corrupt (row {frame.index[~good][0] + 2}: {rule}); restore it or measure again")
-
-
-def positive_numbers(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
-    """Which rows have positive and finite numbers in all of the columns."""
-    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
-    good: pd.Series[bool] = ((numbers > 0) & (numbers < math.inf)).all(axis=1)
-    return good
-
-
-def counts(frame: pd.DataFrame, columns: list[str]) -> "pd.Series[bool]":
-    """Which rows have integers, none of them negative, in all of the columns."""
-    numbers = frame[columns].apply(pd.to_numeric, errors="coerce")
-    good: pd.Series[bool] = ((numbers >= 0) & (numbers % 1 == 0)).all(axis=1)
-    return good
 
 
 def file_hash(path: Path) -> str:

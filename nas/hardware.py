@@ -35,10 +35,8 @@ def check_compiler(instead: str) -> None:
     variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
     names = [os.environ[variable]] if variable in os.environ else names
     if not any(map(shutil.which, names)):
-        raise UserError(
-            f"torch.compile needs a compiler but {' or '.join(names)} is not on the PATH; install one, set {variable} "
-            f"to another, or give {instead}"
-        )
+        fix = f"install one, set {variable} to another, or give {instead}"
+        raise UserError(f"torch.compile needs a compiler but {' or '.join(names)} is not on the PATH; {fix}")
 
 
 def compile_layers(layers: "Iterable[nn.Module]", instead: str, dynamic: bool | None = None) -> None:
@@ -49,6 +47,19 @@ def compile_layers(layers: "Iterable[nn.Module]", instead: str, dynamic: bool | 
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """PyTorch on so many threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 _Query = Callable[[Any], Any]  # of NVML's handle of a GPU

@@ -36,10 +36,8 @@ def to_hydra(stage: str, words: Sequence[str]) -> list[str]:
         several = [re.sub(r"^export=([\w-]+(,[\w-]+)+)$", r"export=[\1]", word) for word in overrides]  # formats
         return [_typed(stage, word) for word in several]
     if any(without_passwords(word) != word for word in words):
-        raise UserError(
-            "a sweep's command line is written to multirun.yaml, and a password in it would be too; give it in "
-            "PGPASSWORD or ~/.pgpass instead"
-        )
+        fix = "give it in PGPASSWORD or ~/.pgpass instead"
+        raise UserError(f"a sweep's command line is written to multirun.yaml, and a password in it would be too; {fix}")
     return _name_sweep_by_what_it_varies([_typed_sweep(stage, word) for word in overrides])
 
 

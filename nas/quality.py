@@ -12,7 +12,7 @@ import gc
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -159,24 +159,23 @@ class InheritedLoss:
         Both are means over the same windows, so it is that of the mean of the windows' differences. Unknown for a
         single window, and for a loss that was taken over without those of its windows.
         """
-        own, largest = self.memo.windows.get(format_vector(vector)), self.supernet.space.largest
+        windows, largest = self.memo.windows, self.supernet.space.largest
+        own = windows.get(format_vector(vector))
         if own is None or len(own) < 2:
             return {}
-        if format_vector(largest) not in self.memo.windows:
+        if format_vector(largest) not in windows:
             self._evaluate([largest])
-        return {PAIRED_SE: float(scipy.stats.sem(own.astype(float) - self.memo.windows[format_vector(largest)]))}
+        return {PAIRED_SE: float(scipy.stats.sem(own.astype(float) - windows[format_vector(largest)]))}
 
     def _evaluate(self, vectors: list[Vector]) -> list[float]:
         in_half = self.precision == "fp16"
-        half: AbstractContextManager[None] = on_tensor_cores(self.windows.device) if in_half else nullcontext()
-        with half:
+        with on_tensor_cores(self.windows.device) if in_half else nullcontext():
             losses_VN = window_losses(self.supernet, vectors, self.windows, self.rows)
         if in_half and not losses_VN.isfinite().all():  # beyond the range of fp16
             losses_VN = window_losses(self.supernet, vectors, self.windows, self._few)
         losses: list[float] = losses_VN.double().mean(1).tolist()
-        names = [format_vector(vector) for vector in vectors]
-        windows = dict(zip(names, losses_VN.cpu().numpy(), strict=True))
-        self.memo.add(dict(zip(names, losses, strict=True)), windows)
+        names = list(map(format_vector, vectors))
+        self.memo.add(dict(zip(names, losses, strict=True)), dict(zip(names, losses_VN.cpu().numpy(), strict=True)))
         return losses
 
 

@@ -52,8 +52,8 @@ class FinishedRun:
             self.parents: dict[str, dict[str, str]] = dict(self.info["parents"])
             self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])  # hashes by name
         except (KeyError, TypeError, ValueError):
-            where = f"{path} is corrupt: {_RUN} or {_COMPLETE}"
-            raise UserError(f"{where} lacks a key; restore it or run its stage again") from None
+            what = f"{_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
+            raise UserError(f"{path} is corrupt: {what}") from None
 
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""

@@ -6,7 +6,7 @@ from another, the *served* one.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,8 @@ class SearchSpace:
         divisors = [groups for groups in range(1, heads + 1) if heads % groups == 0]
         for layer, allowed in enumerate(self.choices):
             if wrong := set(allowed).difference(divisors):
-                raise ValueError(
-                    f"kv_groups has {min(wrong)} in layer {layer}, which does not divide the {heads} attention heads; "
-                    f"use any of {', '.join(map(str, divisors))}"
-                )
+                what = f"{min(wrong)} in layer {layer}, which does not divide the {heads} attention heads"
+                raise ValueError(f"kv_groups has {what}; use any of {', '.join(map(str, divisors))}")
         for vector in self.known_vectors.values():
             self.check(vector)
 
@@ -73,6 +71,11 @@ class SearchSpace:
         """How many vectors the space holds."""
         return math.prod(map(len, self.choices))
 
+    @property
+    def levels(self) -> list[int]:
+        """The groups that any layer may have, ascending."""
+        return sorted(set().union(*self.choices))
+
     def uniform_vectors(self) -> list[Vector]:
         """The vectors with the same groups in every layer, fewest first."""
         common = set(self.choices[0]).intersection(*self.choices)
@@ -87,17 +90,14 @@ class SearchSpace:
 
     def check(self, vector: Sequence[int]) -> Vector:
         """Returns ``vector`` as a tuple, or refuses it if it is not of this space."""
-        if len(vector) != len(self.choices):
-            raise UserError(
-                f"vector {format_vector(vector)} has {len(vector)} layers but space {self.name} has "
-                f"{len(self.choices)}; give one number of groups per layer"
-            )
+        name, layers = f"vector {format_vector(vector)}", len(self.choices)
+        if len(vector) != layers:
+            fix = "give one number of groups per layer"
+            raise UserError(f"{name} has {len(vector)} layers but space {self.name} has {layers}; {fix}")
         for layer, (groups, allowed) in enumerate(zip(vector, self.choices, strict=True)):
             if groups not in allowed:
-                raise UserError(
-                    f"vector {format_vector(vector)} has {groups} groups in layer {layer} but space {self.name} "
-                    f"allows {', '.join(map(str, allowed))} there"
-                )
+                few = ", ".join(map(str, allowed))
+                raise UserError(f"{name} has {groups} groups in layer {layer} but space {self.name} allows {few} there")
         return tuple(vector)
 
     def served_as(self, served: "SearchSpace") -> "SearchSpace":
@@ -109,10 +109,8 @@ class SearchSpace:
             pairs = enumerate(zip(self.choices, served.choices, strict=True))
             layer, pair = next((layer, pair) for layer, pair in pairs if pair[0] != pair[1])
             ours, theirs = (f"kv_groups {list(groups)} in layer {layer}" for groups in pair)
-        raise UserError(
-            f"serve {served.name} has {theirs} but space {self.name} has {ours}; take a space with the same number of "
-            "layers and the same kv_groups in each"
-        )
+        fix = "take a space with the same number of layers and the same kv_groups in each"
+        raise UserError(f"serve {served.name} has {theirs} but space {self.name} has {ours}; {fix}")
 
     def choice_indices(self, vectors: Iterable[Vector]) -> list[list[int]]:
         """For each vector, which of a layer's choices it has in every layer; checks the vectors."""
@@ -192,20 +190,18 @@ def searched_space(config: Mapping[str, Any]) -> tuple[SearchSpace, str]:
     return space, f"{space.name} (losses of {trained})" if config.get("serve") else space.name
 
 
-def shipped_spaces() -> Iterator[str]:
+def shipped_spaces() -> list[str]:
     """Names of the spaces that come with the package."""
-    return (path.stem for path in sorted(shipped("search_spaces").glob("*.yaml")))
+    return sorted(path.stem for path in shipped("search_spaces").glob("*.yaml"))
 
 
 def load_space(reference: str) -> SearchSpace:
     """A space by the name of a shipped one or by the path of a YAML file."""
-    known = list(shipped_spaces())
+    known = shipped_spaces()
     path = shipped("search_spaces") / f"{reference}.yaml" if reference in known else Path(reference)
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
-        raise UserError(
-            f"there is no search space '{reference}'; use {', '.join(known)}, the path of a .yaml file, or a trained "
-            "model's directory"
-        )
+        others = "the path of a .yaml file, or a trained model's directory"
+        raise UserError(f"there is no search space '{reference}'; use {', '.join(known)}, {others}")
     try:
         # OmegaConf's YAML reads 1e-5 as a number, as JSON does
         values: Any = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))

@@ -17,8 +17,7 @@ import numpy as np
 import pandas as pd
 
 from nas.files import write_csv
-from nas.report.front import attained, front_points
-from nas.report.hypervolume import curves, reference_text
+from nas.report.front import attained, curves, front_points, reference_text
 from nas.report.learned import learned
 from nas.report.page import draw_page
 from nas.report.views import Page, costs

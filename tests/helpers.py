@@ -1,12 +1,19 @@
 """What several test modules need: damage to files, commands that are killed, and how a refusal looks."""
 
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from nas import cli
 from tests.conftest import FAST, Outcome
+
+PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks a process in milliseconds
+PROCESSES.set_forkserver_preload(["nas.cli", "nas.stages.search", "tests.search_problem"])
 
 TEXT = ("data=text", "data.path=text.txt")
 TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
@@ -48,16 +55,31 @@ def started(command: Sequence[str], cwd: Path, due: Callable[[], bool]) -> subpr
     """Starts a command and returns as soon as ``due``, while it runs."""
     whole = [sys.executable, "-m", "nas", *command]
     process = subprocess.Popen(whole, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    _wait(due, lambda: process.poll() is None)
+    return process
+
+
+def _wait(due: Callable[[], bool], lives: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while not due():
-        assert process.poll() is None, "the command ended before it was due to"
+        assert lives(), "the command ended before it was due to"
         assert time.monotonic() < deadline, "the command never got that far"
         time.sleep(0.005)
-    return process
 
 
 def kill_when(command: Sequence[str], cwd: Path, due: Callable[[], bool]) -> None:
     """Starts a command and kills it with SIGKILL as soon as ``due``."""
-    process = started(command, cwd, due)
+    process = PROCESSES.Process(target=_run_command, args=(list(command), cwd))
+    process.start()
+    _wait(due, process.is_alive)
     process.kill()
-    process.communicate()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def _run_command(command: list[str], cwd: Path) -> None:
+    os.chdir(cwd)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(nowhere, stream)
+    sys.exit(cli.main(command))

@@ -231,11 +231,11 @@ def test_three_objectives_in_any_direction() -> None:
         return 1e3 / groups_cost(vector), layer_loss(vector, loss), 64.0 * sum(vector)
 
     directions = ["maximize", "minimize", "minimize"]
-    vectors = search([(1, 2, 4)] * 8, objectives, directions, 60, FrontSampler(seed=0))
-    assert len(set(vectors)) == 60
+    vectors = search([(1, 2, 4)] * 8, objectives, directions, 40, FrontSampler(seed=0))
+    assert len(set(vectors)) == 40
     signs = np.array([-1, 1, 1])
     found = np.array(list(map(objectives, vectors))) * signs
-    drawn = np.array([objectives(tuple(v)) for v in np.random.default_rng(0).choice([1, 2, 4], (60, 8))]) * signs
+    drawn = np.array([objectives(tuple(v)) for v in np.random.default_rng(0).choice([1, 2, 4], (40, 8))]) * signs
     reference = np.maximum(found.max(axis=0), drawn.max(axis=0))
     assert moocore.hypervolume(found, ref=reference) > 1.2 * moocore.hypervolume(drawn, ref=reference)
 

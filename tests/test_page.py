@@ -11,8 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nas.report.front import attained, front_points
-from nas.report.hypervolume import curves
+from nas.report.front import attained, curves, front_points
 from nas.report.learned import learned
 from nas.report.page import draw_page
 from nas.report.views import Page, costs

@@ -22,15 +22,10 @@ def last_metrics(run: Path) -> dict[tuple[int, ...], dict[str, float]]:
 def test_training_goes_on_exactly_where_it_was_killed_though_a_line_of_metrics_was_cut_short(
     nas: Nas, workspace: Workspace
 ) -> None:
-    arguments = [
-        "train",
-        *workspace.arguments[:-3],
-        "train.steps=200",
-        "train.checkpoint_every=7",
-        "train.validate_every=50",
-    ]
+    options = ("train.steps=100", "train.checkpoint_every=7", "train.validate_every=25")
+    arguments = ["train", *workspace.arguments[:-3], *options]
     killed, whole = workspace.runs / "train" / "killed", workspace.runs / "train" / "whole"
-    for step in (20, 70):  # killed twice
+    for step in (10, 35):  # killed twice
 
         def due(at: int = step) -> bool:
             return any(entry["step"] > at for entry in read_metrics(killed))
@@ -68,7 +63,7 @@ def test_a_search_goes_on_exactly_where_it_was_killed(nas: Nas, workspace: Works
 def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(
     nas: Nas, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["search", "--budget", "16", "seed=5", *workspace.arguments]
+    arguments = ["search", "--budget", "16", "sampler=random", "seed=5", *workspace.arguments]
     memo = next((workspace.runs / "cache").glob("losses-*.jsonl"))
     before = len(memo.read_text().splitlines())
     kill_when([*arguments, "name=mine"], workspace.path, lambda: len(memo.read_text().splitlines()) >= before + 3)
@@ -88,7 +83,7 @@ def test_a_search_that_goes_on_keeps_its_supernet_and_its_latency_table(
 
 
 def test_another_search_takes_up_an_interrupted_training(nas: Nas, workspace: Workspace) -> None:
-    arguments = ["search", "--budget", "4", *workspace.arguments, "train.steps=150"]
+    arguments = ["search", "--budget", "4", *workspace.arguments, "train.steps=100"]
     known = set((workspace.runs / "train").iterdir())
 
     def due() -> bool:

@@ -263,7 +263,7 @@ def test_the_front_within_limits_is_found_though_they_rule_out_reference_vectors
 ) -> None:
     space = load_space("tiny")
     asked = problem(space, limits=limits)
-    trials = search(asked, additive_loss, SAMPLERS["front"], Budget(40), 0, Storage.file(tmp_path / "study.db"))
+    trials = search(asked, additive_loss, SAMPLERS["front"], Budget(30), 0, Storage.file(tmp_path / "study.db"))
     everything = pd.DataFrame([{**costs(vector), "loss_nats": additive_loss(vector)} for vector in asked.vectors()])
     assert len(everything) > 500
     reference = reference_point(everything, TWO)

@@ -50,7 +50,7 @@ def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(na
     whole = trials(workspace.runs / "search" / "base")
     gib = whole["memory_gib"]
     limit = (gib.min() + gib.max()) / 2
-    result = nas("search", "--budget", 27, f"{memory}={limit}", "name=small", *workspace.arguments)
+    result = nas("search", "--budget", 27, "sampler=random", f"{memory}={limit}", "name=small", *workspace.arguments)
     assert result.code == 0, result.err
     small = trials(workspace.runs / "search" / "small")
     assert 5 < len(small) < 27
@@ -152,6 +152,7 @@ def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(
         "worker=0,1",
         "--budget",
         8,
+        "sampler=random",
         f"storage=sqlite:///{workspace.path}/db",
     )
     result = nas("search", *pool, "name=pool", *workspace.arguments)
@@ -171,13 +172,14 @@ def test_who_finds_the_run_directory_in_use_evaluates_for_it(nas: Nas, workspace
         "search",
         "--budget",
         10,
+        "sampler=random",
         f"storage=sqlite:///{workspace.path}/db",
         "name=shared",
         *workspace.arguments,
     )
     with filelock.FileLock(folder / ".lock"):
         joined = nas(*arguments)
-        assert nas(*arguments[:3], *arguments[4:]).code == 1  # nobody else's study to join
+        assert nas(*arguments[:4], *arguments[5:]).code == 1  # nobody else's study to join
     assert joined.code == 0, joined.err
     assert "only evaluates for it" in joined.out
     assert not (folder / "trials.csv").exists()

@@ -146,7 +146,8 @@ def test_a_search_goes_on_with_the_space_that_it_was_begun_to_serve(nas: Nas, wo
 @pytest.mark.usefixtures("served")
 def test_workers_agree_on_what_is_served_and_measure_that(nas: Nas, workspace: Workspace) -> None:
     (workspace.path / "other.yaml").write_text(SERVED.replace("vocab_size: 400", "vocab_size: 401"))
-    search = ("search", "budget=8", f"storage=sqlite:///{workspace.path}/db", "name=pool", *workspace.arguments)
+    pool = ("budget=8", "sampler=random", f"storage=sqlite:///{workspace.path}/db", "name=pool")
+    search = ("search", *pool, *workspace.arguments)
     result = nas(*search, "serve=served.yaml", "workers=2")
     assert (result.code, result.err) == (0, "")
     trials = pd.read_csv("runs/search/pool/trials.csv")

@@ -2,7 +2,6 @@
 
 import importlib.util
 import itertools
-import multiprocessing
 import os
 import pwd
 import random
@@ -37,11 +36,10 @@ from nas.search import storage as storage_module
 from nas.search.problem import Budget
 from nas.space import Vector, load_space
 from tests.conftest import Nas
+from tests.helpers import PROCESSES
 from tests.search_problem import SAMPLERS, TWO, additive_loss, problem, work
 
 HEARTBEAT_S = 0.3  # a worker counts as dead after 1.8 s
-PROCESSES = multiprocessing.get_context("forkserver")  # imports once, and forks a worker in milliseconds
-PROCESSES.set_forkserver_preload(["tests.search_problem"])
 
 
 @pytest.fixture(scope="module")
@@ -140,14 +138,14 @@ def running(storage: Storage) -> list[FrozenTrial]:
 
 def test_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp_path: Path) -> None:
     patient = replace(postgresql, heartbeat_s=10.0)  # a busy machine can hold a worker up for longer than two seconds
-    assert end(*(start(patient, 40, tmp_path, name, pause_s=0.02) for name in "abc")) == [0] * 3
+    assert end(*(start(patient, 24, tmp_path, name, pause_s=0.02) for name in "abc")) == [0] * 3
     assert len({(tmp_path / f"{name}.csv").read_bytes() for name in "abc"}) == 1
     vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
-    assert len(vectors) == len(set(vectors)) == 40
+    assert len(vectors) == len(set(vectors)) == 24
     shares = [evaluated(tmp_path, name) for name in "abc"]
     assert all(shares)
     assert set(itertools.chain(*shares)) == set(vectors)
-    assert sum(map(len, shares)) <= 40 + 2
+    assert sum(map(len, shares)) <= 24 + 2
 
 
 def test_another_worker_evaluates_what_a_killed_one_was_at(storage: Storage, tmp_path: Path) -> None:

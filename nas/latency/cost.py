@@ -104,7 +104,7 @@ def cost_function(
     Vectors with the same counts per choice share their metrics. A needed metric that is not known is an error.
     """
     memory = MemoryModel(space.shape, workload, device.is_gpu)
-    energy = predictor.energy if predictor.energy and predictor.energy.knows(set().union(*space.choices)) else None
+    energy = predictor.energy if predictor.energy and predictor.energy.knows(space.levels) else None
 
     @cache
     def metrics(vector: Vector) -> Metrics:
@@ -115,8 +115,6 @@ def cost_function(
 
     smallest = tuple(sorted(space.smallest))
     if unknown := [name for name in needed if METRICS[name].derive and name not in metrics(smallest)]:
-        raise UserError(
-            f"{unknown[0]} is wanted, but {predictor.folder or device.slug} does not tell it for {workload}; measure "
-            "that workload on this machine with nas measure, or leave the metric out"
-        )
+        what = f"{unknown[0]} is wanted, but {predictor.folder or device.slug} does not tell it for {workload}"
+        raise UserError(f"{what}; measure that workload on this machine with nas measure, or leave the metric out")
     return lambda vector: metrics(tuple(sorted(vector)))

@@ -37,6 +37,10 @@ class Device:
         """What the device leaves to PyTorch: CUDA takes some of a GPU for itself, other programs half of a machine."""
         return self.memory_bytes - _CUDA_CONTEXT if self.is_gpu else self.memory_bytes // 2
 
+    def calibrated(self, dtype: str) -> dict[str, Any] | None:
+        """The calibration, if it is of ``dtype`` too."""
+        return self.calibration if self.calibration and dtype in self.calibration["dtypes"] else None
+
     def description(self) -> dict[str, Any]:
         """The contents of its device.json."""
         hidden = {"slug", "facts"} | (set() if self.calibration else {"calibration"})

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nas.files import positive_numbers, read_csv, require
+from nas.files import read_csv
 from nas.hardware import energy_joules, open_gpu
 
 ENERGY = "energy.csv"  # a row per number of groups, the same in every layer, and batch, all at one context
@@ -88,8 +88,7 @@ class EnergyTable:
     """Energy of vectors, put together from the power of uniform end-to-end models in energy.csv."""
 
     def __init__(self, path: Path) -> None:
-        table = read_csv(path, ENERGY_COLUMNS).sort_values("batch")
-        require(path, table, positive_numbers(table, ENERGY_COLUMNS[:-1]), "its numbers must be positive")
+        table = read_csv(path, ENERGY_COLUMNS, positive=ENERGY_COLUMNS[:-1]).sort_values("batch")
         self._rows = {int(groups): table[table["groups"] == groups] for groups in table["groups"].unique()}
 
     def knows(self, groups: Iterable[int]) -> bool:

@@ -43,19 +43,17 @@ class RooflineLatency(Predictor):
     def __init__(self, device: Device, shape: ModelShape, dtype: str, engine: str = NO_ENGINE) -> None:
         if device.bandwidth_bytes_per_s is None or dtype not in device.flops:
             raise UserError(f"{device.name} has neither a measured table nor data-sheet rates for {dtype}; measure it")
-        self._device, self._shape, self._bytes = device, shape, DTYPE_BYTES[dtype]
-        calibration = device.calibration or {"dtypes": []}
-        self._calibration = calibration if dtype in calibration["dtypes"] else None
-        self._constants = Constants(**self._calibration["constants"]) if self._calibration else Constants()
-        self._engine = engine
-        self._share: dict[str, Any] = self._calibration["engines"][engine] if self._calibration else {}
+        self._shape, self._bytes, self._engine = shape, DTYPE_BYTES[dtype], engine
+        calibration = device.calibrated(dtype)
+        self._constants = Constants(**calibration["constants"]) if calibration else Constants()
+        self._share: dict[str, Any] = calibration["engines"][engine] if calibration else {}
         self._bandwidth = device.bandwidth_bytes_per_s
         self._rate = device.flops[dtype] * self._constants.compute
         self.description = f"estimated from the data sheet of {device.name}"
-        if self._calibration and (check := self._share.get("check")):  # there is none while it is being fitted
+        if calibration and (check := self._share.get("check")):  # there is none while it is being fitted
             added = "" if engine == NO_ENGINE else f" and what {engine} adds"
             self.description = (
-                f"estimated: the GPU's time{added}, calibrated from {self._calibration['measurements']} published "
+                f"estimated: the GPU's time{added}, calibrated from {calibration['measurements']} published "
                 f"measurements; {check['points']} decode steps of serving engines, each predicted without its source, "
                 f"were off by {check['median_error']:.1%} in the median, {check['worst_error']:.1%} at worst"
             )
@@ -91,7 +89,7 @@ class RooflineLatency(Predictor):
 
     def interval(self, ms: float) -> tuple[float, float]:
         """Where most steps of a serving engine lie that a further source publishes; an uncalibrated one has no end."""
-        if self._calibration is None:
+        if not self._share:
             return ms, math.inf
         return ms * self._share["check"]["low"], ms * self._share["check"]["high"]
 

@@ -47,10 +47,10 @@ class Grid:
 
     def points(self, space: SearchSpace) -> list[Point]:
         """All parts at all shapes; of a decode step, embedding and head depend on the batch alone."""
-        choices, points = sorted(set().union(*space.choices)), list[Point]()
+        points = list[Point]()
         for phase in PHASES:
             shapes = list(self.shapes(phase))
-            points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in choices]
+            points += [Point(phase, "layer", (groups,), *shape) for shape in shapes for groups in space.levels]
             outside = shapes if phase == "prefill" else [(batch, 1) for batch in self.batches]
             points += [Point(phase, part, (), *shape) for shape in outside for part in EMBEDDING_AND_HEAD]
         return points
@@ -154,7 +154,7 @@ def _energy(
     """Power of uniform models at the workload's context and the given batches or the largest that fit, if known."""
     rows = []
     given = config.energy_batches or [grid.batches[0], grid.batches[-1]]
-    for groups in sorted(set().union(*space.choices)):
+    for groups in space.levels:
         vector = (groups,) * space.shape.num_hidden_layers
         for batch in sorted({pool.fitting_batch(vector, batch, workload.context) for batch in given} - {0}):
             with torch.inference_mode(), suppress(torch.OutOfMemoryError):

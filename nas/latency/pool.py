@@ -35,7 +35,7 @@ class LayerPool:
         shape = space.shape
         self._shape, self._runtime, self._dtype, self._device = shape, runtime, DTYPES[dtype], device
         self._generator = torch.Generator(device).manual_seed(0)
-        self._depth, choices = shape.num_hidden_layers, sorted(set().union(*space.choices))
+        self._depth, choices = shape.num_hidden_layers, space.levels
         self._layers = [self._make_position(choices) for _ in range(self._depth)]  # by position, then by groups
         # So many that no copy is still in the processor's cache when its turn comes again.
         head_bytes = shape.vocab_size * shape.hidden_size * self._dtype.itemsize

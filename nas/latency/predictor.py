@@ -83,13 +83,11 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
         if value > most:
             raise UserError(f"workload.{key} is {value} but the {whose}'s context is {most}; lower it")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
-    calibration = device.calibration or {"dtypes": []}
-    engines = calibration["engines"] if dtype in calibration["dtypes"] else [NO_ENGINE]
+    calibration = device.calibrated(dtype)
+    engines = calibration["engines"] if calibration else [NO_ENGINE]
     if config.engine not in engines:
-        raise UserError(
-            f"workload.engine is '{config.engine}', but what that adds to a step of {device.name} in {dtype} is not "
-            f"known; use {', '.join(engines)}"
-        )
+        what = f"what that adds to a step of {device.name} in {dtype} is not known"
+        raise UserError(f"workload.engine is '{config.engine}', but {what}; use {', '.join(engines)}")
     memory_gib, most_gib = config.memory_gib, device.memory_bytes / 2**30
     if config.batch != MAX and memory_gib is not None:
         raise UserError(f"workload.memory_gib is for workload.batch=max, but the batch is {config.batch}; drop one")

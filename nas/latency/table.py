@@ -19,7 +19,7 @@ import pandas as pd
 from scipy.interpolate import make_interp_spline
 
 from nas.errors import UserError, in_short
-from nas.files import counts, file_hash, positive_numbers, read_csv, read_json, require
+from nas.files import file_hash, numbers, read_csv, read_json, require
 from nas.latency.accuracy import CHECK, CHECK_COLUMNS, overall_errors
 from nas.latency.energy import ENERGY, EnergyTable
 from nas.latency.predictor import (
@@ -64,7 +64,7 @@ class TableLatency(Predictor):
             self.is_steady = drift["segments_beyond"] <= drift["segments"] / 2  # else too many to be timed again
             self._measured = meta["device"]["slug"], meta["shape"], meta["dtype"], meta["runtime"]
             self._slowdowns = _slowdowns(meta)
-            self.description = _describe(meta, self._slowdowns, self.is_steady, self.is_current)
+            self.description = self._describe()
         except (KeyError, TypeError, ValueError) as error:
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
@@ -72,8 +72,9 @@ class TableLatency(Predictor):
         table = read_csv(folder / TABLE, COLUMNS)
         self.digest = file_hash(folder / TABLE)
         lost = table["status"] == OUT_OF_MEMORY
-        good = positive_numbers(table, ["batch", "length"]) & (positive_numbers(table, ["median_ms"]) | lost)
-        good &= counts(table, ["groups", "batch", "length"]) & ~table.duplicated(POINT_COLUMNS)
+        sizes, ms = numbers(table, ["groups", "batch", "length"]), numbers(table, ["median_ms"])["median_ms"]
+        good = ((sizes % 1 == 0) & (sizes >= [0, 1, 1])).all(axis=1) & (((ms > 0) & (ms < math.inf)) | lost)
+        good &= ~table.duplicated(POINT_COLUMNS)
         require(folder / TABLE, table, good, "a number is not positive, or a point is there twice")
         keys = ["phase", "part", "groups"]
         self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
@@ -100,9 +101,7 @@ class TableLatency(Predictor):
 
     def check(self) -> pd.DataFrame:
         """The end-to-end models that the table was checked against: `CHECK_COLUMNS`."""
-        check = read_csv(self.folder / CHECK, CHECK_COLUMNS)
-        require(self.folder / CHECK, check, positive_numbers(check, CHECK_COLUMNS[2:]), "its numbers must be positive")
-        return check
+        return read_csv(self.folder / CHECK, CHECK_COLUMNS, positive=CHECK_COLUMNS[2:])
 
     def is_of(self, device: str, space: SearchSpace, workload: Workload) -> bool:
         """Whether the table is of a device, shape, dtype and runtime; none is of a serving engine."""
@@ -114,12 +113,34 @@ class TableLatency(Predictor):
         if not self.is_of(device, space, workload):
             return False
         try:
-            for batch, groups in itertools.product(batches, set().union(*space.choices)):
+            for batch, groups in itertools.product(batches, space.levels):
                 self.decode_ms((groups,), batch, workload.context)
                 self.prefill_ms((groups,), batch, workload.prompt)
         except UserError:
             return False
         return True
+
+    def _describe(self) -> str:
+        meta, slowdowns = self.meta, self._slowdowns
+        words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
+        if clock := meta.get("clock"):
+            words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
+        for phase in PHASES:
+            if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
+                mean, worst = overall_errors(checks)
+                where = ", ".join(f"{check['batch']} x {check['length']}" for check in checks)
+                at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
+                what = "short runs of decode" if phase == "decode" and slowdowns else phase
+                words.append(f"mean error of {what} {mean:.1%}, worst {worst:.1%} ({at})")
+        slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
+        if slower >= _REPORTED_SLOWER:
+            words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
+        if not self.is_steady:
+            segments = "{segments_beyond} of {segments} segments, by up to {worst:.0%}".format(**meta["drift"])
+            words.append(f"the machine drifted in {segments}")
+        if not self.is_current:
+            words += ["decode steps were of an earlier version of this software, so may be off by a tenth at few rows"]
+        return "; ".join(words)
 
     def _at(self, phase: str, part: str, groups: int, batch: int, length: int) -> float:
         where = self.folder / TABLE
@@ -143,29 +164,6 @@ def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float
         batches.append(load["batch"])
         ratios.append(load["ratio"])
     return found
-
-
-def _describe(
-    meta: Mapping[str, Any], slowdowns: Mapping[int, tuple[list[int], list[float]]], is_steady: bool, is_current: bool
-) -> str:
-    words = [f"measured on {meta['device']['name']} on {meta['date'][:10]}"]
-    if clock := meta.get("clock"):
-        words.append(f"{clock}, good for ratios between vectors but not the latency of a loaded machine")
-    for phase in PHASES:
-        if checks := [summary for summary in meta["check"] if summary["phase"] == phase]:
-            (mean, worst), where = overall_errors(checks), ", ".join(f"{c['batch']} x {c['length']}" for c in checks)
-            at = f"{max(check['n'] for check in checks)} end-to-end models at {where} tokens"
-            what = "short runs of decode" if phase == "decode" and slowdowns else phase
-            words.append(f"mean error of {what} {mean:.1%}, worst {worst:.1%} ({at})")
-    slower = max((ratio for _, ratios in slowdowns.values() for ratio in ratios), default=1.0) - 1
-    if slower >= _REPORTED_SLOWER:
-        words.append(f"decode steps are those of a lasting load, which took up to {slower:.1%} longer")
-    if not is_steady:
-        segments = "{segments_beyond} of {segments} segments, by up to {worst:.0%}".format(**meta["drift"])
-        words.append(f"the machine drifted in {segments}")
-    if not is_current:
-        words.append("decode steps were of an earlier version of this software, so may be off by a tenth at few rows")
-    return "; ".join(words)
 
 
 class _Surface:

@@ -29,8 +29,9 @@ import torch
 
 from nas import console
 from nas.config import MeasureConfig
-from nas.errors import UserError
+from nas.errors import UserError, is_out_of_memory
 from nas.files import read_csv
+from nas.hardware import cpu_threads
 from nas.latency.predictor import EMBEDDING_AND_HEAD, PARTS, POINT_COLUMNS, Point
 from nas.serving.runtime import milliseconds
 
@@ -152,29 +153,25 @@ def time_points(
     points: Sequence[Point], sentinel: Point, prepare: Prepare, config: MeasureConfig, on_gpu: bool, samples: Samples
 ) -> None:
     """Times every point until it has enough good samples, or as many as a GPU or a CPU may take."""
-    stopwatch, threads, total = _Stopwatch(prepare, on_gpu), torch.get_num_threads(), config.rounds * len(points)
+    stopwatch, total = _Stopwatch(prepare, on_gpu), config.rounds * len(points)
     rng = random.Random(config.seed + len(samples.segments))
 
     def done() -> int:
         return sum(config.rounds if math.inf in times else len(times) for times in samples.by_point().values())
 
-    torch.set_num_threads(threads if on_gpu else 1)
-    try:
-        with console.progress_bar("Timing", total) as bar:
-            while due := samples.due(points, config, on_gpu):
-                total = max(total, done() + len(due))  # what drifted or scattered is timed again
-                before = stopwatch.look_at(sentinel)
-                for load in _loads(due, on_gpu, config.segment, rng):
-                    if any([stopwatch.make_ready(point) for point in load]):  # all of them, which is work for a device
-                        before = stopwatch.look_at(sentinel)
-                    while load:
-                        times = stopwatch.burst(load)
-                        after = stopwatch.look_at(sentinel)
-                        samples.add(Segment(before, after, times))
-                        load, before = load[len(times) :], after
-                        bar(done(), f"drift {max(samples.drifts()):.1%}", total)
-    finally:
-        torch.set_num_threads(threads)
+    with cpu_threads(torch.get_num_threads() if on_gpu else 1), console.progress_bar("Timing", total) as bar:
+        while due := samples.due(points, config, on_gpu):
+            total = max(total, done() + len(due))  # what drifted or scattered is timed again
+            before = stopwatch.look_at(sentinel)
+            for load in _loads(due, on_gpu, config.segment, rng):
+                if any([stopwatch.make_ready(point) for point in load]):  # all of them, which is work for a device
+                    before = stopwatch.look_at(sentinel)
+                while load:
+                    times = stopwatch.burst(load)
+                    after = stopwatch.look_at(sentinel)
+                    samples.add(Segment(before, after, times))
+                    load, before = load[len(times) :], after
+                    bar(done(), f"drift {max(samples.drifts()):.1%}", total)
 
 
 def _loads(points: Iterable[Point], on_gpu: bool, most: int, rng: random.Random) -> list[list[Point]]:
@@ -196,12 +193,12 @@ def _loads(points: Iterable[Point], on_gpu: bool, most: int, rng: random.Random)
 
 @contextmanager
 def _while_memory_lasts() -> Iterator[None]:
-    """Inference that ends quietly where memory does; PyTorch has an exception of its own for that of a GPU alone."""
+    """Inference that ends quietly where memory does."""
     try:
         with torch.inference_mode():
             yield
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
 
 

@@ -1,14 +1,15 @@
-"""Inherited against trained losses, and how well each predictor ranks vectors."""
+"""How well predictions agree: inherited with trained losses, predicted with measured latencies of end-to-end models."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.figure import FigureBase
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 from rich.table import Table
 
+from nas.latency.accuracy import WORKLOAD, summarise_check
 from nas.ranking import PREDICTORS, TRUTHS
 from nas.report.figure import COLOURS, GREY
 
@@ -17,6 +18,8 @@ NOTE = (
     "is partly the same number twice; corrected: beyond what changes dealt to the vectors at random give; p: the share "
     "of those that do as well. 1 seed: mean τ with single seeds' losses; ceiling: what the other seeds reach there."
 )
+_COLUMNS = 3  # of panels of the check
+_BEYOND = 1.01  # so far the line goes on: with few models, or much the same times, small errors look small
 
 
 def loss_pairs(measurements: pd.DataFrame, truth: str) -> pd.DataFrame:
@@ -90,3 +93,29 @@ def agreement_table(table: pd.DataFrame) -> Table:
         names = row["truth"], row["among"], row["predictor"]
         shown.add_row(*names, str(row["vectors"]), tau, interval, corrected, p, one, ceiling)
     return shown
+
+
+def draw_check(drawing: Figure, check: pd.DataFrame) -> None:
+    """One panel per workload, with the line of perfect prediction."""
+    summaries = summarise_check(check)
+    rows, columns = -(-len(summaries) // _COLUMNS), min(len(summaries), _COLUMNS)
+    drawing.set_size_inches(max(4.2, 3.4 * columns), 0.6 + 3.1 * rows)
+    panels = drawing.subplots(rows, columns, squeeze=False).flatten()
+    for axes, summary in zip(panels, summaries, strict=False):
+        models = check[(check[WORKLOAD] == [summary[key] for key in WORKLOAD]).all(axis=1)]
+        times = models[["predicted_ms", "measured_ms"]].to_numpy()
+        ends = [times.min() / _BEYOND, times.max() * _BEYOND]
+        axes.plot(ends, ends, color="black", linewidth=0.8, label="perfect")
+        colour = COLOURS[0] if summary["phase"] == "decode" else COLOURS[1]
+        label = f"{len(models)} model{'s' * (len(models) > 1)}"
+        axes.scatter(models["measured_ms"], models["predicted_ms"], s=16, color=colour, label=label)
+        axes.set(xlabel="measured (ms)", ylabel="predicted (ms)")
+        tau = f", τ {summary['kendall_tau']:.3f}" if "kendall_tau" in summary else ""
+        axes.set_title(
+            f"{summary['phase']}, batch {summary['batch']}, {summary['length']} tokens\n"
+            f"mean error {summary['mape']:.2%}, worst {summary['worst']:.2%}{tau}",
+            fontsize=8,
+        )
+        axes.legend(fontsize=7)
+    for axes in panels[len(summaries) :]:
+        axes.set_visible(False)

@@ -1,4 +1,4 @@
-"""The front: among all evaluated vectors, layer by layer, and in the terminal."""
+"""The front: among all evaluated vectors, layer by layer, in the terminal; and how fast a search finds it."""
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -9,12 +9,14 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from nas.metrics import METRICS
 from nas.ranking import order_sentence
 from nas.report.figure import COLOURS, GREY
-from nas.search.pareto import Objectives
+from nas.search.exact import Floats
+from nas.search.pareto import Objectives, hypervolume_curve
 from nas.space import Vector, format_vector, parse_vector
 
 _TABLE = {  # heading and format of each column in the terminal
@@ -112,17 +114,12 @@ def attained(runs: Iterable[tuple[str, pd.DataFrame]], costs: Sequence[str]) -> 
     for label, trials in runs:
         groups.setdefault(label, []).append(trials)
     for metric, (label, tables) in itertools.product(costs, groups.items()):
-        sign = -1 if METRICS[metric].maximise else 1
-        at = np.unique(np.concatenate([sign * trials[metric] for trials in tables]))  # the cheapest first
-        best = []
-        for trials in tables:
-            ordered = trials.assign(cost=sign * trials[metric]).sort_values("cost")
-            cheapest = np.concatenate(([np.nan], ordered["loss_nats"].cummin()))
-            best.append(cheapest[np.searchsorted(ordered["cost"], at, side="right")])
-        values = np.stack((np.median(best, axis=0), np.min(best, axis=0), np.max(best, axis=0)), axis=1)
-        changes = ~np.isnan(values[:, 0]) & np.any(np.diff(values, axis=0, prepend=np.nan) != 0, axis=1)
-        table = pd.DataFrame(values[changes], columns=["median", "low", "high"])
-        rows.append(table.assign(metric=metric, label=label, cost=sign * at[changes]).sort_values("cost"))
+        sign = -1 if METRICS[metric].maximise else 1  # the cheapest first
+        lines = [trials.groupby(sign * trials[metric])["loss_nats"].min().cummin() for trials in tables]
+        best = pd.concat(lines, axis=1, sort=True).ffill().dropna()  # a column per run
+        found = best.agg(["median", "min", "max"], axis=1).set_axis(["median", "low", "high"], axis=1)
+        changes = found[(found.diff() != 0).any(axis=1)]
+        rows.append(changes.assign(metric=metric, label=label, cost=sign * changes.index).sort_values("cost"))
     return pd.concat(rows, ignore_index=True)[["metric", "label", "cost", "median", "low", "high"]]
 
 
@@ -188,3 +185,33 @@ def gain_sentence(trials: pd.DataFrame, uniform: Collection[str]) -> str:
         f"Beside uniform {vector.split('-')[0]}: at its KV bytes the best evaluated vector's loss is {lower:.4f} nats "
         f"lower, and a loss as low takes {saved:.1%} fewer KV bytes."
     )
+
+
+def curves(runs: Iterable[tuple[str, pd.DataFrame]], objectives: Objectives, reference: Floats) -> pd.DataFrame:
+    """Hypervolume by evaluation and group over its runs: ``label, evaluations, median, low, high, runs``.
+
+    ``runs`` gives the group's label (its sampler, say) and trials of each run; ``low`` and ``high`` are the smallest
+    and largest of the group's runs that got that far.
+    """
+    lines = ((label, hypervolume_curve(trials, objectives, reference)) for label, trials in runs)
+    volumes = pd.concat(pd.DataFrame({"label": label, "volume": line}) for label, line in lines)
+    groups = volumes.assign(evaluations=volumes.index + 1).groupby(["label", "evaluations"], sort=False)["volume"]
+    return groups.agg(median="median", low="min", high="max", runs="size").reset_index()
+
+
+def draw_hypervolume(drawing: Figure, table: pd.DataFrame, objectives: Objectives, reference: Floats) -> None:
+    """Median line of each group with the band of its runs."""
+    axes = drawing.subplots()
+    for colour, (label, rows) in zip(COLOURS * 9, table.groupby("label", sort=False), strict=False):
+        runs = int(rows["runs"].max())
+        shown, at = f"{label} ({runs} run{'s'[: runs > 1]})", rows["evaluations"]
+        axes.step(at, rows["median"], where="post", color=colour, label=shown)
+        axes.fill_between(at, rows["low"], rows["high"], step="post", color=colour, alpha=0.2, linewidth=0)
+    axes.set(xlabel="evaluated vectors", ylabel="hypervolume")
+    axes.set_title(f"reference point: {reference_text(objectives, reference)}", fontsize=8)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="lower right", fontsize=8)
+
+
+def reference_text(objectives: Objectives, reference: Floats) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in zip(objectives.names, reference, strict=True))

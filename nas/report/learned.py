@@ -25,7 +25,7 @@ def learned(trials: pd.DataFrame, space: SearchSpace, bases: Iterable[str]) -> t
     """
     if len(trials) < _LEAST:
         return trials, pd.DataFrame(columns=_MOVES)
-    levels = np.unique(np.concatenate(space.choices))
+    levels = space.levels
 
     def choices(vectors: Iterable[Vector]) -> Ints:
         return np.searchsorted(levels, list(vectors))

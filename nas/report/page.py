@@ -4,7 +4,6 @@ Bokeh draws it. All views of vectors share one data source, so what is hovered o
 in all. page.js does what is left to do after that, and page.html holds the views together.
 """
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import bokeh.models as bm
@@ -43,23 +42,11 @@ def draw_page(found: Page, objectives: Objectives) -> str:
     only = bm.RadioButtonGroup(labels=["all", "front", "selected"], active=0, align="end")
     text = bm.TextInput(title="Filter, such as: 4-4-1 decode_ms<9", width=320)
     copy = bm.Button(label="Copy table", align="end")
-    update = bm.CustomJS(
-        args={
-            "source": source,
-            "levels": list(found.levels),
-            "columns": columns,
-            "cells": cells,
-            "range": layers.x_range,
-            "text": text,
-            "only": only,
-            "rows": rows,
-            "bases": found.moves["base"].unique().tolist(),
-            "moved": moved,
-            "moves_title": moves.title,
-            "metrics": [(name, METRICS[name].label, origin(name)) for name in metrics],
-        },
-        code=_beside("page.js"),
-    )
+    models = {"source": source, "columns": columns, "cells": cells, "range": layers.x_range}
+    models |= {"text": text, "only": only, "rows": rows, "moved": moved, "moves_title": moves.title}
+    known = {"levels": list(found.levels), "bases": found.moves["base"].unique().tolist()}
+    known |= {"metrics": [(name, METRICS[name].label, origin(name)) for name in metrics]}
+    update = bm.CustomJS(args=models | known, code=_beside("page.js"))
     source.selected.js_on_change("indices", update)
     for control in (columns, only):
         control.js_on_change("active", update)
@@ -76,13 +63,17 @@ def draw_page(found: Page, objectives: Objectives) -> str:
     values = {
         "caption": found.caption,
         "front": [(at, f"{row[LOSS]:.4f}  {row['name'] or row['vector']}") for at, row in found.front.iterrows()],
-        "front_note": _front_note(found),
-        "table_note": _table_note(metrics),
+        "order": order_sentence(found.vectors.dropna(subset=TRAINED)) if "loss_after_nats" in found.vectors else "",
+        "reference": REFERENCE in set(found.fronts["label"]),
         "levels": list(zip(found.levels, views.shades(len(found.levels)), strict=True)),
-        "panels": [(name, *_PANELS[name]) for name in panels],
+        "panels": list(panels),
+        "labels": found.labels,
         "runs": found.runs.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format),
-        "runs_note": _runs_note(found),
         "several": len(found.runs) > 1,
+        "times": found.vectors["times"],
+        "finders": found.front["label"].value_counts(),
+        "counted": [name for name in metrics if origin(name) == "counted"],
+        "timed": [name for name in metrics if origin(name) is None],
     }
     html: str = file_html(document, INLINE, title=found.title, template=_beside("page.html"), template_variables=values)
     return html
@@ -99,58 +90,3 @@ const kept = rows.booleans.flatMap((keep, i) => keep ? [line(i)] : [])
 await navigator.clipboard.writeText([names.join("\\t"), ...kept].join("\\n") + "\\n")
 cb_obj.origin.label = `Copied ${kept.length} rows`
 """
-_PANELS = {
-    "volumes": (
-        "Hypervolume",
-        "How much of the space between the reference point and the front the evaluations so far have covered.",
-    ),
-    "moves": (
-        "What the search has learned of each layer",
-        "Change of the inherited loss if one layer alone gets other groups. Filled: both were evaluated. Hollow: "
-        "estimated by the loss model of the sampler, with one standard deviation. Select a vector of the front to see "
-        "its moves.",
-    ),
-    "left_out": (
-        "Can the loss model be trusted?",
-        "The inherited loss of each evaluated vector, and what the model, given all others, expects it to be, with one "
-        "standard deviation (estimated).",
-    ),
-    "check": (
-        "Predicted and measured latency",
-        "End-to-end models of random vectors, measured on this device, and how far the predictor was off.",
-    ),
-}
-
-
-def _front_note(found: Page) -> str:
-    """What the marks of the front mean."""
-    line = "the best loss that is evaluated within each cost"
-    if len(found.labels) > 1:
-        line += ", median over runs, with the range of the runs"
-    note = f"Every point is an evaluated vector. Line: {line}; down, and towards the better costs, is better."
-    if REFERENCE in set(found.fronts["label"]):
-        note += " Dotted: the reference search."
-    if "loss_after_nats" in found.vectors:
-        note += f" {order_sentence(found.vectors.dropna(subset=TRAINED))} (triangles: the trained losses)."
-    return note
-
-
-def _runs_note(found: Page) -> str:
-    """How much the runs have in common."""
-    times, front = found.vectors["times"], found.front["label"].value_counts()
-    shares = ", ".join(f"{label} {count}" for label, count in front.items())
-    return (
-        f"What differs between their configs, and how good their fronts are. Together they evaluated {len(times)} "
-        f"vectors, {(times > 1).sum()} of them in several runs. Who found those on the front of all: {shares}."
-    )
-
-
-def _table_note(metrics: Sequence[str]) -> str:
-    """Where the numbers of the table come from."""
-    counted, timed = (", ".join(name for name in metrics if origin(name) == of) for of in ("counted", None))
-    return (
-        f"{LOSS} is inherited: measured on fixed windows with the supernet's weights, and {PAIRED_SE} is the standard "
-        f"error of its difference to the largest vector's. Counted: {counted}. As "
-        f"latency_source says: {timed}. A click on a heading sorts; terms of the filter are parts of a vector or name, "
-        "or conditions on a column."
-    )

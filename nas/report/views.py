@@ -22,10 +22,7 @@ _COUNTED = ("batch", "kv_bytes_per_token", "parameters", "memory_gib")  # all ot
 REFERENCE = "reference"  # the label of the front that others are measured by
 _BOUNDS = ("decode_ms_low", "decode_ms_high")
 _MARKERS = ("circle", "triangle", "diamond", "square")
-_SELECT: dict[str, Any] = {
-    "tools": "tap,box_select,lasso_select,wheel_zoom,pan,reset,save",
-    "active_drag": "box_select",
-}
+_SELECT: Any = {"tools": "tap,box_select,lasso_select,wheel_zoom,pan,reset,save", "active_drag": "box_select"}
 _CHOOSE = """\
 source.data.x = source.data[cost.value]
 source.change.emit()
@@ -152,9 +149,8 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     for metric, bound in found.limits.items():
         limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
         name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
-        for mark in (limit, name):
-            plot.add_layout(mark)
-            shown.append((metric, mark))
+        shown += [(metric, limit), (metric, name)]
+        plot.center += [limit, name]
     if set(_BOUNDS) <= set(found.vectors):
         ends = {"x0": _BOUNDS[0], "x1": _BOUNDS[1], "y0": LOSS, "y1": LOSS}
         on_front = bm.CDSView(filter=bm.BooleanFilter(found.vectors["on_front"].tolist()))
@@ -165,32 +161,19 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     points = _scatter(plot, source, "x", LOSS, legend_group="kind")
     plot.add_tools(bm.HoverTool(renderers=[points], **hover))
     named = bm.CDSView(filter=bm.BooleanFilter((found.vectors["name"] != "").tolist()))
-    look: dict[str, Any] = {
-        "text_align": "center",
-        "y_offset": -9,
-        "text_font_size": "11px",
-        "nonselection_text_alpha": 1.0,
-    }
-    plot.text("x", LOSS, "name", source=source, view=named, **look)
+    look: Any = {"text_align": "center", "text_font_size": "11px", "nonselection_text_alpha": 1.0}
+    plot.text("x", LOSS, "name", source=source, view=named, y_offset=-9, **look)
     for metric, mark in shown:
         mark.visible = metric == cost
     options = [(metric, METRICS[metric].label) for metric in costs(found.vectors)]
     chooser = bm.Select(title="Cost", value=cost, options=options, width=260)
     logarithmic = bm.CheckboxGroup(labels=["log cost", "log loss"], active=[], inline=True, align="end")
-    choose = bm.CustomJS(
-        args={
-            "source": source,
-            "plot": plot,
-            "cost": chooser,
-            "log": logarithmic,
-            "labels": {metric: _label(found, metric) for metric, _ in options},
-            "shown": shown,
-            "axes": [plot.xaxis[0], plot.yaxis[0]],
-            "linear": [bm.LinearScale(), bm.BasicTicker(), bm.BasicTickFormatter()],
-            "logs": [bm.LogScale(), bm.LogTicker(), bm.LogTickFormatter(min_exponent=5)],
-        },
-        code=_CHOOSE,
-    )
+    models = {"source": source, "plot": plot, "axes": [plot.xaxis[0], plot.yaxis[0]]}
+    models |= {"cost": chooser, "log": logarithmic, "shown": shown}
+    models |= {"labels": {metric: _label(found, metric) for metric, _ in options}}
+    models |= {"linear": [bm.LinearScale(), bm.BasicTicker(), bm.BasicTickFormatter()]}
+    models |= {"logs": [bm.LogScale(), bm.LogTicker(), bm.LogTickFormatter(min_exponent=5)]}
+    choose = bm.CustomJS(args=models, code=_CHOOSE)
     chooser.js_on_change("value", choose)
     logarithmic.js_on_change("active", choose)
     return plot, layouts.row(chooser, logarithmic)
@@ -203,11 +186,8 @@ def _draw_trained(plot: Any, source: bm.ColumnDataSource) -> None:
     plot.segment(**ends, source=source, line_color=COLOURS[3], line_alpha=0.6)
     triangle = {"marker": "inverted_triangle", "size": 9, "color": COLOURS[3], "legend_label": "trained"}
     trained = plot.scatter("x", "loss_after_nats", source=source, **triangle)
-    said = [("vector", "@vector")]
-    said += [
-        (f"{name} loss, rank", f"@loss_{when}_nats{{0.00000}}, @rank_{when}")
-        for name, when in (("inherited", "before"), ("trained", "after"))
-    ]
+    said = [("vector", "@vector"), ("inherited loss, rank", "@loss_before_nats{0.00000}, @rank_before")]
+    said += [("trained loss, rank", "@loss_after_nats{0.00000}, @rank_after")]
     plot.add_tools(bm.HoverTool(renderers=[trained], tooltips=said))
 
 
@@ -224,9 +204,8 @@ def draw_layers(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any])
     place: dict[str, Any] = {"x": -0.5, "y": -0.5, "dw": "width", "dh": layers, "anchor": "bottom_left"}
     plot.image("image", **place, source=cells, color_mapper=colours, origin="top_left")
     frame = {"line_color": COLOURS[1], "line_width": 2.5, "fill_alpha": 0.0}
-    vectors = plot.rect(
-        "column", (layers - 1) / 2, 1, layers, source=source, fill_alpha=0.0, line_color="white", line_alpha=0.6
-    )
+    look = {"fill_alpha": 0.0, "line_color": "white", "line_alpha": 0.6}
+    vectors = plot.rect("column", (layers - 1) / 2, 1, layers, source=source, **look)
     vectors.selection_glyph = vectors.glyph.clone(**frame)
     vectors.hover_glyph = vectors.glyph.clone(**frame | {"line_color": "black"})
     vectors.nonselection_glyph = vectors.glyph.clone(fill_color="white", fill_alpha=0.5)
@@ -323,14 +302,11 @@ def draw_table(found: Page, source: bm.ColumnDataSource, metrics: Sequence[str])
         if name in metrics:
             columns[-1].formatter = _number(name)
     look = {"sizing_mode": "stretch_width", "height": 420, "autosize_mode": "none", "index_position": None}
-    view = bm.CDSView(filter=rows)
-    return bm.DataTable(
-        source=source, view=view, columns=columns, selectable="checkbox", reorderable=False, **look
-    ), rows
+    look |= {"selectable": "checkbox", "reorderable": False}
+    return bm.DataTable(source=source, view=bm.CDSView(filter=rows), columns=columns, **look), rows
 
 
 def _number(metric: str) -> bm.NumberFormatter:
     whole = METRICS[metric].unit in ("sequences", "bytes/token", "")
-    return bm.NumberFormatter(
-        format="0.00000" if metric in (LOSS, PAIRED_SE) else "0,0" if whole else "0,0.000", text_align="right"
-    )
+    shown = "0.00000" if metric in (LOSS, PAIRED_SE) else "0,0" if whole else "0,0.000"
+    return bm.NumberFormatter(format=shown, text_align="right")

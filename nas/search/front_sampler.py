@@ -7,13 +7,11 @@ sample. Of those that are new, the one of largest expected hypervolume improveme
 by costs that depend on counts alone. Where `FrontSampler.costs` does not tell these, the trials show which ones are.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import moocore
 import numpy as np
-import torch
 from optuna import Study
 from optuna.distributions import BaseDistribution
 from optuna.samplers import RandomSampler
@@ -21,6 +19,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 from scipy.special import ndtr
 
+from nas.hardware import cpu_threads
 from nas.search.exact import Floats, Ints
 from nas.search.loss_model import LossModel
 from nas.search.sampler import COUNTED, Costs, InformedSampler, Layers
@@ -33,26 +32,21 @@ _MARGIN = 0.1  # of the evaluated range: how far the reference point lies beyond
 _COST_ERROR = 1e-3  # of its range; what counts explain better than that is a cost
 
 
-class FrontSampler(InformedSampler):
+class FrontSampler(InformedSampler, RandomSampler):  # random before any trial is finished
     """Optuna sampler for two or three objectives over the layers of a search space.
 
     The study's parameters must all be categorical over whole numbers, one per layer, with names in the layers' order.
     """
 
     def __init__(self, seed: int | None = None) -> None:
-        self._rng, self._random = np.random.default_rng(seed), RandomSampler(seed=seed)
+        super().__init__(seed=seed)
+        self._random = np.random.default_rng(seed)
         self.promised: float | None = None  # what the last proposal is expected to add to the front's hypervolume
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters of the last finished trial."""
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
         return dict(finished[-1].distributions) if finished else {}
-
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        """At random; only before any trial is finished."""
-        return self._random.sample_independent(study, trial, param_name, param_distribution)
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -70,7 +64,7 @@ class FrontSampler(InformedSampler):
         known = self.costs
         costs = (lambda chosen: known(layers.levels_K[chosen]) * signs) if known else None
         self.promised = None
-        with _one_thread():
+        with cpu_threads(1):  # the model's matrices are small, and on many cores more time goes into waiting
             chosen = self._proposal(layers, vectors, values, costs)
         return dict(zip(names, layers.levels_K[chosen].tolist(), strict=True))
 
@@ -92,7 +86,7 @@ class FrontSampler(InformedSampler):
             smallest_L = layers.allowed_LK.argmax(axis=1)
             largest_L = len(layers.levels_K) - 1 - layers.allowed_LK[:, ::-1].argmax(axis=1)
             if len(design := new(np.where(np.eye(len(smallest_L), dtype=bool), smallest_L, largest_L))):
-                return np.asarray(self._rng.choice(design))
+                return np.asarray(self._random.choice(design))
         finished = ~np.isnan(values_NO).any(axis=1)
         evaluated, values = vectors_NL[finished], values_NO[finished]
         if len(evaluated) >= (_STARTUP if costs else len(layers.levels_K) + 2):
@@ -100,12 +94,11 @@ class FrontSampler(InformedSampler):
             losses = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
             models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in losses}
             if len(candidates := new(self._candidates(layers, models.values()))):
-                chosen, self.promised = _most_promising(
-                    candidates, vectors_NL, values_NO, models, costs_of, bool(costs)
-                )
+                best = _most_promising(candidates, vectors_NL, values_NO, models, costs_of, bool(costs))
+                chosen, self.promised = best
                 return chosen
         for _ in range(20):
-            drawn = np.stack([self._rng.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)
+            drawn = np.stack([self._random.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)
             if len(found := new(drawn)):
                 return np.asarray(found[0])
         return np.asarray(drawn[0])  # whoever asked must cope with a space that is used up
@@ -115,20 +108,9 @@ class FrontSampler(InformedSampler):
         if np.prod(layers.allowed_LK.sum(axis=1), dtype=float) <= _ENUMERATED:
             axes = np.meshgrid(*map(np.flatnonzero, layers.allowed_LK), indexing="ij")
             return np.stack([axis.ravel() for axis in axes], axis=1)
-        losses = [loss for model in models for loss in (model.mean(), model.draw(self._rng))]
+        losses = [loss for model in models for loss in (model.mean(), model.draw(self._random))]
         best = [layers.best(loss.penalties_LK, loss.couplings_MKK) for loss in losses]
         return np.concatenate(best or [layers.best(0.0)])
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """PyTorch on one thread: the model's matrices are small, and on many cores more time goes into waiting."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _most_promising(

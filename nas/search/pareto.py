@@ -9,8 +9,8 @@ import pandas as pd
 
 from nas.errors import UserError
 from nas.metrics import METRICS, OBJECTIVES
+from nas.search.exact import Floats
 
-Floats = npt.NDArray[np.float64]
 _REFERENCE_MARGIN = 0.1  # of the reference vectors' range
 
 

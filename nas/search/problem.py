@@ -121,6 +121,5 @@ def parse_budget(text: str) -> Budget:
     if match and float(match[1] or match[3]) > 0:
         seconds_per = {"s": 1, "m": 60, "h": 3600}
         return Budget(int(match[3])) if match[3] else Budget(seconds=float(match[1]) * seconds_per[match[2]])
-    raise UserError(
-        f"budget is '{text}'; give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, all or auto"
-    )
+    fix = "give a number of evaluations (200) or a duration (90s, 30m, 2h) above zero, all or auto"
+    raise UserError(f"budget is '{text}'; {fix}")

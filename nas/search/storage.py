@@ -71,14 +71,18 @@ class Storage:
         """A SQLite file."""
         return Storage(URL.create("sqlite", database=str(path)).render_as_string(), heartbeat_s=heartbeat_s)
 
+    @property
+    def _is_file(self) -> bool:
+        return self.url.startswith("sqlite:")
+
     def __str__(self) -> str:
-        if self.url.startswith("sqlite:"):
+        if self._is_file:
             return f"study {make_url(self.url).database}"
         return f"study {self.study} in {without_passwords(self.url)}"
 
     def open(self, objectives: Objectives, sampler: BaseSampler, metadata: Mapping[str, str]) -> optuna.Study:
         """The study, made if it is not there yet; refused if it was begun with other metadata."""
-        if self.url.startswith("sqlite:"):
+        if self._is_file:
             with closing(sqlite3.connect(str(make_url(self.url).database), timeout=_LOCKED_S)) as probe:
                 probe.execute("BEGIN EXCLUSIVE")  # who holds it longer is no worker, and Optuna would wait for minutes
         study = optuna.create_study(
@@ -106,10 +110,8 @@ class Storage:
     def _compare(self, theirs: Mapping[str, str], ours: Mapping[str, str | None]) -> None:
         for key, value in ours.items():
             if theirs.get(key) != value:
-                raise UserError(
-                    f"{self} was begun with another {key} ({theirs.get(key)} there, {value} here); repeat its command "
-                    "to join it, or give another name="
-                )
+                fix = "repeat its command to join it, or give another name="
+                raise UserError(f"{self} was begun with another {key} ({theirs.get(key)} there, {value} here); {fix}")
 
     @contextmanager
     def in_reach(self) -> Iterator[None]:
@@ -123,11 +125,7 @@ class Storage:
             cause = without_passwords(str(error.__cause__ or error).splitlines()[0])
             if "is locked" in cause:
                 raise UserError(f"{self} is held by another process ({cause}); end that one, and run again") from None
-            fix = (
-                "free disk space, restore it, or remove it"
-                if self.url.startswith("sqlite:")
-                else "see that the server runs"
-            )
+            fix = "free disk space, restore it, or remove it" if self._is_file else "see that the server runs"
             raise UserError(f"{self} cannot be read or written ({cause}); {fix}, and run again") from None
 
     def _connect(self, attempt: int = 1) -> _PatientStorage:

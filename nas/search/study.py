@@ -157,10 +157,8 @@ class _Worker:
                 return
             name, loss = format_vector(vector), self.loss(vector)
             if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of {name} is {loss}: the supernet has diverged; train another one with a lower "
-                    "train.learning_rate"
-                )
+                fix = "train another one with a lower train.learning_rate"
+                raise UserError(f"the loss of {name} is {loss}: the supernet has diverged; {fix}")
             metrics = {"vector": name, **self.sampler.problem.costs(vector), LOSS: loss, **self.noise(vector)}
             for key, value in metrics.items():
                 trial.set_user_attr(key, value)

@@ -40,10 +40,8 @@ from nas.training.recipes import text_loss
 def run(config: Fidelity, path: Path) -> None:
     """Compares into ``path``."""
     if config.vectors < 2 or config.alone.vectors == 1 or config.alone.vectors > config.vectors:
-        raise UserError(
-            f"vectors is {config.vectors} and alone.vectors {config.alone.vectors}; a ranking takes two or more, and "
-            "those trained alone are among the others"
-        )
+        fix = "a ranking takes two or more, and those trained alone are among the others"
+        raise UserError(f"vectors is {config.vectors} and alone.vectors {config.alone.vectors}; {fix}")
     if config.equal_total >= config.vectors:
         raise UserError(f"equal_total is {config.equal_total} of {config.vectors} vectors; lower it or raise vectors")
     source, runs = FinishedRun(Path(config.supernet), "train"), Path(config.runs_dir)

@@ -68,10 +68,8 @@ def workload_of(config: Generate, prompt: list[int], model: Decoder, device: Dev
             "together; change either"
         )
     if max(prompt) >= shape.vocab_size:
-        raise UserError(
-            f"{config.checkpoint}: the prompt has token {max(prompt)} but the model knows {shape.vocab_size} tokens; "
-            "give it its own tokenizer.json"
-        )
+        what = f"{config.checkpoint}: the prompt has token {max(prompt)} but the model knows {shape.vocab_size} tokens"
+        raise UserError(f"{what}; give it its own tokenizer.json")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device)
     workload = Workload(config.batch, length, len(prompt), dtype, runtime)
     needed = MemoryModel(shape, workload, device.is_gpu).at(model.kv_heads, config.batch).total

@@ -32,8 +32,8 @@ from nas.latency.predictor import MAX, STEP_REVISION
 from nas.latency.table import META, TABLE, TableLatency, layer_shape
 from nas.latency.timing import SAMPLES
 from nas.model.pretrained import resolve_space
+from nas.report.agreement import draw_check
 from nas.report.figure import figure
-from nas.report.predicted import draw_check
 from nas.run import FinishedRun, find_or_make, find_runs, git_state, now, start_run
 from nas.space import SearchSpace
 
@@ -85,9 +85,8 @@ def measure_space(config: LatencyParts, space: SearchSpace, device: Device, work
     grid = grid_for(options, workload, batches, limit)
     shapes = check_shapes(options, grid, workload, batches)
     if max(*grid.contexts, *grid.prompts, *(length for _, _, length in shapes)) > limit:
-        raise UserError(
-            f"the grid reaches beyond the space's context of {limit}; lower measure.contexts, .prompts or .check_at"
-        )
+        fix = "lower measure.contexts, .prompts or .check_at"
+        raise UserError(f"the grid reaches beyond the space's context of {limit}; {fix}")
     if (most := max(options.energy_batches or [0])) > grid.batches[-1]:
         raise UserError(f"measure.energy_batches has {most} but the grid's largest batch is {grid.batches[-1]}")
     if outside := [at for at in options.check_at or () if not grid.surrounds(*at)]:
@@ -176,9 +175,8 @@ def find_latency(
     if config.latency:
         if covers(named := table_of(FinishedRun(Path(config.latency), "measure"))):
             return named
-        raise UserError(
-            f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; measure that"
-        )
+        fix = "measure that"
+        raise UserError(f"latency {config.latency} does not cover {space.name} on {device.slug} at {workload}; {fix}")
     known = list(_tables(Path(config.runs_dir), device.slug))
     covering = list(filter(covers, known))
     if digest := begun.get("latency_table"):
@@ -195,10 +193,8 @@ def find_latency(
         if covers(measured := table_of(find_or_make(path, "measure", measure_now))):
             return measured
         if not tables:
-            raise UserError(
-                f"{path} was measured, but memory ended before it covered {space.name} at {workload}; lower "
-                f"workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}"
-            )
+            what = f"{path} was measured, but memory ended before it covered {space.name} at {workload}"
+            raise UserError(f"{what}; lower workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}")
     if tables:  # of those of the present decode step, first one that need not interpolate
         return min(tables, key=lambda t: (not t.is_steady, not t.is_current, t.meta.get("workload") != wanted))
     if not covering and any(table.is_of(device.slug, space, workload) for table in known):

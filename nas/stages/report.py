@@ -2,15 +2,12 @@
 
 import json
 import shlex
-from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import moocore
-import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from nas import console
@@ -21,28 +18,18 @@ from nas.latency.accuracy import CHECK_COLUMNS
 from nas.latency.predictor import Workload
 from nas.metrics import LIMITS
 from nas.ranking import TRAINED, order_sentence
+from nas.report import front as figures
+from nas.report.agreement import draw_check
 from nas.report.figure import figure
-from nas.report.front import (
-    attained,
-    draw_front,
-    draw_groups,
-    draw_trained,
-    front_points,
-    front_table,
-    gain_sentence,
-    group_matrix,
-)
-from nas.report.hypervolume import curves, draw_hypervolume, reference_text
 from nas.report.learned import learned
 from nas.report.page import draw_page
-from nas.report.predicted import draw_check
 from nas.report.views import REFERENCE, Page, costs
 from nas.run import FinishedRun, runs_in, start_run
 from nas.search import Objectives, on_front, reference_point
+from nas.search.exact import Floats
 from nas.search.pareto import front_distance
 from nas.space import SearchSpace, format_vector, searched_space
 
-Floats = npt.NDArray[np.float64]
 _COMPARABLE = ("space", "serve", "device", "workload", "objectives", "windows", "latency_table")
 
 
@@ -89,7 +76,7 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
     reference_vectors, caption = space.reference_vectors(), _caption(first.config)
     everything = pd.concat(trials, join="inner").drop_duplicates("vector", ignore_index=True)
     everything["on_front"] = on_front(everything, objectives)
-    points = front_points(everything, reference_vectors)
+    points = figures.front_points(everything, reference_vectors)
     front = points[points["on_front"]].sort_values("loss_nats")
     draw = partial(figure, caption=caption)
     labels = _labels([search.config for search in searches])
@@ -97,20 +84,20 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
     better = known_trials[len(searches) :]  # the reference's
 
     with draw(path / "front", f"{name}: Pareto front") as drawing:
-        draw_front(drawing, points, objectives, better)
+        figures.draw_front(drawing, points, objectives, better)
     if trained is not None:
         points = points.merge(trained, on="vector", how="left")
         with draw(path / "front_trained", f"{name}: losses before and after training") as drawing:
-            draw_trained(drawing, points.dropna(subset=TRAINED), objectives)
+            figures.draw_trained(drawing, points.dropna(subset=TRAINED), objectives)
     with draw(path / "groups", f"{name}: KV groups along the front") as drawing:
-        draw_groups(drawing, group_matrix(front))
+        figures.draw_groups(drawing, figures.group_matrix(front))
 
     # Limits and small budgets leave some reference vectors out.
     complete = set(map(format_vector, reference_vectors.values())) <= set(everything["vector"])
     reference = reference_point(points[points["name"] != ""] if complete else points, objectives)
-    table = curves(runs, objectives, reference)
+    table = figures.curves(runs, objectives, reference)
     with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
-        draw_hypervolume(drawing, table, objectives, reference)
+        figures.draw_hypervolume(drawing, table, objectives, reference)
 
     timed = (first.path / "latency_check.csv").is_file()
     check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame()
@@ -120,9 +107,9 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
 
     stopped = _stopped(first) if len(searches) == 1 else ""
     console.print(f"{name}; {caption}{stopped}")
-    console.print(front_table(front, objectives))
+    console.print(figures.front_table(front, objectives))
     uniform = set(map(format_vector, space.uniform_vectors()))
-    console.print(gain_sentence(everything, uniform))
+    console.print(figures.gain_sentence(everything, uniform))
     if trained is not None:
         console.print(order_sentence(trained))
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
@@ -136,7 +123,7 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
             caption=caption + stopped,
             **_of_vectors(points, searches, runs, better, space),
             volumes=table,
-            reference=reference_text(objectives, reference),
+            reference=figures.reference_text(objectives, reference),
             check=check,
             runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
         ),
@@ -159,32 +146,31 @@ def _of_vectors(
     points: pd.DataFrame,
     searches: Sequence[FinishedRun],
     runs: Sequence[tuple[str, pd.DataFrame]],
-    reference: Sequence[pd.DataFrame],
+    better: Sequence[pd.DataFrame],
     space: SearchSpace,
 ) -> dict[str, Any]:
     """What the page shows of vectors: who evaluated each of them and when, and what was learned from all."""
-    label: dict[str, str] = {}
-    command: dict[str, str] = {}
-    times, evaluation = Counter[str](), dict[str, int]()
-    for search, (of, trials) in zip(searches, runs, strict=True):
-        for number, vector in enumerate(trials["vector"], start=1):
-            label[vector] = of if label.get(vector, of) == of else "several"
-            times[vector] += 1
-            evaluation[vector] = min(number, evaluation.get(vector, number))
-            command.setdefault(vector, shlex.join(["nas", "export", f"run={search.path}", f"select={vector}"]))
-    columns: dict[str, dict[str, Any]] = {"label": label, "times": times, "evaluation": evaluation, "command": command}
-    found = points.assign(**{name: points["vector"].map(of) for name, of in columns.items()})
+    tables = [
+        trials[["vector"]].assign(label=label, evaluation=range(1, len(trials) + 1), run=str(search.path))
+        for search, (label, trials) in zip(searches, runs, strict=True)
+    ]
+    evaluated = pd.concat(tables).groupby("vector")
+    found = evaluated.agg(label=("label", "first"), times=("run", "size"), evaluation=("evaluation", "min"))
+    found["label"] = found["label"].where(evaluated["label"].nunique() == 1, "several")
+    first = evaluated["run"].first().items()
+    found["command"] = [shlex.join(["nas", "export", f"run={run}", f"select={vector}"]) for vector, run in first]
+    found = points.join(found, on="vector")
     # The largest uniform vector's moves come first: they are the penalties of single layers.
     uniform = found[found["uniform"]].sort_values("parameters", ascending=False)
     bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
     found, moves = learned(found, space, bases)
     limits = searches[0].config.get("constraints", {}).items()
-    fronts = [attained(runs, costs(found))]
-    fronts += [attained([(REFERENCE, one)], [name for name in costs(found) if name in one]) for one in reference]
+    fronts = [figures.attained(runs, costs(found))]
+    fronts += [figures.attained([(REFERENCE, one)], [name for name in costs(found) if name in one]) for one in better]
     return {
         "vectors": found,
         "moves": moves,
-        "levels": sorted({groups for allowed in space.choices for groups in allowed}),
+        "levels": space.levels,
         "fronts": pd.concat(fronts, ignore_index=True),
         "limits": {LIMITS[key].name: bound for key, bound in limits if bound is not None},
     }

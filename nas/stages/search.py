@@ -6,18 +6,17 @@ latency_check.csv   predicted against measured end-to-end models, where the tabl
 study.db            the Optuna study, unless storage= names another database
 
 Whether a process may go on with a search is decided by its config, against that in run.json (`check_begun`); by its
-supernet and latency table, against the run's parents (`start_run`); and, for workers on a shared study, by what `agree`
-collects, against the study's metadata (`Storage`).
+supernet and latency table, against the run's parents (`start_run`); and, for workers on a shared study, by what
+`_agree` collects, against the study's metadata (`Storage`).
 """
 
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import pandas as pd
 
@@ -25,7 +24,7 @@ from nas import console
 from nas.config import Search, build
 from nas.errors import InUseError, UserError, without_passwords
 from nas.files import read_csv, value_hash, write_csv
-from nas.latency import Predictor, find_device, resolve_workload
+from nas.latency import find_device, resolve_workload
 from nas.latency.cost import cost_function
 from nas.latency.memory import check_serving_memory
 from nas.metrics import LIMITS, PAIRED_SE, Metrics
@@ -49,14 +48,14 @@ _MOST = 20_000  # vectors that budget=all may mean
 
 def run(config: Search, path: Path) -> None:
     """Searches into ``path``."""
-    prepared = _prepare(config, path)
+    prepared = _Prepared(config, path)
     problem, parents = prepared.problem, prepared.parents
     try:
         with start_run(path, "search", prepared.recorded, {"search": config.seed}, parents, free=["latency"]) as run:
             kept = f"{problem.size:,} of " if problem.size < problem.space.size else ""
             vectors = f"{kept}{problem.space.size:,} vectors of {searched_space(prepared.recorded)[1]}"
             console.print(f"Searching {vectors}, budget {config.budget}, in {path}")
-            if prepared.evaluates_all and not config.storage:
+            if config.budget == "all" and not config.storage:
                 prepared.loss.of(list(problem.vectors()))  # together, far faster than one by one
             with more_workers(partial(_assist, config, path), config.workers):
                 # Whoever holds the run directory knows that no other process of this run lives.
@@ -87,100 +86,103 @@ def run(config: Search, path: Path) -> None:
 
 def _assist(config: Search, path: Path) -> None:
     """Works on the search that another process of this machine has begun in ``path``."""
-    _prepare(config, path).work(running="ignore")
+    _Prepared(config, path).work(running="ignore")
 
 
-@dataclass(frozen=True)
 class _Prepared:
-    problem: Problem
-    loss: InheritedLoss
-    latency: Predictor
-    work: Callable[..., pd.DataFrame]  # `search`, which only needs to know what becomes of trials that are ``running``
-    evaluates_all: bool
-    recorded: dict[str, Any]  # the resolved config
-    parents: dict[str, FinishedRun]
-
-
-def _prepare(config: Search, path: Path) -> _Prepared:
-    """Finds or makes what the search ``path`` needs, and refuses what cannot work before anything that takes longer.
+    """A search with all that it needs, found or made; what cannot work is refused before anything that takes longer.
 
     The config comes first, then the text (minutes where it is not tokenised yet), the latency table (minutes where it
     must be measured), the limits, which need that table, and the supernet (its training takes longest).
     """
-    training = Training(config)
-    runs_dir = Path(config.runs_dir)
-    # The space of all that follows, whose costs count; of the trained one only the losses do.
-    space = training.space.served_as(resolve_space(config.serve)) if config.serve else training.space
-    objectives, budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
-    if budget == EVERYTHING and space.size > _MOST:
-        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
-    make_sampler = build(config.sampler, _partial_=True)
-    sampler = build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
-    if budget.auto and not hasattr(sampler, PROMISED):
-        raise UserError(
-            f"budget=auto needs a sampler that expects something of its proposals, which {type(sampler).__name__} does "
-            "not; use sampler=front, or give a number of evaluations"
+
+    def __init__(self, config: Search, path: Path) -> None:
+        self._config, self._training = config, (training := Training(config))
+        # The space of all that follows, whose costs count; of the trained one only the losses do.
+        space = training.space.served_as(resolve_space(config.serve)) if config.serve else training.space
+        objectives, self._budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
+        if self._budget == EVERYTHING and space.size > _MOST:
+            raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
+        sampler = build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+        if self._budget.auto and not hasattr(sampler, PROMISED):
+            raise UserError(
+                f"budget=auto needs a sampler that expects something of its proposals, which {type(sampler).__name__} "
+                "does not; use sampler=front, or give a number of evaluations"
+            )
+        self._storage, self._metadata = _storage(config, path), dict[str, str]()
+        earlier = _earlier_searches(config, space)
+        device = find_device(config.device)
+        workload = resolve_workload(config.workload, space.shape, device)
+        check_serving_memory(space, device, workload)
+        self.recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
+            "serve": {"name": space.name, **space.to_dict()} if config.serve else None,
+            "device": device.slug,
+            "workload": workload.to_dict(),
+            "storage": without_passwords(config.storage) if config.storage else None,
+        }
+        spaces = [training.space, space] if config.serve else [space]
+        self._agree(
+            **{key: json.dumps(self.recorded[key], sort_keys=True) for key in _COMMON},
+            space=" served as ".join(f"{one.name} {value_hash(one.to_dict())}" for one in spaces),
+            workload=str(workload),
         )
-    storage = _storage(config, path)
-    earlier = _earlier_searches(config, space)
-    device = find_device(config.device)
-    workload = resolve_workload(config.workload, space.shape, device)
-    check_serving_memory(space, device, workload)
-    recorded = {key: value for key, value in dataclasses.asdict(config).items() if key not in _INCIDENTAL} | {
-        "serve": {"name": space.name, **space.to_dict()} if config.serve else None,
-        "device": device.slug,
-        "workload": workload.to_dict(),
-        "storage": without_passwords(config.storage) if config.storage else None,
-    }
-    spaces = [training.space, space] if config.serve else [space]
-    common: dict[str, str] = {}
+        self.recorded |= training.recorded  # reads the text
+        begun = check_begun(path, "search", self.recorded)
+        supernet = _find_supernet(config, training)
+        if begun and not supernet:
+            raise UserError("the supernet that this search was begun with is gone; restore it, or give another name=")
+        if not supernet:
+            training.check_memory()
+        # Takes minutes at most, so before any training.
+        self.latency = latency = find_latency(config, begun, space, device, workload)
+        described = f"{latency.description} ({latency.folder})" if latency.folder else latency.description
+        console.print(f"Latency on {device.name} ({workload}): {described}")
+        limits = dataclasses.asdict(config.constraints)
+        needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
+        costs = cost_function(space, device, latency, workload, config.cost, needed)
+        self.problem = Problem(space, objectives, costs, limits)
+        self._agree(latency=f"{device.name}, {latency.digest[:12] if latency.digest else latency.description}")
+        self._take_losses(supernet or _make_supernet(training, Path(config.runs_dir)), earlier)
 
-    def agree(**metadata: str) -> None:
+    def _take_losses(self, supernet: FinishedRun, earlier: list[FinishedRun]) -> None:
+        console.print(f"Supernet: {supernet.path}")
+        config, data, latency = self._config, self._training.data, self.latency
+        self.loss = inherited_loss(supernet, data, config.train.validation_windows, Path(config.runs_dir))
+        windows, precision = list(self.loss.windows.shape), self.loss.precision
+        in_fp16 = " in fp16" if precision == "fp16" else ""  # once it never was
+        self._known, self._proposed, self._errors = _taken_over(earlier, supernet, self.loss)
+        self._agree(
+            supernet=supernet.digest()[:12],
+            validation=f"{windows[0]} windows of {windows[1]} tokens of {data.digest[:12]}{in_fp16}",
+            warm_start=value_hash([list(self._known.items()), self._proposed]),
+        )
+        self.parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
+        if latency.folder and is_run(latency.folder):
+            self.parents["latency"] = FinishedRun(latency.folder, "measure")
+        self.recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
+        self.recorded |= {"precision": precision} if in_fp16 else {}
+
+    def _agree(self, **metadata: str) -> None:
         """Adds to what all workers of a study must have in common."""
-        common.update(metadata)
-        if config.storage:
-            storage.check(common)
+        self._metadata.update(metadata)
+        if self._config.storage:
+            self._storage.check(self._metadata)
 
-    agree(
-        **{key: json.dumps(recorded[key], sort_keys=True) for key in _COMMON},
-        space=" served as ".join(f"{one.name} {value_hash(one.to_dict())}" for one in spaces),
-        workload=str(workload),
-    )
-    recorded |= training.recorded  # reads the text
-    begun = check_begun(path, "search", recorded)
-    supernet = _find_supernet(config, training)
-    if begun and not supernet:
-        raise UserError("the supernet that this search was begun with is gone; restore it, or give another name=")
-    if not supernet:
-        training.check_memory()
-    latency = find_latency(config, begun, space, device, workload)  # takes minutes at most, so before any training
-    described = f"{latency.description} ({latency.folder})" if latency.folder else latency.description
-    console.print(f"Latency on {device.name} ({workload}): {described}")
-    limits = dataclasses.asdict(config.constraints)
-    needed = [*objectives.names, *(LIMITS[key].name for key, bound in limits.items() if bound is not None)]
-    costs = cost_function(space, device, latency, workload, config.cost, needed)
-    problem = Problem(space, objectives, costs, limits)
-    agree(latency=f"{device.name}, {latency.digest[:12] if latency.digest else latency.description}")
-
-    supernet = supernet or _make_supernet(training, runs_dir)
-    console.print(f"Supernet: {supernet.path}")
-    loss = inherited_loss(supernet, training.data, config.train.validation_windows, runs_dir)
-    windows, in_fp16 = list(loss.windows.shape), " in fp16" if loss.precision == "fp16" else ""  # once it never was
-    known, proposed, errors = _taken_over(earlier, supernet, loss)
-    agree(
-        supernet=supernet.digest()[:12],
-        validation=f"{windows[0]} windows of {windows[1]} tokens of {training.data.digest[:12]}{in_fp16}",
-        warm_start=value_hash([list(known.items()), proposed]),
-    )
-    parents = {"supernet": supernet} | {f"warm_start_{number}": run for number, run in enumerate(earlier)}
-    if latency.folder and is_run(latency.folder):
-        parents["latency"] = FinishedRun(latency.folder, "measure")
-    recorded |= {"windows": windows, "latency": latency.description, "latency_table": latency.digest}
-    recorded |= {"precision": loss.precision} if in_fp16 else {}
-    work = partial(search, problem, loss, make_sampler, budget, config.seed, storage)
-    work = partial(work, known=list(known), proposed=proposed, metadata=common)
-    work = partial(work, noise=lambda vector: loss.noise(vector) or errors.get(vector, {}))
-    return _Prepared(problem, loss, latency, work, budget == EVERYTHING, recorded, parents)
+    def work(self, running: Literal["fail", "wait", "ignore"]) -> pd.DataFrame:
+        """Evaluates vectors; ``running`` says what becomes of trials that run already, as in `search`."""
+        return search(
+            self.problem,
+            self.loss,
+            build(self._config.sampler, _partial_=True),
+            self._budget,
+            self._config.seed,
+            self._storage,
+            running=running,
+            known=list(self._known),
+            proposed=self._proposed,
+            metadata=self._metadata,
+            noise=lambda vector: self.loss.noise(vector) or self._errors.get(vector, {}),
+        )
 
 
 def _storage(config: Search, path: Path) -> Storage:
@@ -202,9 +204,8 @@ def _find_supernet(config: Search, training: Training) -> FinishedRun | None:
     )
     for key in ("space", "data", *(["init"] if ours["init"] else [])):
         if theirs[key] != ours[key]:
-            raise UserError(
-                f"supernet {supernet.path} was trained with another {key} than this search's; give the same {key}="
-            )
+            fix = f"give the same {key}="
+            raise UserError(f"supernet {supernet.path} was trained with another {key} than this search's; {fix}")
     return supernet
 
 
@@ -243,14 +244,14 @@ def _taken_over(
         theirs = run.parents["supernet"]["hash"], run.config["windows"], run.config.get("precision", "fp32")
         holds = ours == theirs
         table = read_csv(run.artifact("trials.csv" if holds else "front.csv"), COLUMNS)
-        losses = dict(zip(map(parse_vector, table["vector"]), table["loss_nats"].astype(float), strict=True))
-        if holds:
-            known = losses | known
-            if PAIRED_SE in table:
-                told = zip(losses, table[PAIRED_SE], strict=True)
-                errors = {vector: {PAIRED_SE: error} for vector, error in told if pd.notna(error)} | errors
-        else:
-            proposed += list(losses)
+        vectors = list(map(parse_vector, table["vector"]))
+        if not holds:
+            proposed += vectors
+            continue
+        known = dict(zip(vectors, table["loss_nats"].astype(float), strict=True)) | known
+        if PAIRED_SE in table:
+            told = zip(vectors, table[PAIRED_SE], strict=True)
+            errors = {vector: {PAIRED_SE: error} for vector, error in told if pd.notna(error)} | errors
     names = {format_vector(vector): value for vector, value in known.items()}
     loss.memo.add({name: value for name, value in names.items() if name not in loss.memo})
     if earlier:
