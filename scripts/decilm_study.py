@@ -133,8 +133,8 @@ def equal_cost(given: argparse.Namespace) -> None:
     speed = trials.loc[trials["vector"] == format_vector(theirs), "tokens_per_s"].item()
     better = trials[trials["tokens_per_s"] >= speed].nsmallest(1, "loss_nats")["vector"].item()
     orders.setdefault(parse_vector(better), "best at its speed")
-    for groups in space.choices[0]:
-        orders.setdefault((groups,) * len(theirs), f"uniform {groups}")
+    for uniform in space.uniform_vectors():
+        orders.setdefault(uniform, f"uniform {uniform[0]}")
     tuned, others = loss.memo.windows, held_out(given, loss)
     costs = {tuple(sorted(parse_vector(row["vector"]))): row for row in trials.to_dict("records")}
     rows = []
