@@ -85,19 +85,17 @@ def test_lasting_steps_are_quoted_as_measured(script: dict[str, Any]) -> None:
     assert script["markdown"](found) in (DOCS / "latency.md").read_text(encoding="utf-8")
     decode = found[(found["phase"] == "decode") & (found["vectors"] == 12)]
     earlier = 100 * found[found["date"] == found["date"].min()][["mean", "worst"]]
-    sessions = {
-        "14:07": "by {} in the mean of a workload ({} at worst) on an H100",
-        "21:15": "by {} ({}) on another H100",
-        "17:34": "by {} ({}) on an H200",
-    }
-    for hour, words in sessions.items():
+    worst = {}
+    for hour in ("14:07", "21:15", "17:34"):
         own = 100 * decode.loc[decode["date"].str[11:16] == hour, ["mean", "worst", "short_mean"]]
-        mean, worst = own["mean"], own["worst"].max()
-        assert words.format(f"{mean.min():.1f} to {mean.max():.1f} %", f"{worst:.1f} %") in page("README.md")
+        worst[hour] = own["worst"].max()
         if hour != "17:34":
             over_all = f"takes the mean error from {own['short_mean'].mean():.2f} to {own['mean'].mean():.2f} %"
             assert over_all in page("docs/latency.md")
     assert f"mean and {earlier['worst'].max():.1f} % at worst" in page("docs/latency.md")
+    one, another, h200 = worst.values()
+    quoted = f"{one:.1f} % at worst on an H100, {another:.1f} % on another and {h200:.1f} % on an H200"
+    assert quoted in page("README.md")
 
 
 @pytest.mark.parametrize(
