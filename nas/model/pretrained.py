@@ -1,9 +1,7 @@
 """A trained model in a Hugging Face directory: the shape that its config states, and its weights.
 
-transformers reads both, so that every model type has the defaults and the loading code of its own. Only where
-``block_configs`` describe layers that differ, as in NVIDIA's models and in what `nas export` writes, the weights are
-read here. A config that asks for what our decoder does not compute is refused, and code that a checkpoint brings along
-is never run.
+transformers reads the config, so that every model type has defaults of its own. A config that asks for what our decoder
+does not compute is refused, and code that a checkpoint brings along is never run.
 """
 
 import dataclasses
@@ -38,6 +36,7 @@ _SIZES = ("n_heads_in_group", "num_key_value_heads", "ffn_mult", "intermediate_s
 _NOT_LLAMAS = ("model_type", "auto_map", "block_configs", "per_layer_config", *_SIZES)
 _USUAL = {"gated": (None, True), "hidden_act": (None, "silu")}
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+_COMPUTED = "rotary_emb.inv_freq"  # what old Llama checkpoints store although it follows from their config
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _FROM_DISK = {"local_files_only": True, "trust_remote_code": False}
 
@@ -125,41 +124,24 @@ class Checkpoint:
             raise UserError(f"{file} is corrupt ({in_short(error)}); remove it") from None
         supernet.decoder.load_state_dict({**supernet.decoder.state_dict(), **weights, **aligned})
 
-    def _weights(self) -> Mapping[str, Tensor]:
-        """The weights in fp32."""
-        try:
-            weights, report = self._stored_weights() if self.in_blocks else self._weights_by_transformers()
-        except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
-        if problem := next(_problems(report, weights), None):
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights in fp32, by the names that every supported type has for them, and our decoder too."""
+        wanted = self.model(with_weights=False).state_dict()
+        found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
+        if not any(name.startswith("model.") for name in found):  # a model that was saved without its head
+            found = {f"model.{name}": x for name, x in found.items()}
+        tied = self.shape.tie_word_embeddings
+        for state in (wanted, found) if tied else ():
+            state.pop("lm_head.weight", None)
+        for name in [name for name in wanted.keys() & found.keys() if self.in_blocks and ".mlp." in name]:
+            if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
+                found[name] = found[name][tuple(map(slice, wanted[name].shape))]
+        found = {name: x for name, x in found.items() if not name.endswith(_COMPUTED)}
+        if problem := next(_problems(wanted, found), None):
             raise UserError(
                 f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
             )
-        return weights
-
-    def _weights_by_transformers(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """The weights, and the library's report of loading them."""
-        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_FROM_DISK}
-        model, report = _transformers().AutoModelForCausalLM.from_pretrained(
-            self.folder, ignore_mismatched_sizes=True, **options
-        )  # `_problems` tells of those sizes
-        return model.state_dict(), report
-
-    def _stored_weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """The same without the library, which has no code for layers that differ."""
-        wanted = self.model(with_weights=False).state_dict()
-        found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
-        if self.shape.tie_word_embeddings:
-            found["lm_head.weight"] = found["model.embed_tokens.weight"]
-        for name in [name for name in wanted.keys() & found.keys() if ".mlp." in name]:
-            if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
-                found[name] = found[name][tuple(map(slice, wanted[name].shape))]
-        misshaped = {name: x for name, x in wanted.items() if name in found and found[name].shape != x.shape}
-        return {**found, **misshaped}, {
-            "missing_keys": wanted.keys() - found.keys(),
-            "mismatched_keys": misshaped,
-            "unexpected_keys": found.keys() - wanted.keys(),
-        }
+        return found | ({"lm_head.weight": found["model.embed_tokens.weight"]} if tied else {})
 
 
 def padded_ffn_width(width: int) -> int:
@@ -340,13 +322,10 @@ def _has_tied_weights(files: Sequence[Path]) -> bool:
     return len(found) < 2 or torch.equal(*found.values())
 
 
-def _problems(report: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """What is wrong with loaded weights, by transformers' report of loading them and by their values."""
-    yield from (f"{name} is missing" for name in sorted(report["missing_keys"]))
-    for key in sorted(report["mismatched_keys"]):
-        name = key if isinstance(key, str) else key[0]  # transformers 4 gives the name alone, 5 the shapes with it
-        yield f"{name} has another shape than {tuple(weights[name].shape)}"
-    for name in sorted(report["unexpected_keys"]):
-        if not name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints store what follows from their config
-            yield f"{name} has no place in the model"
-    yield from (f"{name} has values that are not finite" for name, x in weights.items() if not x.isfinite().all())
+def _problems(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with stored weights: their names, their shapes, or their values."""
+    yield from (f"{name} is missing" for name in sorted(wanted.keys() - found.keys()))
+    misshaped = (name for name in sorted(wanted) if found[name].shape != wanted[name].shape)
+    yield from (f"{name} has another shape than {tuple(wanted[name].shape)}" for name in misshaped)
+    yield from (f"{name} has no place in the model" for name in sorted(found.keys() - wanted.keys()))
+    yield from (f"{name} has values that are not finite" for name, x in found.items() if not x.isfinite().all())
