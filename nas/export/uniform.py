@@ -19,7 +19,7 @@ from nas.shape import ModelShape
 class UniformExporter(HfExporter):
     """See `nas.export.Exporter`."""
 
-    form, has_code = "uniform", False
+    form, has_code, usage = "uniform", False, LOADING.format(code="")
 
     def check(self, shape: ModelShape, tokenizer: Path | None) -> None:  # noqa: ARG002
         if shape.qk_norm and shape.mlp_bias:
@@ -29,7 +29,18 @@ class UniformExporter(HfExporter):
             )
 
     def config(self, model: Decoder) -> dict[str, Any]:
-        return plain_config(model.shape) | {"num_key_value_heads": math.lcm(*model.kv_heads)}
+        """That of the plain model type that computes the shape: Llama, or Qwen3 where there are norms.
+
+        Not Qwen2, whose output projection has no bias: transformers 5 gives every model of that type Qwen's tokenizer.
+        """
+        shape, kind = model.shape, "qwen3" if model.shape.qk_norm else "llama"
+        return {
+            "architectures": [f"{kind.title()}ForCausalLM"],
+            "model_type": kind,
+            **llama_keys(shape),
+            "attention_bias": shape.qkv_bias or shape.o_bias,
+            "num_key_value_heads": math.lcm(*model.kv_heads),
+        }
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
         state = plain_state(model)
@@ -40,9 +51,6 @@ class UniformExporter(HfExporter):
                     state[key] = heads.repeat_interleave(math.lcm(*model.kv_heads) // groups, dim=0).flatten(0, 1)
         return state
 
-    def usage(self, model: Decoder) -> str:  # noqa: ARG002
-        return LOADING.format(code="")
-
     def notes(self, model: Decoder) -> list[str]:
         heads = math.lcm(*model.kv_heads)
         return [
@@ -51,18 +59,8 @@ class UniformExporter(HfExporter):
         ]
 
 
-def plain_config(shape: ModelShape) -> dict[str, Any]:
-    """The config.json of the plain model type that computes a shape: Llama, or Qwen3 where there are norms.
-
-    Not Qwen2, whose output projection has no bias: transformers 5 gives every model of that type Qwen's tokenizer.
-    """
-    kind = "qwen3" if shape.qk_norm else "llama"
-    architecture = {"architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind}
-    return architecture | llama_keys(shape) | {"attention_bias": shape.qkv_bias or shape.o_bias}
-
-
 def plain_state(model: Decoder) -> dict[str, Tensor]:
-    """The state dict with zeros for biases that `plain_config`'s type has and the shape does not."""
+    """The state dict with zeros for biases that the plain type has and the shape does not."""
     state = untied_state(model)
     if model.shape.qkv_bias or model.shape.o_bias:
         for name, tensor in list(state.items()):
