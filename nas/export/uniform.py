@@ -8,11 +8,13 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nas.errors import UserError
 from nas.export.hf import LOADING, HfExporter, llama_keys, untied_state
 from nas.model import Decoder
+from nas.model.supernet import with_mixed_heads
 from nas.shape import ModelShape
 
 
@@ -43,13 +45,9 @@ class UniformExporter(HfExporter):
         }
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
-        state = plain_state(model)
-        for layer, groups in enumerate(model.kv_heads):
-            for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
-                if (key := f"model.layers.{layer}.self_attn.{name}") in state:
-                    heads = state[key].unflatten(0, (groups, -1))
-                    state[key] = heads.repeat_interleave(math.lcm(*model.kv_heads) // groups, dim=0).flatten(0, 1)
-        return state
+        heads = math.lcm(*model.kv_heads)
+        repeated = (torch.eye(groups).repeat_interleave(heads // groups, dim=0) for groups in model.kv_heads)
+        return with_mixed_heads(plain_state(model), repeated)
 
     def notes(self, model: Decoder) -> list[str]:
         heads = math.lcm(*model.kv_heads)

@@ -87,7 +87,7 @@ class Supernet(nn.Module):
         """The sub-network at ``vector`` as a plain model of its own, with copied weights."""
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
         mixtures = [self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True)]
-        state = _with_mixed_heads(self.decoder.state_dict(), mixtures)
+        state = with_mixed_heads(self.decoder.state_dict(), mixtures)
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
         for own, folded, mixture in zip(self.decoder.attentions, plain.attentions, mixtures, strict=True):
             if own.correction is not None:
@@ -105,7 +105,7 @@ class Supernet(nn.Module):
         assert all(heads >= groups for heads, groups in zip(kv_heads, self.space.largest, strict=True))
         layers = zip(self.space.choices, kv_heads, strict=True)
         mixtures = (self.rule.from_largest(choices) @ pooling(heads, choices[-1]) for choices, heads in layers)
-        self.decoder.load_state_dict(self.decoder.state_dict() | _with_mixed_heads(state, mixtures))
+        self.decoder.load_state_dict(self.decoder.state_dict() | with_mixed_heads(state, mixtures))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draws fresh weights: those that the plain largest model draws, whatever the sharing rule."""
@@ -137,7 +137,7 @@ def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
     return supernet.to(device)
 
 
-def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
+def with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
     """A state dict whose K/V heads are mixed, with a mixture per layer."""
     mixed = dict(state)
     for layer, mixture in enumerate(mixtures):
