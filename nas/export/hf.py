@@ -21,6 +21,7 @@ from nas.errors import UserError
 from nas.export.card import write_card
 from nas.files import write_atomically, write_json
 from nas.model import Decoder
+from nas.model.decoder import untied
 from nas.model.pretrained import UNPADDED, padded_ffn_width, read_checkpoint
 from nas.shape import LayerSpec, ModelShape
 
@@ -92,7 +93,7 @@ class HfExporter:
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
         """The tensors that are stored: here with the FFN zero-padded to the widths that engines will compute."""
-        state = untied_state(model)
+        state = untied(model.shape, model.state_dict())
         for name, tensor in state.items():  # silu(0) · 0 = 0: the added neurons change nothing
             if ".mlp." in name and not name.endswith("down_proj.bias"):
                 axis = 1 if "down_proj" in name else 0
@@ -183,14 +184,6 @@ def copy_code(folder: Path) -> None:
     """Copies the model code that transformers needs beside a configuration."""
     for name in _CODE:
         shutil.copy(Path(__file__).with_name(f"{name}.py"), folder)
-
-
-def untied_state(model: Decoder) -> dict[str, Tensor]:
-    """The state dict, without a head that is the embedding."""
-    state: dict[str, Tensor] = model.state_dict()
-    if model.shape.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
 
 
 def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, Any]:

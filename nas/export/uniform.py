@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from nas.errors import UserError
-from nas.export.hf import LOADING, HfExporter, llama_keys, untied_state
+from nas.export.hf import LOADING, HfExporter, llama_keys
 from nas.model import Decoder
+from nas.model.decoder import untied
 from nas.model.supernet import with_mixed_heads
 from nas.shape import ModelShape
 
@@ -59,7 +60,7 @@ class UniformExporter(HfExporter):
 
 def plain_state(model: Decoder) -> dict[str, Tensor]:
     """The state dict with zeros for biases that the plain type has and the shape does not."""
-    state = untied_state(model)
+    state = untied(model.shape, model.state_dict())
     if model.shape.qkv_bias or model.shape.o_bias:
         for name, tensor in list(state.items()):
             module, _, kind = name.rpartition(".")

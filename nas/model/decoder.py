@@ -72,6 +72,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+def untied(shape: ModelShape, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict as it is stored: without a head that is the embedding."""
+    return {name: x for name, x in state.items() if not (shape.tie_word_embeddings and name == "lm_head.weight")}
+
+
 def _linear(spec: LinearSpec) -> nn.Linear:
     return nn.Linear(spec.inputs, spec.outputs, spec.bias)
 

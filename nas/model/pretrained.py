@@ -23,7 +23,7 @@ from nas import console
 from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json, value_hash, write_atomically
 from nas.model.alignment import REVISION, align
-from nas.model.decoder import Decoder
+from nas.model.decoder import Decoder, untied
 from nas.model.supernet import Supernet
 from nas.shape import ROPE_KEYS, ModelShape
 from nas.space import SearchSpace, Vector, load_space, shipped_spaces
@@ -38,7 +38,6 @@ _USUAL = {"gated": (None, True), "hidden_act": (None, "silu")}
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _COMPUTED = "rotary_emb.inv_freq"  # what old Llama checkpoints store although it follows from their config
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FROM_DISK = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -130,9 +129,7 @@ class Checkpoint:
         found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
         if not any(name.startswith("model.") for name in found):  # a model that was saved without its head
             found = {f"model.{name}": x for name, x in found.items()}
-        tied = self.shape.tie_word_embeddings
-        for state in (wanted, found) if tied else ():
-            state.pop("lm_head.weight", None)
+        wanted, found = untied(self.shape, wanted), untied(self.shape, found)
         for name in [name for name in wanted.keys() & found.keys() if self.in_blocks and ".mlp." in name]:
             if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
                 found[name] = found[name][tuple(map(slice, wanted[name].shape))]
@@ -141,7 +138,9 @@ class Checkpoint:
             raise UserError(
                 f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
             )
-        return found | ({"lm_head.weight": found["model.embed_tokens.weight"]} if tied else {})
+        if self.shape.tie_word_embeddings:
+            found["lm_head.weight"] = found["model.embed_tokens.weight"]
+        return found
 
 
 def padded_ffn_width(width: int) -> int:
@@ -193,7 +192,6 @@ def _transformers() -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     return transformers
 
 
@@ -203,7 +201,7 @@ def _config(folder: Path, stated: Mapping[str, Any], in_blocks: bool) -> tuple[A
         own = {key: value for key, value in stated.items() if key not in _NOT_LLAMAS and value is not None}
         config = _transformers().LlamaConfig(**own)
     else:
-        config = _transformers().AutoConfig.from_pretrained(folder, **_FROM_DISK)
+        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not in_blocks:
         return config, (config.num_key_value_heads,) * config.num_hidden_layers
     heads, kv_heads, blocks = config.num_attention_heads, [], stated["block_configs"]

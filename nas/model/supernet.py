@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
-from nas.model.decoder import Decoder, OutputCorrection
+from nas.model.decoder import Decoder, OutputCorrection, untied
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
 from nas.run import FinishedRun
 from nas.space import SearchSpace, Vector, space_from_dict
@@ -118,8 +118,7 @@ def save_supernet(
     space: SearchSpace, sharing: str, output_rank: int, state: Mapping[str, Tensor], folder: Path
 ) -> None:
     """Writes weights and config into ``folder``; ``state`` is the decoder's."""
-    tied = {"lm_head.weight"} if space.shape.tie_word_embeddings else set()
-    kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in tied}
+    kept = {name: tensor.cpu().contiguous() for name, tensor in untied(space.shape, state).items()}
     write_atomically(folder / _WEIGHTS, lambda path: save_file(kept, path))
     config = {"name": space.name, "space": space.to_dict(), "sharing": sharing, "output_rank": output_rank}
     write_json(folder / _CONFIG, config)
