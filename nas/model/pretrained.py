@@ -127,8 +127,10 @@ class Checkpoint:
         """The weights in fp32, by the names that every supported type has for them, and our decoder too."""
         wanted = self.model(with_weights=False).state_dict()
         found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
-        if not any(name.startswith("model.") for name in found):  # a model that was saved without its head
-            found = {f"model.{name}": x for name, x in found.items()}
+        if not any(name.startswith("model.") for name in found):  # a base model's, perhaps with a head beside it
+            found = {name if name == "lm_head.weight" else f"model.{name}": x for name, x in found.items()}
+        if self.shape.tie_word_embeddings and "lm_head.weight" in found:  # which of the two is stored is free
+            found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
         wanted, found = untied(self.shape, wanted), untied(self.shape, found)
         for name in [name for name in wanted.keys() & found.keys() if self.in_blocks and ".mlp." in name]:
             if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
