@@ -47,10 +47,7 @@ class Supernet(nn.Module):
                 attention.correction = OutputCorrection(attention.o_proj, choices, output_rank)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
-        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
-
-        `SearchSpace.choice_indices` gives those numbers.
-        """
+        """Logits BTV; row b runs the vector that has the `SearchSpace.choice_indices` ``choices_BL[b]``."""
         if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
             selections: Sequence[Tensor] = self.get_buffer("mixtures_0")[choices_BL].unbind(1)
         else:

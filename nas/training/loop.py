@@ -231,8 +231,5 @@ def training_step(
 
 
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The full state dict, but for what is frozen, on the CPU in the first process, nothing in the others.
-
-    All must call it.
-    """
+    """The full state dict without what is frozen, on the CPU of the first process; all must call it."""
     return dcp.get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]
