@@ -385,6 +385,22 @@ def test_a_head_that_is_stored_is_not_overwritten_although_the_config_says_tied(
     torch.testing.assert_close(logits, reference_logits(folder, tokens), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("layout", ["only the head", "a base model", "a base model and a head"])
+def test_tied_weights_are_found_under_whatever_names_they_were_saved(layout: str, tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "tied", "llama-tied") / "model.safetensors"
+    weights = load_file(file)
+    embedding = weights["model.embed_tokens.weight"]
+    if layout == "only the head":
+        del weights["model.embed_tokens.weight"]
+    else:
+        weights = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+    head = {} if layout == "a base model" else {"lm_head.weight": embedding.clone()}
+    save_file(weights | head, file, metadata={"format": "pt"})
+    with torch.no_grad():
+        logits = read_checkpoint(file.parent).model()(some_tokens(1, 20))
+    torch.testing.assert_close(logits, reference_logits(file.parent, some_tokens(1, 20)), atol=1e-4, rtol=1e-4)
+
+
 @pytest.fixture(scope="module")
 def tokenizer(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tokenizer.json of 300 tokens."""

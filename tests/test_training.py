@@ -29,7 +29,7 @@ from nas.space import SearchSpace, Totals, Vector, load_space
 from nas.training.heads import freeze, train_smaller_heads, trained_parameters, with_trained_heads
 from nas.training.loop import Microbatch, fit, full_state_dict, learning_rate_at, make_optimizer, make_ready
 from nas.training.recipes import (
-    Teacher,
+    Distillation,
     check_recipe,
     check_training_memory,
     distilled_loss,
@@ -118,7 +118,7 @@ def test_distillation_is_the_divergence_that_pytorch_computes() -> None:
         for row, teacher in ((1, 0), (2, 0), (4, 3), (5, 3))
     ]
     wanted = torch.stack([*first, *(0.3 * loss for loss in others), *(0.7 * loss for loss in soft)]).sum() / 6
-    loss = distilled_loss(logits, targets, vectors_per_text=3, weight=0.7, temperature=2.0)
+    loss = distilled_loss(logits, targets, 3, Distillation(weight=0.7, temperature=2.0))
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     assert logits.grad is not None
@@ -135,7 +135,7 @@ def test_following_a_teacher_piece_by_piece_is_the_divergence_that_pytorch_compu
     arguments = ((logits / 2).log_softmax(-1).flatten(0, 1), (repeated / 2).log_softmax(-1).flatten(0, 1))
     wanted = weight * 4 * F.kl_div(*arguments, log_target=True, reduction="batchmean")
     wanted = wanted + (1 - weight) * F.cross_entropy(logits.flatten(0, 1), rows.flatten())
-    loss = divergence(logits, teacher, rows, weight, temperature=2.0)
+    loss = divergence(logits, teacher, rows, Distillation(weight, temperature=2.0))
     torch.testing.assert_close(loss, wanted)
     torch.testing.assert_close(*(torch.autograd.grad(x, logits)[0] for x in (loss, wanted)))
 
@@ -209,7 +209,7 @@ def test_a_teachers_logits_are_followed_and_it_stays_as_it_is(micro: SearchSpace
     student, model = (random_supernet(micro, seed).extract((4, 1, 2)) for seed in (0, 1))
     freeze(model, torch.float32)
     tokens, options = np.arange(200, dtype=np.uint32) % micro.shape.vocab_size, TrainConfig(batch=2, seed=3)
-    loss = text_loss(tokens, options, 16, Teacher(model, weight, 2.0))(student, 5, Microbatch())
+    loss = text_loss(tokens, options, 16, (model, Distillation(weight, 2.0)))(student, 5, Microbatch())
     windows = training_batch(tokens, 3, 5, 2, 16)
     logs, taught = ((each(windows[:, :-1]) / 2).log_softmax(-1) for each in (student, model))
     wanted = weight * 4 * F.kl_div(logs, taught, reduction="sum", log_target=True) / windows[:, 1:].numel()
@@ -217,7 +217,7 @@ def test_a_teachers_logits_are_followed_and_it_stays_as_it_is(micro: SearchSpace
     torch.testing.assert_close(loss, wanted)
     loss.backward()
     assert all(parameter.grad is None for parameter in model.parameters())
-    same = text_loss(tokens, options, 16, Teacher(model, 1.0, 1.0))(model, 0, Microbatch())
+    same = text_loss(tokens, options, 16, (model, Distillation(1.0, 1.0)))(model, 0, Microbatch())
     assert float(same) == pytest.approx(0, abs=1e-5)
 
 

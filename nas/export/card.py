@@ -58,14 +58,14 @@ def write_card(
     form: str, model: Decoder, folder: Path, rows: Mapping[str, str], notes: Sequence[str] = (), usage: str = ""
 ) -> None:
     """Writes README.md for a model of the format ``form``; ``rows`` are statements about it, by title."""
-    shape, widths = model.shape, sorted({spec.intermediate_size for spec in model.specs})
+    shape = model.shape
     paragraphs = [
         f"---\nlibrary_name: {_LIBRARIES.get(form, 'transformers')}\npipeline_tag: text-generation\n"
         "tags: [nemotron-nas, grouped-query-attention, neural-architecture-search]\n---\n"
         f"# A model with KV groups {format_vector(model.kv_heads)}",
         f"A Llama-style decoder whose layers differ in their number of KV groups: {shape.num_hidden_layers} "
         f"layers, width {shape.hidden_size}, {shape.num_attention_heads} heads of {shape.head_dim}, "
-        f"FFN {listed(widths)}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
+        f"FFN {shape.intermediate_size}, vocabulary {shape.vocab_size}, context {shape.max_position_embeddings}; "
         f"{shape.parameters(model.kv_heads):,} parameters. Found by gqa-nas.",
         *notes,
         _table(("what", "value"), rows.items()),
@@ -74,14 +74,6 @@ def write_card(
         usage,
     ]
     (folder / "README.md").write_text("\n\n".join(paragraphs), encoding="utf-8")
-
-
-def has_weights(model: Decoder) -> bool:
-    return not model.lm_head.weight.is_meta
-
-
-def listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -16,10 +16,9 @@ from torch import Tensor
 from nas.data.tokenizer import as_ids, chat_template, document_frame, load_tokenizer, special_or_usual_ids
 from nas.errors import UserError
 from nas.export.card import write_card
-from nas.export.hf import untied_state
 from nas.files import read_json, write_atomically
 from nas.model import Decoder
-from nas.model.decoder import rope_frequencies
+from nas.model.decoder import rope_frequencies, untied
 from nas.shape import ModelShape
 
 FILE = "model.gguf"
@@ -100,7 +99,7 @@ class GgufExporter:
 
     def _add_tensors(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
         names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.specs))
-        for name, tensor in untied_state(model).items():
+        for name, tensor in untied(model.shape, model.state_dict()).items():
             module, _, kind = name.rpartition(".")
             if module.endswith("q_proj"):
                 tensor = _neighbours(tensor, model.shape.num_attention_heads)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from nas.data.tokenizer import copy_companions, document_frame, json_beside, load_tokenizer, special_or_usual_ids
 from nas.errors import UserError
-from nas.export.card import has_weights, listed, write_card
+from nas.export.card import write_card
 from nas.files import write_atomically, write_json
 from nas.model import Decoder
+from nas.model.decoder import untied
 from nas.model.pretrained import UNPADDED, padded_ffn_width, read_checkpoint
 from nas.shape import LayerSpec, ModelShape
 
@@ -51,6 +52,7 @@ class HfExporter:
     """See `nas.export.Exporter`; others in Hugging Face's layout build on it. ``max_shard_size``: such as 5GB."""
 
     of_served, form, has_code = False, "hf", True  # has_code: model code travels along
+    usage = LOADING.format(code=", trust_remote_code=True")  # how the card says that the directory is loaded
 
     def __init__(self, dtype: str = "fp32", max_shard_size: str = "5GB") -> None:
         if dtype not in _DTYPES:
@@ -62,7 +64,7 @@ class HfExporter:
 
     def write(self, model: Decoder, tokenizer: Path | None, folder: Path, card: Mapping[str, str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        if has_weights(model):
+        if not self.of_served:
             state = self.state(model)
             self._save({n: x.detach().to("cpu", self.dtype).contiguous() for n, x in state.items()}, folder)
         if tokenizer:
@@ -74,7 +76,7 @@ class HfExporter:
         write_json(folder / CONFIG, self.config(model) | {"dtype": dtype, "torch_dtype": dtype} | special)
         if self.has_code:
             copy_code(folder)
-        write_card(self.form, model, folder, card, self.notes(model), self.usage(model))
+        write_card(self.form, model, folder, card, self.notes(model), self.usage)
 
     def _save(self, state: dict[str, Tensor], folder: Path) -> None:
         split = split_torch_state_dict_into_shards(state, max_shard_size=self.max_shard_size)
@@ -91,7 +93,7 @@ class HfExporter:
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
         """The tensors that are stored: here with the FFN zero-padded to the widths that engines will compute."""
-        state = untied_state(model)
+        state = untied(model.shape, model.state_dict())
         for name, tensor in state.items():  # silu(0) · 0 = 0: the added neurons change nothing
             if ".mlp." in name and not name.endswith("down_proj.bias"):
                 axis = 1 if "down_proj" in name else 0
@@ -99,24 +101,18 @@ class HfExporter:
                 state[name] = F.pad(tensor, [0, 0] * (tensor.dim() - 1 - axis) + [0, added])  # from the last axis
         return state
 
-    def usage(self, model: Decoder) -> str:
-        """How the card says that the directory is loaded."""
-        return LOADING.format(code=", trust_remote_code=True") if has_weights(model) else _NO_WEIGHTS
-
     def notes(self, model: Decoder) -> list[str]:
         """What a user of the directory must know."""
-        widths = sorted({spec.intermediate_size for spec in model.specs})
-        padded = [padded_ffn_width(width) for width in widths]
-        added = listed(new - old for new, old in zip(padded, widths, strict=True))
-        wide = f"The FFN is stored {listed(padded)} wide: inference engines round its width up to a multiple of "
-        wide += f"256, so {added}"
-        shape, loaded = model.shape, has_weights(model)
+        shape, loaded = model.shape, not self.of_served
+        width, padded = shape.intermediate_size, padded_ffn_width(shape.intermediate_size)
+        wide = f"The FFN is stored {padded} wide: inference engines round its width up to a multiple of 256, so "
+        wide += str(padded - width)
         notes = {
             "It has no weights: it is to be trained from the start, by `nas finetune from_scratch=true` or by other "
             "code. A tokenizer.json that lies here, of at most as many tokens as the vocabulary, is used; replace it "
             "by your own.": not loaded,
-            f"{wide} zero neurons were added, which change no output.": loaded and padded != widths,
-            f"{wide} neurons were added, which `nas finetune` leaves out.": not loaded and padded != widths,
+            f"{wide} zero neurons were added, which change no output.": loaded and padded != width,
+            f"{wide} neurons were added, which `nas finetune` leaves out.": not loaded and padded != width,
             f"Its heads are {shape.head_dim} wide, which is not hidden_size / num_attention_heads: transformers and "
             "vLLM read head_dim from the configuration, mlx-lm does not.": (
                 shape.head_dim * shape.num_attention_heads != shape.hidden_size
@@ -136,7 +132,7 @@ class HfExporter:
 class ConfigExporter(HfExporter):
     """The same without weights: the served shape's configuration, from which a model is trained from the start."""
 
-    of_served = True
+    of_served, usage = True, _NO_WEIGHTS
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -188,14 +184,6 @@ def copy_code(folder: Path) -> None:
     """Copies the model code that transformers needs beside a configuration."""
     for name in _CODE:
         shutil.copy(Path(__file__).with_name(f"{name}.py"), folder)
-
-
-def untied_state(model: Decoder) -> dict[str, Tensor]:
-    """The state dict, without a head that is the embedding."""
-    state: dict[str, Tensor] = model.state_dict()
-    if model.shape.tie_word_embeddings:
-        del state["lm_head.weight"]
-    return state
 
 
 def _save_tokenizer(tokenizer: Path, folder: Path, context: int) -> dict[str, Any]:

@@ -8,14 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from nas.export.uniform import UniformExporter, plain_config, plain_state
+from nas.export.uniform import UniformExporter, plain_state
 from nas.model import Decoder
 
 
 class ModelOptExporter(UniformExporter):
     """See `nas.export.Exporter`."""
 
-    form = "modelopt"
+    form, usage = "modelopt", ""
 
     def config(self, model: Decoder) -> dict[str, Any]:
         blocks = [
@@ -25,13 +25,10 @@ class ModelOptExporter(UniformExporter):
             }
             for spec in model.specs
         ]
-        return plain_config(model.shape) | {"num_key_value_heads": max(model.kv_heads), "block_configs": blocks}
+        return super().config(model) | {"num_key_value_heads": max(model.kv_heads), "block_configs": blocks}
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
         return plain_state(model)
-
-    def usage(self, model: Decoder) -> str:  # noqa: ARG002
-        return ""
 
     def notes(self, model: Decoder) -> list[str]:  # noqa: ARG002
         return [

@@ -8,18 +8,21 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nas.errors import UserError
-from nas.export.hf import LOADING, HfExporter, llama_keys, untied_state
+from nas.export.hf import LOADING, HfExporter, llama_keys
 from nas.model import Decoder
+from nas.model.decoder import untied
+from nas.model.supernet import with_mixed_heads
 from nas.shape import ModelShape
 
 
 class UniformExporter(HfExporter):
     """See `nas.export.Exporter`."""
 
-    form, has_code = "uniform", False
+    form, has_code, usage = "uniform", False, LOADING.format(code="")
 
     def check(self, shape: ModelShape, tokenizer: Path | None) -> None:  # noqa: ARG002
         if shape.qk_norm and shape.mlp_bias:
@@ -29,19 +32,23 @@ class UniformExporter(HfExporter):
             )
 
     def config(self, model: Decoder) -> dict[str, Any]:
-        return plain_config(model.shape) | {"num_key_value_heads": math.lcm(*model.kv_heads)}
+        """That of the plain model type that computes the shape: Llama, or Qwen3 where there are norms.
+
+        Not Qwen2, whose output projection has no bias: transformers 5 gives every model of that type Qwen's tokenizer.
+        """
+        shape, kind = model.shape, "qwen3" if model.shape.qk_norm else "llama"
+        return {
+            "architectures": [f"{kind.title()}ForCausalLM"],
+            "model_type": kind,
+            **llama_keys(shape),
+            "attention_bias": shape.qkv_bias or shape.o_bias,
+            "num_key_value_heads": math.lcm(*model.kv_heads),
+        }
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
-        state = plain_state(model)
-        for layer, groups in enumerate(model.kv_heads):
-            for name in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):
-                if (key := f"model.layers.{layer}.self_attn.{name}") in state:
-                    heads = state[key].unflatten(0, (groups, -1))
-                    state[key] = heads.repeat_interleave(math.lcm(*model.kv_heads) // groups, dim=0).flatten(0, 1)
-        return state
-
-    def usage(self, model: Decoder) -> str:  # noqa: ARG002
-        return LOADING.format(code="")
+        heads = math.lcm(*model.kv_heads)
+        repeated = (torch.eye(groups).repeat_interleave(heads // groups, dim=0) for groups in model.kv_heads)
+        return with_mixed_heads(plain_state(model), repeated)
 
     def notes(self, model: Decoder) -> list[str]:
         heads = math.lcm(*model.kv_heads)
@@ -51,19 +58,9 @@ class UniformExporter(HfExporter):
         ]
 
 
-def plain_config(shape: ModelShape) -> dict[str, Any]:
-    """The config.json of the plain model type that computes a shape: Llama, or Qwen3 where there are norms.
-
-    Not Qwen2, whose output projection has no bias: transformers 5 gives every model of that type Qwen's tokenizer.
-    """
-    kind = "qwen3" if shape.qk_norm else "llama"
-    architecture = {"architectures": [f"{kind.title()}ForCausalLM"], "model_type": kind}
-    return architecture | llama_keys(shape) | {"attention_bias": shape.qkv_bias or shape.o_bias}
-
-
 def plain_state(model: Decoder) -> dict[str, Tensor]:
-    """The state dict with zeros for biases that `plain_config`'s type has and the shape does not."""
-    state = untied_state(model)
+    """The state dict with zeros for biases that the plain type has and the shape does not."""
+    state = untied(model.shape, model.state_dict())
     if model.shape.qkv_bias or model.shape.o_bias:
         for name, tensor in list(state.items()):
             module, _, kind = name.rpartition(".")

@@ -72,6 +72,11 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
+def untied(shape: ModelShape, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict as it is stored: without a head that is the embedding."""
+    return {name: x for name, x in state.items() if not (shape.tie_word_embeddings and name == "lm_head.weight")}
+
+
 def _linear(spec: LinearSpec) -> nn.Linear:
     return nn.Linear(spec.inputs, spec.outputs, spec.bias)
 
@@ -227,15 +232,11 @@ class Decoder(nn.Module):
         x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(0, tokens_BT.shape[1])
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rope, selections[index] if selections is not None else None)
-        return self.logits(x_BTD)
+        return self.lm_head(self.model.norm(x_BTD))  # type: ignore[no-any-return]
 
     def rope(self, start: int, end: int) -> Rope:
         """The rows of the rotary table for the positions from ``start`` up to ``end``."""
         return self.rope_cos[start:end], self.rope_sin[start:end]
-
-    def logits(self, x_BTD: Tensor) -> Tensor:
-        """Logits BTV of what comes out of the last layer."""
-        return self.lm_head(self.model.norm(x_BTD))  # type: ignore[no-any-return]
 
     def row_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean loss (nats per token) of each row (B,) of what comes out of the last layer, logits made in pieces."""

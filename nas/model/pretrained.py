@@ -1,9 +1,7 @@
 """A trained model in a Hugging Face directory: the shape that its config states, and its weights.
 
-transformers reads both, so that every model type has the defaults and the loading code of its own. Only where
-``block_configs`` describe layers that differ, as in NVIDIA's models and in what `nas export` writes, the weights are
-read here. A config that asks for what our decoder does not compute is refused, and code that a checkpoint brings along
-is never run.
+transformers reads the config, so that every model type has defaults of its own. A config that asks for what our decoder
+does not compute is refused, and code that a checkpoint brings along is never run.
 """
 
 import dataclasses
@@ -25,7 +23,7 @@ from nas import console
 from nas.errors import UserError, in_short
 from nas.files import file_hash, read_json, value_hash, write_atomically
 from nas.model.alignment import REVISION, align
-from nas.model.decoder import Decoder
+from nas.model.decoder import Decoder, untied
 from nas.model.supernet import Supernet
 from nas.shape import ROPE_KEYS, ModelShape
 from nas.space import SearchSpace, Vector, load_space, shipped_spaces
@@ -38,8 +36,8 @@ _SIZES = ("n_heads_in_group", "num_key_value_heads", "ffn_mult", "intermediate_s
 _NOT_LLAMAS = ("model_type", "auto_map", "block_configs", "per_layer_config", *_SIZES)
 _USUAL = {"gated": (None, True), "hidden_act": (None, "silu")}
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
+_COMPUTED = "rotary_emb.inv_freq"  # what old Llama checkpoints store although it follows from their config
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_FROM_DISK = {"local_files_only": True, "trust_remote_code": False}
 
 
 @dataclass(frozen=True)
@@ -125,41 +123,26 @@ class Checkpoint:
             raise UserError(f"{file} is corrupt ({in_short(error)}); remove it") from None
         supernet.decoder.load_state_dict({**supernet.decoder.state_dict(), **weights, **aligned})
 
-    def _weights(self) -> Mapping[str, Tensor]:
-        """The weights in fp32."""
-        try:
-            weights, report = self._stored_weights() if self.in_blocks else self._weights_by_transformers()
-        except Exception as error:  # a damaged file fails in as many ways as there are bytes
-            raise UserError(f"checkpoint {self.folder} cannot be loaded ({in_short(error)}); restore it") from None
-        if problem := next(_problems(report, weights), None):
+    def _weights(self) -> dict[str, Tensor]:
+        """The weights in fp32, by the names that every supported type has for them, and our decoder too."""
+        wanted = self.model(with_weights=False).state_dict()
+        found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
+        if not any(name.startswith("model.") for name in found):  # a base model's, perhaps with a head beside it
+            found = {name if name == "lm_head.weight" else f"model.{name}": x for name, x in found.items()}
+        if self.shape.tie_word_embeddings and "lm_head.weight" in found:  # which of the two is stored is free
+            found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
+        wanted, found = untied(self.shape, wanted), untied(self.shape, found)
+        for name in [name for name in wanted.keys() & found.keys() if self.in_blocks and ".mlp." in name]:
+            if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
+                found[name] = found[name][tuple(map(slice, wanted[name].shape))]
+        found = {name: x for name, x in found.items() if not name.endswith(_COMPUTED)}
+        if problem := next(_problems(wanted, found), None):
             raise UserError(
                 f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
             )
-        return weights
-
-    def _weights_by_transformers(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """The weights, and the library's report of loading them."""
-        options = {"dtype": torch.float32, "use_safetensors": True, "output_loading_info": True, **_FROM_DISK}
-        model, report = _transformers().AutoModelForCausalLM.from_pretrained(
-            self.folder, ignore_mismatched_sizes=True, **options
-        )  # `_problems` tells of those sizes
-        return model.state_dict(), report
-
-    def _stored_weights(self) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
-        """The same without the library, which has no code for layers that differ."""
-        wanted = self.model(with_weights=False).state_dict()
-        found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
         if self.shape.tie_word_embeddings:
             found["lm_head.weight"] = found["model.embed_tokens.weight"]
-        for name in [name for name in wanted.keys() & found.keys() if ".mlp." in name]:
-            if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
-                found[name] = found[name][tuple(map(slice, wanted[name].shape))]
-        misshaped = {name: x for name, x in wanted.items() if name in found and found[name].shape != x.shape}
-        return {**found, **misshaped}, {
-            "missing_keys": wanted.keys() - found.keys(),
-            "mismatched_keys": misshaped,
-            "unexpected_keys": found.keys() - wanted.keys(),
-        }
+        return found
 
 
 def padded_ffn_width(width: int) -> int:
@@ -211,7 +194,6 @@ def _transformers() -> Any:
     import transformers
 
     transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
     return transformers
 
 
@@ -221,7 +203,7 @@ def _config(folder: Path, stated: Mapping[str, Any], in_blocks: bool) -> tuple[A
         own = {key: value for key, value in stated.items() if key not in _NOT_LLAMAS and value is not None}
         config = _transformers().LlamaConfig(**own)
     else:
-        config = _transformers().AutoConfig.from_pretrained(folder, **_FROM_DISK)
+        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not in_blocks:
         return config, (config.num_key_value_heads,) * config.num_hidden_layers
     heads, kv_heads, blocks = config.num_attention_heads, [], stated["block_configs"]
@@ -340,13 +322,10 @@ def _has_tied_weights(files: Sequence[Path]) -> bool:
     return len(found) < 2 or torch.equal(*found.values())
 
 
-def _problems(report: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """What is wrong with loaded weights, by transformers' report of loading them and by their values."""
-    yield from (f"{name} is missing" for name in sorted(report["missing_keys"]))
-    for key in sorted(report["mismatched_keys"]):
-        name = key if isinstance(key, str) else key[0]  # transformers 4 gives the name alone, 5 the shapes with it
-        yield f"{name} has another shape than {tuple(weights[name].shape)}"
-    for name in sorted(report["unexpected_keys"]):
-        if not name.endswith("rotary_emb.inv_freq"):  # old Llama checkpoints store what follows from their config
-            yield f"{name} has no place in the model"
-    yield from (f"{name} has values that are not finite" for name, x in weights.items() if not x.isfinite().all())
+def _problems(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> Iterator[str]:
+    """What is wrong with stored weights: their names, their shapes, or their values."""
+    yield from (f"{name} is missing" for name in sorted(wanted.keys() - found.keys()))
+    misshaped = (name for name in sorted(wanted) if found[name].shape != wanted[name].shape)
+    yield from (f"{name} has another shape than {tuple(wanted[name].shape)}" for name in misshaped)
+    yield from (f"{name} has no place in the model" for name in sorted(found.keys() - wanted.keys()))
+    yield from (f"{name} has values that are not finite" for name, x in found.items() if not x.isfinite().all())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nas.errors import UserError, in_short
 from nas.files import read_json, write_atomically, write_json
-from nas.model.decoder import Decoder, OutputCorrection
+from nas.model.decoder import Decoder, OutputCorrection, untied
 from nas.model.sharing import DEFAULT_SHARING, SHARING_RULES, mix_heads, pooling
 from nas.run import FinishedRun
 from nas.space import SearchSpace, Vector, space_from_dict
@@ -47,10 +47,7 @@ class Supernet(nn.Module):
                 attention.correction = OutputCorrection(attention.o_proj, choices, output_rank)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
-        """Logits BTV; row b runs the vector whose choice in layer l is number ``choices_BL[b, l]``.
-
-        `SearchSpace.choice_indices` gives those numbers.
-        """
+        """Logits BTV; row b runs the vector that has the `SearchSpace.choice_indices` ``choices_BL[b]``."""
         if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
             selections: Sequence[Tensor] = self.get_buffer("mixtures_0")[choices_BL].unbind(1)
         else:
@@ -87,7 +84,7 @@ class Supernet(nn.Module):
         """The sub-network at ``vector`` as a plain model of its own, with copied weights."""
         plain = Decoder(self.space.shape, self.space.check(vector)).to(self.decoder.rope_cos.device)
         mixtures = [self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True)]
-        state = _with_mixed_heads(self.decoder.state_dict(), mixtures)
+        state = with_mixed_heads(self.decoder.state_dict(), mixtures)
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
         for own, folded, mixture in zip(self.decoder.attentions, plain.attentions, mixtures, strict=True):
             if own.correction is not None:
@@ -105,7 +102,7 @@ class Supernet(nn.Module):
         assert all(heads >= groups for heads, groups in zip(kv_heads, self.space.largest, strict=True))
         layers = zip(self.space.choices, kv_heads, strict=True)
         mixtures = (self.rule.from_largest(choices) @ pooling(heads, choices[-1]) for choices, heads in layers)
-        self.decoder.load_state_dict(self.decoder.state_dict() | _with_mixed_heads(state, mixtures))
+        self.decoder.load_state_dict(self.decoder.state_dict() | with_mixed_heads(state, mixtures))
 
     def initialise(self, generator: torch.Generator) -> None:
         """Draws fresh weights: those that the plain largest model draws, whatever the sharing rule."""
@@ -118,8 +115,7 @@ def save_supernet(
     space: SearchSpace, sharing: str, output_rank: int, state: Mapping[str, Tensor], folder: Path
 ) -> None:
     """Writes weights and config into ``folder``; ``state`` is the decoder's."""
-    tied = {"lm_head.weight"} if space.shape.tie_word_embeddings else set()
-    kept = {name: tensor.cpu().contiguous() for name, tensor in state.items() if name not in tied}
+    kept = {name: tensor.cpu().contiguous() for name, tensor in untied(space.shape, state).items()}
     write_atomically(folder / _WEIGHTS, lambda path: save_file(kept, path))
     config = {"name": space.name, "space": space.to_dict(), "sharing": sharing, "output_rank": output_rank}
     write_json(folder / _CONFIG, config)
@@ -137,7 +133,7 @@ def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
     return supernet.to(device)
 
 
-def _with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
+def with_mixed_heads(state: Mapping[str, Tensor], mixtures: Iterable[Tensor]) -> dict[str, Tensor]:
     """A state dict whose K/V heads are mixed, with a mixture per layer."""
     mixed = dict(state)
     for layer, mixture in enumerate(mixtures):

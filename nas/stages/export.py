@@ -3,9 +3,8 @@ and how other stages open those.
 """
 
 from collections.abc import Callable, Hashable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 import torch
@@ -36,55 +35,44 @@ def run(config: Export, path: Path) -> None:
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     formats = exporters(config.export)
     sources = {kind: _source(kind, search, supernet_run) for kind in {exporter.of_served for exporter, _ in formats}}
-    for exporter, _ in formats:
-        source = sources[exporter.of_served]
-        exporter.check(source.shape, source.tokenizer)
+    made = [(exporter, path / below, *sources[exporter.of_served]) for exporter, below in formats]
+    for exporter, _, shape, tokenizer, _ in made:
+        exporter.check(shape, tokenizer)
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
             vector, card = parse_vector(row["vector"]), model_card(row, search)
-            for exporter, below in formats:
-                folder, source = path / below / _folder_name(row["vector"]), sources[exporter.of_served]
-                exporter.write(source.model(vector), source.tokenizer, folder, card)
+            for exporter, below, _, tokenizer, model_at in made:
+                folder = below / _folder_name(row["vector"])
+                exporter.write(model_at(vector), tokenizer, folder, card)
                 console.print(f"Exported {folder}")
         run.finish()
 
 
-class _Source(NamedTuple):
-    """What the models of a format are made from."""
-
-    shape: ModelShape
-    tokenizer: Path | None
-    model: Callable[[Vector], Decoder]
-
-
-def _source(of_served: bool, search: FinishedRun, supernet_run: FinishedRun) -> _Source:
-    """The supernet's weights, or the served shape without any."""
+def _source(
+    of_served: bool, search: FinishedRun, supernet_run: FinishedRun
+) -> tuple[ModelShape, Path | None, Callable[[Vector], Decoder]]:
+    """Shape, tokenizer and models of the supernet, or those of the served shape, which have no weights."""
     tokenizer = supernet_run.artifact("tokenizer.json")
-    if of_served:
-        shape = searched_space(search.config)[0].shape
-        return _Source(shape, _that_fits(tokenizer, shape), partial(_without_weights, shape))
-    supernet = load_supernet(supernet_run, torch.device("cpu"))
-    return _Source(supernet.space.shape, tokenizer, supernet.extract)
+    if not of_served:
+        supernet = load_supernet(supernet_run, torch.device("cpu"))
+        return supernet.space.shape, tokenizer, supernet.extract
+    shape = searched_space(search.config)[0].shape
+
+    def without_weights(vector: Vector) -> Decoder:
+        with torch.device("meta"):
+            return Decoder(shape, vector)
+
+    if (size := load_tokenizer(str(tokenizer)).get_vocab_size()) <= shape.vocab_size:
+        return shape, tokenizer, without_weights
+    beyond = f"its {size} tokens exceed the served vocab_size of {shape.vocab_size}"
+    console.warn(f"The supernet's tokenizer is left out: {beyond}; put a smaller one into the folders")
+    return shape, None, without_weights
 
 
 def _folder_name(vector: str) -> str:
     """The vector, with underscores where it is long: transformers' cache spells hyphens out, within 255 characters."""
     return vector if len(vector.replace("-", "_hyphen_")) < 250 else vector.replace("-", "_")
-
-
-def _without_weights(shape: ModelShape, vector: Vector) -> Decoder:
-    with torch.device("meta"):
-        return Decoder(shape, vector)
-
-
-def _that_fits(tokenizer: Path, shape: ModelShape) -> Path | None:
-    """The tokenizer, unless the served shape's vocabulary is smaller than the one that the proxy was trained with."""
-    if (size := load_tokenizer(str(tokenizer)).get_vocab_size()) <= shape.vocab_size:
-        return tokenizer
-    beyond = f"its {size} tokens exceed the served vocab_size of {shape.vocab_size}"
-    console.warn(f"The supernet's tokenizer is left out: {beyond}; put a smaller one into the folders")
-    return None
 
 
 def select(choice: str, front: pd.DataFrame, trials: pd.DataFrame, objectives: Objectives) -> pd.DataFrame:

@@ -33,7 +33,7 @@ from nas.space import format_vector
 from nas.stages.export import exported_models, open_checkpoint
 from nas.training.heads import freeze
 from nas.training.loop import CHECKPOINT, computed_in, fit, full_state_dict, training_device
-from nas.training.recipes import Teacher, check_training_memory, text_loss, window_length
+from nas.training.recipes import Distillation, check_training_memory, text_loss, window_length
 
 _WHEN = ("before", "after")
 
@@ -151,13 +151,13 @@ class Trainings:
         }
 
     @cached_property
-    def _followed(self) -> Teacher | None:
+    def _followed(self) -> tuple[Decoder, Distillation] | None:
         if not self._teacher:
             return None
         model = self._teacher.model()
         freeze(model, computed_in(self._options.precision, self._device))
-        numbers = self._config.distillation_weight, self._config.distillation_temperature
-        return Teacher(model.to(self._device), *numbers)
+        weight, temperature = self._config.distillation_weight, self._config.distillation_temperature
+        return model.to(self._device), Distillation(weight, temperature, self._options.compile)
 
     def train(self, name: str, run: Run, path: Path) -> Tensor:
         """Trains one model and exports it into ``path``; its losses on the validation windows (2, N), before and after.

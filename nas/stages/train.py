@@ -56,17 +56,16 @@ class Training:
         trainable = ("all" if obstacle else "kv") if given.trainable == "auto" else given.trainable
         if trainable == "kv" and obstacle:
             raise UserError(f"train.trainable is kv, {obstacle}, or give train.trainable=all")
-        resolved: dict[str, Any] = {"sharing": sharing, "learning_rate": rate, "trainable": trainable}
-        if trainable == "kv":
-            resolved |= {"largest_share": 0.0, "largest_first": 0.0}  # nothing of the largest vector is trained
-        options = dataclasses.replace(given, **resolved)
+        options = dataclasses.replace(given, sharing=sharing, learning_rate=rate, trainable=trainable)
+        if trainable == "kv":  # nothing of the largest vector is trained
+            options = dataclasses.replace(options, largest_share=0.0, largest_first=0.0)
         self.options = dataclasses.replace(options, distillation_weight=options.distilled_share)
         check_recipe(self.options)
         if config.init.align not in (None, "auto"):
             raise UserError(f"init.align is '{config.init.align}'; use auto or null")
-        aligned = config.init.align and sharing == INIT_SHARING
-        keys = ("align", "calibration_tokens") if aligned else ()
-        self._alignment = {key: getattr(config.init, key) for key in keys}
+        self._alignment: dict[str, Any] = {}
+        if config.init.align and sharing == INIT_SHARING:
+            self._alignment = {"align": config.init.align, "calibration_tokens": config.init.calibration_tokens}
 
     def check_memory(self) -> None:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""

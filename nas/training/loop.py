@@ -171,7 +171,10 @@ def fit(
             last = step == config.steps
             checkpoint_due = step % config.checkpoint_every == 0 and not last
             if step % config.log_every == 0 or checkpoint_due or last:
-                loss, norm = mean_over_processes(torch.stack(pending).double().mean(0)).tolist()
+                means = torch.stack(pending).double().mean(0)
+                if SIZE > 1:
+                    dist.all_reduce(means)
+                loss, norm = (means / SIZE).tolist()
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     kept = f"the last good checkpoint is {checkpoint}" if checkpoint.is_file() else "there is none yet"
@@ -227,15 +230,6 @@ def training_step(
     return torch.stack((torch.stack(losses).sum(), norm.full_tensor() if isinstance(norm, DTensor) else norm))
 
 
-def mean_over_processes(values: Tensor) -> Tensor:
-    if SIZE > 1:
-        dist.all_reduce(values)
-    return values / SIZE
-
-
 def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The full state dict, but for what is frozen, on the CPU in the first process, nothing in the others.
-
-    All must call it.
-    """
+    """The full state dict without what is frozen, on the CPU of the first process; all must call it."""
     return dcp.get_model_state_dict(model, options=_FULL)  # type: ignore[return-value]

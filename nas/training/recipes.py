@@ -6,8 +6,8 @@ distributed run draws the same. A new recipe is one function and one entry in `R
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import psutil
@@ -75,14 +75,15 @@ def step_plan(space: SearchSpace, config: SupernetConfig, step: int) -> Plan:
     return RECIPES[config.recipe](space, config, np.random.default_rng([config.seed, step, 1]))
 
 
-def distilled_loss(
-    logits_BTV: Tensor,
-    targets_BT: Tensor,
-    vectors_per_text: int,
-    weight: float,
-    temperature: float,
-    compiled: bool = False,
-) -> Tensor:
+class Distillation(NamedTuple):
+    """How logits follow a teacher's."""
+
+    weight: float  # share of the divergence from the teacher's distribution; the rest is cross-entropy
+    temperature: float  # of both distributions; the divergence is multiplied by its square
+    compiled: bool = False
+
+
+def distilled_loss(logits_BTV: Tensor, targets_BT: Tensor, vectors_per_text: int, how: Distillation) -> Tensor:
     """Mean loss (nats per token, scalar): cross-entropy for the first vector of a text, `divergence` for the others.
 
     There are two or more, whose rows lie side by side. The others follow the first one's logits, which are held fixed.
@@ -90,31 +91,22 @@ def distilled_loss(
     logits_NKTV, targets_NKT = (x.unflatten(0, (-1, vectors_per_text)) for x in (logits_BTV, targets_BT))
     first = row_losses(logits_NKTV[:, 0], targets_NKT[:, 0]).mean()
     followers, targets = logits_NKTV[:, 1:].flatten(0, 1), targets_NKT[:, 1:].flatten(0, 1)
-    others = divergence(followers, logits_NKTV[:, 0].detach(), targets, weight, temperature, compiled)
+    others = divergence(followers, logits_NKTV[:, 0].detach(), targets, how)
     return (first + (vectors_per_text - 1) * others) / vectors_per_text
 
 
-def divergence(
-    logits_BTV: Tensor,
-    teacher_NTV: Tensor,
-    targets_BT: Tensor,
-    weight: float,
-    temperature: float,
-    compiled: bool = False,
-) -> Tensor:
+def divergence(logits_BTV: Tensor, teacher_NTV: Tensor, targets_BT: Tensor, how: Distillation) -> Tensor:
     """Mean loss (nats per token, scalar) of rows that follow a teacher: B / N rows side by side for each of its texts.
 
-    ``weight`` is the share of the divergence from the teacher's distribution, at ``temperature``, multiplied by that
-    squared; the rest is cross-entropy. Piece by piece, each computed again in the backward pass, for logits in fp32 are
-    large.
+    Piece by piece, each computed again in the backward pass, for logits in fp32 are large.
     """
     rows = len(logits_BTV) // len(teacher_NTV)
-    summed = torch.compile(_divergence) if compiled else _divergence
+    summed = torch.compile(_divergence) if how.compiled else _divergence
     total = logits_BTV.new_zeros((), dtype=torch.float32)
     for row, logits_TV in enumerate(logits_BTV):
         pieces = (x.split(_PIECE) for x in (logits_TV, teacher_NTV[row // rows], targets_BT[row]))
         for arguments in zip(*pieces, strict=True):
-            total = total + checkpoint(summed, *arguments, weight, temperature, use_reentrant=False)
+            total = total + checkpoint(summed, *arguments, how.weight, how.temperature, use_reentrant=False)
     return total / targets_BT.numel()
 
 
@@ -176,17 +168,10 @@ def check_training_memory(
         )
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A frozen model whose logits another one follows; the numbers are those of `divergence`."""
-
-    model: Decoder
-    weight: float
-    temperature: float
-
-
-def text_loss(tokens: Tokens, options: TrainConfig, length: int, teacher: Teacher | None = None) -> Loss:
-    """The loss of a step of a plain model on windows of ``length`` tokens."""
+def text_loss(
+    tokens: Tokens, options: TrainConfig, length: int, teacher: tuple[Decoder, Distillation] | None = None
+) -> Loss:
+    """The loss of a step of a plain model on windows of ``length`` tokens; the teacher is frozen."""
     losses = torch.compile(row_losses) if options.compile else row_losses
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
@@ -196,10 +181,10 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int, teacher: Teache
         with autocast(options.precision, device):
             if teacher is None:
                 return losses(model(windows[:, :-1]), windows[:, 1:]).mean()
+            followed, how = teacher
             with torch.no_grad():
-                followed = teacher.model(windows[:, :-1])
-            numbers = teacher.weight, teacher.temperature, options.compile
-            return divergence(model(windows[:, :-1]), followed, windows[:, 1:], *numbers)
+                followed_BTV = followed(windows[:, :-1])
+            return divergence(model(windows[:, :-1]), followed_BTV, windows[:, 1:], how)
 
     return loss_at
 
@@ -207,7 +192,7 @@ def text_loss(tokens: Tokens, options: TrainConfig, length: int, teacher: Teache
 def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, length: int) -> Loss:
     """The loss of a step of a supernet by its recipe; with `trainable=kv` all rows follow the largest vector."""
     losses = torch.compile(row_losses) if options.compile else row_losses
-    numbers = options.distilled_share, options.distillation_temperature, options.compile
+    how = Distillation(options.distilled_share, options.distillation_temperature, options.compile)
 
     def loss_at(model: nn.Module, step: int, microbatch: Microbatch) -> Tensor:
         plan, kv = step_plan(space, options, step), options.trainable == "kv"
@@ -221,10 +206,10 @@ def supernet_loss(space: SearchSpace, tokens: Tokens, options: SupernetConfig, l
                 largest = torch.tensor(space.choice_indices([space.largest] * len(windows)), device=device)
                 with torch.no_grad():
                     teacher = model(windows[:, :-1], largest)
-                return divergence(model(rows[:, :-1], choices_BL), teacher, rows[:, 1:], *numbers)
+                return divergence(model(rows[:, :-1], choices_BL), teacher, rows[:, 1:], how)
             logits, targets = model(rows[:, :-1], choices_BL), rows[:, 1:]
             if len(texts[0]) == 1:
                 return losses(logits, targets).mean()
-            return distilled_loss(logits, targets, len(texts[0]), *numbers)
+            return distilled_loss(logits, targets, len(texts[0]), how)
 
     return loss_at
