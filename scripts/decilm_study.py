@@ -5,6 +5,7 @@
     python scripts/decilm_study.py equal_cost --text TEXT           the best order of DeciLM-6B's own groups
     python scripts/decilm_study.py alone --text TEXT --gpus 4       that, DeciLM-6B's and uniform ones, trained alone
     python scripts/decilm_study.py transfer --text TEXT             do layers keep their order in the other proxies?
+    python scripts/decilm_study.py predicted                        does the sampler's loss model hold? From the CSVs
     python scripts/decilm_study.py figures                          from the CSVs alone
 
 TEXT is what scripts/decilm_text.py made. Runs are runs/*/decilm-*, results CSVs in --out. A part that is stopped, by
@@ -237,6 +238,37 @@ def transfer(given: argparse.Namespace) -> None:
     write(given, "tau", pd.DataFrame(taus, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
 
 
+def predicted(given: argparse.Namespace) -> None:
+    """How well the sampler's loss model, told the first losses of a search, predicts vectors that it was not told."""
+    space, trials = space_of(given), pd.read_csv(given.out / f"search_{next(iter(DEVICES))}.csv")
+    orders, others = pd.read_csv(given.out / "equal_cost.csv"), pd.read_csv(given.out / "transfer.csv")
+    others = others[others["kind"].eq("vector") & others["supernet"].eq("main")]
+    total = sum(space.known_vectors[DECILM])
+    unseen = {
+        "orders": orders[orders["kind"] == "random order"],
+        "other totals": others[others["vector"].map(parse_vector).map(sum) != total],
+    }
+
+    def choices(table: pd.DataFrame) -> Any:
+        return np.array(space.choice_indices(map(parse_vector, table["vector"])))
+
+    rows = []
+    for told in (50, 100, 200, 500):
+        known = trials.head(told)
+        model = LossModel(choices(known), known["loss_nats"].to_numpy(copy=True), len(space.choices[0]))
+        for kind, table in unseen.items():
+            table = table[~table["vector"].isin(known["vector"])]
+            losses, predictions = table["loss_nats"].to_numpy(), model.means(choices(table))
+            within = (abs(predictions - losses) <= 2 * model.deviations(choices(table))).mean()
+            tau = kendall(predictions, losses), *bootstrap_interval(predictions, losses[:, None], seed=0)
+            error = np.sqrt(np.square(predictions - losses).mean())
+            by_total = kendall(-table["vector"].map(parse_vector).map(sum).to_numpy(), losses)
+            rows.append((told, kind, len(table), *tau, by_total, error, losses.std(), within))
+    columns = ["told", "of", "vectors", "tau", "low", "high", "tau_of_totals", "rms_error_nats", "deviation_nats"]
+    columns += ["within_two_deviations"]
+    write(given, "predicted", pd.DataFrame(rows, columns=columns))
+
+
 def figures(given: argparse.Namespace) -> None:
     """The fronts, the orders of DeciLM-6B's groups, and what each layer loses, from the CSVs."""
     for device in (device for device in given.devices if (given.out / f"search_{device}.csv").is_file()):
@@ -345,7 +377,7 @@ def stop(*_: object) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (supernet, search, equal_cost, alone, transfer, figures)}
+    parts = {part.__name__: part for part in (supernet, search, equal_cost, alone, transfer, predicted, figures)}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--text", default="runs/text", help="data.path")
     parser.add_argument("--out", type=Path, default=Path("docs/decilm"), help="folder of the CSVs and figures")
