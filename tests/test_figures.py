@@ -283,6 +283,22 @@ def test_decilms_problem_is_quoted_as_measured() -> None:
     assert f"| supernet | {supernet['tokens']:,} tokens ({supernet['steps']:,} steps" in text
 
 
+def test_the_samplers_model_on_a_trained_supernet_is_quoted_as_measured() -> None:
+    table, text = pd.read_csv(DOCS / "decilm" / "predicted.csv"), page("docs/decilm.md")
+    for told, rows in table.groupby("told"):
+        cells = [f"{row['tau']:.2f} ({interval(row)})" for _, row in rows.iterrows()]
+        cells += [", ".join(f"{error:.5f}" for error in rows["rms_error_nats"])]
+        cells += [", ".join(f"{100 * share:.0f} %" for share in rows["within_two_deviations"])]
+        assert f"| {told} | {' | '.join(cells)} |" in text
+    orders, others = (table[table["of"] == kind] for kind in ("orders", "other totals"))
+    deviations = orders["deviation_nats"].iloc[0], others["deviation_nats"].iloc[0]
+    assert f"own standard deviations are {deviations[0]:.5f} and {deviations[1]:.4f} nats" in text
+    assert f"has a τ of {others['tau_of_totals'].iloc[0]:.2f} with the other totals" in text
+    hundred = orders[orders["told"] == 100].iloc[0]
+    ranked = f"ranks {hundred['vectors']} unseen vectors of one total with τ {hundred['tau']:.2f} ({interval(hundred)}"
+    assert ranked in page("README.md")
+
+
 def test_the_speed_of_evaluation_is_quoted_as_measured() -> None:
     table, text = pd.read_csv(DOCS / "benchmarks" / "evaluation.csv"), page("docs/decilm.md")
     on_gpu = table[(table["space"] == "decilm-proxy") & (table["device"] == "NVIDIA H200")]
@@ -304,7 +320,7 @@ def signed(number: float) -> str:
     return f"{number:.2f}".replace("-", "−")
 
 
-def interval(row: dict[str, Any]) -> str:
+def interval(row: Any) -> str:
     """Its bounds, as pages quote them."""
     return f"{signed(row['low'])} to {signed(row['high'])}"
 
