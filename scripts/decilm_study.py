@@ -152,6 +152,10 @@ def equal_cost(given: argparse.Namespace) -> None:
 def held_out(given: argparse.Namespace, loss: InheritedLoss) -> Callable[[Vector], dict[str, Windows]]:
     """A function to the losses of vectors, DeciLM-6B's too, on windows of validation that nothing else sees."""
     windows = validation_windows(tokens(given, "main").validation, 4 * given.windows - 3, length(given))
+    if len(windows) < 4 * given.windows - 3:
+        sys.exit(
+            f"The validation text has {len(windows)} windows, too few to keep some from the search; lower --windows"
+        )
     unseen = windows[torch.arange(len(windows)) % 4 != 0]  # every fourth is among the others
     memo = LossMemo(Path("runs/cache") / f"decilm-held-out-{loss.memo.file.stem}.jsonl")
     held = InheritedLoss(loss.supernet, unseen, memo)

@@ -372,8 +372,12 @@ def test_sharded_weights_are_read_and_hashed_as_a_whole(tmp_path: Path) -> None:
     assert after["hash"] != before["hash"]
 
 
-def test_a_head_that_is_stored_is_not_overwritten_although_the_config_says_tied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prefix", ["model.", ""])
+def test_a_head_that_is_stored_is_not_overwritten_although_the_config_says_tied(prefix: str, tmp_path: Path) -> None:
     folder = save_checkpoint(tmp_path / "untied")
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace("model.", prefix, 1): tensor for name, tensor in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
     (folder / "config.json").write_text(json.dumps(config))
     tokens = some_tokens(1, 20)
@@ -399,6 +403,14 @@ def test_tied_weights_are_found_under_whatever_names_they_were_saved(layout: str
     with torch.no_grad():
         logits = read_checkpoint(file.parent).model()(some_tokens(1, 20))
     torch.testing.assert_close(logits, reference_logits(file.parent, some_tokens(1, 20)), atol=1e-4, rtol=1e-4)
+
+
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path: Path) -> None:
+    file = save_checkpoint(tmp_path / "integers") / "model.safetensors"
+    weights = load_file(file)
+    weights["model.norm.weight"] = weights["model.norm.weight"].to(torch.int8)
+    save_file(weights, file, metadata={"format": "pt"})
+    check_not_loaded(file.parent, ["model.norm.weight in int8", "give weights in fp32, bf16 or fp16"])
 
 
 @pytest.fixture(scope="module")

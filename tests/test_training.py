@@ -159,7 +159,10 @@ def test_only_what_smaller_choices_have_alone_is_trained_and_kept_in_fp32(
         logits_at(supernet, tokens, [micro.smallest] * 2).float().square().mean().backward()
     make_optimizer(supernet, TrainConfig(learning_rate=0.1)).step()
     after = random_supernet(micro, seed=1, sharing="separate", output_rank=3)
-    after.decoder.load_state_dict(with_trained_heads(start, full_state_dict(supernet.decoder)))
+    saved = with_trained_heads(start, full_state_dict(supernet.decoder))
+    moved = [name for name in start if ".correction.up" in name or ".k_proj." in name]
+    assert moved and not any(torch.equal(saved[name], start[name]) for name in moved)
+    after.decoder.load_state_dict(saved)
     with torch.no_grad():
         assert torch.equal(logits_at(after, tokens, [micro.largest] * 2), before)
         assert (logits_at(after, tokens, [micro.smallest] * 2) - before).abs().max() > 0.01

@@ -37,6 +37,7 @@ _NOT_LLAMAS = ("model_type", "auto_map", "block_configs", "per_layer_config", *_
 _USUAL = {"gated": (None, True), "hidden_act": (None, "silu")}
 _SAME = ("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "rms_norm_eps")
 _COMPUTED = "rotary_emb.inv_freq"  # what old Llama checkpoints store although it follows from their config
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -126,14 +127,19 @@ class Checkpoint:
     def _weights(self) -> dict[str, Tensor]:
         """The weights in fp32, by the names that every supported type has for them, and our decoder too."""
         wanted = self.model(with_weights=False).state_dict()
-        found = {name: x.float() for file in _weight_files(self.folder) for name, x in load_file(file).items()}
+        found = {name: x for file in _weight_files(self.folder) for name, x in load_file(file).items()}
+        if other := next((name for name, x in found.items() if x.dtype not in _DTYPES), None):
+            kind = str(found[other].dtype).removeprefix("torch.")
+            raise UserError(f"checkpoint {self.folder} has {other} in {kind}; give weights in fp32, bf16 or fp16")
+        found = {name: x.float() for name, x in found.items()}
         if not any(name.startswith("model.") for name in found):  # a base model's, perhaps with a head beside it
             found = {name if name == "lm_head.weight" else f"model.{name}": x for name, x in found.items()}
         if self.shape.tie_word_embeddings and "lm_head.weight" in found:  # which of the two is stored is free
             found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
         wanted, found = untied(self.shape, wanted), untied(self.shape, found)
         for name in [name for name in wanted.keys() & found.keys() if self.in_blocks and ".mlp." in name]:
-            if padded_ffn_width(self.shape.intermediate_size) in found[name].shape:  # without what an export added
+            padded = padded_ffn_width(self.shape.intermediate_size) in found[name].shape
+            if padded and found[name].dim() == wanted[name].dim():  # without what an export added
                 found[name] = found[name][tuple(map(slice, wanted[name].shape))]
         found = {name: x for name, x in found.items() if not name.endswith(_COMPUTED)}
         if problem := next(_problems(wanted, found), None):
@@ -296,7 +302,7 @@ def _shape(config: Any, stated: Mapping[str, Any]) -> ModelShape:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights that transformers will read, each with a header that fits its length."""
+    """The files of weights, each with a header that fits its length."""
     file = folder / _INDEX
     sharded = file.is_file() and not (folder / _WEIGHTS).is_file()
     try:
@@ -313,11 +319,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _has_tied_weights(files: Sequence[Path]) -> bool:
-    """Whether a head that is stored too is the embedding; if it is not, transformers loads both, whatever is stated."""
+    """Whether a head that is stored too is the embedding; if it is not, both count, whatever the config states."""
     found: dict[str, Tensor] = {}
     for file in files:
         tensors: Any = safe_open(file, "pt")
-        for name in {"lm_head.weight", "model.embed_tokens.weight"}.intersection(tensors.keys()):
+        for name in {"lm_head.weight", "model.embed_tokens.weight", "embed_tokens.weight"}.intersection(tensors.keys()):
             found[name] = tensors.get_tensor(name)
     return len(found) < 2 or torch.equal(*found.values())
 

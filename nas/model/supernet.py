@@ -128,7 +128,7 @@ def load_supernet(run: FinishedRun, device: torch.device) -> Supernet:
         space, rank = space_from_dict(config["name"], config["space"]), config.get("output_rank", 0)
         supernet = Supernet(space, config["sharing"], rank)
         load_model(supernet.decoder, weights)  # which lacks a tied head
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"supernet {run.path} is corrupt ({in_short(error)}); train it again") from None
     return supernet.to(device)
 

@@ -83,12 +83,15 @@ class Training:
     @cached_property
     def recorded(self) -> dict[str, Any]:
         """The config of the train run."""
+        options = dataclasses.asdict(self.options)
+        if not options["output_rank"]:
+            del options["output_rank"]  # of which runs that were begun earlier know nothing
         return {
             "space": {"name": self.space.name, **self.space.to_dict()},
             "init": self.init.identity | self._alignment if self.init else None,
             "data": {**self._config.data, "digest": self.data.digest},
             "tokenizer": self.tokenizer,
-            "train": dataclasses.asdict(self.options),
+            "train": options,
         }
 
     def make(self, path: Path, free: Collection[str] = ()) -> None:
