@@ -232,7 +232,7 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["vector", "not_aligned_nats", "before_nats", "after_nats"]).assign(
         steps=run.config["train"]["steps"],
         learning_rate=run.config["train"]["learning_rate"],
-        output_rank=run.config["train"]["output_rank"],
+        output_rank=run.config["train"].get("output_rank", 0),
         validation_tokens=windows[:, 1:].numel(),
         **origin(),
     )
