@@ -69,7 +69,7 @@ def supernet(given: argparse.Namespace) -> None:
         keys = {"steps": steps, "accumulate": microbatches(given.batch, given.gpus), **training(given)}
         print(f"{name}: {steps * given.batch * length(given):,} tokens", flush=True)
         nas(given, "train", name, *(f"train.{key}={value}" for key, value in keys.items()), gpus=given.gpus)
-        run = FinishedRun(Path("runs/train") / f"decilm-{name}", "train")
+        run = trained(name)
         losses = pd.read_json(run.path / "metrics.jsonl", lines=True).iloc[-1].filter(like="_loss_nats")
         options = {key: run.config["train"][key] for key in ("steps", "batch", "learning_rate", "validation_windows")}
         seen = options["steps"] * options["batch"] * length(given)
@@ -226,7 +226,7 @@ def transfer(given: argparse.Namespace) -> None:
     kinds = {"largest": [space.largest], "layer": single, "vector": list(dict.fromkeys(whole))}
     tables = []
     for name in (name for name in SUPERNETS if finished("train", name)):
-        loss, weights = loss_of(given, name), FinishedRun(Path("runs/train") / f"decilm-{name}", "train").digest()
+        loss, weights = loss_of(given, name), trained(name).digest()
         for kind, vectors in kinds.items():
             losses = zip(vectors, loss.of(vectors), strict=True)
             rows = [(format_vector(one), nats, loss.noise(one).get("paired_se_nats")) for one, nats in losses]
@@ -334,6 +334,11 @@ def finished(stage: str, name: str) -> bool:
     return (Path("runs") / stage / f"decilm-{name}" / "complete.json").is_file()
 
 
+def trained(name: str) -> FinishedRun:
+    """The run of a proxy's supernet."""
+    return FinishedRun(Path("runs/train") / f"decilm-{name}", "train")
+
+
 def tokens(given: argparse.Namespace, name: str) -> TokenData:
     """The text as a proxy reads it."""
     return prepare_tokens(TextCorpus(given.text), None, space_of(given, name).shape.vocab_size, Path("runs/cache"))
@@ -341,8 +346,7 @@ def tokens(given: argparse.Namespace, name: str) -> TokenData:
 
 def loss_of(given: argparse.Namespace, name: str) -> InheritedLoss:
     """The inherited loss of a proxy."""
-    run = FinishedRun(Path("runs/train") / f"decilm-{name}", "train")
-    return inherited_loss(run, tokens(given, name), given.windows, Path("runs"))
+    return inherited_loss(trained(name), tokens(given, name), given.windows, Path("runs"))
 
 
 def nas(given: argparse.Namespace, stage: str, name: str, *words: str, gpus: int = 1) -> None:

