@@ -1,6 +1,6 @@
 """A study of DeciLM-6B's problem: 3^32 vectors searched on a proxy with DeciLM-6B's layers, and tests of the result.
 
-    python scripts/decilm_study.py supernet --text TEXT --gpus 4    trains the proxies: main, narrow, and twice as long
+    python scripts/decilm_study.py supernet --text TEXT --gpus 4    trains the proxies
     python scripts/decilm_study.py search --text TEXT               500 evaluations for each of three devices
     python scripts/decilm_study.py equal_cost --text TEXT           the best order of DeciLM-6B's own groups
     python scripts/decilm_study.py alone --text TEXT --gpus 4       that, DeciLM-6B's and uniform ones, trained alone
@@ -15,6 +15,7 @@ of supernets that are elsewhere stay in supernets.csv and transfer.csv.
 
 import argparse
 import dataclasses
+import itertools
 import os
 import signal
 import subprocess
@@ -46,7 +47,12 @@ from nas.stages.fidelity import Series, train
 from nas.stages.train import inherited_loss, weights_identity
 from nas.training.loop import training_device
 
-SUPERNETS = {"main": 1, "narrow": 1, "twice": 2}  # the training's length, in --steps
+SUPERNETS = {  # the share of --steps, and train.seed
+    "main": (1, 0),
+    "narrow": (1, 0),
+    "half": (0.5, 0),
+    "half-seed1": (0.5, 1),
+}
 DEVICES = {  # the first one's costs are those of equal_cost; the H100's table ends at the batches of 21 GiB
     "h200": ("device=nvidia-h200", "workload.memory_gib=22.5"),
     "h100": ("device=nvidia-h100-80gb-hbm3", "workload.memory_gib=21"),
@@ -65,9 +71,10 @@ class OutOfTimeError(BaseException):
 def supernet(given: argparse.Namespace) -> None:
     """Trains the proxies that are named, over the GPUs of this host."""
     for name in given.supernets:
-        steps = given.steps * SUPERNETS[name]
-        keys = {"steps": steps, "accumulate": microbatches(given.batch, given.gpus), **training(given)}
-        print(f"{name}: {steps * given.batch * length(given):,} tokens", flush=True)
+        share, seed = SUPERNETS[name]
+        keys = {"steps": round(share * given.steps), "seed": seed, **training(given)}
+        keys["accumulate"] = microbatches(given.batch, given.gpus)
+        print(f"{name}: {keys['steps'] * given.batch * length(given):,} tokens", flush=True)
         nas(given, "train", name, *(f"train.{key}={value}" for key, value in keys.items()), gpus=given.gpus)
         run = trained(name)
         losses = pd.read_json(run.path / "metrics.jsonl", lines=True).iloc[-1].filter(like="_loss_nats")
@@ -150,15 +157,9 @@ def equal_cost(given: argparse.Namespace) -> None:
 
 
 def held_out(given: argparse.Namespace, loss: InheritedLoss) -> Callable[[Vector], dict[str, Windows]]:
-    """A function to the losses of vectors, DeciLM-6B's too, on windows of validation that nothing else sees."""
-    windows = validation_windows(tokens(given, "main").validation, 4 * given.windows - 3, length(given))
-    if len(windows) < 4 * given.windows - 3:
-        sys.exit(
-            f"The validation text has {len(windows)} windows, too few to keep some from the search; lower --windows"
-        )
-    unseen = windows[torch.arange(len(windows)) % 4 != 0]  # every fourth is among the others
+    """A function to the losses of vectors, DeciLM-6B's too, on windows of validation that no search sees."""
     memo = LossMemo(Path("runs/cache") / f"decilm-held-out-{loss.memo.file.stem}.jsonl")
-    held = InheritedLoss(loss.supernet, unseen, memo)
+    held = InheritedLoss(loss.supernet, unseen_windows(given), memo)
     held(loss.supernet.space.known_vectors[DECILM])
 
     def losses(vector: Vector) -> dict[str, Windows]:
@@ -168,10 +169,21 @@ def held_out(given: argparse.Namespace, loss: InheritedLoss) -> Callable[[Vector
     return losses
 
 
+def unseen_windows(given: argparse.Namespace) -> torch.Tensor:
+    """Three times as many windows of validation as a search sees, none of them among those."""
+    windows = validation_windows(tokens(given, "main").validation, 4 * given.windows - 3, length(given))
+    if len(windows) < 4 * given.windows - 3:
+        sys.exit(
+            f"The validation text has {len(windows)} windows, too few to keep some from the search; lower --windows"
+        )
+    return windows[torch.arange(len(windows)) % 4 != 0]  # every fourth is a search's
+
+
 def alone(given: argparse.Namespace) -> None:
     """Trains four vectors from the start by several seeds, a process per GPU, and compares them seed by seed.
 
-    Of a seed all have the same batches, and initial weights as far as they have the same ones.
+    Of a seed, which is never the supernet's, all have the same batches, and initial weights as far as they have the
+    same ones. All are compared on windows by which no vector was chosen.
     """
     found = pd.read_csv(given.out / "equal_cost.csv").set_index("kind")["vector"]
     space, data = space_of(given), tokens(given, "main")
@@ -187,12 +199,13 @@ def alone(given: argparse.Namespace) -> None:
     steps = given.alone_steps
     options = TrainConfig(**training(given) | {"steps": steps, "batch": given.alone_batch, "validate_every": steps})
     options.accumulate = microbatches(given.alone_batch, 1)
-    windows = validation_windows(data.validation, given.windows, length(given)).to(training_device())
+    windows = unseen_windows(given).to(training_device())
     decisive = weights_identity(dataclasses.asdict(options) | {"seed": None})
     identity = value_hash([space.to_dict(), decisive, data.digest, list(windows.shape)])
     memo = LossMemo(Path("runs/cache") / f"decilm-alone-{identity}.jsonl")
     series = Series("alone", start, options, data, windows, memo)
-    trainings = [(series, vector, seed) for seed in range(given.seeds) for vector in vectors.values()]
+    seeds = range(1, given.seeds + 1)
+    trainings = [(series, vector, seed) for seed in seeds for vector in vectors.values()]
     if given.worker is None:
         workers = [[sys.executable, *sys.argv, "--worker", str(index)] for index in range(given.gpus)]
         wait(*(subprocess.Popen(worker, env=on_gpu(index)) for index, worker in enumerate(workers)))
@@ -235,10 +248,10 @@ def transfer(given: argparse.Namespace) -> None:
     table, taus = write(given, "transfer", pd.concat(tables)), []
     for kind in ("layer", "vector"):
         by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet").dropna()
-        for other in by_net.columns.difference(["main"]):
-            first, second = by_net["main"].to_numpy(), by_net[[other]].to_numpy()
+        for one, other in itertools.combinations((name for name in SUPERNETS if name in by_net), 2):
+            first, second = by_net[one].to_numpy(), by_net[[other]].to_numpy()
             interval = bootstrap_interval(first, second, seed=0)
-            taus.append((kind, "main", other, len(by_net), kendall(first, second[:, 0]), *interval))
+            taus.append((kind, one, other, len(by_net), kendall(first, second[:, 0]), *interval))
     write(given, "tau", pd.DataFrame(taus, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
 
 

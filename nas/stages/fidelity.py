@@ -33,7 +33,7 @@ from nas.report.figure import figure
 from nas.run import FinishedRun, Run, origin, start_run
 from nas.space import Vector, format_vector
 from nas.stages.train import inherited_loss, load_checkpoint, weights_identity
-from nas.training.loop import CHECKPOINT, fit
+from nas.training.loop import CHECKPOINT, autocast, fit
 from nas.training.recipes import text_loss
 
 
@@ -106,7 +106,12 @@ class Series:
                 run.path.mkdir(parents=True, exist_ok=True)
                 model, options = self.start(vector, seed), dataclasses.replace(self.options, seed=seed)
                 step_loss = text_loss(self.data.train, options, self.windows.shape[1] - 1)
-                validated = fit(model, step_loss, options, run, lambda: {"loss": mean_loss(model, self.windows)})
+
+                def validate() -> dict[str, float]:
+                    with autocast(options.precision, self.windows.device):
+                        return {"loss": mean_loss(model, self.windows)}
+
+                validated = fit(model, step_loss, options, run, validate)
                 (run.path / CHECKPOINT).unlink(missing_ok=True)
                 memo.add({name: validated["loss"]})
         return memo[name]
