@@ -4,7 +4,8 @@
     python scripts/decilm_study.py search --text TEXT               500 evaluations for each of three devices
     python scripts/decilm_study.py equal_cost --text TEXT           the best order of DeciLM-6B's own groups
     python scripts/decilm_study.py alone --text TEXT --gpus 4       that, DeciLM-6B's and uniform ones, trained alone
-    python scripts/decilm_study.py transfer --text TEXT             do layers keep their order in the other proxies?
+    python scripts/decilm_study.py transfer --text TEXT             what layers and vectors lose in the other proxies
+    python scripts/decilm_study.py tau                              do the proxies agree? From the CSVs
     python scripts/decilm_study.py predicted                        does the sampler's loss model hold? From the CSVs
     python scripts/decilm_study.py figures                          from the CSVs alone
 
@@ -227,16 +228,18 @@ def alone(given: argparse.Namespace) -> None:
 
 
 def transfer(given: argparse.Namespace) -> None:
-    """Penalties of single layers, and losses of whole vectors, in all proxies that are trained; Kendall's τ of them."""
-    space, rng = space_of(given), np.random.default_rng(1)
+    """Penalties of single layers, and losses of whole vectors, in the proxies that are trained here."""
+    space, rng, half = space_of(given), np.random.default_rng(1), given.compared // 2
     single = [
         tuple(allowed[0] if at == layer else allowed[-1] for at, allowed in enumerate(space.choices))
         for layer in range(len(space.choices))
     ]
-    half = given.compared // 2
-    whole = Totals(space.choices).draw_stratified(half, rng)
-    whole += [tuple(rng.permutation(space.known_vectors[DECILM]).tolist()) for _ in range(half)]
-    kinds = {"largest": [space.largest], "layer": single, "vector": list(dict.fromkeys(whole))}
+    drawn = Totals(space.choices).draw_stratified(half, rng)
+    theirs = space.known_vectors[DECILM]
+    orders = list(dict.fromkeys(tuple(rng.permutation(theirs).tolist()) for _ in range(half)))
+    kinds = {"largest": [space.largest], "layer": single, "drawn": drawn, "order": orders, DECILM: [theirs]}
+    found = pd.read_csv(given.out / "equal_cost.csv").set_index("kind")["vector"].get("best order")
+    kinds |= {"best order": [parse_vector(found)]} if found else {}
     tables = []
     for name in (name for name in SUPERNETS if finished("train", name)):
         loss, weights = loss_of(given, name), trained(name).digest()
@@ -245,21 +248,28 @@ def transfer(given: argparse.Namespace) -> None:
             rows = [(format_vector(one), nats, loss.noise(one).get("paired_se_nats")) for one, nats in losses]
             frame = pd.DataFrame(rows, columns=["vector", "loss_nats", "paired_se_nats"])
             tables.append(frame.assign(kind=kind, supernet=name, weights=weights[:12]))
-    table, taus = write(given, "transfer", pd.concat(tables)), []
-    for kind in ("layer", "vector"):
-        by_net = table[table["kind"] == kind].pivot_table("loss_nats", "vector", "supernet").dropna()
+    write(given, "transfer", pd.concat(tables))
+
+
+def tau(given: argparse.Namespace) -> None:
+    """Whether two supernets agree: Kendall's τ of their losses, and of the total of groups alone with the second's."""
+    losses, rows = pd.read_csv(given.out / "transfer.csv"), []
+    for kind in ("layer", "order", "drawn"):
+        by_net = losses[losses["kind"] == kind].pivot_table("loss_nats", "vector", "supernet").dropna()
+        totals = -by_net.index.map(parse_vector).map(sum).to_numpy()
         for one, other in itertools.combinations((name for name in SUPERNETS if name in by_net), 2):
-            first, second = by_net[one].to_numpy(), by_net[[other]].to_numpy()
-            interval = bootstrap_interval(first, second, seed=0)
-            taus.append((kind, one, other, len(by_net), kendall(first, second[:, 0]), *interval))
-    write(given, "tau", pd.DataFrame(taus, columns=["kind", "first", "second", "vectors", "tau", "low", "high"]))
+            first, second = by_net[one].to_numpy(), by_net[other].to_numpy()
+            interval = bootstrap_interval(first, second[:, None], seed=0)
+            rows.append((kind, one, other, len(by_net), kendall(first, second), *interval, kendall(totals, second)))
+    columns = ["kind", "first", "second", "vectors", "tau", "low", "high", "tau_of_totals"]
+    write(given, "tau", pd.DataFrame(rows, columns=columns))
 
 
 def predicted(given: argparse.Namespace) -> None:
     """How well the sampler's loss model, told the first losses of a search, predicts vectors that it was not told."""
     space, trials = space_of(given), pd.read_csv(given.out / f"search_{next(iter(DEVICES))}.csv")
     orders, others = pd.read_csv(given.out / "equal_cost.csv"), pd.read_csv(given.out / "transfer.csv")
-    others = others[others["kind"].eq("vector") & others["supernet"].eq("main")]
+    others = others[others["kind"].eq("drawn") & others["supernet"].eq("main")]
     total = sum(space.known_vectors[DECILM])
     unseen = {
         "orders": orders[orders["kind"] == "random order"],
@@ -398,7 +408,7 @@ def stop(*_: object) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {part.__name__: part for part in (supernet, search, equal_cost, alone, transfer, predicted, figures)}
+    parts = {part.__name__: part for part in (supernet, search, equal_cost, alone, transfer, tau, predicted, figures)}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--text", default="runs/text", help="data.path")
     parser.add_argument("--out", type=Path, default=Path("docs/decilm"), help="folder of the CSVs and figures")
