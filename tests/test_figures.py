@@ -262,7 +262,7 @@ def test_decilms_problem_is_quoted_as_measured() -> None:
     assert f"the best order {of_order:.4f}, three fifths" in text and 0.55 < of_order / better["uniform 4"] < 0.65
     slower = speeds["uniform 2"] / theirs["tokens_per_s"]
     assert f"is {better['uniform 2']:.4f} nats better at {slower:.2f} times DeciLM-6B's throughput" in text
-    assert f"two groups everywhere are as much better at {slower:.2f} times the speed" in readme
+    assert f"Two groups everywhere are as much better at {slower:.2f} times the speed" in readme
     as_fast = trials[trials["tokens_per_s"] >= theirs["tokens_per_s"]]["loss_nats"].min()
     assert f"another mix of groups, as fast, is {theirs['loss_nats'] - as_fast:.4f} nats better" in text
     span = better["uniform 4"] - better["uniform 1"]
@@ -281,6 +281,27 @@ def test_decilms_problem_is_quoted_as_measured() -> None:
     assert one == "1.00" and f"{four} times as fast as uniform 4, {two} times as fast as uniform 2" in text
     supernet = pd.read_csv(DOCS / "decilm" / "supernets.csv").set_index("supernet").loc["main"]
     assert f"| supernet | {supernet['tokens']:,} tokens ({supernet['steps']:,} steps" in text
+
+
+def test_the_agreement_of_supernets_is_quoted_as_measured() -> None:
+    text, table = page("docs/decilm.md"), pd.read_csv(DOCS / "decilm" / "tau.csv")
+    by_kind = {kind: rows.set_index(["first", "second"]) for kind, rows in table.groupby("kind")}
+    for pair in by_kind["layer"].index:
+        rows = [by_kind[kind].loc[pair] for kind in ("layer", "order", "drawn")]
+        cells = [f"{signed(row['tau'])} ({interval(row)})" for row in rows]
+        assert f"| {' and '.join(pair)} | {' | '.join(cells)} |" in text
+    totals = by_kind["drawn"]["tau_of_totals"]
+    assert f"has a τ of {totals.min():.2f} to {totals.max():.2f} with the last" in text
+    narrow = by_kind["order"].loc["main", "narrow"]
+    shown = f"ranks {narrow['vectors']} orders of these groups otherwise (τ {narrow['tau']:.2f}, {interval(narrow)})"
+    assert shown in page("README.md")
+    losses = pd.read_csv(DOCS / "decilm" / "transfer.csv")
+    layers = losses[losses["kind"] == "layer"].pivot_table("loss_nats", "vector", "supernet")
+    layers -= losses[losses["kind"] == "largest"].set_index("supernet")["loss_nats"]
+    layers.index = layers.index.map(lambda vector: vector.split("-").index("1"))
+    assert layers.loc[:3].max().max() < 1e-4
+    assert all(set(layers[name].nlargest(2).index) == {17, 19} for name in ("main", "half"))
+    assert layers["narrow"].idxmax() == 21 and layers.loc[17, "narrow"] < 1e-4
 
 
 def test_the_samplers_model_on_a_trained_supernet_is_quoted_as_measured() -> None:
