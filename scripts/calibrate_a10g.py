@@ -339,22 +339,25 @@ def by_source(errors: pd.DataFrame) -> pd.DataFrame:
     engine = used["stack"].str.split(" ").str[0].str.lower()
     engine = engine.where(used["with_engine"].notna(), "none")
     for (origin, kind, name), theirs in used.groupby(["origin", "kind", engine], sort=False):
-        for error, inside in (("relative_error", "inside"), ("engine_error", "engine_inside"))[: 1 + (name != "none")]:
+        predictions = {"none": ("relative_error", "inside")}
+        if name != "none":
+            predictions[str(name)] = "engine_error", "engine_inside"
+        for added, (error, inside) in predictions.items():
             size = theirs[error].abs()
-            values = [
-                origin,
-                ", ".join(theirs["gpu"].unique()),
-                kind,
-                name,
-                f"engine={'none' if error == 'relative_error' else name}",
-                len(theirs),
-                _rounded(size.median()),
-                _rounded(size.max()),
-                int(theirs[inside].sum()),
-            ]
-            rows.append(values)
-    columns = ["origin", "cards", "kind", "engine", "predicted", "points", "median_error", "worst_error", "inside"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append(
+                {
+                    "origin": origin,
+                    "cards": ", ".join(theirs["gpu"].unique()),
+                    "kind": kind,
+                    "engine": name,
+                    "predicted": f"engine={added}",
+                    "points": len(theirs),
+                    "median_error": _rounded(size.median()),
+                    "worst_error": _rounded(size.max()),
+                    "inside": int(theirs[inside].sum()),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def headline(calibration: dict[str, Any]) -> pd.DataFrame:
