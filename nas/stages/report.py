@@ -87,10 +87,20 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
     timed = (first.path / "latency_check.csv").is_file()
     names, caption = ["run", "label"], _caption(first.config)
     stopped = _stopped(first) if len(searches) == 1 else ""
+    # The largest uniform vector's moves come first: they are the penalties of single layers.
+    bases = [*points[points["uniform"]].sort_values("parameters", ascending=False)["vector"]]
+    bases += points[points["on_front"] & ~points["uniform"]]["vector"].tolist()
+    vectors, moves = learned(_who_and_when(points, searches, runs), space, bases)
+    fronts = [figures.attained(runs, costs(vectors))]
+    fronts += [figures.attained([(REFERENCE, one)], [cost for cost in costs(vectors) if cost in one]) for one in better]
     page = Page(
         title=f"{name}: loss against cost",
         caption=caption + stopped,
-        **_of_vectors(points, searches, runs, better, space),
+        vectors=vectors,
+        moves=moves,
+        levels=space.levels,
+        fronts=pd.concat(fronts, ignore_index=True),
+        limits={LIMITS[key].name: bound for key, bound in _limits(first.config).items()},
         volumes=figures.curves(runs, objectives, reference),
         reference=figures.reference_text(objectives, reference),
         check=read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame(),
@@ -144,14 +154,10 @@ def _print_metrics(metrics: pd.DataFrame, alone: bool) -> None:
         )
 
 
-def _of_vectors(
-    points: pd.DataFrame,
-    searches: Sequence[FinishedRun],
-    runs: Sequence[tuple[str, pd.DataFrame]],
-    better: Sequence[pd.DataFrame],
-    space: SearchSpace,
-) -> dict[str, Any]:
-    """What the page shows of vectors: who evaluated each of them and when, and what was learned from all."""
+def _who_and_when(
+    points: pd.DataFrame, searches: Sequence[FinishedRun], runs: Sequence[tuple[str, pd.DataFrame]]
+) -> pd.DataFrame:
+    """The points with who evaluated each of them, when first and how often, and the command that exports it."""
     tables = [
         trials[["vector"]].assign(label=label, evaluation=range(1, len(trials) + 1), run=str(search.path))
         for search, (label, trials) in zip(searches, runs, strict=True)
@@ -161,21 +167,12 @@ def _of_vectors(
     found["label"] = found["label"].where(evaluated["label"].nunique() == 1, "several")
     first = evaluated["run"].first().items()
     found["command"] = [shlex.join(["nas", "export", f"run={run}", f"select={vector}"]) for vector, run in first]
-    found = points.join(found, on="vector")
-    # The largest uniform vector's moves come first: they are the penalties of single layers.
-    uniform = found[found["uniform"]].sort_values("parameters", ascending=False)
-    bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
-    found, moves = learned(found, space, bases)
-    limits = searches[0].config.get("constraints", {}).items()
-    fronts = [figures.attained(runs, costs(found))]
-    fronts += [figures.attained([(REFERENCE, one)], [name for name in costs(found) if name in one]) for one in better]
-    return {
-        "vectors": found,
-        "moves": moves,
-        "levels": space.levels,
-        "fronts": pd.concat(fronts, ignore_index=True),
-        "limits": {LIMITS[key].name: bound for key, bound in limits if bound is not None},
-    }
+    return points.join(found, on="vector")
+
+
+def _limits(config: dict[str, Any]) -> dict[str, float]:
+    """The bounds of a recorded search by their keys in ``constraints``."""
+    return {key: bound for key, bound in config.get("constraints", {}).items() if bound is not None}
 
 
 def front_metrics(
@@ -196,7 +193,7 @@ def front_metrics(
 
 def _caption(config: dict[str, Any]) -> str:
     """Workload, source of the latency (its first clause; run.json has the rest) and limits, in one line."""
-    limits = [f"{key} {limit:g}" for key, limit in config.get("constraints", {}).items() if limit is not None]
+    limits = [f"{key} {bound:g}" for key, bound in _limits(config).items()]
     within = [f"within {', '.join(limits)}"] if limits else []
     return "; ".join([*within, str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"])
 
