@@ -50,7 +50,7 @@ def run(config: Report, path: Path) -> None:
         trained = _trained(parents["trained"], searches)
     resolved = {key: getattr(config, key) for key in ("run", "reference", "trained")}
     with start_run(path, "report", resolved, parents=parents) as run:
-        _draw(searches, known, trained, path)
+        _report(searches, known, trained, path)
         run.finish()
     console.print("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
     console.print(f"To explore in a browser: {path / 'report.html'}")
@@ -66,7 +66,7 @@ def _trained(finetuned: FinishedRun, searches: list[FinishedRun]) -> pd.DataFram
     return read_csv(finetuned.artifact("front_trained.csv"), TRAINED)[TRAINED]
 
 
-def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.DataFrame | None, path: Path) -> None:
+def _report(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.DataFrame | None, path: Path) -> None:
     """Writes all files and prints what they show. The ``known`` searches begin with those to draw."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
@@ -106,8 +106,6 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
         check=read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame(),
         runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
     )
-    html = draw_page(page, objectives)
-    write_atomically(path / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
 
     draw = partial(figure, caption=caption)
     with draw(path / "front", f"{name}: Pareto front") as drawing:
@@ -122,6 +120,9 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
     if len(page.check):
         with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
             draw_check(drawing, page.check)
+
+    html = draw_page(page, objectives)
+    write_atomically(path / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
 
     console.print(f"{name}; {page.caption}")
     console.print(figures.front_table(page.front, objectives))
