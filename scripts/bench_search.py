@@ -45,7 +45,6 @@ from typing import Any, NamedTuple
 
 import moocore
 import numpy as np
-import numpy.typing as npt
 import optuna
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
@@ -57,14 +56,11 @@ from nas.hardware import cpu_name
 from nas.report.figure import COLOURS, figure
 from nas.run import git_state, now, origin
 from nas.search import Objectives, reference_point
-from nas.search.exact import best_by_counts, best_by_weights
+from nas.search.exact import Floats, Ints, best_by_counts, best_by_weights
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
 from nas.search.sampler import has_converged
 from nas.space import SearchSpace, load_space, parse_vector
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "search"
 PROBLEMS = ("additive", "adjacent", "saturating", "exploding", "distant", "together", "signed", "noisy", "real")

@@ -129,7 +129,13 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     plot = _plot(_label(found, cost), _label(found, LOSS), **_SELECT)
     plot.x_range.only_visible = True
     plot.x_range.range_padding = plot.y_range.range_padding = 0.25  # of what is shown; room for names
-    shown = [*_draw_steps(plot, found), *_draw_limits(plot, found.limits)]
+    shown = list(_draw_steps(plot, found))
+    for metric, bound in found.limits.items():
+        limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
+        name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
+        for mark in (limit, name):
+            plot.add_layout(mark)
+            shown.append((metric, mark))
     if set(_BOUNDS) <= set(found.vectors):
         ends = {"x0": _BOUNDS[0], "x1": _BOUNDS[1], "y0": LOSS, "y1": LOSS}
         on_front = _where(found.vectors["on_front"])
@@ -157,16 +163,6 @@ def _draw_steps(plot: Any, found: Page) -> Iterator[tuple[str, Any]]:
         dash = "dotted" if label == REFERENCE else "solid"
         look = {"color": colour, "line_dash": dash, "line_width": 1.5}
         yield metric, plot.step("cost", "median", source=steps, mode=mode, **look)
-
-
-def _draw_limits(plot: Any, limits: Mapping[str, float]) -> Iterator[tuple[str, Any]]:
-    """Lines with their names, as pairs like those of `_draw_steps`."""
-    for metric, bound in limits.items():
-        limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
-        name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
-        for mark in (limit, name):
-            plot.add_layout(mark)
-            yield metric, mark
 
 
 def _controls(plot: Any, found: Page, source: bm.ColumnDataSource, cost: str, shown: list[tuple[str, Any]]) -> Any:
