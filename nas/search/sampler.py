@@ -45,11 +45,11 @@ class Layers:
     @classmethod
     def of(cls, distributions: Iterable[BaseDistribution]) -> "Layers":
         """From the distributions of a study's parameters, one per layer."""
-        allowed = []
-        for distribution in distributions:
-            allowed.append(getattr(distribution, "choices", [None]))
-            if not all(isinstance(groups, int) for groups in allowed[-1]):
-                raise ValueError(f"{distribution} is no choice among whole numbers; this sampler takes nothing else")
+        allowed: list[Any] = []
+        for one in distributions:
+            if not isinstance(one, CategoricalDistribution) or not all(isinstance(way, int) for way in one.choices):
+                raise ValueError(f"{one} is no choice among whole numbers; this sampler takes nothing else")
+            allowed.append(one.choices)
         levels = np.unique(np.concatenate(allowed))
         return cls(levels, np.array([np.isin(levels, groups) for groups in allowed]))
 
