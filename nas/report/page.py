@@ -13,13 +13,12 @@ from bokeh.embed import file_html
 from bokeh.events import DocumentReady
 from bokeh.resources import INLINE
 
-from nas.metrics import METRICS, PAIRED_SE
+from nas.metrics import LOSS, METRICS, PAIRED_SE
 from nas.ranking import TRAINED, order_sentence
 from nas.report import views
 from nas.report.figure import shades
 from nas.report.views import REFERENCE, Page, costs, origin
 from nas.search import Objectives
-from nas.search.problem import LOSS
 
 
 def draw_page(found: Page, objectives: Objectives) -> str:

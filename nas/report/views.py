@@ -11,9 +11,8 @@ import pandas as pd
 from bokeh import layouts
 from bokeh.plotting import figure
 
-from nas.metrics import METRICS, PAIRED_SE
+from nas.metrics import LOSS, METRICS, PAIRED_SE
 from nas.report.figure import COLOURS, GREY, shades
-from nas.search.problem import LOSS
 from nas.space import parse_vector
 
 _COUNTED = ("batch", "kv_bytes_per_token", "parameters", "memory_gib")  # all other costs follow from the latency
@@ -266,7 +265,7 @@ def draw_left_out(source: bm.ColumnDataSource, hover: dict[str, Any]) -> Any:
 
 def draw_volumes(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any]) -> Any:
     """Hypervolume by evaluations, with a band for several runs; of a single one each point is the vector evaluated."""
-    alone = len(found.volumes) == len(found.vectors)
+    alone = len(found.colours) == 1 and (found.volumes["runs"] == 1).all()
     plot = _plot("evaluated vectors", "hypervolume", **(_SELECT if alone else {}))
     plot.title.text = f"reference point: {found.reference}"
     for label, rows in found.volumes.groupby("label", sort=False):
