@@ -84,30 +84,9 @@ def _report(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.D
     qualities = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(qualities).assign(label=labels, run=[search.path.name for search in searches])
     write_csv(path / "metrics.csv", metrics)
-    timed = (first.path / "latency_check.csv").is_file()
-    names, caption = ["run", "label"], _caption(first.config)
-    stopped = _stopped(first) if len(searches) == 1 else ""
-    # The largest uniform vector's moves come first: they are the penalties of single layers.
-    bases = [*points[points["uniform"]].sort_values("parameters", ascending=False)["vector"]]
-    bases += points[points["on_front"] & ~points["uniform"]]["vector"].tolist()
-    vectors, moves = learned(_who_and_when(points, searches, runs), space, bases)
-    fronts = [figures.attained(runs, costs(vectors))]
-    fronts += [figures.attained([(REFERENCE, one)], [cost for cost in costs(vectors) if cost in one]) for one in better]
-    page = Page(
-        title=f"{name}: loss against cost",
-        caption=caption + stopped,
-        vectors=vectors,
-        moves=moves,
-        levels=space.levels,
-        fronts=pd.concat(fronts, ignore_index=True),
-        limits={LIMITS[key].name: bound for key, bound in _limits(first.config).items()},
-        volumes=figures.curves(runs, objectives, reference),
-        reference=figures.reference_text(objectives, reference),
-        check=read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame(),
-        runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
-    )
+    page = _page(searches, runs, better, points, metrics, reference)
 
-    draw = partial(figure, caption=caption)
+    draw = partial(figure, caption=_caption(first.config))
     with draw(path / "front", f"{name}: Pareto front") as drawing:
         figures.draw_front(drawing, points, objectives, better)
     with draw(path / "groups", f"{name}: KV groups along the front") as drawing:
@@ -130,6 +109,40 @@ def _report(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.D
     if trained is not None:
         console.print(order_sentence(trained))
     _print_metrics(metrics, alone=len(known) == 1)
+
+
+def _page(
+    searches: Sequence[FinishedRun],
+    runs: Sequence[tuple[str, pd.DataFrame]],
+    better: Sequence[pd.DataFrame],
+    points: pd.DataFrame,
+    metrics: pd.DataFrame,
+    reference: Floats,
+) -> Page:
+    """What the page shows; ``runs`` are the searches' labels and trials."""
+    first = searches[0]
+    space, name = searched_space(first.config)
+    objectives, names = Objectives(tuple(first.config["objectives"])), ["run", "label"]
+    # The largest uniform vector's moves come first: they are the penalties of single layers.
+    bases = [*points[points["uniform"]].sort_values("parameters", ascending=False)["vector"]]
+    bases += points[points["on_front"] & ~points["uniform"]]["vector"].tolist()
+    vectors, moves = learned(_who_and_when(points, searches, runs), space, bases)
+    fronts = [figures.attained(runs, costs(vectors))]
+    fronts += [figures.attained([(REFERENCE, one)], [cost for cost in costs(vectors) if cost in one]) for one in better]
+    timed = (first.path / "latency_check.csv").is_file()
+    return Page(
+        title=f"{name}: loss against cost",
+        caption=_caption(first.config) + (_stopped(first) if len(searches) == 1 else ""),
+        vectors=vectors,
+        moves=moves,
+        levels=space.levels,
+        fronts=pd.concat(fronts, ignore_index=True),
+        limits={LIMITS[key].name: bound for key, bound in _limits(first.config).items()},
+        volumes=figures.curves(runs, objectives, reference),
+        reference=figures.reference_text(objectives, reference),
+        check=read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame(),
+        runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
+    )
 
 
 def _points(trials: list[pd.DataFrame], space: SearchSpace, objectives: Objectives) -> tuple[pd.DataFrame, Floats]:
@@ -230,7 +243,7 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
     return labels
 
 
-def _differences(searches: list[FinishedRun]) -> pd.DataFrame:
+def _differences(searches: Sequence[FinishedRun]) -> pd.DataFrame:
     """What differs between the configs of runs, a row each."""
     flat = pd.json_normalize([search.config for search in searches]).astype(str)
     return flat.loc[:, flat.nunique(dropna=False) > 1]
