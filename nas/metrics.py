@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from nas.latency.cost import Prediction  # which imports the config, whose limits are made from this registry
 
 Metrics = Mapping[str, float | int | str]  # values by column
-PAIRED_SE = "paired_se_nats"
+LOSS, PAIRED_SE = "loss_nats", "paired_se_nats"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def _money(name: str, title: str, unit: str) -> Metric:
 
 
 _ALWAYS = (  # in the order of the columns, which other programs rely on
-    Metric("loss_nats", "inherited validation loss", "nats/token", None, objective=True),
+    Metric(LOSS, "inherited validation loss", "nats/token", None, objective=True),
     Metric("decode_ms", "decode step", "ms", lambda p: p.decode_ms, objective=True, limit=True),
     Metric("prefill_ms", "prefill", "ms", lambda p: p.prefill_ms(p.batch), objective=True, limit=True),
     Metric(

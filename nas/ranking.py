@@ -66,8 +66,8 @@ def choose_some(spread: list[Vector], equal: list[Vector], count: int) -> list[V
     return [*(spread[place] for place in places), *equal[:of_equal]]
 
 
-def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """How well each predictor ranks vectors by each kind of trained loss; ``seed`` is that of all resampling.
+def agreement(measurements: pd.DataFrame) -> pd.DataFrame:
+    """How well each predictor ranks vectors by each kind of trained loss; all resampling is seeded.
 
     Returns:
         Rows with ``truth, among`` (all | equal total, if there are such), ``predictor, vectors, seeds``; ``tau``,
@@ -82,13 +82,14 @@ def agreement(measurements: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         start = by_kind["inherited"].loc[losses.index]
         for among, chosen in (("all", slice(None)), ("equal total", start["equal_total"])):
             true_VS, before = losses.loc[chosen].to_numpy(), start.loc[chosen, "loss_nats"].to_numpy()
+            if not len(before):
+                continue
+            mean, ceiling = true_VS.mean(axis=1), noise_ceiling(true_VS)
             for predictor, predicted in (("inherited", before), ("total", -start.loc[chosen, "total"].to_numpy(float))):
-                if not len(predicted):
-                    continue
-                mean, interval = true_VS.mean(axis=1), bootstrap_interval(predicted, true_VS, seed)
-                changed = beyond_chance(predicted, before, mean, seed) if truth == "further" else _UNKNOWN
+                interval = bootstrap_interval(predicted, true_VS, seed=0)
+                changed = beyond_chance(predicted, before, mean, seed=0) if truth == "further" else _UNKNOWN
                 one_seed = np.mean([kendall(predicted, true) for true in true_VS.T])
-                numbers = kendall(predicted, mean), *interval, *changed, one_seed, noise_ceiling(true_VS)
+                numbers = kendall(predicted, mean), *interval, *changed, one_seed, ceiling
                 rows.append((truth, among, predictor, *true_VS.shape, *numbers))
     return pd.DataFrame(rows, columns=AGREEMENT)
 

@@ -37,7 +37,7 @@ import os
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +45,6 @@ from typing import Any, NamedTuple
 
 import moocore
 import numpy as np
-import numpy.typing as npt
 import optuna
 import pandas as pd
 from matplotlib.ticker import PercentFormatter
@@ -57,14 +56,11 @@ from nas.hardware import cpu_name
 from nas.report.figure import COLOURS, figure
 from nas.run import git_state, now, origin
 from nas.search import Objectives, reference_point
-from nas.search.exact import best_by_counts, best_by_weights
+from nas.search.exact import Floats, Ints, best_by_counts, best_by_weights
 from nas.search.front_sampler import FrontSampler
 from nas.search.loss_model import LayerLosses
 from nas.search.sampler import has_converged
 from nas.space import SearchSpace, load_space, parse_vector
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.intp]
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "search"
 PROBLEMS = ("additive", "adjacent", "saturating", "exploding", "distant", "together", "signed", "noisy", "real")
@@ -246,17 +242,17 @@ def steps(name: str, sampler: optuna.samplers.BaseSampler, whole: bool, seed: in
     warnings.simplefilter("ignore")
     task, noise = problem(name, seed), np.random.default_rng([seed, 1])
     layers = [f"layer_{layer:02d}" for layer in range(task.space.shape.num_hidden_layers)]
-    distribution = IntDistribution(0, 2) if whole else CategoricalDistribution(GROUPS.tolist())
+    groups_of = dict(zip(range(3) if whole else GROUPS.tolist(), GROUPS.tolist(), strict=True))  # by parameter's value
+    distribution = IntDistribution(0, 2) if whole else CategoricalDistribution(list(groups_of))
     distributions: dict[str, BaseDistribution] = dict.fromkeys(layers, distribution)
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    for vector in task.space.uniform_vectors():
-        values = np.searchsorted(GROUPS, vector).tolist() if whole else vector
-        study.enqueue_trial(dict(zip(layers, values, strict=True)))
+    for value in groups_of:
+        study.enqueue_trial(dict.fromkeys(layers, value))  # the uniform vectors
     vectors: list[tuple[int, ...]] = []
     seen: list[float] = []
     for count in itertools.count(1):
         begin = time.perf_counter()
-        trial, vector = distinct(study, distributions, vectors, np.random.default_rng([seed, count]))
+        trial, vector = distinct(study, distributions, groups_of, vectors, np.random.default_rng([seed, count]))
         seconds = time.perf_counter() - begin
         loss = float(task.true(np.searchsorted(GROUPS, [vector]))[0] + task.noise * noise.normal())
         vectors.append(vector)
@@ -296,26 +292,20 @@ def stopped(name: str, seed: int) -> list[dict[str, Any]]:
 def distinct(
     study: optuna.Study,
     distributions: dict[str, BaseDistribution],
+    groups_of: Mapping[int, int],
     known: Sequence[tuple[int, ...]],
     rng: np.random.Generator,
 ) -> tuple[optuna.Trial, tuple[int, ...]]:
     """A trial whose vector is new: the sampler's, or if it proposes nothing new 20 times, a random one."""
     for attempt in itertools.count():
         if attempt >= 20:
-            study.enqueue_trial({name: rng.choice(values_of(one)).item() for name, one in distributions.items()})
+            study.enqueue_trial({name: rng.choice(list(groups_of)).item() for name in distributions})
         trial = study.ask(distributions)
-        whole = isinstance(next(iter(distributions.values())), IntDistribution)
-        values = list(trial.params.values())
-        vector = tuple(GROUPS[values].tolist() if whole else values)
+        vector = tuple(groups_of[value] for value in trial.params.values())
         if vector not in known:
             return trial, vector
         study.tell(trial, state=TrialState.FAIL)
     raise AssertionError
-
-
-def values_of(distribution: BaseDistribution) -> list[int]:
-    """What a layer may be."""
-    return [0, 1, 2] if isinstance(distribution, IntDistribution) else GROUPS.tolist()
 
 
 def measure_stops(file: Path, seeds: int) -> None:

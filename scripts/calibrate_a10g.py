@@ -339,22 +339,25 @@ def by_source(errors: pd.DataFrame) -> pd.DataFrame:
     engine = used["stack"].str.split(" ").str[0].str.lower()
     engine = engine.where(used["with_engine"].notna(), "none")
     for (origin, kind, name), theirs in used.groupby(["origin", "kind", engine], sort=False):
-        for error, inside in (("relative_error", "inside"), ("engine_error", "engine_inside"))[: 1 + (name != "none")]:
+        predictions = {"none": ("relative_error", "inside")}
+        if name != "none":
+            predictions[str(name)] = "engine_error", "engine_inside"
+        for added, (error, inside) in predictions.items():
             size = theirs[error].abs()
-            values = [
-                origin,
-                ", ".join(theirs["gpu"].unique()),
-                kind,
-                name,
-                f"engine={'none' if error == 'relative_error' else name}",
-                len(theirs),
-                _rounded(size.median()),
-                _rounded(size.max()),
-                int(theirs[inside].sum()),
-            ]
-            rows.append(values)
-    columns = ["origin", "cards", "kind", "engine", "predicted", "points", "median_error", "worst_error", "inside"]
-    return pd.DataFrame(rows, columns=columns)
+            rows.append(
+                {
+                    "origin": origin,
+                    "cards": ", ".join(theirs["gpu"].unique()),
+                    "kind": kind,
+                    "engine": name,
+                    "predicted": f"engine={added}",
+                    "points": len(theirs),
+                    "median_error": _rounded(size.median()),
+                    "worst_error": _rounded(size.max()),
+                    "inside": int(theirs[inside].sum()),
+                }
+            )
+    return pd.DataFrame(rows)
 
 
 def headline(calibration: dict[str, Any]) -> pd.DataFrame:
@@ -430,11 +433,10 @@ def headline_table(rows: pd.DataFrame) -> str:
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for row in _records(rows):
+        if row["model"] == "Llama-2-7B":  # first at each size of memory
+            llama = row
         where = "announced batch" if pd.isna(row["memory_gib"]) else f"{row['memory_gib']:g} GiB"
-        base = rows[(rows["model"] == "Llama-2-7B") & rows["memory_gib"].eq(row["memory_gib"])]
-        if base.empty:
-            base = rows[(rows["model"] == "Llama-2-7B") & rows["memory_gib"].isna()]
-        over = [f"{row[key] / base[key].item():.1f} ×" for key in ("tokens_per_s", "tokens_per_s_with_prefill")]
+        over = [f"{row[key] / llama[key]:.1f} ×" for key in ("tokens_per_s", "tokens_per_s_with_prefill")]
         h100 = measured["tokens_per_s"].get((row["model"], "compiled", row["batch"]))
         lines.append(
             f"| {where} | {row['model']} | {row['batch']} | {row['decode_ms']:.1f} "

@@ -14,7 +14,7 @@ import pytest
 from nas.report.front import attained, curves, front_points
 from nas.report.learned import learned
 from nas.report.page import draw_page
-from nas.report.views import Page, costs
+from nas.report.views import Page, costs, draw_volumes, marked
 from nas.search import Objectives
 from nas.space import SearchSpace, format_vector
 from tests.conftest import Nas, Workspace
@@ -132,6 +132,25 @@ def test_a_page_has_a_place_for_all_that_it_draws(micro: SearchSpace, count: int
     assert len(places) == (7 if count == 1 else 9)
     assert "<h1>&lt;i&gt;micro</h1>" in html
     assert "<b>" not in html[html.rindex("<main>") :]
+
+
+def test_runs_of_the_same_vectors_are_not_taken_for_a_single_one(micro: SearchSpace) -> None:
+    trials = all_losses(micro).assign(tokens_per_s=1.0, label="front", evaluation=1)
+    page = Page(
+        title="",
+        caption="",
+        vectors=front_points(trials, micro.reference_vectors()),
+        fronts=attained([("front", trials)], ["tokens_per_s"]),
+        volumes=curves([("front", trials), ("front", trials[::-1])], TWO, np.array([1e3, 0.0])),
+        reference="far",
+        limits={},
+        levels=[1, 2, 4],
+        moves=pd.DataFrame(),
+        check=pd.DataFrame(),
+        runs=pd.DataFrame(),
+    )
+    plot = draw_volumes(page, marked(page, "tokens_per_s"), {"tooltips": []})
+    assert [item.label.value for item in plot.legend.items] == ["front (2 runs)"]
 
 
 @pytest.fixture

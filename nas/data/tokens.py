@@ -49,9 +49,10 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
     ``tokenizer`` is a tokenizer.json or Hugging Face directory; None trains a byte-level BPE on the training split.
     ``vocab_size`` is of the model that will read the tokens. A UserError tells what is wrong with text or tokenizer.
     """
-    given = load_tokenizer(tokenizer) if tokenizer else None
-    frame = document_frame(given, tokenizer_file(str(tokenizer))) if given else None
-    if given and frame:
+    given, frame = None, None
+    if tokenizer:
+        given = load_tokenizer(tokenizer)
+        frame = document_frame(given, tokenizer_file(tokenizer))
         most = 1 + max([*given.get_vocab().values(), *frame[0], *frame[1]])
         if most > vocab_size:
             raise UserError(

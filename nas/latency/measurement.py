@@ -63,8 +63,12 @@ def grid_for(config: MeasureConfig, workload: Workload, batches: Sequence[int], 
     """
 
     def axis(given: Sequence[int] | None, own: Sequence[int], *shares: int) -> tuple[int, ...]:
-        values = {*own, *(given if given is not None else (max(1, max(own) // share) for share in shares))}
-        return tuple(sorted(values if len(values) > 1 else {*own, own[0] // 2 or min(2, limit)}))
+        if given is None:
+            given = [max(1, max(own) // share) for share in shares]
+        values = {*own, *given}
+        if len(values) == 1:
+            values.add(own[0] // 2 or min(2, limit))
+        return tuple(sorted(values))
 
     return Grid(
         axis(config.batches, batches, 2, *([] if workload.batch == MAX else [4])),
@@ -115,30 +119,32 @@ def measure(
     """Times the grid, and ``check`` end-to-end models of random vectors at each of ``shapes``, in the same rounds."""
     vectors = random_vectors(space, check, config.seed)
     points = grid.points(space) + [Point(phase, "whole", v, *at) for phase, *at in shapes for v in vectors]
-    uuid = str(torch.cuda.get_device_properties(0).uuid) if device.is_gpu else None
-    if uuid:
+    on_gpu, uuid, watts = device.is_gpu, None, None
+    torch_device, free_bytes = torch.device("cuda" if on_gpu else "cpu"), psutil.virtual_memory().available
+    if on_gpu:
+        uuid = str(torch.cuda.get_device_properties(0).uuid)
         torch.cuda.synchronize()  # opens the context, which is part of what an idle card draws
-    watts = idle_watts(config.energy_s, uuid) if uuid and config.energy_s else None
-    free_bytes = torch.cuda.mem_get_info()[0] if uuid else psutil.virtual_memory().available
-    torch_device, memory_bytes = torch.device("cuda" if uuid else "cpu"), int(_MOST_MEMORY * free_bytes)
+        watts = idle_watts(config.energy_s, uuid) if config.energy_s else None
+        free_bytes = torch.cuda.mem_get_info()[0]
+    memory_bytes = int(_MOST_MEMORY * free_bytes)
     pool = LayerPool(space, workload.dtype, workload.runtime, torch_device, points, memory_bytes)
     samples = Samples.at(samples_path)
     sentinel, heaviest = (
         Point("decode", "layer", (max(space.largest),), batch, workload.context)
         for batch in (grid.batches[0], grid.batches[-1])
     )
-    if uuid:
+    if on_gpu:
         with torch.inference_mode(), suppress(torch.OutOfMemoryError):
             pool.prepare(heaviest)  # first: what the CUDA graphs of others need fits into its memory
-    time_points(points, sentinel, pool.prepare, config, bool(uuid), samples)
+    time_points(points, sentinel, pool.prepare, config, on_gpu, samples)
 
-    summaries = {point: summarise(times) for point, times in samples.used(config, bool(uuid)).items()}
+    summaries = {point: summarise(times) for point, times in samples.used(config, on_gpu).items()}
     rows = [[*point.row(), *summary.values()] for point, summary in summaries.items() if point.part != "whole"]
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"groups": int}).sort_values(POINT_COLUMNS, ignore_index=True)
     end_to_end_ms = {point: float(s["median_ms"]) for point, s in summaries.items() if point.part == "whole" and s["n"]}
     energy = _energy(space, grid, workload, config, pool, uuid) if uuid and config.energy_s else None
     metadata: dict[str, Any] = {"clock": "CPU time of one thread"}
-    if uuid:
+    if on_gpu:
         metadata = {"drift": samples.drift_report(config), "idle_watts": watts}
     layers = [point for point, summary in summaries.items() if point.part == "layer" and summary["n"]]
     if short := sum(pool.depth_of(point) < space.shape.num_hidden_layers for point in layers):

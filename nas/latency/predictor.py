@@ -78,10 +78,10 @@ def resolve_workload(config: WorkloadConfig, shape: ModelShape, device: Device) 
     """Fills in what the config leaves to the space and the device, and checks it against both."""
     context = config.context or shape.max_position_embeddings
     prompt = config.prompt or max(1, context // 2)
-    limits = ("context", context, "space", shape.max_position_embeddings), ("prompt", prompt, "cache", context)
-    for key, value, whose, most in limits:
-        if value > most:
-            raise UserError(f"workload.{key} is {value} but the {whose}'s context is {most}; lower it")
+    if context > (most := shape.max_position_embeddings):
+        raise UserError(f"workload.context is {context} but the space's context is {most}; lower it")
+    if prompt > context:
+        raise UserError(f"workload.prompt is {prompt} but the cache's context is {context}; lower it")
     dtype, runtime = resolve_runtime(config.dtype, config.runtime, device, "workload.")
     calibration = device.calibrated(dtype)
     engines = calibration["engines"] if calibration else [NO_ENGINE]

@@ -69,15 +69,9 @@ class TableLatency(Predictor):
             reason = f"it lacks {error}" if isinstance(error, KeyError) else in_short(error)
             raise UserError(f"{folder / META} is corrupt ({reason}); restore it or measure again") from None
         self.idle_watts = meta.get("idle_watts")
-        table = read_csv(folder / TABLE, COLUMNS)
+        by_part = _read_times(folder / TABLE).groupby(["phase", "part", "groups"])
+        self._surfaces = {key: _Surface(rows, prefill=key[0] == "prefill") for key, rows in by_part}
         self.digest = file_hash(folder / TABLE)
-        lost = table["status"] == OUT_OF_MEMORY
-        sizes, ms = numbers(table, ["groups", "batch", "length"]), numbers(table, ["median_ms"])["median_ms"]
-        good = ((sizes % 1 == 0) & (sizes >= [0, 1, 1])).all(axis=1) & (((ms > 0) & (ms < math.inf)) | lost)
-        good &= ~table.duplicated(POINT_COLUMNS)
-        require(folder / TABLE, table, good, "a number is not positive, or a point is there twice")
-        keys = ["phase", "part", "groups"]
-        self._surfaces = {key: _Surface(rows, key[0] == "prefill") for key, rows in table[~lost].groupby(keys)}
         self.energy = EnergyTable(folder / ENERGY) if (folder / ENERGY).is_file() else None
 
     def slowdown(self, groups: int, batch: int) -> float:
@@ -151,6 +145,17 @@ class TableLatency(Predictor):
             return ms
         reach = f"{surface.range} in {phase}, not batch {batch} and length {length}"
         raise UserError(f"{where} covers {reach}; measure that workload")
+
+
+def _read_times(path: Path) -> pd.DataFrame:
+    """The points of a table that fitted into memory."""
+    table = read_csv(path, COLUMNS)
+    lost = table["status"] == OUT_OF_MEMORY
+    sizes, ms = numbers(table, ["groups", "batch", "length"]), numbers(table, ["median_ms"])["median_ms"]
+    good = ((sizes % 1 == 0) & (sizes >= [0, 1, 1])).all(axis=1) & (((ms > 0) & (ms < math.inf)) | lost)
+    good &= ~table.duplicated(POINT_COLUMNS)
+    require(path, table, good, "a number is not positive, or a point is there twice")
+    return table[~lost]
 
 
 def _slowdowns(meta: Mapping[str, Any]) -> dict[int, tuple[list[int], list[float]]]:

@@ -16,12 +16,12 @@ import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -39,6 +39,7 @@ SAMPLES = "samples.csv"
 SAMPLE_COLUMNS = ["segment", "sentinel_before_ms", "sentinel_after_ms", *POINT_COLUMNS, "ms"]
 
 Prepare = Callable[[Point], tuple[Callable[[], Any], int]]
+Result = TypeVar("Result")
 _SHORTEST_S, _SHORTEST_CPU_S = 3e-2, 1e-2  # a sample repeats a faster call until it lasts this long
 _REST_S = 0.25  # of the sentinel, a light load, before a look at it on a GPU
 _WARM_UP_S = 0.1  # of a segment on a GPU
@@ -191,15 +192,15 @@ def _loads(points: Iterable[Point], on_gpu: bool, most: int, rng: random.Random)
     return segments
 
 
-@contextmanager
-def _while_memory_lasts() -> Iterator[None]:
-    """Inference that ends quietly where memory does."""
+def _unless_out_of_memory(work: Callable[[], Result]) -> Result | None:
+    """What some inference returns; None where it does not fit into memory."""
     try:
         with torch.inference_mode():
-            yield
+            return work()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
+        return None
 
 
 class _Stopwatch:
@@ -207,20 +208,23 @@ class _Stopwatch:
 
     def __init__(self, prepare: Prepare, on_gpu: bool) -> None:
         self._prepare, self._on_gpu = prepare, on_gpu
-        self._ready: dict[Point, tuple[Callable[[], Any], int, int] | None] = {}  # call, repeats, divisor
+        self._timers: dict[Point, Callable[[], float] | None] = {}  # None: does not fit into memory
 
     def make_ready(self, point: Point) -> bool:
         """What takes a while and is done once; returns whether that was now."""
-        if point in self._ready:
+        if point in self._timers:
             return False
-        self._ready[point] = None  # until it is found to fit into memory
-        with _while_memory_lasts():
-            (call, divisor), repeats = self._prepare(point), 1
-            if self._on_gpu:
-                shortest = min([_gpu_seconds(call, 1) for _ in range(3)][1:])  # the first is a warm-up
-                repeats = max(1, math.ceil(_SHORTEST_S / max(shortest, 1e-7)))
-            self._ready[point] = call, repeats, divisor
+        self._timers[point] = _unless_out_of_memory(partial(self._timer, point))
         return True
+
+    def _timer(self, point: Point) -> Callable[[], float]:
+        """What takes a sample of a point, in milliseconds."""
+        call, divisor = self._prepare(point)
+        if not self._on_gpu:
+            return lambda: 1e3 * _cpu_seconds(call) / divisor
+        shortest = min([_gpu_seconds(call, 1) for _ in range(3)][1:])  # the first is a warm-up
+        repeats = max(1, math.ceil(_SHORTEST_S / max(shortest, 1e-7)))
+        return lambda: 1e3 * _gpu_seconds(call, repeats) / divisor
 
     def burst(self, points: Sequence[Point]) -> dict[Point, float]:
         """A sample each: on a GPU of the first few, no more than it can run evenly after a rest."""
@@ -247,14 +251,12 @@ class _Stopwatch:
 
     def sample(self, point: Point) -> float:
         """Milliseconds of one call, divided; infinite where it does not fit into memory."""
-        if ready := self._ready[point]:
-            call, repeats, divisor = ready
-            self._ready[point] = None  # unless it still fits: what was made ready since may have left it too little
-            with _while_memory_lasts():
-                seconds = _gpu_seconds(call, repeats) if self._on_gpu else _cpu_seconds(call)
-                self._ready[point] = ready
-                return 1e3 * seconds / divisor
-        return math.inf
+        timer = self._timers[point]
+        ms = _unless_out_of_memory(timer) if timer else None
+        if ms is None:  # for good: what was made ready since may have left it too little
+            self._timers[point] = None
+            return math.inf
+        return ms
 
     def _keep_busy(self, points: Iterable[Point], seconds: float) -> None:
         """Runs the first point that fits into memory on a GPU; a CPU needs no warm-up."""

@@ -101,8 +101,7 @@ def draw_check(drawing: Figure, check: pd.DataFrame) -> None:
     rows, columns = -(-len(summaries) // _COLUMNS), min(len(summaries), _COLUMNS)
     drawing.set_size_inches(max(4.2, 3.4 * columns), 0.6 + 3.1 * rows)
     panels = drawing.subplots(rows, columns, squeeze=False).flatten()
-    for axes, summary in zip(panels, summaries, strict=False):
-        models = check[(check[WORKLOAD] == [summary[key] for key in WORKLOAD]).all(axis=1)]
+    for axes, summary, (_, models) in zip(panels, summaries, check.groupby(WORKLOAD), strict=False):
         times = models[["predicted_ms", "measured_ms"]].to_numpy()
         ends = [times.min() / _BEYOND, times.max() * _BEYOND]
         axes.plot(ends, ends, color="black", linewidth=0.8, label="perfect")

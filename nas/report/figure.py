@@ -10,6 +10,9 @@ import matplotlib
 
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from nas.files import write_atomically
@@ -29,6 +32,11 @@ _STYLE: Any = {
     "legend.frameon": False,
     "svg.hashsalt": "gqa-nas",  # the same figure gives the same SVG
 }
+
+
+def shades(count: int) -> list[str]:
+    """So many blues, from light to dark."""
+    return list(map(to_hex, colormaps["Blues"](np.linspace(0.15, 0.85, count) if count > 1 else [0.5])))
 
 
 @contextmanager

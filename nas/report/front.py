@@ -2,19 +2,19 @@
 
 import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from nas.metrics import METRICS
 from nas.ranking import order_sentence
-from nas.report.figure import COLOURS, GREY
+from nas.report.figure import COLOURS, GREY, shades
 from nas.search.exact import Floats
 from nas.search.pareto import Objectives, hypervolume_curve
 from nas.space import Vector, format_vector, parse_vector
@@ -135,22 +135,20 @@ def draw_groups(drawing: Figure, matrix: pd.DataFrame) -> None:
     layers, points = matrix.shape
     drawing.set_size_inches(max(5.0, 2.0 + 0.32 * points), max(4.2, 1.8 + 0.16 * layers))
     axes = drawing.subplots()
-    choices = np.unique(matrix.to_numpy())
-    shades = np.linspace(0.15, 0.85, len(choices)) if len(choices) > 1 else np.array([0.5])
-    colours = ListedColormap(colormaps["Blues"](shades))
-    edges = np.concatenate(([choices[0] - 0.5], (choices[:-1] + choices[1:]) / 2, [choices[-1] + 0.5]))
-    norm = BoundaryNorm(edges, colours.N)
-    image = axes.imshow(matrix, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
+    levels, places = np.unique(matrix.to_numpy(), return_inverse=True)
+    count, places = len(levels), places.reshape(matrix.shape)
+    scale: Any = {"cmap": ListedColormap(shades(count)), "vmin": -0.5, "vmax": count - 0.5}
+    image = axes.imshow(places, aspect="auto", interpolation="nearest", **scale)
     axes.set(xlabel="front point, by loss (nats/token)", ylabel="layer")
     axes.set_xticks(range(points), matrix.columns, rotation=60, ha="right", fontsize=7)
     axes.set_yticks(range(0, layers, 1 if layers <= 16 else 4))
     axes.grid(False)
     if matrix.size <= 400:
-        for (layer, point), groups in np.ndenumerate(matrix.to_numpy()):
-            colour = "white" if shades[np.searchsorted(choices, groups)] > 0.5 else "black"
-            axes.text(point, layer, str(groups), ha="center", va="center", fontsize=7, color=colour)
-    bar = drawing.colorbar(image, ax=axes, ticks=choices, shrink=0.6, label="KV groups")
-    bar.ax.set_yticklabels(list(map(str, choices)))
+        for (layer, point), place in np.ndenumerate(places):
+            colour = "white" if place > (count - 1) / 2 else "black"  # on the darker shades
+            axes.text(point, layer, str(levels[place]), ha="center", va="center", fontsize=7, color=colour)
+    bar = drawing.colorbar(image, ax=axes, ticks=range(count), shrink=0.6, label="KV groups")
+    bar.ax.set_yticklabels(list(map(str, levels)))
 
 
 def front_table(front: pd.DataFrame, objectives: Objectives) -> Table:
@@ -204,7 +202,7 @@ def draw_hypervolume(drawing: Figure, table: pd.DataFrame, objectives: Objective
     axes = drawing.subplots()
     for colour, (label, rows) in zip(COLOURS * 9, table.groupby("label", sort=False), strict=False):
         runs = int(rows["runs"].max())
-        shown, at = f"{label} ({runs} run{'s'[: runs > 1]})", rows["evaluations"]
+        shown, at = f"{label} ({runs} run{'s' * (runs > 1)})", rows["evaluations"]
         axes.step(at, rows["median"], where="post", color=colour, label=shown)
         axes.fill_between(at, rows["low"], rows["high"], step="post", color=colour, alpha=0.2, linewidth=0)
     axes.set(xlabel="evaluated vectors", ylabel="hypervolume")

@@ -13,12 +13,12 @@ from bokeh.embed import file_html
 from bokeh.events import DocumentReady
 from bokeh.resources import INLINE
 
-from nas.metrics import METRICS, PAIRED_SE
+from nas.metrics import LOSS, METRICS, PAIRED_SE
 from nas.ranking import TRAINED, order_sentence
 from nas.report import views
+from nas.report.figure import shades
 from nas.report.views import REFERENCE, Page, costs, origin
 from nas.search import Objectives
-from nas.search.problem import LOSS
 
 
 def draw_page(found: Page, objectives: Objectives) -> str:
@@ -65,9 +65,9 @@ def draw_page(found: Page, objectives: Objectives) -> str:
         "front": [(at, f"{row[LOSS]:.4f}  {row['name'] or row['vector']}") for at, row in found.front.iterrows()],
         "order": order_sentence(found.vectors.dropna(subset=TRAINED)) if "loss_after_nats" in found.vectors else "",
         "reference": REFERENCE in set(found.fronts["label"]),
-        "levels": list(zip(found.levels, views.shades(len(found.levels)), strict=True)),
+        "levels": list(zip(found.levels, shades(len(found.levels)), strict=True)),
         "panels": list(panels),
-        "labels": found.labels,
+        "labels": list(found.colours),
         "runs": found.runs.to_html(border=0, index=False, na_rep="–", float_format="{:.4g}".format),
         "several": len(found.runs) > 1,
         "times": found.vectors["times"],

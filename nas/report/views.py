@@ -1,7 +1,7 @@
 """The views of report.html, in Bokeh: each draws a part of what was found; those of vectors share one data source."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,9 @@ import numpy as np
 import pandas as pd
 from bokeh import layouts
 from bokeh.plotting import figure
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 
-from nas.metrics import METRICS, PAIRED_SE
-from nas.report.figure import COLOURS, GREY
-from nas.search.problem import LOSS
+from nas.metrics import LOSS, METRICS, PAIRED_SE
+from nas.report.figure import COLOURS, GREY, shades
 from nas.space import parse_vector
 
 _COUNTED = ("batch", "kv_bytes_per_token", "parameters", "memory_gib")  # all other costs follow from the latency
@@ -42,17 +39,18 @@ class Page:
     caption: str
     vectors: pd.DataFrame  # one row each, numbered: `COLUMNS`, name, uniform, label, times, evaluation, command, …
     fronts: pd.DataFrame  # `nas.report.front.attained`
-    volumes: pd.DataFrame  # `nas.report.hypervolume.curves`
+    volumes: pd.DataFrame  # `nas.report.front.curves`
     reference: str  # the hypervolume's reference point
     limits: Mapping[str, float]  # by metric
     levels: Sequence[int]  # the groups that layers may have, ascending
-    moves: pd.DataFrame  # `nas.report.learned.moves`; may be empty, as may be what follows
+    moves: pd.DataFrame  # of `nas.report.learned.learned`; may be empty, as may be what follows
     check: pd.DataFrame  # predicted and measured end-to-end models
     runs: pd.DataFrame  # a row each: what differs between their configs, and their metrics
 
     @property
-    def labels(self) -> list[str]:
-        return list(self.volumes["label"].unique())
+    def colours(self) -> dict[str, str]:
+        """By label of the runs."""
+        return dict(zip(self.volumes["label"].unique(), itertools.cycle(COLOURS)))
 
     @property
     def front(self) -> pd.DataFrame:
@@ -71,35 +69,28 @@ def costs(vectors: pd.DataFrame) -> list[str]:
     return [name for name in columns if vectors[name].nunique() > 1] or columns
 
 
-def shades(count: int) -> list[str]:
-    return [to_hex(colour) for colour in colormaps["Blues"](np.linspace(0.15, 0.85, count) if count > 1 else [0.5])]
-
-
 def _source(table: pd.DataFrame, name: str | None = None) -> bm.ColumnDataSource:
     return bm.ColumnDataSource({str(key): column.to_numpy() for key, column in table.items()}, name=name)
 
 
 def marked(found: Page, cost: str) -> bm.ColumnDataSource:
     """The vectors, and how each is marked: what all views share."""
-    vectors, several = found.vectors, len(found.labels) > 1
-    labels = vectors["label"] if several else pd.Series("evaluated", vectors.index)
-    palette = {"several": "#444444", "evaluated": GREY} | dict(zip(found.labels, itertools.cycle(COLOURS)))
-    colour = labels.map(palette)
-    kind, marker = labels.copy(), pd.Series("circle", vectors.index)
-    if not several:
-        kind[vectors["on_front"]], colour[vectors["on_front"]] = "Pareto front", COLOURS[0]
-    for name, chosen, shape, shade in (
-        ("uniform", vectors["uniform"], "square", COLOURS[1]),
-        ("known", ~vectors["uniform"] & (vectors["name"] != ""), "star", COLOURS[2]),
-    ):
-        kind[chosen], marker[chosen] = name, shape
-        if not several:
-            colour[chosen] = shade
-    drawn: dict[str, Any] = {"x": vectors[cost], "kind": kind, "marker": marker, "colour": colour}
-    drawn |= {"size": np.where(marker == "circle", np.where(vectors["on_front"], 9, 6), 12)}
-    drawn |= {"alpha": np.where(vectors["on_front"] | (marker != "circle"), 0.95, 0.45)}
-    drawn["column"] = vectors.loc[vectors["on_front"], LOSS].rank(method="first").reindex(vectors.index) - 1
-    return _source(vectors.assign(**drawn), "vectors")
+    vectors, on_front, uniform = found.vectors, found.vectors["on_front"], found.vectors["uniform"]
+    known = ~uniform & (vectors["name"] != "")
+    several = len(found.colours) > 1
+    kind = vectors["label"] if several else on_front.map({True: "Pareto front", False: "evaluated"})
+    kind = kind.mask(uniform, "uniform").mask(known, "known")
+    by_kind = {"evaluated": GREY, "Pareto front": COLOURS[0], "uniform": COLOURS[1], "known": COLOURS[2]}
+    marks = vectors.assign(
+        x=vectors[cost],
+        kind=kind,
+        colour=vectors["label"].map({"several": "#444444"} | found.colours) if several else kind.map(by_kind),
+        marker=np.select([uniform, known], ["square", "star"], "circle"),
+        size=np.select([uniform | known, on_front], [12, 9], 6),
+        alpha=np.where(on_front | uniform | known, 0.95, 0.45),
+        column=vectors.loc[on_front, LOSS].rank(method="first").reindex(vectors.index) - 1,
+    )
+    return _source(marks, "vectors")
 
 
 def _plot(x_label: str, y_label: str, tools: str = "wheel_zoom,pan,box_zoom,reset,save", **more: Any) -> figure:
@@ -118,15 +109,18 @@ def _label(found: Page, metric: str) -> str:
     return METRICS[metric].label if metric == LOSS else f"{METRICS[metric].label}, {origin(metric) or sources}"
 
 
-def _scatter(plot: figure, source: bm.ColumnDataSource, x: str, y: str, **more: Any) -> Any:
+def _scatter(plot: figure, source: bm.ColumnDataSource, x: str, y: str, hover: dict[str, Any], **more: Any) -> None:
     """The vectors as points which are marked when they are selected or hovered over in any view."""
-    look = {"fill_color": "colour", "line_color": "colour", "fill_alpha": "alpha", "line_alpha": "alpha"}
-    drawn = plot.scatter(x, y, source=source, marker="marker", size="size", **look, **more)
-    marked = {"fill_color": "colour", "fill_alpha": 1.0, "line_color": "black", "line_width": 2.5, "line_alpha": 1.0}
-    for state in ("selection_glyph", "hover_glyph"):
-        setattr(drawn, state, drawn.glyph.clone(**marked))
-    drawn.nonselection_glyph = drawn.glyph.clone(fill_alpha=0.2, line_alpha=0.2)
-    return drawn
+    look = {"marker": "marker", "size": "size", "color": "colour", "alpha": "alpha"}
+    points = plot.scatter(x, y, source=source, **look, **more)
+    marked = points.glyph.clone(fill_alpha=1.0, line_color="black", line_width=2.5, line_alpha=1.0)
+    points.selection_glyph, points.hover_glyph = marked, marked.clone()
+    points.nonselection_glyph = points.glyph.clone(fill_alpha=0.2, line_alpha=0.2)
+    plot.add_tools(bm.HoverTool(renderers=[points], **hover))
+
+
+def _where(rows: "pd.Series[bool]") -> bm.CDSView:
+    return bm.CDSView(filter=bm.BooleanFilter(rows.tolist()))
 
 
 def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[str, Any]) -> tuple[Any, Any]:
@@ -134,49 +128,62 @@ def draw_front(found: Page, source: bm.ColumnDataSource, cost: str, hover: dict[
     plot = _plot(_label(found, cost), _label(found, LOSS), **_SELECT)
     plot.x_range.only_visible = True
     plot.x_range.range_padding = plot.y_range.range_padding = 0.25  # of what is shown; room for names
-    shown: list[tuple[str, Any]] = []  # what belongs to one cost alone
-    for key, rows in found.fronts.groupby(["metric", "label"], sort=False):
-        metric, label = map(str, key)
-        colour, dash = "black", "dotted"
-        if label != REFERENCE:
-            colour, dash = COLOURS[found.labels.index(label) % len(COLOURS)], "solid"
-        steps, mode = _source(rows), "before" if METRICS[metric].maximise else "after"
-        if not (rows["low"] == rows["high"]).all():
-            band = bm.VAreaStep(x="cost", y1="low", y2="high", step_mode=mode, fill_color=colour, fill_alpha=0.15)
-            shown.append((metric, plot.add_glyph(steps, band)))
-        line = plot.step("cost", "median", source=steps, mode=mode, color=colour, line_dash=dash, line_width=1.5)
-        shown.append((metric, line))
+    shown = list(_draw_steps(plot, found))
     for metric, bound in found.limits.items():
         limit = bm.Span(location=bound, dimension="height", line_dash="dashed", line_color="black")
         name = bm.Label(x=bound, y=0, y_units="screen", text=f" limit {bound:g}", text_font_size="11px")
-        shown += [(metric, limit), (metric, name)]
-        plot.center += [limit, name]
+        for mark in (limit, name):
+            plot.add_layout(mark)
+            shown.append((metric, mark))
     if set(_BOUNDS) <= set(found.vectors):
         ends = {"x0": _BOUNDS[0], "x1": _BOUNDS[1], "y0": LOSS, "y1": LOSS}
-        on_front = bm.CDSView(filter=bm.BooleanFilter(found.vectors["on_front"].tolist()))
+        on_front = _where(found.vectors["on_front"])
         interval = plot.segment(**ends, source=source, view=on_front, line_color="colour", line_alpha=0.5)
         shown.append(("decode_ms", interval))
-    if "loss_after_nats" in found.vectors:
-        _draw_trained(plot, source)
-    points = _scatter(plot, source, "x", LOSS, legend_group="kind")
-    plot.add_tools(bm.HoverTool(renderers=[points], **hover))
-    named = bm.CDSView(filter=bm.BooleanFilter((found.vectors["name"] != "").tolist()))
-    look: Any = {"text_align": "center", "text_font_size": "11px", "nonselection_text_alpha": 1.0}
-    plot.text("x", LOSS, "name", source=source, view=named, y_offset=-9, **look)
     for metric, mark in shown:
         mark.visible = metric == cost
-    options = [(metric, METRICS[metric].label) for metric in costs(found.vectors)]
-    chooser = bm.Select(title="Cost", value=cost, options=options, width=260)
+    if "loss_after_nats" in found.vectors:
+        _draw_trained(plot, source)
+    _scatter(plot, source, "x", LOSS, hover, legend_group="kind")
+    look: Any = {"text_align": "center", "text_font_size": "11px", "nonselection_text_alpha": 1.0}
+    plot.text("x", LOSS, "name", source=source, view=_where(found.vectors["name"] != ""), y_offset=-9, **look)
+    return plot, _controls(plot, found, source, cost, shown)
+
+
+def _draw_steps(plot: Any, found: Page) -> Iterator[tuple[str, Any]]:
+    """The fronts against every cost: pairs of a cost and what belongs to that alone."""
+    for key, rows in found.fronts.groupby(["metric", "label"], sort=False):
+        metric, label = map(str, key)
+        colour = found.colours.get(label, "black")
+        steps, mode = _source(rows), "before" if METRICS[metric].maximise else "after"
+        if not (rows["low"] == rows["high"]).all():
+            band = bm.VAreaStep(x="cost", y1="low", y2="high", step_mode=mode, fill_color=colour, fill_alpha=0.15)
+            yield metric, plot.add_glyph(steps, band)
+        dash = "dotted" if label == REFERENCE else "solid"
+        look = {"color": colour, "line_dash": dash, "line_width": 1.5}
+        yield metric, plot.step("cost", "median", source=steps, mode=mode, **look)
+
+
+def _controls(plot: Any, found: Page, source: bm.ColumnDataSource, cost: str, shown: list[tuple[str, Any]]) -> Any:
+    """What chooses the cost, with what is ``shown`` of each alone, and logarithmic axes."""
+    labels = {metric: METRICS[metric].label for metric in costs(found.vectors)}
+    chooser = bm.Select(title="Cost", value=cost, options=list(labels.items()), width=260)
     logarithmic = bm.CheckboxGroup(labels=["log cost", "log loss"], active=[], inline=True, align="end")
-    models = {"source": source, "plot": plot, "axes": [plot.xaxis[0], plot.yaxis[0]]}
-    models |= {"cost": chooser, "log": logarithmic, "shown": shown}
-    models |= {"labels": {metric: _label(found, metric) for metric, _ in options}}
-    models |= {"linear": [bm.LinearScale(), bm.BasicTicker(), bm.BasicTickFormatter()]}
-    models |= {"logs": [bm.LogScale(), bm.LogTicker(), bm.LogTickFormatter(min_exponent=5)]}
+    models = {
+        "source": source,
+        "plot": plot,
+        "axes": [plot.xaxis[0], plot.yaxis[0]],
+        "cost": chooser,
+        "log": logarithmic,
+        "shown": shown,
+        "labels": {metric: _label(found, metric) for metric in labels},
+        "linear": [bm.LinearScale(), bm.BasicTicker(), bm.BasicTickFormatter()],
+        "logs": [bm.LogScale(), bm.LogTicker(), bm.LogTickFormatter(min_exponent=5)],
+    }
     choose = bm.CustomJS(args=models, code=_CHOOSE)
     chooser.js_on_change("value", choose)
     logarithmic.js_on_change("active", choose)
-    return plot, layouts.row(chooser, logarithmic)
+    return layouts.row(chooser, logarithmic)
 
 
 def _draw_trained(plot: Any, source: bm.ColumnDataSource) -> None:
@@ -218,29 +225,29 @@ def draw_layers(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any])
 
 def draw_moves(found: Page) -> tuple[Any, Any]:
     """Changes of the loss by layer, of one base at a time: that of the filter."""
-    table = found.moves
+    table, count = found.moves, len(found.levels)
     plot = _plot("layer", "change of the loss (nats/token)")
     moved = bm.GroupFilter(column_name="base", group=table["base"].iloc[0] if len(table) else "")
     plot.title.text = f"Each layer of {moved.group} alone with other groups"
-    spread = 0.5 / len(found.levels)
-    for at, (level, marker) in enumerate(zip(found.levels, itertools.cycle(_MARKERS), strict=False)):
-        rows = table[table["groups"] == level]
-        colour = COLOURS[at % len(COLOURS)]
-        moves = rows.assign(
-            x=rows["layer"] + (at - (len(found.levels) - 1) / 2) * spread,
-            low=rows["change_nats"] - rows["deviation_nats"],
-            high=rows["change_nats"] + rows["deviation_nats"],
-            fill=rows["source"].map({"inherited": colour}).fillna("white"),
-        )
-        source, view = _source(moves), bm.CDSView(filter=moved)
-        plot.segment("x", "low", "x", "high", source=source, view=view, line_color=colour)
-        name = f"{level} group{'s'[: level > 1]}"
+    colours, markers = np.resize(COLOURS, count), np.resize(_MARKERS, count)
+    for level, colour, marker in zip(found.levels, colours, markers, strict=True):
+        name = f"{level} group{'s' * (level > 1)}"
         plot.scatter([np.nan], [np.nan], color=colour, marker=marker, size=7, legend_label=name)  # whatever the base
-        look = {"line_color": colour, "fill_color": "fill", "marker": marker, "size": 7}
-        points = plot.scatter("x", "change_nats", source=source, view=view, **look)
-        change = "@change_nats{0.00000} ± @deviation_nats{0.00000} nats, @source"
-        said = [("layer", "@layer"), ("groups", "@groups"), ("change", change)]
-        plot.add_tools(bm.HoverTool(renderers=[points], tooltips=said))
+    at = np.searchsorted(found.levels, table["groups"])
+    moves = table.assign(
+        x=table["layer"] + (at - (count - 1) / 2) * 0.5 / count,
+        low=table["change_nats"] - table["deviation_nats"],
+        high=table["change_nats"] + table["deviation_nats"],
+        colour=colours[at],
+        marker=markers[at],
+        fill=np.where(table["source"] == "inherited", colours[at], "white"),
+    )
+    shown: Any = {"source": _source(moves), "view": bm.CDSView(filter=moved), "line_color": "colour"}
+    plot.segment("x", "low", "x", "high", **shown)
+    points = plot.scatter("x", "change_nats", fill_color="fill", marker="marker", size=7, **shown)
+    change = "@change_nats{0.00000} ± @deviation_nats{0.00000} nats, @source"
+    said = [("layer", "@layer"), ("groups", "@groups"), ("change", change)]
+    plot.add_tools(bm.HoverTool(renderers=[points], tooltips=said))
     plot.add_layout(bm.Span(location=0, dimension="width", line_color="black", line_width=1))
     plot.xaxis.ticker = bm.BasicTicker(min_interval=1)
     return plot, moved
@@ -251,42 +258,40 @@ def draw_left_out(source: bm.ColumnDataSource, hover: dict[str, Any]) -> Any:
     plot = _plot("inherited loss (nats/token)", "expected loss (nats/token)", **_SELECT)
     plot.add_layout(bm.Slope(gradient=1, y_intercept=0, line_color="black", line_width=1))
     plot.segment(LOSS, "expected_low", LOSS, "expected_high", source=source, line_color="colour", line_alpha=0.4)
-    points = _scatter(plot, source, LOSS, "expected_nats")
     expected = [*hover["tooltips"], ("expected loss", "@expected_nats{0.00000}")]
-    plot.add_tools(bm.HoverTool(renderers=[points], **hover | {"tooltips": expected}))
+    _scatter(plot, source, LOSS, "expected_nats", hover | {"tooltips": expected})
     return plot
 
 
 def draw_volumes(found: Page, source: bm.ColumnDataSource, hover: dict[str, Any]) -> Any:
     """Hypervolume by evaluations, with a band for several runs; of a single one each point is the vector evaluated."""
-    alone = len(found.volumes) == len(found.vectors)
-    tools = _SELECT if alone else {}
-    plot = _plot("evaluated vectors", "hypervolume", **tools)
+    alone = len(found.colours) == 1 and (found.volumes["runs"] == 1).all()
+    plot = _plot("evaluated vectors", "hypervolume", **(_SELECT if alone else {}))
     plot.title.text = f"reference point: {found.reference}"
-    for colour, (label, rows) in zip(COLOURS * 9, found.volumes.groupby("label", sort=False), strict=False):
-        steps, runs = _source(rows), int(rows["runs"].max())
+    for label, rows in found.volumes.groupby("label", sort=False):
+        colour, steps, runs = found.colours[str(label)], _source(rows), int(rows["runs"].max())
         band = bm.VAreaStep(x="evaluations", y1="low", y2="high", step_mode="after", fill_color=colour, fill_alpha=0.15)
         plot.add_glyph(steps, band)
-        name = {} if alone else {"legend_label": f"{label} ({runs} run{'s'[: runs > 1]})"}
+        name = {} if alone else {"legend_label": f"{label} ({runs} run{'s' * (runs > 1)})"}
         plot.step("evaluations", "median", source=steps, mode="after", color=colour, line_width=1.5, **name)
     if alone:
         source.data["hypervolume"] = found.volumes["median"].to_numpy()
-        points = _scatter(plot, source, "evaluation", "hypervolume")
-        plot.add_tools(bm.HoverTool(renderers=[points], **hover))
+        _scatter(plot, source, "evaluation", "hypervolume", hover)
     return plot
 
 
 def draw_check(check: pd.DataFrame) -> Any:
     """Relative errors of predicted latencies, by measured one."""
     plot = _plot("measured (ms)", "predicted, relative to measured", x_axis_type="log")
-    table = check.assign(error=check["predicted_ms"] / check["measured_ms"] - 1)
-    for phase, colour, marker in (("decode", COLOURS[0], "circle"), ("prefill", COLOURS[1], "triangle")):
-        rows = table[table["phase"] == phase]
-        if len(rows):
-            look = {"color": colour, "marker": marker, "size": 7, "legend_label": phase}
-            points = plot.scatter("measured_ms", "error", source=_source(rows), **look)
-            said = [(name, f"@{name}") for name in ("vector", "batch", "length", "measured_ms", "predicted_ms")]
-            plot.add_tools(bm.HoverTool(renderers=[points], tooltips=[*said, ("error", "@error{0.0%}")]))
+    table = check.assign(
+        error=check["predicted_ms"] / check["measured_ms"] - 1,
+        colour=check["phase"].map({"decode": COLOURS[0], "prefill": COLOURS[1]}),
+        marker=check["phase"].map({"decode": "circle", "prefill": "triangle"}),
+    )
+    look = {"color": "colour", "marker": "marker", "size": 7, "legend_group": "phase"}
+    points = plot.scatter("measured_ms", "error", source=_source(table), **look)
+    said = [(name, f"@{name}") for name in ("vector", "batch", "length", "measured_ms", "predicted_ms")]
+    plot.add_tools(bm.HoverTool(renderers=[points], tooltips=[*said, ("error", "@error{0.0%}")]))
     plot.add_layout(bm.Span(location=0, dimension="width", line_color="black", line_width=1))
     plot.yaxis.formatter = bm.NumeralTickFormatter(format="0.0%")
     return plot

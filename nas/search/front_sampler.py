@@ -87,11 +87,9 @@ class FrontSampler(InformedSampler, RandomSampler):  # random before any trial i
             return kept[self.permitted(layers.levels_K[kept])] if self.permitted else kept
 
         enough = _DESIGN * len(layers.allowed_LK)
-        if len(vectors_NL) < enough <= (self.evaluations or enough):
-            smallest_L = layers.allowed_LK.argmax(axis=1)
-            largest_L = len(layers.levels_K) - 1 - layers.allowed_LK[:, ::-1].argmax(axis=1)
-            if len(design := new(np.where(np.eye(len(smallest_L), dtype=bool), smallest_L, largest_L))):
-                return np.asarray(self._random.choice(design))
+        begins = len(vectors_NL) < enough <= (self.evaluations or enough)
+        if begins and len(design := new(layers.one_at_a_time())):
+            return np.asarray(self._random.choice(design))
         finished = ~np.isnan(values_NO).any(axis=1)
         evaluated, values = vectors_NL[finished], values_NO[finished]
         if len(evaluated) >= (_STARTUP if costs else len(layers.levels_K) + 2):
@@ -99,20 +97,19 @@ class FrontSampler(InformedSampler, RandomSampler):  # random before any trial i
             losses = np.flatnonzero(np.isnan(costs_of(evaluated[:1])[0])).tolist()
             models = {column: LossModel(evaluated, values[:, column], len(layers.levels_K)) for column in losses}
             if len(candidates := new(self._candidates(layers, models.values()))):
-                best = _most_promising(candidates, vectors_NL, values_NO, models, costs_of, bool(costs))
-                chosen, self.promised = best
-                return chosen
+                best, self.promised = _most_promising(
+                    candidates, vectors_NL, values_NO, models, costs_of, costs_known=bool(costs)
+                )
+                return best
         for _ in range(20):
-            drawn = np.stack([self._random.choice(np.flatnonzero(row), size=50) for row in layers.allowed_LK], axis=1)
-            if len(found := new(drawn)):
+            if len(found := new(drawn := layers.random(50, self._random))):
                 return np.asarray(found[0])
         return np.asarray(drawn[0])  # whoever asked must cope with a space that is used up
 
     def _candidates(self, layers: Layers, models: Iterable[LossModel]) -> Ints:
         """All vectors of a small space; of a large one the best for all counts, by the model's mean and a sample."""
-        if np.prod(layers.allowed_LK.sum(axis=1), dtype=float) <= _ENUMERATED:
-            axes = np.meshgrid(*map(np.flatnonzero, layers.allowed_LK), indexing="ij")
-            return np.stack([axis.ravel() for axis in axes], axis=1)
+        if layers.size <= _ENUMERATED:
+            return layers.all()
         losses = [loss for model in models for loss in (model.mean(), model.draw(self._random))]
         best = [layers.best(loss.penalties_LK, loss.couplings_MKK) for loss in losses]
         return np.concatenate(best or [layers.best(0.0)])

@@ -65,7 +65,7 @@ class LossModel:
         self._low, self._range = losses_N.min(), max(float(np.ptp(losses_N)), 1e-12)
         count = max((number for number in _RETUNE if number <= len(losses_N)), default=0)
         known = vectors_NL[:count].tobytes(), losses_N[:count].tobytes()
-        self._learned = _learned(*known, count, self._layers, choices)
+        self._learned = _most_likely(*known, count, self._layers, choices)
         self._evaluated = _Inputs(vectors_NL, choices)
         self._variances_P = _variances(self._learned, self._layers)
         scaled_N = (torch.from_numpy(losses_N) - self._low) / self._range
@@ -87,7 +87,7 @@ class LossModel:
 
     def means(self, vectors_NL: Ints) -> Floats:
         """Expected losses of vectors, shape (N,)."""
-        return self._losses(self._forecast(_Inputs(vectors_NL, self._choices))[0])
+        return self._to_nats(self._forecast(_Inputs(vectors_NL, self._choices))[0])
 
     def deviations(self, vectors_NL: Ints) -> Floats:
         """Posterior standard deviations of the losses of vectors that were not evaluated, shape (N,)."""
@@ -103,17 +103,17 @@ class LossModel:
         precisions_N = torch.cholesky_inverse(self._root).diagonal()
         prior_N = self._mean + self._evaluated.features @ self._evaluated.expected_P
         sums_N = prior_N + self._residual_N - self._solved_N / precisions_N
-        return self._losses(sums_N), self._spread(sums_N, precisions_N.rsqrt())
+        return self._to_nats(sums_N), self._spread(sums_N, precisions_N.rsqrt())
 
     def _spread(self, sums_N: Tensor, deviations_N: Tensor) -> Floats:
-        return (self._losses(sums_N + deviations_N) - self._losses(sums_N - deviations_N)) / 2
+        return (self._to_nats(sums_N + deviations_N) - self._to_nats(sums_N - deviations_N)) / 2
 
     def _forecast(self, vectors: "_Inputs") -> tuple[Tensor, Tensor]:
         """Expected sums, and their prior covariance with those of what was evaluated."""
         across = _covariance(self._learned, vectors, self._evaluated)
         return self._mean + vectors.features @ vectors.expected_P + across @ self._solved_N, across
 
-    def _losses(self, sums_N: Tensor) -> Floats:
+    def _to_nats(self, sums_N: Tensor) -> Floats:
         losses = _losses(sums_N / self._layers, self._learned["bends"])
         return np.asarray(self._low + self._range * losses.numpy())
 
@@ -203,7 +203,7 @@ def _straightened(values: Tensor, bend: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _learned(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
+def _most_likely(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
     sizes = [choices - 1, 1, 1, 1, 1, 2]
     prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64).repeat_interleave(torch.tensor(sizes), dim=0)

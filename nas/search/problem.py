@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 
 from nas.errors import UserError
-from nas.metrics import LIMITS, Metrics
+from nas.metrics import LIMITS, LOSS, Metrics
 from nas.search.exact import Floats, Ints
 from nas.search.pareto import Objectives
 from nas.space import SearchSpace, Vector
 
-LOSS = "loss_nats"
 _TOLERANCE = 1e-8  # of a limit, which is given with no more digits than are printed
 
 

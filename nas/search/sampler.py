@@ -45,11 +45,11 @@ class Layers:
     @classmethod
     def of(cls, distributions: Iterable[BaseDistribution]) -> "Layers":
         """From the distributions of a study's parameters, one per layer."""
-        allowed = []
-        for distribution in distributions:
-            allowed.append(getattr(distribution, "choices", [None]))
-            if not all(isinstance(groups, int) for groups in allowed[-1]):
-                raise ValueError(f"{distribution} is no choice among whole numbers; this sampler takes nothing else")
+        allowed: list[Any] = []
+        for one in distributions:
+            if not isinstance(one, CategoricalDistribution) or not all(isinstance(way, int) for way in one.choices):
+                raise ValueError(f"{one} is no choice among whole numbers; this sampler takes nothing else")
+            allowed.append(one.choices)
         levels = np.unique(np.concatenate(allowed))
         return cls(levels, np.array([np.isin(levels, groups) for groups in allowed]))
 
@@ -57,6 +57,26 @@ class Layers:
         """Vectors of groups as choices, (N, L)."""
         groups = np.array([list(vector) for vector in vectors], dtype=np.intp).reshape(-1, len(self.allowed_LK))
         return np.searchsorted(self.levels_K, groups)
+
+    @property
+    def size(self) -> float:
+        """How many vectors there are."""
+        return float(np.prod(self.allowed_LK.sum(axis=1), dtype=float))
+
+    def all(self) -> Ints:
+        """Every vector, as choices (size, L)."""
+        axes = np.meshgrid(*map(np.flatnonzero, self.allowed_LK), indexing="ij")
+        return np.stack([axis.ravel() for axis in axes], axis=1)
+
+    def one_at_a_time(self) -> Ints:
+        """Choices (L, L): each layer once at its smallest one, all others at their largest."""
+        smallest_L = self.allowed_LK.argmax(axis=1)
+        largest_L = len(self.levels_K) - 1 - self.allowed_LK[:, ::-1].argmax(axis=1)
+        return np.asarray(np.where(np.eye(len(smallest_L), dtype=bool), smallest_L, largest_L))
+
+    def random(self, count: int, rng: np.random.Generator) -> Ints:
+        """Choices (count, L), each layer's drawn alike."""
+        return np.stack([rng.choice(np.flatnonzero(row), size=count) for row in self.allowed_LK], axis=1)
 
     def best(self, penalties_LK: Floats | float, couplings_MKK: Floats | None = None) -> Ints:
         """Choices (T, L): of `best_by_counts`, or where counts are too many, the best for every total of groups."""
@@ -135,10 +155,16 @@ class DistinctSampler(BaseSampler):
             vector = queue[proposing]
             if vector in failed:
                 self._note(study, trial, failed[vector].system_attrs.get(PROMISED))
-            return dict(zip(search_space, vector, strict=True))
-        taken.update(queue)
-        if len(taken) >= self.problem.size:
-            return dict(zip(search_space, min(taken), strict=True))
+        elif len(taken := taken.union(queue)) >= self.problem.size:
+            vector = min(taken)
+        else:
+            vector = self._proposed(study, trial, search_space, slot, taken)
+        return dict(zip(search_space, vector, strict=True))
+
+    def _proposed(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution], slot: int, taken: set[Vector]
+    ) -> Vector:
+        """What the inner sampler proposes for the ``slot``, or the nearest vector that is free and keeps all limits."""
         for attempt in range(_ATTEMPTS):
             joint = self._ask_inner(study, trial, slot, attempt, taken)
             vector = tuple(
@@ -151,7 +177,7 @@ class DistinctSampler(BaseSampler):
         if vector in taken or not self.problem.keeps_limits(vector):
             rng = np.random.default_rng([self.seed, slot, _ATTEMPTS])
             vector = self._nearest(vector, taken, Layers.of(search_space.values()), rng)
-        return dict(zip(search_space, vector, strict=True))
+        return vector
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution

@@ -26,9 +26,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas import console
 from nas.errors import UserError
-from nas.metrics import COLUMNS, OPTIONAL_COLUMNS, Metrics
+from nas.metrics import COLUMNS, LOSS, OPTIONAL_COLUMNS, Metrics
 from nas.search.pareto import knee, on_front
-from nas.search.problem import EVERYTHING, LOSS, Budget, Problem
+from nas.search.problem import EVERYTHING, Budget, Problem
 from nas.search.sampler import COUNTED, PROMISED, WHY_CONVERGED, DistinctSampler, has_converged
 from nas.search.storage import Storage
 from nas.space import Vector, format_vector

@@ -153,25 +153,11 @@ def find_latency(
     ``begun`` is the config that the search was begun with, empty if this is its first attempt.
     """
 
+    batches, wanted = batches_of(space, device, workload), workload.to_dict()
+
     def covers(table: TableLatency) -> bool:
         return table.fits(device.slug, space, workload, batches)
 
-    def ranks(table: TableLatency) -> bool:
-        try:
-            table.check_ranking()
-        except UserError as error:
-            console.warn(f"Passing over a latency table: {error}")
-            return False
-        return True
-
-    def measure_now() -> None:
-        kind, when = "measured table", "first"
-        if drifting:
-            kind, when = "table of a steady machine", "again; latency=RUN takes one as it is"
-        console.print(f"No {kind} covers this space, device and workload: measuring {when}")
-        measure_space(config, space, device, workload, path)
-
-    batches, wanted = batches_of(space, device, workload), workload.to_dict()
     if config.latency:
         if covers(named := table_of(FinishedRun(Path(config.latency), "measure"))):
             return named
@@ -183,17 +169,13 @@ def find_latency(
         if same := [table for table in covering if table.digest == digest]:
             return same[0]
         raise UserError("the latency table that this search was begun with is gone; restore it, or give another name=")
-    tables = [] if begun else list(filter(ranks, covering))
+    tables = [] if begun else list(filter(_ranks, covering))
     if config.device == "this" and not begun and not any(table.is_steady for table in tables):
         drifting = sorted(table.digest for table in covering if not table.is_steady)
-        decisive: list[Any] = [space.to_dict(), device.slug, wanted, dataclasses.asdict(config.measure), config.check]
-        # Every attempt has its own path; but whoever joins a shared study, however late, must find the table of that.
-        decisive += [STEP_REVISION[workload.runtime], *([config.name] if config.storage else drifting)]
-        path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
-        if covers(measured := table_of(find_or_make(path, "measure", measure_now))):
+        if covers(measured := _measured_now(config, space, device, workload, drifting)):
             return measured
         if not tables:
-            what = f"{path} was measured, but memory ended before it covered {space.name} at {workload}"
+            what = f"{measured.folder} was measured, but memory ended before it covered {space.name} at {workload}"
             raise UserError(f"{what}; lower workload.{'memory_gib' if workload.batch == MAX else 'batch or .context'}")
     if tables:  # of those of the present decode step, first one that need not interpolate
         return min(tables, key=lambda t: (not t.is_steady, not t.is_current, t.meta.get("workload") != wanted))
@@ -202,6 +184,35 @@ def find_latency(
             f"No table of {device.name} covers batches {batches[0]} to {batches[-1]} at {workload}: estimating"
         )
     return RooflineLatency(device, space.shape, workload.dtype, workload.engine)
+
+
+def _ranks(table: TableLatency) -> bool:
+    try:
+        table.check_ranking()
+    except UserError as error:
+        console.warn(f"Passing over a latency table: {error}")
+        return False
+    return True
+
+
+def _measured_now(
+    config: Search, space: SearchSpace, device: Device, workload: Workload, drifting: list[str]
+) -> TableLatency:
+    """The table for a search on this machine, of which there are none but those ``drifting``, by their digests."""
+    decisive: list[Any] = [space.to_dict(), device.slug, workload.to_dict(), dataclasses.asdict(config.measure)]
+    # Every attempt has its own path; but whoever joins a shared study, however late, must find the table of that.
+    own = [config.name] if config.storage else drifting
+    decisive += [config.check, STEP_REVISION[workload.runtime], *own]
+    path = Path(config.runs_dir) / "measure" / f"{space.name}-{device.slug}-{value_hash(decisive)}"
+
+    def make() -> None:
+        kind, when = "measured table", "first"
+        if drifting:
+            kind, when = "table of a steady machine", "again; latency=RUN takes one as it is"
+        console.print(f"No {kind} covers this space, device and workload: measuring {when}")
+        measure_space(config, space, device, workload, path)
+
+    return table_of(find_or_make(path, "measure", make))
 
 
 def _tables(runs_dir: Path, slug: str) -> Iterator[TableLatency]:

@@ -44,12 +44,13 @@ def run(config: Report, path: Path) -> None:
         parents["reference"] = FinishedRun(Path(config.reference), "search")
     known = [*parents.values()]
     _check_comparable(known)
+    trained = None
     if config.trained:
         parents["trained"] = FinishedRun(Path(config.trained), "finetune")
         trained = _trained(parents["trained"], searches)
     resolved = {key: getattr(config, key) for key in ("run", "reference", "trained")}
     with start_run(path, "report", resolved, parents=parents) as run:
-        _draw(searches, known, trained if config.trained else None, path)
+        _report(searches, known, trained, path)
         run.finish()
     console.print("Figures: " + ", ".join(str(file) for file in sorted(path.glob("*.png"))) + " (and .svg)")
     console.print(f"To explore in a browser: {path / 'report.html'}")
@@ -65,72 +66,97 @@ def _trained(finetuned: FinishedRun, searches: list[FinishedRun]) -> pd.DataFram
     return read_csv(finetuned.artifact("front_trained.csv"), TRAINED)[TRAINED]
 
 
-def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.DataFrame | None, path: Path) -> None:
-    """Draws the searches. The ``known`` ones, which begin with them, make the best known front."""
+def _report(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.DataFrame | None, path: Path) -> None:
+    """Writes all files and prints what they show. The ``known`` searches begin with those to draw."""
     first = searches[0]
     objectives = Objectives(tuple(first.config["objectives"]))
     columns = ["vector", "loss_nats", "on_front", *objectives.names]
     known_trials = [read_csv(search.artifact("trials.csv"), columns) for search in known]
-    trials = known_trials[: len(searches)]
-    space, name = searched_space(first.config)
-    reference_vectors, caption = space.reference_vectors(), _caption(first.config)
-    everything = pd.concat(trials, join="inner").drop_duplicates("vector", ignore_index=True)
-    everything["on_front"] = on_front(everything, objectives)
-    points = figures.front_points(everything, reference_vectors)
-    front = points[points["on_front"]].sort_values("loss_nats")
-    draw = partial(figure, caption=caption)
+    trials, better = known_trials[: len(searches)], known_trials[len(searches) :]  # the latter are the reference's
     labels = _labels([search.config for search in searches])
     runs = list(zip(labels, trials, strict=True))
-    better = known_trials[len(searches) :]  # the reference's
-
-    with draw(path / "front", f"{name}: Pareto front") as drawing:
-        figures.draw_front(drawing, points, objectives, better)
+    space, name = searched_space(first.config)
+    points, reference = _points(trials, space, objectives)
     if trained is not None:
         points = points.merge(trained, on="vector", how="left")
-        with draw(path / "front_trained", f"{name}: losses before and after training") as drawing:
-            figures.draw_trained(drawing, points.dropna(subset=TRAINED), objectives)
-    with draw(path / "groups", f"{name}: KV groups along the front") as drawing:
-        figures.draw_groups(drawing, figures.group_matrix(front))
-
-    # Limits and small budgets leave some reference vectors out.
-    complete = set(map(format_vector, reference_vectors.values())) <= set(everything["vector"])
-    reference = reference_point(points[points["name"] != ""] if complete else points, objectives)
-    table = figures.curves(runs, objectives, reference)
-    with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
-        figures.draw_hypervolume(drawing, table, objectives, reference)
-
-    timed = (first.path / "latency_check.csv").is_file()
-    check = read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame()
-    if len(check):
-        with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
-            draw_check(drawing, check)
-
-    stopped = _stopped(first) if len(searches) == 1 else ""
-    console.print(f"{name}; {caption}{stopped}")
-    console.print(figures.front_table(front, objectives))
-    uniform = set(map(format_vector, space.uniform_vectors()))
-    console.print(figures.gain_sentence(everything, uniform))
-    if trained is not None:
-        console.print(order_sentence(trained))
     best = moocore.filter_dominated(objectives.points(pd.concat(known_trials)), maximise=objectives.maximise)
+    uniform = set(map(format_vector, space.uniform_vectors()))
     qualities = [front_metrics(run, uniform, objectives, best, reference) for run in trials]
     metrics = pd.DataFrame(qualities).assign(label=labels, run=[search.path.name for search in searches])
     write_csv(path / "metrics.csv", metrics)
-    names = ["run", "label"]
-    html = draw_page(
-        Page(
-            title=f"{name}: loss against cost",
-            caption=caption + stopped,
-            **_of_vectors(points, searches, runs, better, space),
-            volumes=table,
-            reference=figures.reference_text(objectives, reference),
-            check=check,
-            runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
-        ),
-        objectives,
-    )
+    page = _page(searches, runs, better, points, metrics, reference)
+
+    draw = partial(figure, caption=_caption(first.config))
+    with draw(path / "front", f"{name}: Pareto front") as drawing:
+        figures.draw_front(drawing, points, objectives, better)
+    with draw(path / "groups", f"{name}: KV groups along the front") as drawing:
+        figures.draw_groups(drawing, figures.group_matrix(page.front))
+    with draw(path / "hypervolume", f"{name}: hypervolume by evaluations") as drawing:
+        figures.draw_hypervolume(drawing, page.volumes, objectives, reference)
+    if trained is not None:
+        with draw(path / "front_trained", f"{name}: losses before and after training") as drawing:
+            figures.draw_trained(drawing, points.dropna(subset=TRAINED), objectives)
+    if len(page.check):
+        with draw(path / "latency_check", f"{space.name}: predicted and measured models") as drawing:
+            draw_check(drawing, page.check)
+
+    html = draw_page(page, objectives)
     write_atomically(path / "report.html", lambda file: file.write_text(html, encoding="utf-8"))
-    alone = len(known) == 1  # and would be compared with itself
+
+    console.print(f"{name}; {page.caption}")
+    console.print(figures.front_table(page.front, objectives))
+    console.print(figures.gain_sentence(points, uniform))
+    if trained is not None:
+        console.print(order_sentence(trained))
+    _print_metrics(metrics, alone=len(known) == 1)
+
+
+def _page(
+    searches: Sequence[FinishedRun],
+    runs: Sequence[tuple[str, pd.DataFrame]],
+    better: Sequence[pd.DataFrame],
+    points: pd.DataFrame,
+    metrics: pd.DataFrame,
+    reference: Floats,
+) -> Page:
+    """What the page shows; ``runs`` are the searches' labels and trials."""
+    first = searches[0]
+    space, name = searched_space(first.config)
+    objectives, names = Objectives(tuple(first.config["objectives"])), ["run", "label"]
+    # The largest uniform vector's moves come first: they are the penalties of single layers.
+    bases = [*points[points["uniform"]].sort_values("parameters", ascending=False)["vector"]]
+    bases += points[points["on_front"] & ~points["uniform"]]["vector"].tolist()
+    vectors, moves = learned(_who_and_when(points, searches, runs), space, bases)
+    fronts = [figures.attained(runs, costs(vectors))]
+    fronts += [figures.attained([(REFERENCE, one)], [cost for cost in costs(vectors) if cost in one]) for one in better]
+    timed = (first.path / "latency_check.csv").is_file()
+    return Page(
+        title=f"{name}: loss against cost",
+        caption=_caption(first.config) + (_stopped(first) if len(searches) == 1 else ""),
+        vectors=vectors,
+        moves=moves,
+        levels=space.levels,
+        fronts=pd.concat(fronts, ignore_index=True),
+        limits={LIMITS[key].name: bound for key, bound in _limits(first.config).items()},
+        volumes=figures.curves(runs, objectives, reference),
+        reference=figures.reference_text(objectives, reference),
+        check=read_csv(first.artifact("latency_check.csv"), CHECK_COLUMNS) if timed else pd.DataFrame(),
+        runs=pd.concat([metrics[names], _differences(searches), metrics.drop(columns=names)], axis=1),
+    )
+
+
+def _points(trials: list[pd.DataFrame], space: SearchSpace, objectives: Objectives) -> tuple[pd.DataFrame, Floats]:
+    """Every vector that the searches evaluated, with the front of all, and the hypervolume's reference point."""
+    vectors = space.reference_vectors()
+    everything = pd.concat(trials, join="inner").drop_duplicates("vector", ignore_index=True)
+    points = figures.front_points(everything.assign(on_front=on_front(everything, objectives)), vectors)
+    # Limits and small budgets leave some reference vectors out.
+    complete = set(map(format_vector, vectors.values())) <= set(points["vector"])
+    return points, reference_point(points[points["name"] != ""] if complete else points, objectives)
+
+
+def _print_metrics(metrics: pd.DataFrame, alone: bool) -> None:
+    """A line for each label; a search ``alone`` would be compared with itself."""
     for label, rows in metrics.groupby("label", sort=False):
         middle = rows.median(numeric_only=True)
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
@@ -142,14 +168,10 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
         )
 
 
-def _of_vectors(
-    points: pd.DataFrame,
-    searches: Sequence[FinishedRun],
-    runs: Sequence[tuple[str, pd.DataFrame]],
-    better: Sequence[pd.DataFrame],
-    space: SearchSpace,
-) -> dict[str, Any]:
-    """What the page shows of vectors: who evaluated each of them and when, and what was learned from all."""
+def _who_and_when(
+    points: pd.DataFrame, searches: Sequence[FinishedRun], runs: Sequence[tuple[str, pd.DataFrame]]
+) -> pd.DataFrame:
+    """The points with who evaluated each of them, when first and how often, and the command that exports it."""
     tables = [
         trials[["vector"]].assign(label=label, evaluation=range(1, len(trials) + 1), run=str(search.path))
         for search, (label, trials) in zip(searches, runs, strict=True)
@@ -159,21 +181,12 @@ def _of_vectors(
     found["label"] = found["label"].where(evaluated["label"].nunique() == 1, "several")
     first = evaluated["run"].first().items()
     found["command"] = [shlex.join(["nas", "export", f"run={run}", f"select={vector}"]) for vector, run in first]
-    found = points.join(found, on="vector")
-    # The largest uniform vector's moves come first: they are the penalties of single layers.
-    uniform = found[found["uniform"]].sort_values("parameters", ascending=False)
-    bases = dict.fromkeys([*uniform["vector"], *found[found["on_front"]]["vector"]])
-    found, moves = learned(found, space, bases)
-    limits = searches[0].config.get("constraints", {}).items()
-    fronts = [figures.attained(runs, costs(found))]
-    fronts += [figures.attained([(REFERENCE, one)], [name for name in costs(found) if name in one]) for one in better]
-    return {
-        "vectors": found,
-        "moves": moves,
-        "levels": space.levels,
-        "fronts": pd.concat(fronts, ignore_index=True),
-        "limits": {LIMITS[key].name: bound for key, bound in limits if bound is not None},
-    }
+    return points.join(found, on="vector")
+
+
+def _limits(config: dict[str, Any]) -> dict[str, float]:
+    """The bounds of a recorded search by their keys in ``constraints``."""
+    return {key: bound for key, bound in config.get("constraints", {}).items() if bound is not None}
 
 
 def front_metrics(
@@ -194,7 +207,7 @@ def front_metrics(
 
 def _caption(config: dict[str, Any]) -> str:
     """Workload, source of the latency (its first clause; run.json has the rest) and limits, in one line."""
-    limits = [f"{key} {limit:g}" for key, limit in config.get("constraints", {}).items() if limit is not None]
+    limits = [f"{key} {bound:g}" for key, bound in _limits(config).items()]
     within = [f"within {', '.join(limits)}"] if limits else []
     return "; ".join([*within, str(Workload(**config["workload"])), f"latency {config['latency'].partition(';')[0]}"])
 
@@ -204,7 +217,8 @@ def _stopped(search: FinishedRun) -> str:
     if "metrics.jsonl" not in search.artifacts:
         return ""
     lines = map(json.loads, search.artifact("metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return "".join([f"; stopped as {line['stopped']}" for line in lines if "stopped" in line][-1:])
+    stopped = [line["stopped"] for line in lines if "stopped" in line]
+    return f"; stopped as {stopped[-1]}" if stopped else ""
 
 
 def _check_comparable(searches: list[FinishedRun]) -> None:
@@ -229,7 +243,7 @@ def _labels(configs: list[dict[str, Any]]) -> list[str]:
     return labels
 
 
-def _differences(searches: list[FinishedRun]) -> pd.DataFrame:
+def _differences(searches: Sequence[FinishedRun]) -> pd.DataFrame:
     """What differs between the configs of runs, a row each."""
     flat = pd.json_normalize([search.config for search in searches]).astype(str)
     return flat.loc[:, flat.nunique(dropna=False) > 1]

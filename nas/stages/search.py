@@ -33,7 +33,7 @@ from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
 from nas.search import COLUMNS, Objectives, Problem, Storage, search
-from nas.search.problem import EVERYTHING, parse_budget
+from nas.search.problem import EVERYTHING, Budget, parse_budget
 from nas.search.sampler import PROMISED
 from nas.space import SearchSpace, Vector, format_vector, parse_vector, searched_space
 from nas.stages.measure import find_latency
@@ -100,15 +100,7 @@ class _Prepared:
         self._config, self._training = config, (training := Training(config))
         # The space of all that follows, whose costs count; of the trained one only the losses do.
         space = training.space.served_as(resolve_space(config.serve)) if config.serve else training.space
-        objectives, self._budget = Objectives(tuple(config.objectives)), parse_budget(config.budget)
-        if self._budget == EVERYTHING and space.size > _MOST:
-            raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
-        sampler = build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
-        if self._budget.auto and not hasattr(sampler, PROMISED):
-            raise UserError(
-                f"budget=auto needs a sampler that expects something of its proposals, which {type(sampler).__name__} "
-                "does not; use sampler=front, or give a number of evaluations"
-            )
+        objectives, self._budget = Objectives(tuple(config.objectives)), _budget(config, space)
         self._storage, self._metadata = _storage(config, path), dict[str, str]()
         earlier = _earlier_searches(config, space)
         device = find_device(config.device)
@@ -183,6 +175,20 @@ class _Prepared:
             metadata=self._metadata,
             noise=lambda vector: self.loss.noise(vector) or self._errors.get(vector, {}),
         )
+
+
+def _budget(config: Search, space: SearchSpace) -> Budget:
+    """The budget, which neither the space nor the sampler must rule out."""
+    budget = parse_budget(config.budget)
+    if budget == EVERYTHING and space.size > _MOST:
+        raise UserError(f"budget=all is too much for the {space.size:,} vectors of {space.name}; give a number")
+    sampler = build(config.sampler, seed=config.seed)  # refuses wrong values before anything is trained in vain
+    if budget.auto and not hasattr(sampler, PROMISED):
+        raise UserError(
+            f"budget=auto needs a sampler that expects something of its proposals, which {type(sampler).__name__} "
+            "does not; use sampler=front, or give a number of evaluations"
+        )
+    return budget
 
 
 def _storage(config: Search, path: Path) -> Storage:
