@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from nas import __version__, console, shipped, tracking
 from nas.config import STAGES, StageConfig, build, register, to_stage
@@ -159,6 +159,8 @@ def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
         key, text = ambiguous.groups()
         return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2
     key = str(getattr(cause, "full_key", None) or "")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        first = f"there is no key {key}"
     where = f"{key}: " if key and key not in first else ""
     return f"{where}{first}; nas {stage} --help lists the keys", 1 if isinstance(cause, ValidationError) else 2
 

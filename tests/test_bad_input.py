@@ -170,6 +170,15 @@ def test_hydras_usage_errors_exit_with_2(nas: Nas, arguments: list[str]) -> None
     assert outcome.err and "Traceback" not in outcome.err
 
 
+def test_a_misspelt_key_is_named_as_it_was_typed(nas: Nas) -> None:
+    for key in ("trian", "train.step", "constraints.max_foo"):
+        outcome = nas("search", f"{key}=3")
+        assert (outcome.code, outcome.err) == (
+            2,
+            f"nas search: there is no key {key}; nas search --help lists the keys\n",
+        )
+
+
 def test_values_with_a_comma_are_told_from_a_sweep(nas: Nas) -> None:
     outcome = nas("train", "init=p/a,b")
     assert outcome.code == 2
