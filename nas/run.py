@@ -43,7 +43,8 @@ class FinishedRun:
         self.path, self.info = path, read_json(path / _RUN)
         own = self.info.get("stage")
         if stage not in (None, own):
-            raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give a {stage} run")
+            article = "an" if stage == "export" else "a"
+            raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give {article} {stage} run")
         if not (path / _COMPLETE).is_file():
             name = path.as_posix().rpartition(f"{own}/")[2]  # with the sweep that it is of
             raise UserError(f"{path} is unfinished; run its command again with name={name} to finish it")

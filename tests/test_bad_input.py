@@ -100,6 +100,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("train name=..", ["name", "'..'"]),
         (f"train name={'n' * 300}", ["too long", "name="]),
         ("train runs_dir=text.txt", ["text.txt", "runs_dir="]),
+        ("train runs_dir=/proc/nowhere", ["/proc/nowhere", "runs_dir="]),
         ("measure device=nvidia-a10g", ["'nvidia-a10g'", "device=this"]),
         ("measure publish=text.txt", ["text.txt", "fix that path"]),
         ("search objectives=loss_nats", ["objectives", "list"]),

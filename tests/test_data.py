@@ -209,7 +209,8 @@ def test_a_path_without_text_is_refused(tmp_path: Path, path: str, monkeypatch: 
     Path("empty").mkdir()
     for name in ("notes.md", "t.txt.zip"):
         Path(name).write_text("text")
-    with pytest.raises(UserError, match=rf"'{re.escape(path)}' has no \.txt or \.jsonl file .*; check it"):
+    lack = r"has no \.txt or \.jsonl file .*" if Path(path).exists() else "does not exist"
+    with pytest.raises(UserError, match=rf"'{re.escape(path)}' {lack}; check it"):
         texts_in(TextCorpus(path))
 
 

@@ -130,7 +130,7 @@ def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, di
     found = exported_models(folder)
     if not found:
         raise UserError(
-            f"checkpoint {folder} does not exist or has no {CONFIG}; give a directory that 'nas export' or "
+            f"checkpoint {folder} does not exist or has no {CONFIG}; give a directory that 'nas export' (export=hf) or "
             "'nas finetune' wrote"
         )
     source = found[0]
