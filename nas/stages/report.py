@@ -136,7 +136,8 @@ def _draw(searches: list[FinishedRun], known: list[FinishedRun], trained: pd.Dat
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
         beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
-            f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
+            f"Sampler {label}: hypervolume {middle['hypervolume']:.6g}{beside}, "
+            f"after {middle['evaluations']:.0f} evaluations "
             f"(median of {len(rows)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
