@@ -41,7 +41,9 @@ class FinishedRun:
         if not is_run(path):
             raise UserError(f"{path} is not a run directory (it has no {_RUN}); give the directory of a finished run")
         self.path, self.info = path, read_json(path / _RUN)
-        own = self.info.get("stage")
+        corrupt = f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
+        if not (own := self.info.get("stage")):
+            raise UserError(corrupt)
         if stage not in (None, own):
             article = "an" if stage == "export" else "a"
             raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give {article} {stage} run")
@@ -53,8 +55,7 @@ class FinishedRun:
             self.parents: dict[str, dict[str, str]] = dict(self.info["parents"])
             self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])  # hashes by name
         except (KeyError, TypeError, ValueError):
-            what = f"{_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
-            raise UserError(f"{path} is corrupt: {what}") from None
+            raise UserError(corrupt) from None
 
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""

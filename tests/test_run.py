@@ -31,6 +31,7 @@ def made(path: Path, stage: str = "train", **config: Any) -> FinishedRun:
         ("complete.json", to("[]"), r"complete\.json does not hold a JSON object; restore it"),
         ("complete.json", to('{"artifacts": 1}'), r"complete\.json lacks a key; restore it"),
         ("run.json", to('{"stage": "train"}'), r"run\.json or .* restore it"),
+        ("run.json", to("{}"), r"is corrupt: run\.json or .* restore it"),
         ("run.json", None, "is not a run directory"),
         ("artifact.csv", flipped, r"artifact\.csv is corrupt: it changed after the run finished; restore it"),
         ("artifact.csv", None, r"artifact\.csv is missing; run 'nas train' again"),
