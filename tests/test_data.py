@@ -203,6 +203,11 @@ def test_the_fingerprint_of_text_follows_its_content(folder: Path) -> None:
     assert corpus.fingerprint() != before
 
 
+def test_no_path_is_not_the_working_directory() -> None:
+    with pytest.raises(UserError, match=r"data\.path is empty; give a file or a folder"):
+        texts_in(TextCorpus(""))
+
+
 @pytest.mark.parametrize("path", ["nowhere.txt", "nowhere/", "empty", "*.text", "notes.md", "t.txt.zip", "~nobody/x"])
 def test_a_path_without_text_is_refused(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

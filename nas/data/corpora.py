@@ -86,6 +86,8 @@ class TextCorpus:
                         yield self._of_json(line, f"{path} line {number}")
 
     def _files(self) -> list[Path]:
+        if not self.path:
+            raise UserError("data.path is empty; give a file or a folder")
         named = Path(_expanded(self.path))
         candidates: Iterable[Path] = named.rglob("*") if named.is_dir() else [named]
         if not named.exists():  # Path.glob takes no absolute pattern
