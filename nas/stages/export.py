@@ -142,8 +142,8 @@ def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, di
         if writer and (name := file.relative_to(writer.path).as_posix()) in writer.artifacts:
             writer.artifact(name)
         elif with_weights and not file.is_file():
-            raise UserError(
-                f"{source} has no {file.name}; export it again with weights, or train it by nas finetune "
-                "from_scratch=true"
-            )
+            fix = "export it again with weights, or train it by nas finetune from_scratch=true"
+            if file.name == "tokenizer.json":
+                fix = "copy that of its model into it"
+            raise UserError(f"{source} has no {file.name}; {fix}")
     return source, {"checkpoint": writer} if writer else {}
