@@ -18,7 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException, ValidationError
 
 from nas import __version__, console, shipped, tracking
 from nas.config import STAGES, StageConfig, build, register, to_stage
@@ -46,6 +46,7 @@ eval "$(nas -sc install=bash)" switches tab completion on."""
 _MANY_PROCESSES = ("train", "finetune")
 _INSIST_S = 5.0  # an interrupt that comes amid a library's import may be swallowed, so it comes again
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_GONE = (errno.ENOENT, errno.ELOOP, errno.EIO, errno.ESTALE)  # a folder or a disk that was there
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _LESS_MEMORY = {
     "train": "lower train.batch, train.length, train.validation_windows or init.calibration_tokens, or raise "
@@ -137,7 +138,7 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
         sentence = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = _of_hydra(stage, error)
-    elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE):
+    elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE, *_GONE):
         what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
         sentence = f"cannot use {what}; fix that path, or choose another runs_dir= or name="
         if error.errno in _FULL_DISK:
@@ -159,6 +160,8 @@ def _of_hydra(stage: str, error: Exception) -> tuple[str, int]:
         key, text = ambiguous.groups()
         return f"{key}={text} is several values; quote a text with commas, '{key}=\"{text}\"', or sweep with -m", 2
     key = str(getattr(cause, "full_key", None) or "")
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        first = f"there is no key {key}"
     where = f"{key}: " if key and key not in first else ""
     return f"{where}{first}; nas {stage} --help lists the keys", 1 if isinstance(cause, ValidationError) else 2
 

@@ -312,8 +312,10 @@ def _broken_rule(key: str, name: str, value: Any) -> str | None:
         return None if good else " but must be a positive number of sequences, or max"
     if name == "check_at" and not all(len(pair) == 2 and min(pair) > 0 for pair in value or ()):
         return "; give pairs of batch and context, such as [[64,1024],[96,1500]]"
-    if name == "name" and not value.strip("./ "):
+    if name == "name" and (not value.strip("./ ") or ".." in value.split("/")):
         return ", which names no run directory; give another name="
+    if name == "runs_dir" and not value.strip():
+        return ", which names no directory; give another runs_dir="
     if name in _OPTIONS and value not in _OPTIONS[name]:
         return f"; use {', '.join(_OPTIONS[name])}"
     numbers = value if isinstance(value, list) else [value]

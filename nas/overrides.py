@@ -33,7 +33,7 @@ def to_hydra(stage: str, words: Sequence[str]) -> list[str]:
     if _type(stage, "init.checkpoint"):
         overrides = [re.sub("^init=", "init.checkpoint=", word) for word in overrides]
     if "-m" not in words and "--multirun" not in words:
-        several = [re.sub(r"^export=([\w-]+(,[\w-]+)+)$", r"export=[\1]", word) for word in overrides]  # formats
+        several = [re.sub(r"^(export|objectives)=([\w-]+(,[\w-]+)+)$", r"\1=[\2]", word) for word in overrides]
         return [_typed(stage, word) for word in several]
     if any(without_passwords(word) != word for word in words):
         fix = "give it in PGPASSWORD or ~/.pgpass instead"

@@ -41,9 +41,12 @@ class FinishedRun:
         if not is_run(path):
             raise UserError(f"{path} is not a run directory (it has no {_RUN}); give the directory of a finished run")
         self.path, self.info = path, read_json(path / _RUN)
-        own = self.info.get("stage")
+        corrupt = f"{path} is corrupt: {_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
+        if not (own := self.info.get("stage")):
+            raise UserError(corrupt)
         if stage not in (None, own):
-            raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give a {stage} run")
+            article = "an" if stage == "export" else "a"
+            raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give {article} {stage} run")
         if not (path / _COMPLETE).is_file():
             name = path.as_posix().rpartition(f"{own}/")[2]  # with the sweep that it is of
             raise UserError(f"{path} is unfinished; run its command again with name={name} to finish it")
@@ -52,8 +55,7 @@ class FinishedRun:
             self.parents: dict[str, dict[str, str]] = dict(self.info["parents"])
             self.artifacts: dict[str, str] = dict(read_json(path / _COMPLETE)["artifacts"])  # hashes by name
         except (KeyError, TypeError, ValueError):
-            what = f"{_RUN} or {_COMPLETE} lacks a key; restore it or run its stage again"
-            raise UserError(f"{path} is corrupt: {what}") from None
+            raise UserError(corrupt) from None
 
     def digest(self) -> str:
         """Hash over the completion mark, and so over every artifact."""
@@ -120,7 +122,8 @@ def start_run(
 ) -> Iterator[Run]:
     """Begins a run, or goes on with an unfinished one of the same name, parents and config, apart from ``free`` keys.
 
-    Of several processes under torchrun the first one keeps the run; to the others it is write-protected.
+    Of several processes under torchrun the first one keeps the run; to the others it is write-protected. A run that
+    fails before it has written anything is as if it had not begun: the next one of its name may have another config.
     """
     if not IS_MAIN:
         yield Run(path)
@@ -132,7 +135,7 @@ def start_run(
         raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
     with lock:
         origins = {role: {"path": os.path.relpath(r.path, path), "hash": r.digest()} for role, r in parents.items()}
-        if is_run(path):
+        if begun := is_run(path):
             check_begun(path, stage, {key: value for key, value in config.items() if key not in free})
             if read_json(path / _RUN).get("parents") != origins:
                 raise UserError(f"{path} was begun from other parent runs; give another name=")
@@ -148,7 +151,12 @@ def start_run(
             write_json(path / _RUN, info)
         name = path.resolve().as_posix().rpartition(f"/{stage}/")[2]  # with the sweep that it is of
         with tracking.tracked(f"{stage}/{name}", config) as tracker:
-            yield Run(path, tracker)
+            try:
+                yield Run(path, tracker)
+            except Exception:
+                if not begun and {file.name for file in path.iterdir()} <= {_RUN, _LOCK}:
+                    (path / _RUN).unlink()
+                raise
 
 
 def now() -> str:

@@ -100,6 +100,7 @@ def file_size_limit(size: int) -> Iterator[None]:
         ("train name=..", ["name", "'..'"]),
         (f"train name={'n' * 300}", ["too long", "name="]),
         ("train runs_dir=text.txt", ["text.txt", "runs_dir="]),
+        ("train runs_dir=/proc/nowhere", ["/proc/nowhere", "runs_dir="]),
         ("measure device=nvidia-a10g", ["'nvidia-a10g'", "device=this"]),
         ("measure publish=text.txt", ["text.txt", "fix that path"]),
         ("search objectives=loss_nats", ["objectives", "list"]),
@@ -168,6 +169,15 @@ def test_hydras_usage_errors_exit_with_2(nas: Nas, arguments: list[str]) -> None
     outcome = nas("search", *arguments)
     assert outcome.code == 2
     assert outcome.err and "Traceback" not in outcome.err
+
+
+def test_a_misspelt_key_is_named_as_it_was_typed(nas: Nas) -> None:
+    for key in ("trian", "train.step", "constraints.max_foo"):
+        outcome = nas("search", f"{key}=3")
+        assert (outcome.code, outcome.err) == (
+            2,
+            f"nas search: there is no key {key}; nas search --help lists the keys\n",
+        )
 
 
 def test_values_with_a_comma_are_told_from_a_sweep(nas: Nas) -> None:

@@ -203,13 +203,19 @@ def test_the_fingerprint_of_text_follows_its_content(folder: Path) -> None:
     assert corpus.fingerprint() != before
 
 
+def test_no_path_is_not_the_working_directory() -> None:
+    with pytest.raises(UserError, match=r"data\.path is empty; give a file or a folder"):
+        texts_in(TextCorpus(""))
+
+
 @pytest.mark.parametrize("path", ["nowhere.txt", "nowhere/", "empty", "*.text", "notes.md", "t.txt.zip", "~nobody/x"])
 def test_a_path_without_text_is_refused(tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     for name in ("notes.md", "t.txt.zip"):
         Path(name).write_text("text")
-    with pytest.raises(UserError, match=rf"'{re.escape(path)}' has no \.txt or \.jsonl file .*; check it"):
+    lack = r"has no \.txt or \.jsonl file .*" if Path(path).exists() else "does not exist"
+    with pytest.raises(UserError, match=rf"'{re.escape(path)}' {lack}; check it"):
         texts_in(TextCorpus(path))
 
 

@@ -369,6 +369,9 @@ def test_the_only_model_in_a_folder_is_found_and_several_need_a_choice(exported_
     (tmp_path / "models" / "one" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"models/one has no model.safetensors; export it again"):
         open_checkpoint(str(tmp_path / "models" / "one"))
+    (tmp_path / "models" / "one" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"models/one has no tokenizer.json; copy that of its model into it"):
+        open_checkpoint(str(tmp_path / "models" / "one"))
     with pytest.raises(UserError, match=r"checkpoint nowhere does not exist or has no config.json; .*'nas export'"):
         open_checkpoint("nowhere")
     with pytest.raises(UserError, match=r"has no config\.json"):

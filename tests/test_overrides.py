@@ -62,6 +62,7 @@ def test_init_alone_is_the_checkpoint() -> None:
         ("train", "tokenizer=null", None),
         ("search", "budget=200", "200"),
         ("search", "objectives=[loss_nats,decode_ms]", ["loss_nats", "decode_ms"]),
+        ("search", "objectives=loss_nats,decode_ms", ["loss_nats", "decode_ms"]),
     ],
 )
 def test_a_number_is_one_where_a_number_is_wanted(stage: str, word: str, value: object) -> None:

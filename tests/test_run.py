@@ -31,6 +31,7 @@ def made(path: Path, stage: str = "train", **config: Any) -> FinishedRun:
         ("complete.json", to("[]"), r"complete\.json does not hold a JSON object; restore it"),
         ("complete.json", to('{"artifacts": 1}'), r"complete\.json lacks a key; restore it"),
         ("run.json", to('{"stage": "train"}'), r"run\.json or .* restore it"),
+        ("run.json", to("{}"), r"is corrupt: run\.json or .* restore it"),
         ("run.json", None, "is not a run directory"),
         ("artifact.csv", flipped, r"artifact\.csv is corrupt: it changed after the run finished; restore it"),
         ("artifact.csv", None, r"artifact\.csv is missing; run 'nas train' again"),
@@ -89,6 +90,16 @@ def test_a_run_is_resumed_with_the_same_config_and_no_other(tmp_path: Path) -> N
     assert (tmp_path / "run.json").read_text() == first
     with pytest.raises(AlreadyFinishedError, match="already finished; give another name= or remove it"):
         begin(tmp_path, config)
+
+
+def test_a_run_that_failed_before_it_wrote_anything_may_be_begun_anew_with_another_config(tmp_path: Path) -> None:
+    for wrote, batch in ((False, 3), (True, 4), (True, 4)):
+        with pytest.raises(UserError, match="no good"), start_run(tmp_path / "a", "train", {"batch": batch}) as run:
+            if wrote:
+                run.log(step=1)
+            raise UserError("no good")
+    with pytest.raises(UserError, match="batch was 4, now 5"), start_run(tmp_path / "a", "train", {"batch": 5}):
+        pass
 
 
 def test_what_decides_nothing_may_differ_and_stays_as_it_was_recorded(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ from nas.errors import UserError
         (Train(name="n", train=SupernetConfig(steps=0)), "train.steps is 0"),
         (Train(name=""), "name is '', which names no run directory"),
         (Train(name=".."), "name is '..', which names no run directory"),
+        (Train(name="../../x"), "name is '../../x', which names no run directory"),
+        (Train(name="x", runs_dir=" "), "runs_dir is ' ', which names no directory"),
         (Search(name="n", workload=WorkloadConfig(batch=0)), "workload.batch is 0 but must be a positive number"),
         (Search(name="n", workload=WorkloadConfig(batch=None)), "workload.batch is None but must be a positive number"),
         (Search(name="n", workload=WorkloadConfig(batch="many")), "workload.batch is 'many' but must be a positive"),

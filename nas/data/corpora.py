@@ -86,13 +86,16 @@ class TextCorpus:
                         yield self._of_json(line, f"{path} line {number}")
 
     def _files(self) -> list[Path]:
+        if not self.path:
+            raise UserError("data.path is empty; give a file or a folder")
         named = Path(_expanded(self.path))
         candidates: Iterable[Path] = named.rglob("*") if named.is_dir() else [named]
         if not named.exists():  # Path.glob takes no absolute pattern
             candidates = map(Path, glob.glob(str(named), recursive=True))  # noqa: PTH207
         files = sorted(file for file in candidates if file.is_file() and _TEXT_FILE.search(file.name))
         if not files:
-            raise UserError(f"data.path '{self.path}' has no .txt or .jsonl file (plain or compressed); check it")
+            lack = "has no .txt or .jsonl file (plain or compressed)" if named.exists() else "does not exist"
+            raise UserError(f"data.path '{self.path}' {lack}; check it")
         return files
 
     def _of_json(self, line: str, where: str) -> Document:

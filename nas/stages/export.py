@@ -130,7 +130,7 @@ def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, di
     found = exported_models(folder)
     if not found:
         raise UserError(
-            f"checkpoint {folder} does not exist or has no {CONFIG}; give a directory that 'nas export' or "
+            f"checkpoint {folder} does not exist or has no {CONFIG}; give a directory that 'nas export' (export=hf) or "
             "'nas finetune' wrote"
         )
     source = found[0]
@@ -142,8 +142,8 @@ def open_checkpoint(reference: str, with_weights: bool = True) -> tuple[Path, di
         if writer and (name := file.relative_to(writer.path).as_posix()) in writer.artifacts:
             writer.artifact(name)
         elif with_weights and not file.is_file():
-            raise UserError(
-                f"{source} has no {file.name}; export it again with weights, or train it by nas finetune "
-                "from_scratch=true"
-            )
+            fix = "export it again with weights, or train it by nas finetune from_scratch=true"
+            if file.name == "tokenizer.json":
+                fix = "copy that of its model into it"
+            raise UserError(f"{source} has no {file.name}; {fix}")
     return source, {"checkpoint": writer} if writer else {}

@@ -162,7 +162,8 @@ def _print_metrics(metrics: pd.DataFrame, alone: bool) -> None:
         share = f"{middle['hypervolume_share']:.1%} of the best front's"
         beside = "" if alone else f", {share}, and distance {middle['distance']:.4f} from it"
         console.print(
-            f"{label}: hypervolume {middle['hypervolume']:.6g}{beside}, after {middle['evaluations']:.0f} evaluations "
+            f"Sampler {label}: hypervolume {middle['hypervolume']:.6g}{beside}, "
+            f"after {middle['evaluations']:.0f} evaluations "
             f"(median of {len(rows)}); {middle['uniform_on_front']:.0f} of {middle['on_front']:.0f} front vectors "
             "are uniform"
         )
