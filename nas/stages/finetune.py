@@ -97,7 +97,7 @@ class Trainings:
         followed = teacher.shape.parameters(teacher.kv_heads) if teacher else 0
         models = {source: HfExporter().read(source, with_weights=False) for source in sources.values()}
         for source, model in models.items():
-            check_training_memory(f"checkpoint {source}", config.train, model.shape, model.kv_heads, teacher=followed)
+            check_training_memory(f"checkpoint {source}", config.train, model, model.kv_heads, followed)
         self.vectors = [format_vector(model.kv_heads) for model in models.values()]
         source, model = next(iter(models.items()))
         self._shape = model.shape

@@ -24,7 +24,7 @@ from nas.model.supernet import load_supernet, save_supernet
 from nas.quality import InheritedLoss, LossMemo, evaluated_in, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace
-from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
+from nas.training.heads import train_smaller_heads, with_trained_heads
 from nas.training.loop import CHECKPOINT, autocast, computed_in, fit, full_state_dict, training_device
 from nas.training.recipes import check_recipe, check_training_memory, supernet_loss, window_length
 
@@ -69,10 +69,12 @@ class Training:
 
     def check_memory(self) -> None:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
-        space, trained = self.space, None
-        if self.options.trainable == "kv":
-            trained = trained_parameters(space, self.options.output_rank)
-        check_training_memory(f"space {space.name}", self.options, space.shape, space.largest, trained)
+        space, options = self.space, self.options
+        with torch.device("meta"):
+            supernet = Supernet(space, options.sharing, options.output_rank)
+        if options.trainable == "kv":
+            train_smaller_heads(supernet, computed_in(options.precision, training_device()))
+        check_training_memory(f"space {space.name}", options, supernet.decoder, space.largest)
 
     @cached_property
     def data(self) -> TokenData:
