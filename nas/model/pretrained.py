@@ -9,7 +9,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -106,23 +106,25 @@ class Checkpoint:
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(file.with_suffix(".lock")):
             if not file.is_file():
-                device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-                model = Decoder(space.shape, self.kv_heads)
-                model.load_state_dict(weights)
-                model.to(device)
-                layers = align(model, space.choices, text.to(device))
-                state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." in name}
-                for layer, by_choice in enumerate(layers):
-                    for name in by_choice[space.largest[layer]]:
-                        stored = torch.cat([by_choice[groups][name] for groups in space.choices[layer]])
-                        state[f"model.layers.{layer}.self_attn.{name}"] = stored
-                state = {name: tensor.cpu().contiguous() for name, tensor in state.items()}
-                write_atomically(file, lambda path: save_file(state, path))
+                write_atomically(file, partial(save_file, self._aligned(weights, space, text)))
         try:
             aligned = load_file(file)
         except SafetensorError as error:
             raise UserError(f"{file} is corrupt ({in_short(error)}); remove it") from None
         supernet.decoder.load_state_dict({**supernet.decoder.state_dict(), **weights, **aligned})
+
+    def _aligned(self, weights: Mapping[str, Tensor], space: SearchSpace, text: Tensor) -> dict[str, Tensor]:
+        """What `align` makes of the attentions' weights, by their names in a supernet of separate heads."""
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = Decoder(space.shape, self.kv_heads)
+        model.load_state_dict(weights)
+        layers = align(model.to(device), space.choices, text.to(device))
+        state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." in name}
+        for layer, by_choice in enumerate(layers):
+            for name in by_choice[space.largest[layer]]:
+                stored = torch.cat([by_choice[groups][name] for groups in space.choices[layer]])
+                state[f"model.layers.{layer}.self_attn.{name}"] = stored
+        return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights in fp32, by the names that every supported type has for them, and our decoder too."""
@@ -195,31 +197,26 @@ def read_checkpoint(folder: Path, with_weights: bool = True) -> Checkpoint:
     return Checkpoint(folder, shape, kv_heads, in_blocks)
 
 
-def _transformers() -> Any:
-    """The library, which is heavy to import, with its own messages off: what matters is in our sentences."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    return transformers
-
-
 def _config(folder: Path, stated: Mapping[str, Any], in_blocks: bool) -> tuple[Any, Vector]:
     """A config with transformers' defaults, and the K/V heads of each layer. Where there are blocks, they decide."""
+    import transformers  # heavy
+
+    transformers.logging.set_verbosity_error()  # what matters is in our sentences
+    config: Any
     if stated["model_type"] in NEMOTRON_TYPES:  # a Llama but for its blocks
         own = {key: value for key, value in stated.items() if key not in _NOT_LLAMAS and value is not None}
-        config = _transformers().LlamaConfig(**own)
+        config = transformers.LlamaConfig(**own)
     else:
-        config = _transformers().AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if not in_blocks:
         return config, (config.num_key_value_heads,) * config.num_hidden_layers
-    heads, kv_heads, blocks = config.num_attention_heads, [], stated["block_configs"]
+    heads, blocks = config.num_attention_heads, stated["block_configs"]
     if len(blocks) != config.num_hidden_layers:
         raise ValueError(f"block_configs lists {len(blocks)} layers, not num_hidden_layers of them")
-    for block in blocks:
-        attention, ffn = block["attention"], block["ffn"]
-        kv_heads.append(attention.get("num_key_value_heads") or heads / attention["n_heads_in_group"])
-        mult = ffn.get("ffn_mult")
-        width = padded_ffn_width(int(2 * mult * config.hidden_size / 3)) if mult else ffn["intermediate_size"]
+    attentions, ffn = [block["attention"] for block in blocks], blocks[0]["ffn"]  # the FFNs are alike
+    kv_heads = [one.get("num_key_value_heads") or heads / one["n_heads_in_group"] for one in attentions]
+    mult = ffn.get("ffn_mult")
+    width = padded_ffn_width(int(2 * mult * config.hidden_size / 3)) if mult else ffn["intermediate_size"]
     config.intermediate_size = stated.get(UNPADDED, width)
     if not all(groups % 1 == 0 for groups in kv_heads):
         raise ValueError(f"n_heads_in_group does not divide num_attention_heads, {heads}, in each layer")
