@@ -143,7 +143,7 @@ def reference(model: Decoder, tokenizer_file: Path) -> dict[str, Any]:
         "log_probabilities": model(ids[None])[0].log_softmax(-1).tolist(),
         "parameters": model.shape.parameters(model.kv_heads),
         "kv_heads": list(model.kv_heads),
-        "kv_values_per_token": sum(spec.kv_values_per_token for spec in model.specs),
+        "kv_values_per_token": sum(layer.kv_values_per_token for layer in shape.layers(model.kv_heads)),
     }
 
 

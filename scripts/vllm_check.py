@@ -54,7 +54,7 @@ def largest_batch(shape: ModelShape, vector: Vector) -> int:
 
 def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None:
     """A model directory without weights; plain Llama where every head has keys and values of its own."""
-    config = hf_config(shape, shape.layers(vector))
+    config = hf_config(shape, vector)
     if set(vector) == {shape.num_attention_heads}:
         config = {key: value for key, value in config.items() if key not in ("auto_map", "block_configs")}
         config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}

@@ -217,7 +217,7 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
 @given(st.integers(1, 20_000), st.integers(1, 10_000))
 def test_engines_compute_the_width_at_which_any_ffn_is_stored(width: int, hidden_size: int) -> None:
     shape = ModelShape(1, hidden_size, 4, 8, width, 280, 32)
-    config = hf_config(shape, shape.layers((1,)))
+    config = hf_config(shape, (1,))
     assert config["intermediate_size"] == padded_ffn_width(width) >= width
     assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], hidden_size) == config["intermediate_size"]
 

@@ -77,7 +77,7 @@ class GgufExporter:
         write_card("gguf", model, folder, card)
 
     def _add_shape(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
-        shape, layers = model.shape, len(model.specs)
+        shape, layers = model.shape, len(model.kv_heads)
         writer.add_type("model")
         writer.add_file_type(self.file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -87,7 +87,7 @@ class GgufExporter:
         writer.add_vocab_size(shape.vocab_size)
         writer.add_head_count([shape.num_attention_heads] * layers)
         writer.add_head_count_kv(list(model.kv_heads))
-        writer.add_feed_forward_length([spec.intermediate_size for spec in model.specs])
+        writer.add_feed_forward_length([shape.intermediate_size] * layers)
         for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
             add(shape.head_dim)
         writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
@@ -98,7 +98,7 @@ class GgufExporter:
             writer.add_rope_scaling_attn_factors(amplitude)
 
     def _add_tensors(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.specs))
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.kv_heads))
         for name, tensor in untied(model.shape, model.state_dict()).items():
             module, _, kind = name.rpartition(".")
             if module.endswith("q_proj"):

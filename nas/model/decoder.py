@@ -203,8 +203,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: ModelShape, kv_heads: Sequence[int]) -> None:
         super().__init__()
-        self.shape, self.kv_heads, self.specs = shape, tuple(kv_heads), shape.layers(kv_heads)
-        self.model = _Trunk(shape, self.specs)
+        self.shape, self.kv_heads = shape, tuple(kv_heads)
+        self.model = _Trunk(shape, shape.layers(kv_heads))
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
