@@ -68,11 +68,10 @@ def serve(python: str, file: Path, only: list[str]) -> None:
     driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
     about = {"memory_gib": GIB, "driver": driver} | origin()
     rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["model"])
-    if len(rows) and not only:
-        done = rows.loc[rows["device"] == about["device"], "model"]
-        only = [name for name in all_models() if name not in set(done)]
+    done = set() if rows.empty else set(rows.loc[rows["device"] == about["device"], "model"])
+    wanted = only or all_models().keys() - done
     for name, (shape, vector) in all_models().items():
-        if only and name not in only:
+        if name not in wanted:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_configuration(shape, vector, Path(folder))
