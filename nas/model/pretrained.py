@@ -128,22 +128,21 @@ class Checkpoint:
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights in fp32, by the names that every supported type has for them, and our decoder too."""
-        wanted = self.model(with_weights=False).state_dict()
+        wanted = untied(self.shape, self.model(with_weights=False).state_dict())
         found = {name: x for file in _weight_files(self.folder) for name, x in load_file(file).items()}
         if other := next((name for name, x in found.items() if x.dtype not in _DTYPES), None):
             kind = str(found[other].dtype).removeprefix("torch.")
             raise UserError(f"checkpoint {self.folder} has {other} in {kind}; give weights in fp32, bf16 or fp16")
-        found = {name: x.float() for name, x in found.items()}
+        found = {name: x.float() for name, x in found.items() if not name.endswith(_COMPUTED)}
         if not any(name.startswith("model.") for name in found):  # a base model's, perhaps with a head beside it
             found = {name if name == "lm_head.weight" else f"model.{name}": x for name, x in found.items()}
         if self.shape.tie_word_embeddings and "lm_head.weight" in found:  # which of the two is stored is free
             found.setdefault("model.embed_tokens.weight", found["lm_head.weight"])
-        wanted, found = untied(self.shape, wanted), untied(self.shape, found)
+        found = untied(self.shape, found)
         for name in [name for name in wanted.keys() & found.keys() if self.in_blocks and ".mlp." in name]:
             padded = padded_ffn_width(self.shape.intermediate_size) in found[name].shape
             if padded and found[name].dim() == wanted[name].dim():  # without what an export added
                 found[name] = found[name][tuple(map(slice, wanted[name].shape))]
-        found = {name: x for name, x in found.items() if not name.endswith(_COMPUTED)}
         if problem := next(_problems(wanted, found), None):
             raise UserError(
                 f"the weights of checkpoint {self.folder} do not fit its config.json: {problem}; restore it"
