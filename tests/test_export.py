@@ -22,7 +22,7 @@ from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter, hf_config
 from nas.model import Supernet
-from nas.model.pretrained import padded_ffn_width
+from nas.model.config_json import padded_ffn_width
 from nas.search import Objectives
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape

@@ -12,7 +12,7 @@ import yaml
 
 from nas.data.tokenizer import train_tokenizer
 from nas.export.hf import HfExporter
-from nas.model.pretrained import padded_ffn_width
+from nas.model.config_json import padded_ffn_width
 from nas.space import SearchSpace
 from tests.conftest import Nas, random_supernet
 

@@ -21,8 +21,9 @@ from nas.errors import UserError
 from nas.export.card import write_card
 from nas.files import write_atomically, write_json
 from nas.model import Decoder
+from nas.model.config_json import UNPADDED, padded_ffn_width
 from nas.model.decoder import untied
-from nas.model.pretrained import UNPADDED, padded_ffn_width, read_checkpoint
+from nas.model.pretrained import read_checkpoint
 from nas.shape import ModelShape
 from nas.space import Vector
 
