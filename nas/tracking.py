@@ -160,8 +160,8 @@ _make: Callable[..., Tracker] | None = None  # of the command that runs, for eac
 def choose(make: partial[Tracker] | None) -> None:
     """What this command's runs are tracked by, as ``logger=`` says; a UserError if its library is missing."""
     global _make
-    if make and not importlib.util.find_spec(make.func.library):  # type: ignore[attr-defined]
-        library = make.func.library  # type: ignore[attr-defined]
+    library = make.func.library if make else None  # type: ignore[attr-defined]
+    if library and not importlib.util.find_spec(library):
         raise UserError(f"logger={library} needs {library}, which is not installed; pip install {library}")
     _make = make
 

@@ -34,7 +34,7 @@ from nas.model import Decoder, Supernet
 from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import SearchSpace
-from nas.training.heads import train_smaller_heads, trained_parameters
+from nas.training.heads import train_smaller_heads
 from nas.training.loop import autocast, computed_in, make_optimizer, make_ready, training_device, training_step
 from nas.training.recipes import supernet_loss, training_bytes
 
@@ -142,9 +142,7 @@ def training(space: SearchSpace, options: SupernetConfig, rounds: int) -> list[d
         if recompute:
             make_ready(supernet, replace(options, compile=False, recompute=True))  # around what is compiled already
         row = timed(kind, lambda step: training_step(ready, loss_at, step, optimizer, options), rounds)
-        kept = training_bytes(
-            replace(options, recompute=recompute), space.shape, space.largest, trained_parameters(space)
-        )
+        kept = training_bytes(replace(options, recompute=recompute), supernet.decoder, space.largest)
         rows.append(row | {"predicted_gib": sum(kept) / 2**30})
     return rows
 

@@ -1,7 +1,7 @@
 """How large report.html is, and how long a browser takes to open it and to mark a selection, by evaluated vectors.
 
 The vectors are random ones of `decilm-6b` with made-up losses and costs. Needs Debian's chromium and Playwright
-(`pip install playwright`). Medians of several openings are appended to a CSV.
+(`pip install playwright`). Medians of several openings are written to a CSV.
 
     python scripts/bench_report.py docs/report/opening.csv
 """

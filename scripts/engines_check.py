@@ -37,7 +37,7 @@ from nas.config import build
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter
-from nas.files import write_atomically
+from nas.files import write_csv
 from nas.model import Decoder
 from nas.run import origin
 from nas.serving import KVCache, Runner, ServingModel, generate
@@ -143,7 +143,7 @@ def reference(model: Decoder, tokenizer_file: Path) -> dict[str, Any]:
         "log_probabilities": model(ids[None])[0].log_softmax(-1).tolist(),
         "parameters": model.shape.parameters(model.kv_heads),
         "kv_heads": list(model.kv_heads),
-        "kv_values_per_token": sum(spec.kv_values_per_token for spec in model.specs),
+        "kv_values_per_token": sum(layer.kv_values_per_token for layer in shape.layers(model.kv_heads)),
     }
 
 
@@ -284,7 +284,7 @@ def main() -> None:
                 pythons[engine] = environment(options.environments.resolve() / named, wanted)
             pairs = [(name, dtype) for name in models for dtype in options.dtypes]
             rows += pool.map(partial(row, engine), *zip(*pairs, strict=True))
-            write_atomically(options.out, partial(pd.DataFrame(rows).to_csv, index=False))
+            write_csv(options.out, pd.DataFrame(rows))
     if not options.models:
         print(table(pd.DataFrame(rows)))
 

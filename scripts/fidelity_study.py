@@ -19,6 +19,7 @@ import pandas as pd
 from nas.cli import main as nas
 from nas.data import prepare_tokens
 from nas.data.corpora import TextCorpus
+from nas.files import write_csv
 from nas.ranking import agreement
 from nas.report.agreement import draw_fidelity
 from nas.report.figure import figure
@@ -45,24 +46,22 @@ DOCS = Path(__file__).resolve().parent.parent / "docs" / "fidelity"
 def run(text: str, out: Path, index: int) -> None:
     """Makes whatever of the study is not made yet, and writes its tables."""
     data = ("data=text", f"data.path={text}")
-    out.mkdir(parents=True, exist_ok=True)
     train_all([(rule, 0) for rule in RULES], TRAIN, "", data, index)
     for rule in RULES:
         alone = () if rule == RULES[0] else ("alone.vectors=0",)
-        compared(rule, f"runs/train/{rule}-0", (*data, *COMPARE, *alone), index).to_csv(
-            out / f"{rule}.csv", index=False
-        )
+        write_csv(out / f"{rule}.csv", compared(rule, f"{rule}-0", (*data, *COMPARE, *alone), index))
     train_all(MORE, TRAIN, "", data, index)
-    losses = [losses_of(text, f"{rule}-{seed}", [largest()])[0] for rule, seed in MORE]
+    largest = load_space(SPACE).largest
+    losses = [losses_of(text, f"{rule}-{seed}", [largest])[0] for rule, seed in MORE]
     table = pd.DataFrame(MORE, columns=["rule", "seed"]).assign(loss_nats=losses, **origin())
-    table.to_csv(out / "largest.csv", index=False)
+    write_csv(out / "largest.csv", table)
 
     train_all([(rule, 0) for rule in RULES[:2]], LOW, "low-", data, index)
-    low = compared(RULES[0], f"runs/train/low-{RULES[0]}-0", (*data, *COMPARE_LOW), index)
-    low.to_csv(out / f"low_{RULES[0]}.csv", index=False)
+    low = compared(RULES[0], f"low-{RULES[0]}-0", (*data, *COMPARE_LOW), index)
+    write_csv(out / f"low_{RULES[0]}.csv", low)
     others = low[low["kind"] == "inherited"].assign(rule=RULES[1], **origin())
     others["loss_nats"] = losses_of(text, f"low-{RULES[1]}-0", list(map(parse_vector, others["vector"])))
-    others.to_csv(out / f"low_{RULES[1]}.csv", index=False)
+    write_csv(out / f"low_{RULES[1]}.csv", others)
 
 
 def train_all(
@@ -80,10 +79,10 @@ def train_all(
 
 
 def compared(rule: str, supernet: str, options: tuple[str, ...], index: int) -> pd.DataFrame:
-    """What `nas fidelity` measured of a supernet."""
-    name = f"{Path(supernet).name}-{index}"
+    """What `nas fidelity` measured of a supernet, by the name of its run."""
+    name = f"{supernet}-{index}"
     if not Path("runs/fidelity", name, "complete.json").is_file():
-        assert nas(("fidelity", f"supernet={supernet}", f"name={name}", *options)) == 0
+        assert nas(("fidelity", f"supernet=runs/train/{supernet}", f"name={name}", *options)) == 0
     return pd.read_csv(Path("runs/fidelity", name, "measurements.csv")).assign(rule=rule)
 
 
@@ -91,11 +90,6 @@ def losses_of(text: str, name: str, vectors: list[Vector]) -> list[float]:
     """Inherited losses of a supernet's vectors."""
     data = prepare_tokens(TextCorpus(text), None, VOCABULARY, Path("runs/cache"))
     return inherited_loss(FinishedRun(Path("runs/train", name), "train"), data, WINDOWS, Path("runs")).of(vectors)
-
-
-def largest() -> Vector:
-    """The space's largest vector."""
-    return load_space(SPACE).largest
 
 
 def draw() -> None:
@@ -116,7 +110,7 @@ def draw() -> None:
             draw_fidelity(panel, rows, tables[title])
             panel.suptitle(title, fontsize=9)
     table = pd.concat(tables, names=["setting"]).reset_index("setting")
-    table.to_csv(DOCS / "agreement.csv", index=False)
+    write_csv(DOCS / "agreement.csv", table)
     print(table.round(3).to_string(index=False))
 
     at_largest = [rows[rows["kind"] == "inherited"].nlargest(1, "total").assign(seed=0) for rows in measured.values()]
@@ -126,7 +120,7 @@ def draw() -> None:
     gaps["plain_loss_nats"] = gaps["seed"].map(plain)
     gaps["gap_percent"] = 100 * (gaps["loss_nats"] / gaps["plain_loss_nats"] - 1)
     gaps = gaps.assign(**made(alone), **computed)
-    gaps.sort_values(["rule", "seed"]).to_csv(DOCS / "gaps.csv", index=False)
+    write_csv(DOCS / "gaps.csv", gaps.sort_values(["rule", "seed"]))
     print(gaps.round(4).to_string(index=False))
     print(gaps.groupby("rule")["gap_percent"].mean().round(2).to_string())
 

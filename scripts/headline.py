@@ -14,7 +14,6 @@ import itertools
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +24,7 @@ from served_trial import copy_bandwidth, fits, memory_cap, served
 
 from nas import shipped
 from nas.errors import UserError
-from nas.files import write_atomically, write_csv
+from nas.files import write_csv
 from nas.hardware import nvml_facts
 from nas.latency.energy import measure_energy
 from nas.latency.memory import MemoryModel
@@ -43,11 +42,16 @@ CONTEXT, PROMPT = 2048, 1024
 def models() -> dict[str, tuple[ModelShape, Vector]]:
     """The models by name."""
     llama, decilm = load_space("llama-2-7b"), load_space("decilm-6b")
-    vectors = {"DeciLM-6B": decilm.known_vectors["DeciLM-6B"]}
-    vectors |= {f"uniform {vector[0]}": vector for vector in decilm.uniform_vectors()}
-    return {"Llama-2-7B": (llama.shape, llama.largest)} | {
-        name: (decilm.shape, vector) for name, vector in vectors.items()
-    }
+    named = {"DeciLM-6B": decilm.known_vectors["DeciLM-6B"]}
+    named |= {f"uniform {vector[0]}": vector for vector in decilm.uniform_vectors()}
+    shaped = {name: (decilm.shape, vector) for name, vector in named.items()}
+    return {"Llama-2-7B": (llama.shape, llama.largest)} | shaped
+
+
+def shipped_table(device: str, model: str, runtime: str) -> TableLatency:
+    """The table that ships for one of the models on a device, by its name in PyTorch."""
+    card, space = "-".join(device.lower().split()), "llama-2-7b" if model == "Llama-2-7B" else "decilm-6b"
+    return TableLatency(shipped("latency_models") / card / f"{space}-bf16-{runtime}")
 
 
 def measure(gib: float, energy_s: float, file: Path) -> None:
@@ -78,7 +82,7 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
                 row["watts"] = energy.watts if energy else None
                 rows.append(row | machine)
                 print(row, flush=True)
-                write_atomically(file, partial(pd.DataFrame(rows).to_csv, index=False))
+                write_csv(file, pd.DataFrame(rows))
 
 
 def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iterator[tuple[str, int]]:
@@ -147,16 +151,14 @@ def predicted(rows: pd.DataFrame) -> pd.DataFrame:
         Columns model, runtime, batch, step_ms, predicted_ms, relative_error; without what a table does not cover.
     """
     found = []
-    for _, row in rows.iterrows():
-        space = "llama-2-7b" if row["model"] == "Llama-2-7B" else "decilm-6b"
-        card = "-".join(row["device"].lower().split())
+    for row in rows.to_dict("records"):
         _, vector = models()[row["model"]]
         with suppress(UserError):
-            table_of = TableLatency(shipped("latency_models") / card / f"{space}-bf16-{row['runtime']}")
-            predicted_ms = table_of.decode_ms(vector, row["batch"], row["context"])
-            place = [row[key] for key in ("model", "runtime", "batch", "step_ms")]
-            found.append([*place, predicted_ms, predicted_ms / row["step_ms"] - 1])
-    return pd.DataFrame(found, columns=["model", "runtime", "batch", "step_ms", "predicted_ms", "relative_error"])
+            covering = shipped_table(row["device"], row["model"], row["runtime"])
+            predicted_ms = covering.decode_ms(vector, row["batch"], row["context"])
+            place = {key: row[key] for key in ("model", "runtime", "batch", "step_ms")}
+            found.append(place | {"predicted_ms": predicted_ms, "relative_error": predicted_ms / row["step_ms"] - 1})
+    return pd.DataFrame(found)
 
 
 def table(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from headline import models
 from served_trial import fits, memory_cap
 
 from nas.files import write_csv
@@ -33,17 +34,13 @@ CONTEXTS, CAPS_GIB, PROMPT = (1024, 2048, 4096), (22.5, 40.0), 1024
 
 
 def vectors(random: int) -> dict[str, tuple[ModelShape, Vector]]:
-    """Six vectors by name, or so many random ones."""
-    llama, decilm = load_space("llama-2-7b"), load_space("decilm-6b")
+    """Those of the headline and a mixed vector by name, or so many random ones."""
+    decilm = load_space("decilm-6b")
     if random:
-        return {
-            f"random {n}": (decilm.shape, vector) for n, vector in enumerate(random_vectors(decilm, random, seed=7))
-        }
+        drawn = random_vectors(decilm, random, seed=7)
+        return {f"random {n}": (decilm.shape, vector) for n, vector in enumerate(drawn)}
     mixed = tuple(int(groups) for groups in np.random.default_rng(0).choice([1, 2, 4], 32))
-    named = {"DeciLM-6B": decilm.known_vectors["DeciLM-6B"], "mixed": mixed}
-    named |= {f"uniform {vector[0]}": vector for vector in decilm.uniform_vectors()}
-    shaped = {name: (decilm.shape, vector) for name, vector in named.items()}
-    return shaped | {"Llama-2-7B": (llama.shape, llama.largest)}
+    return models() | {"mixed": (decilm.shape, mixed)}
 
 
 def largest(shape: ModelShape, vector: Vector, workload: Workload, predicted: int) -> int:

@@ -23,6 +23,7 @@ from torch import Tensor
 from nas.config import SupernetConfig, TrainConfig
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
+from nas.files import write_csv
 from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES, Pooled, pooling
 from nas.quality import mean_loss, vector_losses
@@ -81,8 +82,7 @@ class Residual(Pooled):
         return torch.cat((pooling(max(choices), groups), *own), dim=1)
 
     def from_largest(self, choices: Sequence[int]) -> Tensor:
-        largest = max(choices)
-        return torch.eye(sum(choices), largest)
+        return torch.eye(sum(choices), max(choices))
 
 
 SHARING_RULES["pooled, scaled"], SHARING_RULES["residual"] = ScaledPooled(), Residual()
@@ -91,13 +91,12 @@ SHARING_RULES["pooled, scaled"], SHARING_RULES["residual"] = ScaledPooled(), Res
 def run(text: str, out: Path, index: int = 0, count: int = 1) -> None:
     """Trains what ``out`` lacks of its part, and adds it there line by line."""
     data = prepare_tokens(TextCorpus(text), None, SPACE.shape.vocab_size, Path("runs/cache"))
-    out.parent.mkdir(parents=True, exist_ok=True)
     for sharing, options in LINES[index::count]:
         line = described(sharing, options)
         table = pd.read_csv(out) if out.is_file() else pd.DataFrame(columns=list(line))
         if line not in table[list(line)].astype(object).replace({np.nan: None}).to_dict("records"):
             line |= trained(sharing, COMMON | options, data) | origin()
-            pd.concat([table, pd.DataFrame([line])]).to_csv(out, index=False)
+            write_csv(out, pd.concat([table, pd.DataFrame([line])]))
             print(line, flush=True)
 
 

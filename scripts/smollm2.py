@@ -58,7 +58,6 @@ from nas.stages.train import load_checkpoint
 from nas.training.loop import training_device
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
-PARTS = ("text", "train", "search", "perplexity", "finetune", "table")
 SHARES = {"5/6": 5 / 6, "2/3": 2 / 3, "1/2": 1 / 2}  # of the checkpoint's KV bytes
 NAME = "smollm2"
 KEYS = ["state", "kind", "vector"]
@@ -88,13 +87,17 @@ class Work:
     def finished(self, stage: str) -> FinishedRun:
         return FinishedRun(self.runs / stage / NAME, stage)
 
-    def training(self) -> list[str]:
-        """The overrides of the supernet's training."""
+    def training(self, steps: int, rate: float, checkpoint_every: int) -> list[str]:
+        """The overrides of a training."""
         given = self.settings
-        options = {"batch": given.batch, "length": given.length, "steps": given.steps, "learning_rate": given.rate}
-        options |= {"weight_decay": 0, "validation_windows": given.windows, "validate_every": given.steps}
-        options |= {"checkpoint_every": 200, "compile": str(torch.cuda.is_available()).lower()}
-        return [f"init={self.model}", *(f"train.{name}={value}" for name, value in options.items())]
+        options = {"batch": given.batch, "length": given.length, "steps": steps, "learning_rate": rate}
+        options |= {"weight_decay": 0, "validation_windows": given.windows, "validate_every": steps}
+        options |= {"checkpoint_every": checkpoint_every, "compile": str(torch.cuda.is_available()).lower()}
+        return [f"train.{name}={value}" for name, value in options.items()]
+
+    def supernet(self) -> list[str]:
+        """The overrides of the supernet's training."""
+        return [f"init={self.model}", *self.training(self.settings.steps, self.settings.rate, checkpoint_every=200)]
 
     def test_windows(self) -> Tensor:
         """The test split in windows of T + 1 ids that follow one another, the last of one the first of the next."""
@@ -139,13 +142,13 @@ def write_text(work: Work) -> None:
 
 
 def train(work: Work) -> None:
-    work.command("train", *work.training())
+    work.command("train", *work.supernet())
 
 
 def search(work: Work) -> None:
     supernet, goals = f"supernet={work.runs / 'train' / NAME}", "objectives=[loss_nats,kv_bytes_per_token]"
     device = "device=nvidia-h100-80gb-hbm3"  # of which nothing counts here, and nothing need be measured
-    work.command("search", *work.training(), supernet, goals, device, f"budget={work.settings.budget}")
+    work.command("search", *work.supernet(), supernet, goals, device, f"budget={work.settings.budget}")
 
 
 def vectors(work: Work) -> pd.DataFrame:
@@ -203,17 +206,12 @@ def finetune(work: Work) -> None:
         supernet = load_supernet(supernet_run, torch.device("cpu"))
         parents = {"search": search_run, "supernet": supernet_run}
         with start_run(export, "export", {"run": NAME, "select": names}, parents=parents) as run:
+            tokenizer = supernet_run.artifact("tokenizer.json")
             for vector in names:
-                plain = supernet.extract(parse_vector(vector))
-                tokenizer = supernet_run.artifact("tokenizer.json")
-                HfExporter("fp16").write(
-                    plain, tokenizer, export / vector.replace("-", "_"), {"KV groups by layer": vector}
-                )
+                model, folder = supernet.extract(parse_vector(vector)), export / vector.replace("-", "_")
+                HfExporter("fp16").write(model, tokenizer, folder, {"KV groups by layer": vector})
             run.finish()
-    options = {"batch": given.batch, "length": given.length, "steps": given.finetune_steps, "weight_decay": 0}
-    options |= {"learning_rate": given.finetune_rate, "validation_windows": given.windows, "checkpoint_every": 1000}
-    options |= {"validate_every": given.finetune_steps, "compile": str(torch.cuda.is_available()).lower()}
-    overrides = (f"train.{name}={value}" for name, value in options.items())
+    overrides = work.training(given.finetune_steps, given.finetune_rate, checkpoint_every=1000)
     work.command("finetune", f"run={export}", f"distill={work.model}", "export.dtype=fp16", *overrides)
     losses, windows = {}, work.test_windows().to(device)
     for vector in names:
@@ -321,7 +319,7 @@ def main() -> None:
     running.add_argument("model", type=Path)
     running.add_argument("text", type=Path, help="folder with WikiText-2's {train,valid,test}.txt.xz")
     running.add_argument("work", type=Path, help="gets runs/ and the losses of the test split")
-    every = (*PARTS[:-2], "table", *PARTS[-2:])  # what is there stays, should finetuning fail
+    every = ("text", "train", "search", "perplexity", "table", "finetune", "table")  # first in case finetuning fails
     running.add_argument("--parts", nargs="+", choices=PARTS, default=every)
     running.add_argument("--docs", type=Path, default=DOCS, help="gets smollm2/perplexity.csv, and the page's tables")
     for name, default in SETTINGS.items():
@@ -332,20 +330,20 @@ def main() -> None:
         return
     work = Work(given.model, given.text, given.work, given)
     work.out.mkdir(parents=True, exist_ok=True)
-    parts: dict[str, Callable[[Work], None]] = {
-        "text": write_text,
-        "train": train,
-        "search": search,
-        "perplexity": perplexity,
-        "finetune": finetune,
-        "table": table,
-    }
     for part in given.parts:
         begin = time.perf_counter()
-        parts[part](work)
+        PARTS[part](work)
         print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
+PARTS: dict[str, Callable[[Work], None]] = {
+    "text": write_text,
+    "train": train,
+    "search": search,
+    "perplexity": perplexity,
+    "finetune": finetune,
+    "table": table,
+}
 SETTINGS = {
     "steps": 500,  # of the supernet
     "rate": 1e-3,

@@ -27,7 +27,7 @@ from nas import cli
 from nas.data import prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
 from nas.data.tokenizer import load_tokenizer
-from nas.files import write_atomically
+from nas.files import write_atomically, write_csv
 from nas.model import Supernet
 from nas.model.pretrained import read_checkpoint
 from nas.model.supernet import load_supernet
@@ -86,7 +86,7 @@ def main(source: Path, out: Path, training: bool, rank: int) -> None:
     table = losses(model, corpus, FinishedRun(run, "train"))
     print(table.to_string(index=False))
     target = ROOT / "docs" / "stories260k" / f"losses{suffix}.csv"
-    write_atomically(target, lambda path: table.to_csv(path, index=False))
+    write_csv(target, table)
     print(f"Wrote {target.relative_to(ROOT)}")
     rows, named = table.set_index("vector"), {"largest": 4, "uniform_2": 2, "uniform_1": 1}
     uniform = {name: format_vector((groups,) * LAYERS) for name, groups in named.items()}

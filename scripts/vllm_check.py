@@ -12,23 +12,20 @@ import json
 import subprocess
 import tempfile
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from headline import models
+from headline import models, shipped_table
 from scipy.stats import kendalltau
 
-from nas import shipped
 from nas.errors import UserError
 from nas.export.hf import copy_code, hf_config
-from nas.files import write_atomically, write_json
+from nas.files import write_csv, write_json
 from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
-from nas.latency.table import TableLatency
 from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space, parse_vector
@@ -57,15 +54,13 @@ def largest_batch(shape: ModelShape, vector: Vector) -> int:
 
 def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None:
     """A model directory without weights; plain Llama where every head has keys and values of its own."""
-    config = hf_config(shape, shape.layers(vector))
+    config = hf_config(shape, vector)
     if set(vector) == {shape.num_attention_heads}:
         config = {key: value for key, value in config.items() if key not in ("auto_map", "block_configs")}
         config |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
     copy_code(folder)
-    write_json(
-        folder / "config.json",
-        config | {"bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16", "torch_dtype": "bfloat16"},
-    )
+    config |= {"bos_token_id": 1, "eos_token_id": 2, "dtype": "bfloat16", "torch_dtype": "bfloat16"}
+    write_json(folder / "config.json", config)
 
 
 def serve(python: str, file: Path, only: list[str]) -> None:
@@ -73,11 +68,10 @@ def serve(python: str, file: Path, only: list[str]) -> None:
     driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
     about = {"memory_gib": GIB, "driver": driver} | origin()
     rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["model"])
-    if len(rows) and not only:
-        done = rows.loc[rows["device"] == about["device"], "model"]
-        only = [name for name in all_models() if name not in set(done)]
+    done = set() if rows.empty else set(rows.loc[rows["device"] == about["device"], "model"])
+    wanted = only or all_models().keys() - done
     for name, (shape, vector) in all_models().items():
-        if only and name not in only:
+        if name not in wanted:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_configuration(shape, vector, Path(folder))
@@ -91,7 +85,7 @@ def serve(python: str, file: Path, only: list[str]) -> None:
         row = {"model": name, "vector": format_vector(vector), **found, **about}
         print(row, flush=True)
         rows = pd.concat([rows, pd.DataFrame([row])])
-        write_atomically(file, partial(rows.to_csv, index=False))
+        write_csv(file, rows)
 
 
 def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
@@ -103,9 +97,7 @@ def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
     for row in served.to_dict("records"):
         shape, vector = shapes[row["model"]]
         assert parse_vector(row["vector"]) == vector
-        space = "llama-2-7b" if row["model"] == "Llama-2-7B" else "decilm-6b"
-        card = "-".join(row["device"].lower().split())
-        table = TableLatency(shipped("latency_models") / card / f"{space}-bf16-{RUNTIME}")
+        table = shipped_table(row["device"], row["model"], RUNTIME)
         row["vllm_tokens_per_s"] = 1e3 * row["batch"] / row["vllm_ms"]
         row["our_batch"] = largest_batch(shape, vector)
         with suppress(UserError):
@@ -148,7 +140,7 @@ def main() -> None:
         serve(what[1], OUT / "served.csv", what[2:])
         return
     rows = beside_predictions(pd.read_csv(OUT / "served.csv"))
-    write_atomically(OUT / "check.csv", partial(rows.to_csv, index=False))
+    write_csv(OUT / "check.csv", rows)
     columns = [
         "device",
         "model",

@@ -22,7 +22,7 @@ from nas.data.tokenizer import train_tokenizer
 from nas.errors import UserError
 from nas.export.hf import HfExporter, hf_config
 from nas.model import Supernet
-from nas.model.pretrained import padded_ffn_width
+from nas.model.config_json import padded_ffn_width
 from nas.search import Objectives
 from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.shape import ModelShape
@@ -217,7 +217,7 @@ def test_reading_back_gives_the_same_model(exported: tuple[Vector, Path], supern
 @given(st.integers(1, 20_000), st.integers(1, 10_000))
 def test_engines_compute_the_width_at_which_any_ffn_is_stored(width: int, hidden_size: int) -> None:
     shape = ModelShape(1, hidden_size, 4, 8, width, 280, 32)
-    config = hf_config(shape, shape.layers((1,)))
+    config = hf_config(shape, (1,))
     assert config["intermediate_size"] == padded_ffn_width(width) >= width
     assert engine_ffn_width(config["block_configs"][0]["ffn"]["ffn_mult"], hidden_size) == config["intermediate_size"]
 

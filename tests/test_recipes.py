@@ -12,7 +12,7 @@ import yaml
 
 from nas.data.tokenizer import train_tokenizer
 from nas.export.hf import HfExporter
-from nas.model.pretrained import padded_ffn_width
+from nas.model.config_json import padded_ffn_width
 from nas.space import SearchSpace
 from tests.conftest import Nas, random_supernet
 
@@ -58,7 +58,7 @@ def test_an_adapter_is_trained_by_trl_merged_and_generates(
     before, after = (HfExporter().read(folder) for folder in (checkpoint, Path("OUT/merged")))
     assert after.kv_heads == (4, 1, 2)
     moved = [name for name, tensor in after.state_dict().items() if not tensor.equal(before.state_dict()[name])]
-    assert {name.split(".")[-2] for name in moved} == set(before.specs[0].linears)
+    assert {name.split(".")[-2] for name in moved} == set(before.shape.layer(1).linears)
     done = nas("generate", "checkpoint=OUT/merged", "prompt=import", "new_tokens=2")
     assert done.code == 0, done.err
 

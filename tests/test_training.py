@@ -20,13 +20,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from nas.config import SupernetConfig, TrainConfig
+from nas.config import SupernetConfig, Train, TrainConfig
 from nas.data import training_batch
 from nas.errors import UserError
+from nas.model import Decoder, Supernet
 from nas.quality import vector_losses
 from nas.run import Run
 from nas.space import SearchSpace, Totals, Vector, load_space
-from nas.training.heads import freeze, train_smaller_heads, trained_parameters, with_trained_heads
+from nas.stages.train import Training
+from nas.training.heads import freeze, train_smaller_heads, with_trained_heads
 from nas.training.loop import Microbatch, fit, full_state_dict, learning_rate_at, make_optimizer, make_ready
 from nas.training.recipes import (
     Distillation,
@@ -36,6 +38,7 @@ from nas.training.recipes import (
     divergence,
     step_plan,
     text_loss,
+    training_bytes,
 )
 from tests.conftest import logits_at, random_supernet
 
@@ -151,7 +154,10 @@ def test_only_what_smaller_choices_have_alone_is_trained_and_kept_in_fp32(
         before = logits_at(supernet, tokens, [micro.largest] * 2)
     train_smaller_heads(supernet, dtype)
     trained = trained_of(supernet)
-    assert sum(parameter.numel() for parameter in trained) == trained_parameters(micro, 3)
+    shape, smaller = micro.shape, [choices[:-1] for choices in micro.choices]
+    heads = 2 * shape.hidden_size * shape.head_dim * sum(map(sum, smaller))
+    corrections = 3 * (shape.num_attention_heads * shape.head_dim + shape.hidden_size) * sum(map(len, smaller))
+    assert sum(parameter.numel() for parameter in trained) == heads + corrections
     assert {parameter.dtype for parameter in trained} == {torch.float32}
     kept = {parameter.dtype for parameter in supernet.parameters() if not parameter.requires_grad}
     assert kept == {dtype}
@@ -359,26 +365,45 @@ def test_a_recipe_whose_numbers_do_not_go_together_is_refused(options: dict[str,
 )
 def test_a_training_that_cannot_fit_is_refused(micro: SearchSpace, options: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        check_training_memory("it", TrainConfig(**options), micro.shape, micro.largest)
-    check_training_memory("it", TrainConfig(batch=10**12, accumulate=10**12), micro.shape, micro.largest)
+        check_training_memory("it", TrainConfig(**options), random_supernet(micro).decoder, micro.largest)
+    many = TrainConfig(batch=10**12, accumulate=10**12)
+    check_training_memory("it", many, random_supernet(micro).decoder, micro.largest)
 
 
 def test_a_frozen_model_takes_less_memory(micro: SearchSpace, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, vector, rows = micro.shape, micro.largest, TrainConfig(batch=1, length=1, precision="bf16")
-    parameters, trained = shape.parameters(vector), trained_parameters(micro)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    have = 2 * parameters + 16 * trained + 3 * 2 * shape.vocab_size  # bytes
+    supernet = random_supernet(micro, sharing="separate")
+    train_smaller_heads(supernet, torch.bfloat16)
+    trained = sum(parameter.numel() for parameter in trained_of(supernet))
+    have = 2 * shape.parameters(vector) + 16 * trained + 3 * 2 * shape.vocab_size  # bytes
     wide = 2 * (shape.hidden_size + shape.num_attention_heads * shape.head_dim + shape.intermediate_size)
     have += 2 * sum(wide + 2 * groups * shape.head_dim for groups in vector)
     for total in (have, have - 1):
         monkeypatch.setattr("psutil.virtual_memory", lambda total=total: SimpleNamespace(total=total))
         with pytest.raises(UserError, match="training it takes at least"):
-            check_training_memory("it", rows, shape, vector, trained, teacher=1)
+            check_training_memory("it", rows, supernet.decoder, vector, teacher=1)
         if total == have:
-            check_training_memory("it", rows, shape, vector, trained)
+            check_training_memory("it", rows, supernet.decoder, vector)
             with pytest.raises(UserError, match="training it takes at least"):
-                check_training_memory("it", rows, shape, vector)
+                check_training_memory("it", rows, Decoder(shape, vector), vector)
         else:
-            check_training_memory("it", replace(rows, recompute=True), shape, vector, trained)
+            check_training_memory("it", replace(rows, recompute=True), supernet.decoder, vector)
             with pytest.raises(UserError, match="training it takes at least"):
-                check_training_memory("it", rows, shape, vector, trained)
+                check_training_memory("it", rows, supernet.decoder, vector)
+
+
+def test_what_smaller_choices_have_alone_counts_where_all_is_trained(
+    micro: SearchSpace, micro_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = SupernetConfig(batch=1, length=1, trainable="all", sharing="separate", output_rank=3)
+    parameters = sum(parameter.numel() for parameter in Supernet(micro, "separate", 3).parameters())
+    _, activations = training_bytes(options, Decoder(micro.shape, micro.largest), micro.largest)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    training = Training(Train(name="it", space=str(micro_file), train=options))
+    total = 16 * parameters + activations
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total))
+    training.check_memory()
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(total=total - 1))
+    with pytest.raises(UserError, match="training space micro takes at least"):
+        training.check_memory()

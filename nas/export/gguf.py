@@ -77,7 +77,7 @@ class GgufExporter:
         write_card("gguf", model, folder, card)
 
     def _add_shape(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
-        shape, layers = model.shape, len(model.specs)
+        shape, layers = model.shape, len(model.kv_heads)
         writer.add_type("model")
         writer.add_file_type(self.file_type)
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -87,7 +87,7 @@ class GgufExporter:
         writer.add_vocab_size(shape.vocab_size)
         writer.add_head_count([shape.num_attention_heads] * layers)
         writer.add_head_count_kv(list(model.kv_heads))
-        writer.add_feed_forward_length([spec.intermediate_size for spec in model.specs])
+        writer.add_feed_forward_length([shape.intermediate_size] * layers)
         for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
             add(shape.head_dim)
         writer.add_layer_norm_rms_eps(shape.rms_norm_eps)
@@ -98,7 +98,7 @@ class GgufExporter:
             writer.add_rope_scaling_attn_factors(amplitude)
 
     def _add_tensors(self, writer: gguf.GGUFWriter, model: Decoder) -> None:
-        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.specs))
+        names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.DECI, len(model.kv_heads))
         for name, tensor in untied(model.shape, model.state_dict()).items():
             module, _, kind = name.rpartition(".")
             if module.endswith("q_proj"):
@@ -154,22 +154,27 @@ def _step(step: dict[str, Any]) -> str:
     return "unknown"
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Path, vocab_size: int) -> None:
-    """Adds the tokens, filled up with unused ones to the model's vocabulary, and the merges or what they amount to."""
-    kind, content, loaded = _kind(tokenizer), read_json(tokenizer), load_tokenizer(str(tokenizer))
-    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in content["model"]["merges"]]
-    tokens = [f"[UNUSED{index}]" for index in range(vocab_size)]
-    types = [gguf.TokenType.UNUSED] * vocab_size
-    for token, index in content["model"]["vocab"].items():
-        tokens[index], types[index] = token, gguf.TokenType.NORMAL
-        if kind == "llama" and token.startswith("<0x"):
-            types[index] = gguf.TokenType.BYTE
+def _vocabulary(content: dict[str, Any], is_sentencepiece: bool, size: int) -> tuple[list[str], list[gguf.TokenType]]:
+    """Tokens and their types by id, of what a tokenizer.json holds, filled up with unused ones."""
+    tokens, types = [f"[UNUSED{index}]" for index in range(size)], [gguf.TokenType.UNUSED] * size
+    vocabulary = content["model"]["vocab"]
+    for token, index in vocabulary.items():
+        is_byte = is_sentencepiece and token.startswith("<0x")
+        tokens[index], types[index] = token, gguf.TokenType.BYTE if is_byte else gguf.TokenType.NORMAL
     for added in content["added_tokens"]:
         tokens[added["id"]] = added["content"]
         types[added["id"]] = gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED
+    if is_sentencepiece and (unknown := content["model"].get("unk_token")) is not None:
+        types[vocabulary[unknown]] = gguf.TokenType.UNKNOWN
+    return tokens, types
+
+
+def _add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Path, vocab_size: int) -> None:
+    """Adds the tokens, and the merges or what they amount to."""
+    kind, content, loaded = _kind(tokenizer), read_json(tokenizer), load_tokenizer(str(tokenizer))
+    merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in content["model"]["merges"]]
+    tokens, types = _vocabulary(content, kind == "llama", vocab_size)
     if kind == "llama":  # SentencePiece merges to the token of the highest score first
-        if (unknown := content["model"].get("unk_token")) is not None:
-            types[content["model"]["vocab"][unknown]] = gguf.TokenType.UNKNOWN
         rank = {left + right: -float(at) for at, (left, right) in reversed([*enumerate(merges)])}
         writer.add_tokenizer_model("llama")
         writer.add_token_scores([rank.get(token, 0.0) for token in tokens])

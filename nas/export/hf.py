@@ -5,7 +5,7 @@ its own size. transformers does not, so two small files of model code travel alo
 """
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,11 @@ from nas.errors import UserError
 from nas.export.card import write_card
 from nas.files import write_atomically, write_json
 from nas.model import Decoder
+from nas.model.config_json import UNPADDED, padded_ffn_width
 from nas.model.decoder import untied
-from nas.model.pretrained import UNPADDED, padded_ffn_width, read_checkpoint
-from nas.shape import LayerSpec, ModelShape
+from nas.model.pretrained import read_checkpoint
+from nas.shape import ModelShape
+from nas.space import Vector
 
 CONFIG = "config.json"
 _WEIGHTS = "model*.safetensors"  # one file, or shards
@@ -89,7 +91,7 @@ class HfExporter:
 
     def config(self, model: Decoder) -> dict[str, Any]:
         """The contents of config.json, but for the tokenizer's and the dtype."""
-        return hf_config(model.shape, model.specs)
+        return hf_config(model.shape, model.kv_heads)
 
     def state(self, model: Decoder) -> dict[str, Tensor]:
         """The tensors that are stored: here with the FFN zero-padded to the widths that engines will compute."""
@@ -140,10 +142,10 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob(_WEIGHTS))
 
 
-def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
-    """The contents of config.json, but for the tokenizer's and the dtype; FFN widths are as engines compute them."""
-    width = max(padded_ffn_width(spec.intermediate_size) for spec in specs)
-    heads, kept = shape.num_attention_heads, {"no_op": False, "replace_with_linear": False}
+def hf_config(shape: ModelShape, vector: Vector) -> dict[str, Any]:
+    """The contents of config.json, but for the tokenizer's and the dtype; the FFN's width is as engines compute it."""
+    width, kept = padded_ffn_width(shape.intermediate_size), {"no_op": False, "replace_with_linear": False}
+    ffn = {"ffn_mult": 3 * width / (2 * shape.hidden_size), **kept}
     (kind, prefix), (configuration, modeling) = _TYPES[shape.qk_norm], _CODE
     return {
         "architectures": [f"{prefix}ForCausalLM"],
@@ -154,14 +156,11 @@ def hf_config(shape: ModelShape, specs: Sequence[LayerSpec]) -> dict[str, Any]:
             "AutoModelForCausalLM": f"{modeling}.{prefix}ForCausalLM",
         },
         "block_configs": [
-            {
-                "attention": {"n_heads_in_group": heads // spec.kv_groups, **kept},
-                "ffn": {"ffn_mult": 3 * padded_ffn_width(spec.intermediate_size) / (2 * spec.hidden_size), **kept},
-            }
-            for spec in specs
+            {"attention": {"n_heads_in_group": shape.num_attention_heads // groups, **kept}, "ffn": ffn}
+            for groups in vector
         ],
-        "num_key_value_heads_per_layer": [spec.kv_groups for spec in specs],
-        "num_key_value_heads": max(spec.kv_groups for spec in specs),
+        "num_key_value_heads_per_layer": list(vector),
+        "num_key_value_heads": max(vector),
         **llama_keys(shape),
         "qkv_bias": shape.qkv_bias,
         "qk_norm": shape.qk_norm,

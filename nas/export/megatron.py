@@ -45,13 +45,8 @@ class MegatronExporter:
 
     def write(self, model: Decoder, tokenizer: Path | None, folder: Path, card: Mapping[str, str]) -> None:  # noqa: ARG002
         kept, shape = {"no_op": False, "replace_with_linear": False}, model.shape
-        blocks = [
-            {
-                "attention": {"num_query_groups": spec.kv_groups, **kept},
-                "ffn": {"ffn_hidden_size": spec.intermediate_size, **kept},
-            }
-            for spec in model.specs
-        ]
+        ffn = {"ffn_hidden_size": shape.intermediate_size, **kept}
+        blocks = [{"attention": {"num_query_groups": groups, **kept}, "ffn": ffn} for groups in model.kv_heads]
         config: dict[str, Any] = {
             "num_layers": shape.num_hidden_layers,
             "hidden_size": shape.hidden_size,

@@ -18,12 +18,9 @@ class ModelOptExporter(UniformExporter):
     form, usage = "modelopt", ""
 
     def config(self, model: Decoder) -> dict[str, Any]:
+        ffn = {"no_op": False, "intermediate_size": model.shape.intermediate_size}
         blocks = [
-            {
-                "attention": {"no_op": False, "num_key_value_heads": spec.kv_groups},
-                "ffn": {"no_op": False, "intermediate_size": spec.intermediate_size},
-            }
-            for spec in model.specs
+            {"attention": {"no_op": False, "num_key_value_heads": groups}, "ffn": ffn} for groups in model.kv_heads
         ]
         return super().config(model) | {"num_key_value_heads": max(model.kv_heads), "block_configs": blocks}
 

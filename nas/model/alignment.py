@@ -51,21 +51,20 @@ def align(model: Decoder, choices: Sequence[Vector], tokens_BT: Tensor) -> list[
             drawn_B = torch.randint(len(allowed), (len(tokens_BT),), generator=generator).to(x_BTD.device)
             by_choice, mixed_BTD = {}, mixed_BTD.clone()
             for choice, groups in enumerate(allowed):
-                small = _fitted(
-                    layer.self_attn, Attention(model.shape.layer(groups)).to(x_BTD), h_BTD, target_BTD, rope
-                )
-                by_choice[groups] = {
-                    name: tensor for name, tensor in small.state_dict().items() if name.startswith(("k_proj", "v_proj"))
-                }
-                mixed_BTD[drawn_B == choice] += small(h_BTD[drawn_B == choice], rope)
+                small, rows = Attention(model.shape.layer(groups)).to(x_BTD), drawn_B == choice
+                by_choice[groups] = _fit(small, layer.self_attn, h_BTD, target_BTD, rope)
+                mixed_BTD[rows] += small(h_BTD[rows], rope)
             fitted.append(by_choice)
             x_BTD, mixed_BTD = (x + layer.mlp(layer.post_attention_layernorm(x)) for x in (x_BTD, mixed_BTD))
             bar(index + 1)
     return fitted
 
 
-def _fitted(whole: Attention, small: Attention, h_BTD: Tensor, target_BTD: Tensor, rope: Rope) -> Attention:
-    """``small``, with keys and values such that it comes as close to its target as it can with fewer heads."""
+def _fit(small: Attention, whole: Attention, h_BTD: Tensor, target_BTD: Tensor, rope: Rope) -> dict[str, Tensor]:
+    """Gives ``small`` the weights of ``whole``, its fewer heads fitted to the target; returns those of keys and values.
+
+    They start as means of neighbours.
+    """
     heads, groups = (attention.k_proj.out_features // attention.head_dim for attention in (whole, small))
     own = {name: parameter for name, parameter in small.named_parameters() if name.startswith(("k_proj", "v_proj"))}
     state = whole.state_dict()
@@ -81,7 +80,7 @@ def _fitted(whole: Attention, small: Attention, h_BTD: Tensor, target_BTD: Tenso
 
     if groups < heads:
         optimizer.step(error)
-    return small
+    return {name: parameter.detach() for name, parameter in own.items()}
 
 
 def _turn(attention: Attention, choices: Vector, h_ND: Tensor) -> None:

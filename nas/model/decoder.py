@@ -143,8 +143,9 @@ class OutputCorrection(nn.Module):
         drawn = torch.randn(self.down.weight.shape, generator=torch.Generator().manual_seed(0), device="cpu")
         self.down.weight.data.copy_(drawn / projection.in_features**0.5)
         self.up.weight.data.zero_()
-        owners = torch.eye(len(choices))[:, :-1].repeat_interleave(torch.tensor(choices), dim=0)
-        self.register_buffer("owners_SW", owners.repeat_interleave(rank, dim=1), persistent=False)
+        owner = [choice for choice, groups in enumerate(choices) for _ in range(groups)]
+        owners = torch.eye(len(choices))[owner, :-1].repeat_interleave(rank, dim=1)
+        self.register_buffer("owners_SW", owners, persistent=False)
 
     def forward(self, x_BTE: Tensor, selection_BGS: Tensor) -> Tensor:
         own_BW, low_BTW = selection_BGS[:, 0] @ self.owners_SW, self.down(x_BTE)
@@ -202,8 +203,8 @@ class Decoder(nn.Module):
 
     def __init__(self, shape: ModelShape, kv_heads: Sequence[int]) -> None:
         super().__init__()
-        self.shape, self.kv_heads, self.specs = shape, tuple(kv_heads), shape.layers(kv_heads)
-        self.model = _Trunk(shape, self.specs)
+        self.shape, self.kv_heads = shape, tuple(kv_heads)
+        self.model = _Trunk(shape, shape.layers(kv_heads))
         self.lm_head = nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
         if shape.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight

@@ -4,7 +4,7 @@ and how other stages open those.
 
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -35,28 +35,33 @@ def run(config: Export, path: Path) -> None:
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     formats = exporters(config.export)
     sources = {kind: _source(kind, search, supernet_run) for kind in {exporter.of_served for exporter, _ in formats}}
-    made = [(exporter, path / below, *sources[exporter.of_served]) for exporter, below in formats]
-    for exporter, _, shape, tokenizer, _ in made:
-        exporter.check(shape, tokenizer)
+    for exporter, _ in formats:
+        exporter.check(sources[exporter.of_served].shape, sources[exporter.of_served].tokenizer)
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
             vector, card = parse_vector(row["vector"]), model_card(row, search)
-            for exporter, below, _, tokenizer, model_at in made:
-                folder = below / _folder_name(row["vector"])
-                exporter.write(model_at(vector), tokenizer, folder, card)
+            for exporter, below in formats:
+                source, folder = sources[exporter.of_served], path / below / _folder_name(row["vector"])
+                exporter.write(source.model_at(vector), source.tokenizer, folder, card)
                 console.print(f"Exported {folder}")
         run.finish()
 
 
-def _source(
-    of_served: bool, search: FinishedRun, supernet_run: FinishedRun
-) -> tuple[ModelShape, Path | None, Callable[[Vector], Decoder]]:
-    """Shape, tokenizer and models of the supernet, or those of the served shape, which have no weights."""
+class Source(NamedTuple):
+    """What models are made from."""
+
+    shape: ModelShape
+    tokenizer: Path | None
+    model_at: Callable[[Vector], Decoder]
+
+
+def _source(of_served: bool, search: FinishedRun, supernet_run: FinishedRun) -> Source:
+    """The supernet, or the served shape, whose models have no weights."""
     tokenizer = supernet_run.artifact("tokenizer.json")
     if not of_served:
         supernet = load_supernet(supernet_run, torch.device("cpu"))
-        return supernet.space.shape, tokenizer, supernet.extract
+        return Source(supernet.space.shape, tokenizer, supernet.extract)
     shape = searched_space(search.config)[0].shape
 
     def without_weights(vector: Vector) -> Decoder:
@@ -64,10 +69,10 @@ def _source(
             return Decoder(shape, vector)
 
     if (size := load_tokenizer(str(tokenizer)).get_vocab_size()) <= shape.vocab_size:
-        return shape, tokenizer, without_weights
+        return Source(shape, tokenizer, without_weights)
     beyond = f"its {size} tokens exceed the served vocab_size of {shape.vocab_size}"
     console.warn(f"The supernet's tokenizer is left out: {beyond}; put a smaller one into the folders")
-    return shape, None, without_weights
+    return Source(shape, None, without_weights)
 
 
 def _folder_name(vector: str) -> str:

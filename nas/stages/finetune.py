@@ -91,13 +91,18 @@ class Trainings:
     def __init__(self, config: Finetune, sources: dict[str, Path]) -> None:
         self._config, self._sources, self._options = config, sources, config.train
         self._formats, self._device = exporters(config.export), training_device()
+        if any(exporter.of_served for exporter, _ in self._formats):
+            raise UserError(
+                "export has a format without weights, and nas finetune trains weights; use export=hf, gguf, uniform or "
+                "modelopt, and nas export for the others"
+            )
         if not config.distill and (config.distillation_weight, config.distillation_temperature) != (1.0, 1.0):
             raise UserError("distillation_weight and distillation_temperature belong to a teacher; give distill=DIR")
         self._teacher = teacher = read_checkpoint(Path(config.distill)) if config.distill else None
         followed = teacher.shape.parameters(teacher.kv_heads) if teacher else 0
         models = {source: HfExporter().read(source, with_weights=False) for source in sources.values()}
         for source, model in models.items():
-            check_training_memory(f"checkpoint {source}", config.train, model.shape, model.kv_heads, teacher=followed)
+            check_training_memory(f"checkpoint {source}", config.train, model, model.kv_heads, followed)
         self.vectors = [format_vector(model.kv_heads) for model in models.values()]
         source, model = next(iter(models.items()))
         self._shape = model.shape
@@ -111,11 +116,6 @@ class Trainings:
         windows = validation_windows(self._data.validation, config.train.validation_windows, self._length)
         self._windows = windows.to(self._device)
         for exporter, _ in self._formats:
-            if exporter.of_served:
-                raise UserError(
-                    "export has a format without weights, and nas finetune trains weights; use export=hf, gguf, "
-                    "uniform or modelopt, and nas export for the others"
-                )
             exporter.check(self._shape, self._data.tokenizer)
         if teacher:
             self._check(teacher)

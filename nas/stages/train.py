@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from nas import console
-from nas.config import TRAINED_LEARNING_RATE, Train, build
+from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, Train, build
 from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
 from nas.data.tokenizer import copy_companions, tokenizer_file
 from nas.distributed import IS_MAIN, broadcast
@@ -24,7 +24,7 @@ from nas.model.supernet import load_supernet, save_supernet
 from nas.quality import InheritedLoss, LossMemo, evaluated_in, vector_losses
 from nas.run import FinishedRun, find_runs, start_run
 from nas.space import SearchSpace
-from nas.training.heads import train_smaller_heads, trained_parameters, with_trained_heads
+from nas.training.heads import train_smaller_heads, with_trained_heads
 from nas.training.loop import CHECKPOINT, autocast, computed_in, fit, full_state_dict, training_device
 from nas.training.recipes import check_recipe, check_training_memory, supernet_loss, window_length
 
@@ -40,7 +40,7 @@ class Training:
     """A command's supernet: its space, the checkpoint it starts from, and options and tokenizer that suit both."""
 
     def __init__(self, config: Train) -> None:
-        self._config, given = config, config.train
+        self._config = config
         source = config.init.checkpoint
         self.init = init = read_checkpoint(Path(source)) if source else None
         if init and config.space in (None, source):
@@ -50,29 +50,22 @@ class Training:
             if init:
                 init.check_space(self.space)
         self.tokenizer = config.tokenizer or (str(init.folder / "tokenizer.json") if init else None)
-        sharing = (INIT_SHARING if init else DEFAULT_SHARING) if given.sharing == "auto" else given.sharing
-        rate = TRAINED_LEARNING_RATE if init and given.learning_rate is None else given.peak_learning_rate
-        obstacle = _obstacle_to_kv(init, sharing, self.space)
-        trainable = ("all" if obstacle else "kv") if given.trainable == "auto" else given.trainable
-        if trainable == "kv" and obstacle:
-            raise UserError(f"train.trainable is kv, {obstacle}, or give train.trainable=all")
-        options = dataclasses.replace(given, sharing=sharing, learning_rate=rate, trainable=trainable)
-        if trainable == "kv":  # nothing of the largest vector is trained
-            options = dataclasses.replace(options, largest_share=0.0, largest_first=0.0)
-        self.options = dataclasses.replace(options, distillation_weight=options.distilled_share)
+        self.options = _resolved(config.train, init, self.space)
         check_recipe(self.options)
         if config.init.align not in (None, "auto"):
             raise UserError(f"init.align is '{config.init.align}'; use auto or null")
         self._alignment: dict[str, Any] = {}
-        if config.init.align and sharing == INIT_SHARING:
+        if config.init.align and self.options.sharing == INIT_SHARING:
             self._alignment = {"align": config.init.align, "calibration_tokens": config.init.calibration_tokens}
 
     def check_memory(self) -> None:
         """Refuses what cannot be trained here; cheap, so that it can come before any text is read."""
-        space, trained = self.space, None
-        if self.options.trainable == "kv":
-            trained = trained_parameters(space, self.options.output_rank)
-        check_training_memory(f"space {space.name}", self.options, space.shape, space.largest, trained)
+        space, options = self.space, self.options
+        with torch.device("meta"):
+            supernet = Supernet(space, options.sharing, options.output_rank)
+        if options.trainable == "kv":
+            train_smaller_heads(supernet, computed_in(options.precision, training_device()))
+        check_training_memory(f"space {space.name}", options, supernet.decoder, space.largest)
 
     @cached_property
     def data(self) -> TokenData:
@@ -130,6 +123,20 @@ class Training:
                     copy_companions(tokenizer_file(self.tokenizer), path)
             run.finish(scaffold=path / CHECKPOINT)
         broadcast(None)  # that it is finished
+
+
+def _resolved(given: SupernetConfig, init: Checkpoint | None, space: SearchSpace) -> SupernetConfig:
+    """The options with what ``auto`` and null mean for this start and space."""
+    sharing = (INIT_SHARING if init else DEFAULT_SHARING) if given.sharing == "auto" else given.sharing
+    rate = TRAINED_LEARNING_RATE if init and given.learning_rate is None else given.peak_learning_rate
+    obstacle = _obstacle_to_kv(init, sharing, space)
+    trainable = ("all" if obstacle else "kv") if given.trainable == "auto" else given.trainable
+    if trainable == "kv" and obstacle:
+        raise UserError(f"train.trainable is kv, {obstacle}, or give train.trainable=all")
+    options = dataclasses.replace(given, sharing=sharing, learning_rate=rate, trainable=trainable)
+    if trainable == "kv":  # nothing of the largest vector is trained
+        options = dataclasses.replace(options, largest_share=0.0, largest_first=0.0)
+    return dataclasses.replace(options, distillation_weight=options.distilled_share)
 
 
 def _obstacle_to_kv(init: Checkpoint | None, sharing: str, space: SearchSpace) -> str | None:

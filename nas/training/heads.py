@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nas.model import Supernet
-from nas.space import SearchSpace
 
 
 class _PartlyTrained(nn.Module):
@@ -31,14 +30,6 @@ class _PartlyTrained(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         pairs = zip(self.trained, self.frozen, strict=True)
         return F.linear(x, *(torch.cat((trained.to(frozen.dtype), frozen)) for trained, frozen in pairs))
-
-
-def trained_parameters(space: SearchSpace, output_rank: int = 0) -> int:
-    """How many parameters the smaller choices have alone."""
-    linears = space.shape.layer(1).linears
-    head, output = 2 * linears["k_proj"].parameters, linears["o_proj"]
-    correction = output_rank * (output.inputs + output.outputs)
-    return sum(head * sum(choices[:-1]) + correction * (len(choices) - 1) for choices in space.choices)
 
 
 def freeze(model: nn.Module, dtype: torch.dtype) -> None:

@@ -171,10 +171,7 @@ def fit(
             last = step == config.steps
             checkpoint_due = step % config.checkpoint_every == 0 and not last
             if step % config.log_every == 0 or checkpoint_due or last:
-                means = torch.stack(pending).double().mean(0)
-                if SIZE > 1:
-                    dist.all_reduce(means)
-                loss, norm = (means / SIZE).tolist()
+                loss, norm = _means(pending)
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
                     kept = f"the last good checkpoint is {checkpoint}" if checkpoint.is_file() else "no checkpoint yet"
@@ -193,6 +190,14 @@ def fit(
             if checkpoint_due:
                 _save(checkpoint, model, optimizer, step)
     return validated
+
+
+def _means(losses_and_norms: list[Tensor]) -> list[float]:
+    """Of loss and gradient norm, over steps and processes."""
+    means = torch.stack(losses_and_norms).double().mean(0)
+    if SIZE > 1:
+        dist.all_reduce(means)
+    return (means / SIZE).tolist()
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

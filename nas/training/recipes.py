@@ -23,7 +23,6 @@ from nas.distributed import SIZE
 from nas.errors import UserError
 from nas.model import Decoder
 from nas.quality import row_losses
-from nas.shape import ModelShape
 from nas.space import SearchSpace, Totals, Vector
 from nas.training.loop import Loss, Microbatch, autocast, computed_in, training_device
 
@@ -125,22 +124,22 @@ def window_length(options: TrainConfig, context: int) -> int:
     return options.length or context
 
 
-def training_bytes(
-    options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None, teacher: int = 0
-) -> tuple[int, int]:
-    """What a training keeps for certain: weights and optimizer; activations and logits of a microbatch.
+def training_bytes(options: TrainConfig, model: Decoder, vector: Vector, teacher: int = 0) -> tuple[int, int]:
+    """What training a model, perhaps of no weights yet, keeps for certain: its state; activations and logits.
 
-    The first is 16 bytes per trained parameter: fp32 weight, gradient, AdamW's two moments. If only as many parameters
-    as ``trained`` are trained, all others are kept as they are computed in, as are those of a ``teacher``, on every
-    device. Logits are then the teacher's, the followers' and their gradient. Activations are what no backward pass can
-    do without: the residual stream before attention and MLP, queries, keys, values and what attention makes of them,
-    gate and up; or the residual stream between layers, where they are computed again.
+    The state is 16 bytes per trained parameter: fp32 weight, gradient, AdamW's two moments. What is frozen is kept as
+    it is, and so are, as they are computed in and on every device, as many parameters of a ``teacher``. Activations are
+    of a microbatch at ``vector``, and what no backward pass can do without: the residual stream before attention and
+    MLP, queries, keys, values and what attention makes of them, gate and up; or the residual stream between layers,
+    where they are computed again. With a teacher, or frozen weights that serve as one, logits are the teacher's, the
+    followers' and their gradient.
     """
+    shape, layers = model.shape, model.shape.layers(vector)
     width = computed_in(options.precision, training_device()).itemsize
     tokens = _rows(options) * window_length(options, shape.max_position_embeddings)
-    parameters, layers = shape.parameters(vector), shape.layers(vector)
-    state = 16 * parameters if trained is None else 16 * trained + width * parameters
-    logits = shape.vocab_size * (4 if trained is None and not teacher else 3 * width)
+    state = sum(x.numel() * (16 if x.requires_grad else x.element_size()) for x in model.parameters())
+    follows = teacher or not all(x.requires_grad for x in model.parameters())
+    logits = shape.vocab_size * (3 * width if follows else 4)
     queries = shape.num_attention_heads * shape.head_dim
     kept = [2 * (shape.hidden_size + queries + shape.intermediate_size) + one.kv_values_per_token for one in layers]
     activations = width * (shape.hidden_size * len(layers) if options.recompute else sum(kept))
@@ -152,14 +151,12 @@ def _rows(options: TrainConfig) -> int:
     return max(1, options.batch // (options.accumulate * SIZE))
 
 
-def check_training_memory(
-    what: str, options: TrainConfig, shape: ModelShape, vector: Vector, trained: int | None = None, teacher: int = 0
-) -> None:
+def check_training_memory(what: str, options: TrainConfig, model: Decoder, vector: Vector, teacher: int = 0) -> None:
     """Refuses a training that cannot fit into this machine, counting only what is certain: see `training_bytes`."""
     device = training_device()
     on_gpu = device.type == "cuda"
     total = torch.cuda.get_device_properties(device).total_memory if on_gpu else psutil.virtual_memory().total
-    state, activations = training_bytes(options, shape, vector, trained, teacher)
+    state, activations = training_bytes(options, model, vector, teacher)
     if state + activations > total:
         raise UserError(
             f"training {what} takes at least {state / 2**30:.1f} GiB for weights and optimizer and "
