@@ -57,13 +57,15 @@ def config_of(run: str) -> dict[str, Any]:
 def test_losses_are_the_proxys_and_every_cost_the_served_shapes(
     nas: Nas, workspace: Workspace, served: SearchSpace
 ) -> None:
-    result = nas(*arguments(workspace, "budget=27", "name=mine", "cost.price_per_hour=2"))
+    result = nas(*arguments(workspace, "budget=12", "name=mine", "cost.price_per_hour=2"))
     assert result.code == 0, result.err
     assert "27 vectors of served (losses of micro)" in result.out
     trials = pd.read_csv("runs/search/mine/trials.csv").set_index("vector")
     base = pd.read_csv("runs/search/base/trials.csv").set_index("vector")
     assert trials.index[:5].tolist() == ["1-1-1", "2-2-2", "4-4-4", "4-1-2", "2-1-4"]  # both spaces' known vectors
-    np.testing.assert_allclose(trials["loss_nats"][base.index], base["loss_nats"], atol=1e-6)
+    both = trials.index.intersection(base.index)
+    assert len(both) >= 4  # uniform and known ones
+    np.testing.assert_allclose(trials["loss_nats"][both], base["loss_nats"][both], atol=1e-6)
 
     config = config_of("search/mine")
     assert config["space"]["name"] == "micro"
