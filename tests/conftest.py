@@ -5,10 +5,9 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,10 +121,9 @@ class Workspace(NamedTuple):
 def pristine(shared: Path, micro_file: Path, text_file: Path) -> Workspace:
     """One search with everything before it, by the command line; for ``workspace`` to copy, not for tests."""
     arguments = (f"space={micro_file}", "data=text", f"data.path={text_file}", *FAST)
-    command = [sys.executable, "-m", "nas", "search", "--budget", "9", "name=base", *arguments]
-    with filelock.FileLock(shared / ".lock"):
-        if not (shared / "runs/search/base/complete.json").is_file():
-            subprocess.run(command, cwd=shared, check=True, capture_output=True)
+    with filelock.FileLock(shared / ".lock"), chdir(shared):
+        if not Path("runs/search/base/complete.json").is_file():
+            assert cli.main(["search", "--budget", "9", "name=base", *arguments]) == 0
     return Workspace(shared, arguments)
 
 

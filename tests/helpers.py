@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -51,27 +50,15 @@ def harm(path: Path, damage: Damage) -> None:
         path.write_bytes(damage(path.read_bytes()))
 
 
-def started(command: Sequence[str], cwd: Path, due: Callable[[], bool]) -> subprocess.Popen[str]:
-    """Starts a command and returns as soon as ``due``, while it runs."""
-    whole = [sys.executable, "-m", "nas", *command]
-    process = subprocess.Popen(whole, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    _wait(due, lambda: process.poll() is None)
-    return process
-
-
-def _wait(due: Callable[[], bool], lives: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
-    while not due():
-        assert lives(), "the command ended before it was due to"
-        assert time.monotonic() < deadline, "the command never got that far"
-        time.sleep(0.005)
-
-
 def kill_when(command: Sequence[str], cwd: Path, due: Callable[[], bool]) -> None:
     """Starts a command and kills it with SIGKILL as soon as ``due``."""
     process = PROCESSES.Process(target=_run_command, args=(list(command), cwd))
     process.start()
-    _wait(due, process.is_alive)
+    deadline = time.monotonic() + 120
+    while not due():
+        assert process.is_alive(), "the command ended before it was due to"
+        assert time.monotonic() < deadline, "the command never got that far"
+        time.sleep(0.005)
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -13,7 +13,7 @@ import optuna
 import sqlalchemy
 
 from nas.metrics import Metrics
-from nas.search import Objectives, Problem, Storage, search
+from nas.search import Objectives, Problem, Storage, search, study
 from nas.search.front_sampler import FrontSampler
 from nas.search.problem import Budget
 from nas.space import SearchSpace, Vector, format_vector, load_space
@@ -81,5 +81,6 @@ def work(
             if next(commits) == dies_at + 1:  # the event comes before the commit
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    study._POLL_S = 0.05
     table = search(problem(load_space("tiny")), loss, SAMPLERS[sampler], Budget(budget), 0, storage, running=running)
     table.to_csv(folder / f"{name}.csv", index=False)

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,7 +32,7 @@ from nas.quality import InheritedLoss, LossMemo
 from nas.space import SearchSpace, format_vector
 from nas.stages import fidelity
 from tests.conftest import FAST, MICRO, Nas, Outcome, Workspace, random_supernet, read_metrics
-from tests.helpers import TEXT, TIMING, TRAINING, Damage, check_refusal, flipped, harm, started, to
+from tests.helpers import TEXT, TIMING, TRAINING, Damage, check_refusal, flipped, harm, to
 
 DEFAULTS = {
     "train": ("space=micro.yaml", *TEXT, *TRAINING),
@@ -88,7 +89,6 @@ def file_size_limit(size: int) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        ("trian", ["'trian'", "train, measure, search"]),
         ("train data=books", ["data/books", "hf, stdlib, text"]),
         ("train +train.setps=3", ["no key train.setps", "--help"]),
         ("train data=text", ["data.path is needed"]),
@@ -162,6 +162,11 @@ def test_what_is_wrong_is_named_where_it_is_decided(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU can run graphs")
 def test_a_graph_is_refused_on_a_cpu(refused: Refused) -> None:
     refused(["measure", *DEFAULTS["measure"], "workload.runtime=graph"], ["workload.runtime=graph", "GPU", "eager"])
+
+
+def test_an_unknown_stage_is_refused_and_the_process_ends_with_that_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-m", "nas", "trian"], capture_output=True, text=True)
+    check_refusal(Outcome(done.returncode, done.stdout, done.stderr), ["'trian'", "train, measure, search"])
 
 
 @pytest.mark.parametrize("arguments", [["trian.steps=3"], ["--bad"], ["a b=3"], ["sampler=front,tpe"]])
@@ -321,14 +326,19 @@ def model(micro: SearchSpace, pristine: Workspace, tmp_path_factory: pytest.Temp
     return folder
 
 
-@pytest.mark.usefixtures("files")
-def test_ctrl_c_during_training_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_during_training_says_how_to_go_on(refused: Refused, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "train" / "mine"
-    arguments = ["train", *DEFAULTS["train"], "train.steps=100000", "name=mine"]
-    process = started(arguments, tmp_path, lambda: bool(read_metrics(folder)))
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    check_refusal(Outcome(process.returncode, out, err), ["interrupted", "same command", "name=mine"])
+
+    def press_ctrl_c() -> None:
+        while not read_metrics(folder):
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    presser = threading.Thread(target=press_ctrl_c, daemon=True)
+    presser.start()
+    command = ["train", *DEFAULTS["train"], "train.steps=100000", "name=mine"]
+    refused(command, ["interrupted", "same command", "name=mine"])
+    presser.join()
     assert not (folder / "complete.json").exists()
     assert read_json(folder / "run.json")["stage"] == "train"
 
@@ -365,19 +375,10 @@ def test_a_ctrl_c_that_a_library_swallows_comes_again(refused: Refused, monkeypa
     refused(["train", *DEFAULTS["train"], "name=mine"], ["interrupted", "same command", "name=mine"])
 
 
-@pytest.mark.usefixtures("files")
-def test_a_full_disk_stops_a_training_that_then_goes_on(nas: Nas, tmp_path: Path) -> None:
-
-    def fill_disk() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))
-
+def test_a_full_disk_stops_a_training_that_then_goes_on(refused: Refused, nas: Nas) -> None:
     arguments = ["train", *DEFAULTS["train"], "name=mine"]
-    command = [sys.executable, "-m", "nas", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, preexec_fn=fill_disk)
-    outcome = Outcome(done.returncode, done.stdout, done.stderr)
-    check_refusal(outcome, ["cannot write runs/train/mine/checkpoint.pt", "free some space", "same command again"])
-    assert not (tmp_path / "runs/train/mine/complete.json").exists()
+    with file_size_limit(500_000):
+        refused(arguments, ["cannot write runs/train/mine/checkpoint.pt", "free some space", "same command again"])
     assert nas(*arguments).code == 0
 
 

@@ -43,8 +43,8 @@ def test_every_config_composes_into_its_dataclass(stage: str, parts: list[str]) 
         assert isinstance(to_stage(compose(stage, [*NEEDED.get(stage, []), *parts, "name=n"])), STAGES[stage])
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_stage_explains_itself(nas: Nas, stage: str) -> None:
+@pytest.mark.parametrize("stage", ["search", "generate"])  # with and without parts to choose
+def test_a_stage_explains_itself(nas: Nas, stage: str) -> None:
     result = nas(stage, "--help")
     assert result.code == 0
     assert f"nas {stage}" in result.out
@@ -98,13 +98,14 @@ def test_a_second_search_trains_and_measures_nothing_again(nas: Nas, workspace: 
 
 
 def test_a_published_table_is_used_where_the_device_is_named(nas: Nas, workspace: Workspace) -> None:
-    space, timing = workspace.arguments[0], workspace.arguments[-3:]
-    published = nas("measure", space, *timing, "runs_dir=elsewhere", "name=m", "publish=latency_models")
+    timing = (workspace.arguments[0], *workspace.arguments[-3:], "check=0")
+    command = ("measure", *timing, "runs_dir=elsewhere", "name=m", "publish=latency_models")
+    published = nas(*command)
     assert published.code == 0, published.err
     slug = this_device().slug
     (table,) = Path("latency_models").glob("*/*/table.csv")
     table.unlink()
-    again = nas("measure", space, *timing, "runs_dir=elsewhere", "name=m", "publish=latency_models")
+    again = nas(*command)
     assert again.code == 0, again.err  # what was measured before can still be published
     assert table.read_bytes() == Path("elsewhere/measure/m/table.csv").read_bytes()
     named = ("workload.dtype=fp32", "workload.runtime=eager", f"device={slug}")

@@ -1,9 +1,10 @@
-"""Several processes under torchrun: the same training as one process, and going on with another number of them."""
+"""Several processes, as torchrun starts them: the same training as one process, and going on with another number."""
 
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,19 @@ from safetensors.torch import load_file
 
 from nas import cli
 from nas.run import Run
+from tests import two_processes
 from tests.conftest import read_metrics
 
-STEPS = 40
-OPTIONS = ("steps=40", "batch=16", "log_every=1", "validate_every=40", "validation_windows=2", "checkpoint_every=5")
+STEPS = 30
+TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas"]
+OPTIONS = (
+    f"steps={STEPS}",
+    "batch=16",
+    "log_every=1",
+    f"validate_every={STEPS}",
+    "validation_windows=2",
+    "checkpoint_every=5",
+)
 
 
 class Trainings:
@@ -31,11 +41,10 @@ class Trainings:
         """Trains in this process."""
         return cli.main([*self.command, f"name={name}", *more])
 
-    def in_two(self, name: str, *more: str) -> "subprocess.Popen[bytes]":
+    def in_two(self, name: str, *more: str, launcher: Sequence[str]) -> "subprocess.Popen[bytes]":
         """Begins to train in two processes."""
-        torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas"]
-        one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([sys.executable, *torchrun, *self.command, f"name={name}", *more], env=one_thread)
+        command = [sys.executable, *launcher, *self.command, f"name={name}", *more]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
     def losses(self, name: str) -> list[float]:
         """The training loss of every step so far."""
@@ -57,15 +66,16 @@ def interrupt_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 # One recipe each, and everything that changes how a step is computed but not what.
 @pytest.mark.parametrize(
-    ("options", "killed"),
+    ("options", "launcher", "killed"),
     [
-        (("parallel=ddp", "recipe=mixed", "sharing=separate"), False),
-        (("parallel=fsdp", "recipe=sandwich", "recompute=true"), True),
+        (("parallel=ddp", "recipe=mixed", "sharing=separate"), TORCHRUN, False),
+        (("parallel=fsdp", "recipe=sandwich", "recompute=true"), [two_processes.__file__], True),
     ],
     ids=["ddp", "fsdp"],
 )
 def test_two_processes_train_as_one_and_either_goes_on_where_the_other_stopped(
     options: tuple[str, ...],
+    launcher: Sequence[str],
     killed: bool,
     micro_file: Path,
     text_file: Path,
@@ -78,7 +88,7 @@ def test_two_processes_train_as_one_and_either_goes_on_where_the_other_stopped(
     with monkeypatch.context() as patch:
         interrupt_after(7, patch)
         assert trainings.here("both", "train.accumulate=2") == 1
-    processes = trainings.in_two("both", "train.accumulate=2")
+    processes = trainings.in_two("both", "train.accumulate=2", launcher=launcher)
     if killed:
         while len(trainings.losses("both")) < 12:
             assert processes.poll() is None, "it ended before it could be killed"

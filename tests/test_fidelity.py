@@ -4,12 +4,11 @@ import contextlib
 import io
 import itertools
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -51,7 +50,7 @@ QUICK = (
     "equal_total=3",
     "alone.vectors=3",
     "alone.seeds=[0,1]",
-    "further.steps=30",
+    "further.steps=15",
     "checkpoint_every=7",
     "validation_windows=4",
 )
@@ -292,16 +291,21 @@ def test_models_trained_alone_serve_every_supernet_trained_alike(
     assert {name.split("-")[0] for name in trainings(compared, "pooled")} == {"further"}
 
 
-def test_a_comparison_goes_on_where_it_was_killed_and_leaves_to_another_process_what_that_trains(
+def test_a_comparison_goes_on_where_it_was_stopped_and_leaves_to_another_process_what_that_trains(
     compared: Workspace, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace.path)
-    arguments = [*command(workspace), "name=killed"]
-    with subprocess.Popen([sys.executable, "-m", "nas", *arguments], stdout=subprocess.DEVNULL) as killed:
-        while len(trainings(workspace, "killed")) < 3:
-            assert killed.poll() is None, "it ended before it could be killed"
-            time.sleep(0.005)
-        killed.kill()
+    arguments = [*command(workspace), "name=stopped"]
+    log = Run.log
+
+    def interrupted(run: Run, **values: Any) -> None:
+        log(run, **values)
+        if len(trainings(workspace, "stopped")) == 3 and values["step"] == 9:  # after the checkpoint of step 7
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "log", interrupted)
+        assert cli.main(arguments) == 1
     memo = LossMemo(next(workspace.runs.glob("cache/further-*.jsonl")))
     names = [format_vector(vector) + " seed 1000" for vector in itertools.product((1, 2, 4), repeat=3)]
     others = [FileLock(memo.file.with_name(f".{memo.file.stem}-{name}.lock")) for name in names if name not in memo]
@@ -318,5 +322,5 @@ def test_a_comparison_goes_on_where_it_was_killed_and_leaves_to_another_process_
     monkeypatch.setattr(time, "sleep", wait)
     assert cli.main(arguments) == 0
     assert waits == [1]
-    assert measurements(workspace, "killed") == measurements(compared, "mine")
-    assert sorted(trainings(workspace, "killed")) == sorted(trainings(compared, "mine"))
+    assert measurements(workspace, "stopped") == measurements(compared, "mine")
+    assert sorted(trainings(workspace, "stopped")) == sorted(trainings(compared, "mine"))

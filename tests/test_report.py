@@ -48,40 +48,39 @@ def assert_drawn(folder: Path) -> None:
         assert (folder / f"{name}.svg").read_text().startswith("<?xml")
 
 
-def test_a_report_draws_every_figure_and_prints_the_front(nas: Nas, workspace: Workspace) -> None:
-    result = nas("report", f"run={workspace.runs}/search/base", "name=base")
-    assert result.code == 0, result.err
-    assert_drawn(workspace.runs / "report" / "base")
-    front = pd.read_csv(workspace.runs / "search" / "base" / "front.csv")
-    for vector in front["vector"]:
-        assert vector in result.out
-
-
-def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds(nas: Nas, workspace: Workspace) -> None:
-    swept = ("-m", "sampler=nsga2,tpe", "seed=0,1", "--budget", "8")
+def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds_and_reported_whole(
+    nas: Nas, workspace: Workspace
+) -> None:
+    swept = ("-m", "sampler=nsga2,tpe", "seed=0,1", "--budget", "6")
     result = nas("search", *swept, "name=sweep", *workspace.arguments)
     assert result.code == 0, result.err
     folders = {path.parent.name for path in (workspace.runs / "search" / "sweep").glob("*/complete.json")}
     assert folders == {f"sampler-{sampler}_seed-{seed}" for sampler in ("nsga2", "tpe") for seed in (0, 1)}
+    shutil.copytree("runs/search/base", "runs/search/sweep/warm_start-runs/search/base")  # as of a sweep over paths
     report = nas("report", f"run={workspace.runs}/search/sweep", "name=sweep")
     assert report.code == 0, report.err
     assert "Sampler NSGAII: hypervolume" in report.out
-    assert len(pd.read_csv(workspace.runs / "report" / "sweep" / "metrics.csv")) == 4
+    assert {*pd.read_csv("runs/report/sweep/metrics.csv")["run"]} == {*folders, "base"}
     assert "Sampler TPE: hypervolume" in report.out
-    assert "after 8 evaluations (median of 2); " in report.out
+    assert "after 6 evaluations (median of 2); " in report.out
     assert_drawn(workspace.runs / "report" / "sweep")
     # A sweep that is repeated goes on with what is left.
     again = nas("search", *swept, "name=sweep", *workspace.arguments)
     assert again.code == 0, again.err
     assert again.err.count("already finished") == 4
+    (workspace.runs / "search/sweep/sampler-tpe_seed-0/complete.json").unlink()
+    unfinished = nas("report", "run=runs/search/sweep", "name=again")
+    assert unfinished.code == 1
+    assert "name=sweep/sampler-tpe_seed-0 to finish it" in unfinished.err
 
 
 def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -> None:
     whole = nas("search", "--budget", "27", "sampler=random", "name=whole", *workspace.arguments)
     assert whole.code == 0, whole.err
-    report = nas("report", "run=runs/search/base", "reference=runs/search/whole", "name=measured")
+    report = nas("report", "run=runs/search", "reference=runs/search/whole", "name=measured")
     assert report.code == 0, report.err
-    metrics = pd.read_csv("runs/report/measured/metrics.csv").iloc[0]
+    assert "100.0% of the best front's, and distance 0.0000 from it, after 27 evaluations" in report.out
+    metrics = pd.read_csv("runs/report/measured/metrics.csv").set_index("run").loc["base"]
     trials = pd.read_csv("runs/search/base/trials.csv")
     assert metrics["evaluations"] == len(trials) == 9
     assert metrics["on_front"] == trials["on_front"].sum()
@@ -94,46 +93,32 @@ def test_searches_are_measured_by_a_better_one(nas: Nas, workspace: Workspace) -
     page = Document.from_json(next(iter(json.loads(stored).values())))
     lines = [line for line in page.select({"type": GlyphRenderer}) if isinstance(line.glyph, Step)]
     dotted = [line.data_source.data for line in lines if line.glyph.line_dash == [2, 4]]
-    assert len(dotted) == len(lines) // 2  # one for each cost; the hypervolume has no other
+    assert len(dotted) == len(lines) // 3  # one for each cost beside two searches; the hypervolume has no other
     known = pd.read_csv("runs/search/whole/trials.csv")
     best = known.sort_values(["tokens_per_s", "loss_nats"], ascending=[False, True])["loss_nats"].cummin().unique()
     assert any(len(line["median"]) == len(best) and (line["median"] == best).all() for line in dotted)
-    itself = nas("report", "run=runs/search/whole", "reference=runs/search/whole", "name=itself")
-    assert "100.0% of the best front's, and distance 0.0000 from it, after 27 evaluations" in itself.out
 
 
-def test_a_sweep_over_paths_is_reported_whole(nas: Nas, workspace: Workspace) -> None:
-    searches = workspace.runs / "search"
-    for nested in ("warm_start-null", "warm_start-runs/search/base"):
-        shutil.copytree(searches / "base", searches / "sweep" / nested)
-    assert nas("report", "run=runs/search/sweep", "name=sweep").code == 0
-    assert sorted(pd.read_csv("runs/report/sweep/metrics.csv")["run"]) == ["base", "warm_start-null"]
-    (searches / "sweep" / "warm_start-null" / "complete.json").unlink()
-    unfinished = nas("report", "run=runs/search/sweep", "name=again")
-    assert unfinished.code == 1
-    assert "name=sweep/warm_start-null to finish it" in unfinished.err
-
-
-def test_within_limits_every_front_vector_counts(nas: Nas, workspace: Workspace) -> None:
-    two = ["loss_nats", "kv_bytes_per_token"]
+def test_three_objectives_are_drawn_pair_by_pair_and_within_limits_every_front_vector_counts(
+    nas: Nas, workspace: Workspace
+) -> None:
+    three = ["loss_nats", "decode_ms", "kv_bytes_per_token"]
     sizes = pd.read_csv("runs/search/base/trials.csv")["kv_bytes_per_token"]
     limit = f"constraints.max_kv_bytes_per_token={sizes.min() + 0.3 * (sizes.max() - sizes.min())}"
-    limited = (limit, f"objectives=[{','.join(two)}]", "sampler=random", "name=limited", *workspace.arguments)
+    limited = (limit, f"objectives=[{','.join(three)}]", "sampler=random", "name=limited", *workspace.arguments)
     assert nas("search", "--budget", "27", *limited).code == 0
-    assert nas("report", "run=runs/search/limited", "name=limited").code == 0
-    trials, front = (pd.read_csv(f"runs/search/limited/{name}.csv")[two] for name in ("trials", "front"))
+    report = nas("report", "run=runs/search/limited", "name=limited")
+    assert report.code == 0, report.err
+    assert_drawn(workspace.runs / "report" / "limited")
+    one_panel = 6.4 * 150
+    assert Image.open("runs/report/limited/front.png").width > 1.5 * one_panel
+    trials, front = (pd.read_csv(f"runs/search/limited/{name}.csv") for name in ("trials", "front"))
+    assert all(vector in report.out for vector in front["vector"])
+    trials, front = trials[three], front[three]
     reference = trials.max() + 0.1 * (trials.max() - trials.min())
     assert (front < reference).all(axis=None)
     found = pd.read_csv("runs/report/limited/metrics.csv")["hypervolume"].item()
     assert found == pytest.approx(moocore.hypervolume(front.to_numpy(), ref=reference.to_numpy()))
-
-
-def test_three_objectives_are_drawn_pair_by_pair(nas: Nas, workspace: Workspace) -> None:
-    objectives = "objectives=[loss_nats,decode_ms,kv_bytes_per_token]"
-    assert nas("search", "--budget", 6, objectives, "name=three", *workspace.arguments).code == 0
-    assert nas("report", f"run={workspace.runs}/search/three", "name=three").code == 0
-    one_panel = 6.4 * 150
-    assert Image.open(workspace.runs / "report" / "three" / "front.png").width > 1.5 * one_panel
 
 
 def test_the_table_shows_every_objective() -> None:

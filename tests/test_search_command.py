@@ -17,8 +17,8 @@ from nas.latency.predictor import STEP_REVISION, Point, Workload
 from nas.model import Supernet
 from nas.quality import window_losses
 from nas.shape import ModelShape
-from nas.space import SearchSpace, Vector, parse_vector, space_from_dict
-from tests.conftest import Nas, Workspace
+from nas.space import Vector, parse_vector, space_from_dict
+from tests.conftest import MICRO, Nas, Workspace
 
 
 def trials(folder: Path) -> pd.DataFrame:
@@ -26,11 +26,13 @@ def trials(folder: Path) -> pd.DataFrame:
     return pd.read_csv(folder / "trials.csv")
 
 
-def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, workspace: Workspace, micro: SearchSpace) -> None:
-    assert nas("search", "sampler=exhaustive", "name=all", *workspace.arguments).code == 0
-    assert nas("search", "budget=40", "name=front", *workspace.arguments).code == 0
+def test_the_whole_space_is_evaluated_where_that_is_asked(nas: Nas, workspace: Workspace) -> None:
+    (workspace.path / "small.yaml").write_text(MICRO.replace("[1, 2, 4]", "[[1, 4], [1, 4], [1, 2, 4]]"))
+    small = (*workspace.arguments, "space=small.yaml")
+    assert nas("search", "sampler=exhaustive", "name=all", *small).code == 0
+    assert nas("search", "budget=40", "name=front", *small).code == 0
     exhaustive, front = (trials(workspace.runs / "search" / name) for name in ("all", "front"))
-    assert exhaustive["vector"].nunique() == len(exhaustive) == micro.size
+    assert exhaustive["vector"].nunique() == len(exhaustive) == 2 * 2 * 3
     assert set(front["vector"]) == set(exhaustive["vector"])
     ordered = [table.sort_values("vector", ignore_index=True) for table in (exhaustive, front)]
     pd.testing.assert_frame_equal(ordered[0], ordered[1])
@@ -55,27 +57,12 @@ def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(na
     small = trials(workspace.runs / "search" / "small")
     assert 5 < len(small) < 27
     assert small["memory_gib"].max() <= limit
-    assert nas("report", f"run={workspace.runs / 'search' / 'small'}").code == 0  # without the largest vector
 
     before = set(workspace.path.rglob("complete.json"))
     refused = nas("search", f"{memory}={gib.min() / 2}", "name=none", *workspace.arguments, "train.steps=7")
     assert refused.code == 1
     assert f"the closest that a vector of micro comes is {gib.min():.9g}" in refused.err
     assert set(workspace.path.rglob("complete.json")) == before
-
-
-def test_several_processes_share_one_search(nas: Nas, workspace: Workspace) -> None:
-    for memo in (workspace.runs / "cache").glob("losses-*"):
-        memo.unlink()
-    result = nas("search", "--budget", 24, "workers=2", "sampler=random", "name=shared", *workspace.arguments)
-    assert result.code == 0, result.err
-    assert result.err == ""
-    shared = trials(workspace.runs / "search" / "shared")
-    assert shared["vector"].nunique() == len(shared) == 24
-    losses = [trials(workspace.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "base")]
-    both = pd.concat(losses, axis=1, join="inner")
-    assert len(both) >= 6  # of 9 and 24 among 27
-    assert (both.iloc[:, 0] - both.iloc[:, 1]).abs().max() < 1e-5
 
 
 def test_a_search_starts_with_what_an_earlier_one_knows(nas: Nas, workspace: Workspace) -> None:
@@ -160,9 +147,9 @@ def test_jobs_of_a_cluster_launcher_share_one_search_and_tell_of_their_failures(
     tables = [trials(workspace.runs / "search" / "pool" / f"worker-{number}") for number in (0, 1)]
     assert tables[0]["vector"].nunique() == len(tables[0]) == 8
     pd.testing.assert_frame_equal(tables[0], tables[1])
-    failed = nas("search", *pool, "worker=0", "name=other", "supernet=nowhere", *workspace.arguments)
+    failed = nas("train", *pool[:2], "name=other", "data=text")
     assert failed.code == 1
-    assert "nowhere is not a run directory" in failed.err
+    assert "data.path is needed" in failed.err
 
 
 def test_who_finds_the_run_directory_in_use_evaluates_for_it(nas: Nas, workspace: Workspace) -> None:
@@ -218,13 +205,13 @@ def test_a_loss_that_is_no_number_is_said(nas: Nas, workspace: Workspace, monkey
 
 
 def test_batch_max_gives_every_vector_the_largest_batch_that_fits(nas: Nas, workspace: Workspace) -> None:
-    limit = 0.03
+    limit = 0.005
     asked = [word for word in workspace.arguments if not word.startswith("workload.batch")]
     result = nas(
         "search", "--budget", 6, "workload.batch=max", f"workload.memory_gib={limit}", "name=max", *asked, "check=0"
     )
     assert result.code == 0, result.err
-    assert "batch max in 0.03 GiB" in result.out
+    assert f"batch max in {limit} GiB" in result.out
     table = trials(workspace.runs / "search" / "max")
     config = json.loads((workspace.runs / "search" / "max" / "run.json").read_text())["config"]
     memory = MemoryModel(shape_of(config), Workload(**config["workload"]), on_gpu=False)

@@ -57,13 +57,15 @@ def config_of(run: str) -> dict[str, Any]:
 def test_losses_are_the_proxys_and_every_cost_the_served_shapes(
     nas: Nas, workspace: Workspace, served: SearchSpace
 ) -> None:
-    result = nas(*arguments(workspace, "budget=27", "name=mine", "cost.price_per_hour=2"))
+    result = nas(*arguments(workspace, "budget=12", "name=mine", "cost.price_per_hour=2"))
     assert result.code == 0, result.err
     assert "27 vectors of served (losses of micro)" in result.out
     trials = pd.read_csv("runs/search/mine/trials.csv").set_index("vector")
     base = pd.read_csv("runs/search/base/trials.csv").set_index("vector")
     assert trials.index[:5].tolist() == ["1-1-1", "2-2-2", "4-4-4", "4-1-2", "2-1-4"]  # both spaces' known vectors
-    np.testing.assert_allclose(trials["loss_nats"][base.index], base["loss_nats"], atol=1e-6)
+    both = trials.index.intersection(base.index)
+    assert len(both) >= 4  # uniform and known ones
+    np.testing.assert_allclose(trials["loss_nats"][both], base["loss_nats"][both], atol=1e-6)
 
     config = config_of("search/mine")
     assert config["space"]["name"] == "micro"
@@ -144,8 +146,12 @@ def test_a_search_goes_on_with_the_space_that_it_was_begun_to_serve(nas: Nas, wo
 
 
 @pytest.mark.usefixtures("served")
-def test_workers_agree_on_what_is_served_and_measure_that(nas: Nas, workspace: Workspace) -> None:
+def test_several_processes_share_one_search_and_agree_on_what_is_served_and_measure_that(
+    nas: Nas, workspace: Workspace
+) -> None:
     (workspace.path / "other.yaml").write_text(SERVED.replace("vocab_size: 400", "vocab_size: 401"))
+    for memo in workspace.runs.glob("cache/losses-*"):
+        memo.unlink()
     pool = ("budget=8", "sampler=random", f"storage=sqlite:///{workspace.path}/db", "name=pool")
     search = ("search", *pool, *workspace.arguments)
     result = nas(*search, "serve=served.yaml", "workers=2")
@@ -153,6 +159,10 @@ def test_workers_agree_on_what_is_served_and_measure_that(nas: Nas, workspace: W
     trials = pd.read_csv("runs/search/pool/trials.csv")
     assert trials["vector"].nunique() == len(trials) == 8
     assert set(trials["latency_source"]) == {"measured"}
+    base = pd.read_csv("runs/search/base/trials.csv")
+    both = trials.merge(base, on="vector")
+    assert len(both) >= 4  # uniform and known ones
+    assert both["loss_nats_x"].to_numpy() == pytest.approx(both["loss_nats_y"].to_numpy(), abs=1e-5)
     (latency,) = Path("runs/measure").glob("served-*")
     assert config_of(f"measure/{latency.name}")["space"]["hidden_size"] == 96
     for serve in ("other.yaml", "null"):
