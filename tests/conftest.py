@@ -1,6 +1,7 @@
 """A micro space, a little real text, and one search of it that many tests read."""
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -58,6 +59,11 @@ class Outcome(NamedTuple):
 
 
 Nas = Callable[..., Outcome]
+
+
+def pytest_collection_finish() -> None:
+    """Spares the garbage collector the many objects of the libraries, which stay."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,7 @@ from nas.run import Run
 from tests import two_processes
 from tests.conftest import read_metrics
 
-STEPS = 30
+STEPS = 20
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "nas"]
 OPTIONS = (
     f"steps={STEPS}",

@@ -153,7 +153,7 @@ def test_several_processes_share_one_search_and_agree_on_what_is_served_and_meas
     for memo in workspace.runs.glob("cache/losses-*"):
         memo.unlink()
     pool = ("budget=8", "sampler=random", f"storage=sqlite:///{workspace.path}/db", "name=pool")
-    search = ("search", *pool, *workspace.arguments)
+    search = ("search", *pool, *workspace.arguments, "check=0")
     result = nas(*search, "serve=served.yaml", "workers=2")
     assert (result.code, result.err) == (0, "")
     trials = pd.read_csv("runs/search/pool/trials.csv")
