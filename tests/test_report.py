@@ -65,9 +65,9 @@ def test_a_sweep_is_compared_by_sampler_with_the_spread_over_seeds(nas: Nas, wor
     assert folders == {f"sampler-{sampler}_seed-{seed}" for sampler in ("nsga2", "tpe") for seed in (0, 1)}
     report = nas("report", f"run={workspace.runs}/search/sweep", "name=sweep")
     assert report.code == 0, report.err
-    assert "Sampler NSGAII: hypervolume" in report.out
+    assert "NSGAII: hypervolume" in report.out
     assert len(pd.read_csv(workspace.runs / "report" / "sweep" / "metrics.csv")) == 4
-    assert "Sampler TPE: hypervolume" in report.out
+    assert "TPE: hypervolume" in report.out
     assert "after 8 evaluations (median of 2); " in report.out
     assert_drawn(workspace.runs / "report" / "sweep")
     # A sweep that is repeated goes on with what is left.

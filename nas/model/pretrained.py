@@ -166,8 +166,7 @@ def resolve_space(reference: str) -> SearchSpace:
 def read_checkpoint(folder: Path, with_weights: bool = True) -> Checkpoint:
     """Reads a checkpoint's config and looks whether its weights are there; one that we cannot compute is refused."""
     if not (folder / "config.json").is_file():
-        lack = "has no config.json" if folder.exists() else "does not exist"
-        raise UserError(f"checkpoint {folder} {lack}; give the directory of a Hugging Face model")
+        raise UserError(f"checkpoint {folder} has no config.json; give the directory of a Hugging Face model")
     stated = read_json(folder / "config.json")
     kind = stated.get("model_type")
     if kind not in (*MODEL_TYPES, *NEMOTRON_TYPES):
