@@ -46,7 +46,7 @@ eval "$(nas -sc install=bash)" switches tab completion on."""
 _MANY_PROCESSES = ("train", "finetune")
 _INSIST_S = 5.0  # an interrupt that comes amid a library's import may be swallowed, so it comes again
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_GONE = (errno.ENOENT, errno.ELOOP, errno.EIO, errno.ESTALE)  # a folder or a disk that was there
+_NOWHERE = (errno.ENOENT, errno.ELOOP)  # a folder that cannot be made, or that went away
 _NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG)
 _LESS_MEMORY = {
     "train": "lower train.batch, train.length, train.validation_windows or init.calibration_tokens, or raise "
@@ -138,7 +138,7 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
         sentence = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = _of_hydra(stage, error)
-    elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE, *_GONE):
+    elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE, *_NOWHERE):
         what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
         sentence = f"cannot use {what}; fix that path, or choose another runs_dir= or name="
         if error.errno in _FULL_DISK:
