@@ -21,7 +21,7 @@ import pandas as pd
 import pytest
 import torch
 
-from nas.config import Fidelity, WorkloadConfig, build
+from nas.config import AloneConfig, Fidelity, WorkloadConfig, build
 from nas.errors import UserError, is_out_of_memory
 from nas.export.hf import HfExporter
 from nas.files import read_json
@@ -143,6 +143,14 @@ def test_a_wrong_value_is_named_with_its_fix(refused: Refused, command: str, wor
         ),
         (lambda space: Supernet(space, "stolen"), ["train.sharing", "'stolen'", "sliced"]),
         (lambda _: fidelity.run(Fidelity(vectors=1), Path("x")), ["vectors is 1", "two or more"]),
+        (
+            lambda _: fidelity.run(Fidelity(alone=AloneConfig(vectors=25)), Path("x")),
+            ["alone.vectors is 25", "2 to 24"],
+        ),
+        (
+            lambda _: fidelity.run(Fidelity(alone=AloneConfig(seeds=[1, 1])), Path("x")),
+            ["alone.seeds is [1, 1]", "once"],
+        ),
         (lambda _: fidelity.run(Fidelity(vectors=8), Path("x")), ["equal_total is 12 of 8 vectors", "raise vectors"]),
     ],
 )

@@ -39,9 +39,15 @@ from nas.training.recipes import text_loss
 
 def run(config: Fidelity, path: Path) -> None:
     """Compares into ``path``."""
-    if config.vectors < 2 or config.alone.vectors == 1 or config.alone.vectors > config.vectors:
-        fix = "a ranking takes two or more, and those trained alone are among the others"
-        raise UserError(f"vectors is {config.vectors} and alone.vectors {config.alone.vectors}; {fix}")
+    count, seeds = config.alone.vectors, config.alone.seeds
+    if config.vectors < 2:
+        raise UserError(f"vectors is {config.vectors}, and a ranking takes two or more; raise it")
+    if count == 1 or count > config.vectors:
+        raise UserError(
+            f"alone.vectors is {count} of {config.vectors} vectors; give 2 to {config.vectors}, or 0 for none"
+        )
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"alone.seeds is {seeds}; give one or more seeds, each of them once")
     if config.equal_total >= config.vectors:
         raise UserError(f"equal_total is {config.equal_total} of {config.vectors} vectors; lower it or raise vectors")
     source, runs = FinishedRun(Path(config.supernet), "train"), Path(config.runs_dir)
