@@ -122,8 +122,7 @@ def start_run(
 ) -> Iterator[Run]:
     """Begins a run, or goes on with an unfinished one of the same name, parents and config, apart from ``free`` keys.
 
-    Of several processes under torchrun the first one keeps the run; to the others it is write-protected. A run that
-    fails before it has written anything is as if it had not begun: the next one of its name may have another config.
+    Of several processes under torchrun the first one keeps the run; to the others it is write-protected.
     """
     if not IS_MAIN:
         yield Run(path)
@@ -135,7 +134,7 @@ def start_run(
         raise InUseError(f"{path} is in use by another process; wait for it or give another name=") from None
     with lock:
         origins = {role: {"path": os.path.relpath(r.path, path), "hash": r.digest()} for role, r in parents.items()}
-        if begun := is_run(path):
+        if is_run(path):
             check_begun(path, stage, {key: value for key, value in config.items() if key not in free})
             if read_json(path / _RUN).get("parents") != origins:
                 raise UserError(f"{path} was begun from other parent runs; give another name=")
@@ -151,12 +150,7 @@ def start_run(
             write_json(path / _RUN, info)
         name = path.resolve().as_posix().rpartition(f"/{stage}/")[2]  # with the sweep that it is of
         with tracking.tracked(f"{stage}/{name}", config) as tracker:
-            try:
-                yield Run(path, tracker)
-            except Exception:
-                if not begun and {file.name for file in path.iterdir()} <= {_RUN, _LOCK}:
-                    (path / _RUN).unlink()
-                raise
+            yield Run(path, tracker)
 
 
 def now() -> str:

@@ -92,16 +92,6 @@ def test_a_run_is_resumed_with_the_same_config_and_no_other(tmp_path: Path) -> N
         begin(tmp_path, config)
 
 
-def test_a_run_that_failed_before_it_wrote_anything_may_be_begun_anew_with_another_config(tmp_path: Path) -> None:
-    for wrote, batch in ((False, 3), (True, 4), (True, 4)):
-        with pytest.raises(UserError, match="no good"), start_run(tmp_path / "a", "train", {"batch": batch}) as run:
-            if wrote:
-                run.log(step=1)
-            raise UserError("no good")
-    with pytest.raises(UserError, match="batch was 4, now 5"), start_run(tmp_path / "a", "train", {"batch": 5}):
-        pass
-
-
 def test_what_decides_nothing_may_differ_and_stays_as_it_was_recorded(tmp_path: Path) -> None:
     for words in ("first", "second"):
         begin(tmp_path, {"seed": 0, "latency": words}, free=("latency",))
