@@ -138,7 +138,9 @@ def _explain(stage: str, error: BaseException, runs_dir: str = "runs") -> int:
         sentence = str(error)
     elif isinstance(error, HydraException | OmegaConfBaseException):
         sentence, code = _of_hydra(stage, error)
-    elif isinstance(error, OSError) and error.errno in (*_FULL_DISK, *_NO_PLACE, *_NOWHERE):
+    elif isinstance(error, OSError) and (
+        error.errno in (*_FULL_DISK, *_NO_PLACE) or (error.filename and error.errno in _NOWHERE)
+    ):
         what = f"{error.filename or f'into {runs_dir}'} ({error.strerror})"
         sentence = f"cannot use {what}; fix that path, or choose another runs_dir= or name="
         if error.errno in _FULL_DISK:

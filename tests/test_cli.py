@@ -43,8 +43,8 @@ def test_every_config_composes_into_its_dataclass(stage: str, parts: list[str]) 
         assert isinstance(to_stage(compose(stage, [*NEEDED.get(stage, []), *parts, "name=n"])), STAGES[stage])
 
 
-@pytest.mark.parametrize("stage", ["search", "generate"])  # with and without parts to choose
-def test_a_stage_explains_itself(nas: Nas, stage: str) -> None:
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_stage_explains_itself(nas: Nas, stage: str) -> None:
     result = nas(stage, "--help")
     assert result.code == 0
     assert f"nas {stage}" in result.out

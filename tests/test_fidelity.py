@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -43,6 +42,7 @@ from nas.space import SearchSpace, format_vector, load_space, parse_vector
 from nas.training.loop import fit
 from nas.training.recipes import text_loss
 from tests.conftest import Workspace
+from tests.helpers import kill_when
 
 TINY = load_space("tiny")
 QUICK = (
@@ -291,21 +291,12 @@ def test_models_trained_alone_serve_every_supernet_trained_alike(
     assert {name.split("-")[0] for name in trainings(compared, "pooled")} == {"further"}
 
 
-def test_a_comparison_goes_on_where_it_was_stopped_and_leaves_to_another_process_what_that_trains(
+def test_a_comparison_goes_on_where_it_was_killed_and_leaves_to_another_process_what_that_trains(
     compared: Workspace, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(workspace.path)
-    arguments = [*command(workspace), "name=stopped"]
-    log = Run.log
-
-    def interrupted(run: Run, **values: Any) -> None:
-        log(run, **values)
-        if len(trainings(workspace, "stopped")) == 3 and values["step"] == 9:  # after the checkpoint of step 7
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Run, "log", interrupted)
-        assert cli.main(arguments) == 1
+    arguments = [*command(workspace), "name=killed"]
+    kill_when(arguments, workspace.path, lambda: len(trainings(workspace, "killed")) >= 3)
     memo = LossMemo(next(workspace.runs.glob("cache/further-*.jsonl")))
     names = [format_vector(vector) + " seed 1000" for vector in itertools.product((1, 2, 4), repeat=3)]
     others = [FileLock(memo.file.with_name(f".{memo.file.stem}-{name}.lock")) for name in names if name not in memo]
@@ -322,5 +313,5 @@ def test_a_comparison_goes_on_where_it_was_stopped_and_leaves_to_another_process
     monkeypatch.setattr(time, "sleep", wait)
     assert cli.main(arguments) == 0
     assert waits == [1]
-    assert measurements(workspace, "stopped") == measurements(compared, "mine")
-    assert sorted(trainings(workspace, "stopped")) == sorted(trainings(compared, "mine"))
+    assert measurements(workspace, "killed") == measurements(compared, "mine")
+    assert sorted(trainings(workspace, "killed")) == sorted(trainings(compared, "mine"))

@@ -257,11 +257,12 @@ def test_few_vectors_among_many_are_found_where_limits_leave_no_others(tmp_path:
     assert max(trials["kv_bytes_per_token"]) == 64 * 33
 
 
+@pytest.mark.parametrize("limits", [{"max_decode_ms": 2.3}, {}])
 def test_the_front_within_limits_is_found_though_they_rule_out_reference_vectors(
-    micro: SearchSpace, tmp_path: Path
+    micro: SearchSpace, tmp_path: Path, limits: dict[str, float]
 ) -> None:
     space = SearchSpace("six", replace(micro.shape, num_hidden_layers=6), ((1, 2, 4),) * 6)
-    asked = problem(space, limits={"max_decode_ms": 2.3})
+    asked = problem(space, limits=limits)
     trials = search(asked, additive_loss, SAMPLERS["front"], Budget(30), 0, Storage.file(tmp_path / "study.db"))
     everything = pd.DataFrame([{**costs(vector), "loss_nats": additive_loss(vector)} for vector in asked.vectors()])
     assert len(everything) > 300

@@ -210,11 +210,11 @@ def test_a_study_is_made_once_though_a_kill_left_its_table_without_the_index(tmp
     assert sorted(optuna.get_all_study_names(f"sqlite:///{file}")) == ["other", "search"]
 
 
-def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(postgresql: Storage) -> None:
+def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(storage: Storage) -> None:
     others, counts = list[pd.DataFrame](), list[int]()
 
     def join(heartbeat_s: float, loss: Callable[[Vector], float]) -> pd.DataFrame:
-        own = replace(postgresql, heartbeat_s=heartbeat_s)
+        own = replace(storage, heartbeat_s=heartbeat_s)
         return search(problem(load_space("tiny")), loss, SAMPLERS["random"], Budget(6), 0, own, running="ignore")
 
     def suspended(vector: Vector) -> float:
@@ -223,14 +223,14 @@ def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(postgresql: S
         return additive_loss(vector)
 
     def watched(vector: Vector) -> float:
-        counts.append(len(running(postgresql)))
+        counts.append(len(running(storage)))
         return additive_loss(vector)
 
     result = join(1000, suspended)
     pd.testing.assert_frame_equal(result, others[0])
     assert result["vector"].nunique() == 6
     assert counts[-1] == 1  # the trial of which the vector was taken over is set aside
-    assert sorted(trial.state.name for trial in study_of(postgresql).trials) == ["COMPLETE"] * 6 + ["FAIL"]
+    assert sorted(trial.state.name for trial in study_of(storage).trials) == ["COMPLETE"] * 6 + ["FAIL"]
 
 
 def test_a_worker_killed_before_its_first_heartbeat_is_set_aside(tmp_path: Path) -> None:
