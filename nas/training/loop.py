@@ -174,7 +174,9 @@ def fit(
                 loss, norm = _means(pending)
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    kept = f"the last good checkpoint is {checkpoint}" if checkpoint.is_file() else "there is none yet"
+                    kept = f"the last good checkpoint is {checkpoint}"
+                    if not checkpoint.is_file():
+                        kept = "there is no checkpoint yet"
                     raise UserError(
                         f"the training loss is no longer finite within the {config.log_every} steps up to {step}; "
                         f"lower train.learning_rate (now {config.peak_learning_rate}) under a new name; {kept}"
