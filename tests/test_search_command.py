@@ -68,14 +68,14 @@ def test_limits_hold_and_an_impossible_one_is_said_before_anything_is_trained(na
 def test_several_processes_share_one_search(nas: Nas, workspace: Workspace) -> None:
     for memo in (workspace.runs / "cache").glob("losses-*"):
         memo.unlink()
-    result = nas("search", "--budget", 16, "workers=2", "sampler=random", "name=shared", *workspace.arguments)
+    result = nas("search", "--budget", 24, "workers=2", "sampler=random", "name=shared", *workspace.arguments)
     assert result.code == 0, result.err
     assert result.err == ""
     shared = trials(workspace.runs / "search" / "shared")
-    assert shared["vector"].nunique() == len(shared) == 16
+    assert shared["vector"].nunique() == len(shared) == 24
     losses = [trials(workspace.runs / "search" / name).set_index("vector")["loss_nats"] for name in ("shared", "base")]
     both = pd.concat(losses, axis=1, join="inner")
-    assert len(both) >= 3  # the uniform vectors
+    assert len(both) >= 6  # of 9 and 24 among 27
     assert (both.iloc[:, 0] - both.iloc[:, 1]).abs().max() < 1e-5
 
 

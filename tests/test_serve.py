@@ -146,12 +146,8 @@ def test_a_search_goes_on_with_the_space_that_it_was_begun_to_serve(nas: Nas, wo
 
 
 @pytest.mark.usefixtures("served")
-def test_several_processes_share_one_search_and_agree_on_what_is_served_and_measure_that(
-    nas: Nas, workspace: Workspace
-) -> None:
+def test_workers_agree_on_what_is_served_and_measure_that(nas: Nas, workspace: Workspace) -> None:
     (workspace.path / "other.yaml").write_text(SERVED.replace("vocab_size: 400", "vocab_size: 401"))
-    for memo in workspace.runs.glob("cache/losses-*"):
-        memo.unlink()
     pool = ("budget=8", "sampler=random", f"storage=sqlite:///{workspace.path}/db", "name=pool")
     search = ("search", *pool, *workspace.arguments, "check=0")
     result = nas(*search, "serve=served.yaml", "workers=2")
@@ -159,10 +155,6 @@ def test_several_processes_share_one_search_and_agree_on_what_is_served_and_meas
     trials = pd.read_csv("runs/search/pool/trials.csv")
     assert trials["vector"].nunique() == len(trials) == 8
     assert set(trials["latency_source"]) == {"measured"}
-    base = pd.read_csv("runs/search/base/trials.csv")
-    both = trials.merge(base, on="vector")
-    assert len(both) >= 4  # uniform and known ones
-    assert both["loss_nats_x"].to_numpy() == pytest.approx(both["loss_nats_y"].to_numpy(), abs=1e-5)
     (latency,) = Path("runs/measure").glob("served-*")
     assert config_of(f"measure/{latency.name}")["space"]["hidden_size"] == 96
     for serve in ("other.yaml", "null"):

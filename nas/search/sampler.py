@@ -75,7 +75,7 @@ class Layers:
         return np.asarray(np.where(np.eye(len(smallest_L), dtype=bool), smallest_L, largest_L))
 
     def random(self, count: int, rng: np.random.Generator) -> Ints:
-        """Choices (count, L), each layer's drawn alike."""
+        """Choices (count, L), every choice that a layer allows as likely as its others."""
         return np.stack([rng.choice(np.flatnonzero(row), size=count) for row in self.allowed_LK], axis=1)
 
     def best(self, penalties_LK: Floats | float, couplings_MKK: Floats | None = None) -> Ints:

@@ -35,14 +35,15 @@ def run(config: Export, path: Path) -> None:
     chosen = select(config.select, front, trials, Objectives(tuple(search.config["objectives"])))
     formats = exporters(config.export)
     sources = {kind: _source(kind, search, supernet_run) for kind in {exporter.of_served for exporter, _ in formats}}
-    for exporter, _ in formats:
-        exporter.check(sources[exporter.of_served].shape, sources[exporter.of_served].tokenizer)
+    made = [(exporter, path / below, sources[exporter.of_served]) for exporter, below in formats]
+    for exporter, _, source in made:
+        exporter.check(source.shape, source.tokenizer)
     resolved = {"run": config.run, "select": config.select, "export": config.export}
     with start_run(path, "export", resolved, parents={"search": search, "supernet": supernet_run}) as run:
         for row in chosen.to_dict(orient="records"):
             vector, card = parse_vector(row["vector"]), model_card(row, search)
-            for exporter, below in formats:
-                source, folder = sources[exporter.of_served], path / below / _folder_name(row["vector"])
+            for exporter, below, source in made:
+                folder = below / _folder_name(row["vector"])
                 exporter.write(source.model_at(vector), source.tokenizer, folder, card)
                 console.print(f"Exported {folder}")
         run.finish()
