@@ -52,6 +52,7 @@ SUPERNETS = {  # the share of --steps, and train.seed
     "main": (1, 0),
     "narrow": (1, 0),
     "half": (0.5, 0),
+    "double": (2, 0),
     "half-seed1": (0.5, 1),
 }
 DEVICES = {  # the first one's costs are those of equal_cost; the H100's table ends at the batches of 21 GiB
