@@ -317,7 +317,7 @@ def figures(given: argparse.Namespace) -> None:
             left.axvline(row["difference_nats"], color=colour, label=row["kind"])
         left.set(xlabel=f"loss beside {DECILM}'s (nats)", ylabel=f"orders of {DECILM}'s groups")
         left.legend(fontsize=8)
-        for colour, (name, rows) in zip(COLOURS, layers.groupby("supernet"), strict=False):
+        for colour, (name, rows) in zip(COLOURS, layers.groupby("supernet", sort=False), strict=False):
             largest = rows.loc[rows["kind"] == "largest", "loss_nats"].item()
             single = rows.loc[rows["kind"] == "layer", "loss_nats"] - largest
             right.plot(range(len(single)), single, "o-", color=colour, label=name, markersize=3)

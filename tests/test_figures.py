@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from nas import ranking
 from nas.files import read_json
@@ -301,7 +302,32 @@ def test_the_agreement_of_supernets_is_quoted_as_measured() -> None:
     layers.index = layers.index.map(lambda vector: vector.split("-").index("1"))
     assert layers.loc[:3].to_numpy().max() < 1e-4
     assert all(set(layers[name].nlargest(2).index) == {17, 19} for name in ("main", "half"))
-    assert layers["narrow"].idxmax() == 21 and layers["narrow"][17] < 1e-4
+    assert layers["narrow"].idxmax() == 21 and layers["narrow"][17] < 1e-4 and layers["double"].idxmax() == 25
+    double = losses[losses["supernet"] == "double"].set_index("kind")
+    best, theirs, orders = (double["loss_nats"][kind] for kind in ("best order", "DeciLM-6B", "order"))
+    assert f"the best order above is {theirs - best:.4f} nats better than DeciLM-6B's" in text
+    assert (orders > best).all() and f"is worse than {(orders < theirs).sum()} of them" in text
+    assert f"a standard error of {double['paired_se_nats']['DeciLM-6B']:.4f} nats" in text
+
+
+def test_the_vectors_trained_alone_are_quoted_as_measured() -> None:
+    text, readme = page("docs/decilm.md"), page("README.md")
+    losses = pd.read_csv(DOCS / "decilm" / "alone.csv")
+    by_seed = losses.pivot_table("loss_nats", "seed", "name")
+    differences = by_seed.sub(by_seed["DeciLM-6B"], axis="index")
+    rows = records("decilm/alone_differences.csv", ["name"])
+    for name, shown in {"ours": "best order of its groups", "uniform 2": "uniform 2", "uniform 1": "uniform 1"}.items():
+        row = rows[(name,)]
+        mean, low, high = (signed(row[column], 4) for column in ("difference_nats", "low_nats", "high_nats"))
+        assert row["seeds"] == len(by_seed) == 4 and row["difference_nats"] == pytest.approx(differences[name].mean())
+        assert f"| {shown} | {mean} ({low} to {high}) | {row['p']:.2f} |" in text
+        if name == "ours":
+            assert f"{mean} nats beside DeciLM-6B's, with a 95 % interval from {low} to {high}" in readme
+    ours = differences["ours"].to_numpy()
+    deviation, seeds = float(np.std(ours, ddof=1)), 27
+    assert f"deviate by {deviation:.4f} nats" in text and (ours < 0).sum() == 1
+    power = stats.nct.sf(stats.t.ppf(0.975, seeds - 1), seeds - 1, 0.0039 * seeds**0.5 / deviation)
+    assert f"{seeds} seeds would show" in text and power == pytest.approx(0.8, abs=0.02)
 
 
 def test_the_samplers_model_on_a_trained_supernet_is_quoted_as_measured() -> None:
@@ -336,9 +362,9 @@ def records(name: str, keys: list[str]) -> dict[Any, dict[str, Any]]:
     return {tuple(row[key] for key in keys): dict(row) for _, row in pd.read_csv(DOCS / name).iterrows()}
 
 
-def signed(number: float) -> str:
-    """Two decimals, with a minus sign."""
-    return f"{number:.2f}".replace("-", "−")
+def signed(number: float, decimals: int = 2) -> str:
+    """The number with a minus sign."""
+    return f"{number:.{decimals}f}".replace("-", "−")
 
 
 def interval(row: Any) -> str:
