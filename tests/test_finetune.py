@@ -13,6 +13,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 from scipy.stats import sem
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from nas.export.hf import HfExporter
 from nas.files import read_json
@@ -84,6 +88,17 @@ def test_a_front_is_trained_like_its_vectors_one_by_one_though_it_was_interrupte
     HfExporter().write(other.extract(micro.smallest), None, workspace.path / "other", {})
     strange = nas("finetune", f"checkpoint={front / second}", "distill=other", *data, *TRAINING, "name=strange")
     check_refusal(strange, ["distill=other", "330 tokens", "(320)", "same tokenizer"])
+
+    unknown = BpeTrainer(vocab_size=300, initial_alphabet=ByteLevel.alphabet(), show_progress=False)
+    tokenizer = Tokenizer(BPE())
+    tokenizer.train_from_iterator(["another text, other merges"] * 9, unknown)
+    tokenizer.save(str(workspace.path / "other.json"))
+    own = f"checkpoint={front / second}"
+    for command in (("finetune", own), ("train", f"init={front / second}")):
+        refused = nas(*command, *data, "tokenizer=other.json", *TRAINING, "name=refused")
+        check_refusal(refused, ["other.json has another vocabulary", "trained weights", "leave tokenizer= out"])
+    fresh = nas("finetune", own, *data, "tokenizer=other.json", "from_scratch=true", *TRAINING, "name=fresh")
+    assert fresh.code == 0, fresh.err
 
     report = ("report", "run=runs/search/base")
     reported = nas(*report, f"trained={killed}", "name=both")

@@ -64,6 +64,16 @@ def load_tokenizer(reference: str) -> Tokenizer:
         ) from None
 
 
+def check_vocabulary(reference: str, own: Path) -> None:
+    """Refuses a tokenizer in which tokens have other ids than in a trained model's ``own``; it may have more tokens."""
+    given, learnt = (load_tokenizer(str(each)).get_vocab() for each in (reference, own))
+    if not learnt.items() <= given.items():
+        raise UserError(
+            f"tokenizer {reference} has another vocabulary than that of the trained weights, {own}; leave tokenizer= "
+            "out, or train from random weights"
+        )
+
+
 def document_frame(tokenizer: Tokenizer, file: Path) -> tuple[list[int], list[int]]:
     """The ids before and after every document of a training text.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from nas import console
 from nas.config import Finetune, build
 from nas.data import prepare_tokens, validation_windows
-from nas.data.tokenizer import load_tokenizer, tokenizer_file
+from nas.data.tokenizer import check_vocabulary, load_tokenizer, tokenizer_file
 from nas.distributed import IS_MAIN, broadcast
 from nas.errors import UserError
 from nas.export import exporters
@@ -109,6 +109,8 @@ class Trainings:
         self._length = window_length(config.train, self._shape.max_position_embeddings)
         own = source / "tokenizer.json"
         tokenizer = config.tokenizer or (str(own) if own.is_file() else None)
+        if config.tokenizer and own.is_file() and not config.from_scratch:
+            check_vocabulary(config.tokenizer, own)
         cache = Path(config.runs_dir) / "cache"
         self._data = prepare_tokens(build(config.data), tokenizer, self._shape.vocab_size, cache)
         # its special tokens lie beside the tokenizer that was given

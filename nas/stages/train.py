@@ -13,7 +13,7 @@ import torch
 from nas import console
 from nas.config import TRAINED_LEARNING_RATE, SupernetConfig, Train, build
 from nas.data import TokenData, prepare_tokens, training_batch, validation_windows
-from nas.data.tokenizer import copy_companions, tokenizer_file
+from nas.data.tokenizer import check_vocabulary, copy_companions, tokenizer_file
 from nas.distributed import IS_MAIN, broadcast
 from nas.errors import UserError
 from nas.files import value_hash
@@ -50,6 +50,8 @@ class Training:
             if init:
                 init.check_space(self.space)
         self.tokenizer = config.tokenizer or (str(init.folder / "tokenizer.json") if init else None)
+        if init and config.tokenizer and (own := init.folder / "tokenizer.json").is_file():
+            check_vocabulary(config.tokenizer, own)
         self.options = _resolved(config.train, init, self.space)
         check_recipe(self.options)
         if config.init.align not in (None, "auto"):
