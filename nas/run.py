@@ -45,8 +45,7 @@ class FinishedRun:
         if not (own := self.info.get("stage")):
             raise UserError(corrupt)
         if stage not in (None, own):
-            article = "an" if stage == "export" else "a"
-            raise UserError(f"{path} was written by 'nas {own}', not by 'nas {stage}'; give {article} {stage} run")
+            raise UserError(f"{path} was written by 'nas {own}'; give a run of 'nas {stage}'")
         if not (path / _COMPLETE).is_file():
             name = path.as_posix().rpartition(f"{own}/")[2]  # with the sweep that it is of
             raise UserError(f"{path} is unfinished; run its command again with name={name} to finish it")

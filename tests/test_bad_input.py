@@ -222,7 +222,7 @@ def test_a_space_that_is_too_large_is_refused_before_any_text_is_read(
     ("command", "words"),
     [
         ("export run=runs/search/base select=nonsense", ["'nonsense'", "knee"]),
-        ("export run={train}", ["nas train", "give a search run"]),
+        ("export run={train}", ["nas train", "give a run of 'nas search'"]),
         ("report run=runs/cache", ["runs/cache", "holds no run"]),
         ("search latency={measure} workload.batch=7", ["{measure}", "batch 7", "measure that"]),
         ("search supernet={train} space=other.yaml", ["{train}", "space", "give the same space="]),

@@ -158,7 +158,7 @@ def test_a_single_window_tells_no_noise() -> None:
 def test_one_model_or_a_run_is_asked_for(nas: Nas) -> None:
     for words in ((), ("run=runs/export/x", "checkpoint=runs/export/x/4-4-4")):
         check_refusal(nas("finetune", *words), ["give either checkpoint=", "run="])
-    check_refusal(nas("finetune", "run=runs/search/base"), ["written by 'nas search'", "give an export run"])
+    check_refusal(nas("finetune", "run=runs/search/base"), ["written by 'nas search'", "give a run of 'nas export'"])
     assert nas("export", "run=runs/search/base", "select=knee", "export=gguf", "name=other").code == 0
     check_refusal(nas("finetune", "run=runs/export/other"), ["no models in Hugging Face's format", "export=hf"])
     check_refusal(nas("finetune", "run=runs/export/other", "from_scratch=true"), ["from_scratch=true", "checkpoint="])

@@ -53,7 +53,7 @@ def test_a_run_of_a_sweep_is_named_with_it(tmp_path: Path) -> None:
 
 def test_another_stages_run_is_refused(tmp_path: Path) -> None:
     path = made(tmp_path / "a").path
-    with pytest.raises(UserError, match="written by 'nas train', not by 'nas search'; give a search run"):
+    with pytest.raises(UserError, match="written by 'nas train'; give a run of 'nas search'"):
         FinishedRun(path, "search")
     with pytest.raises(UserError, match="belongs to 'nas train'; give another name="):
         check_begun(path, "search", {})
