@@ -298,7 +298,7 @@ def predicted(given: argparse.Namespace) -> None:
 
 
 def figures(given: argparse.Namespace) -> None:
-    """The fronts, the orders of DeciLM-6B's groups, and what each layer loses, from the CSVs."""
+    """The fronts, the orders of DeciLM-6B's groups, what each layer loses, and the trainings alone, from the CSVs."""
     for device in (device for device in given.devices if (given.out / f"search_{device}.csv").is_file()):
         points = pd.read_csv(given.out / f"search_{device}.csv", keep_default_na=False, na_values=[""])
         points["name"] = points["name"].fillna("")
@@ -323,6 +323,23 @@ def figures(given: argparse.Namespace) -> None:
             right.plot(range(len(single)), single, "o-", color=colour, label=name, markersize=3)
         right.set(xlabel="layer that alone has the fewest groups", ylabel="loss beside the largest vector's (nats)")
         right.legend(fontsize=8)
+    searched = pd.read_csv(given.out / f"search_{given.devices[0]}.csv")
+    inherited = pd.concat([searched, orders]).drop_duplicates("vector").set_index("vector")["loss_nats"]
+    trainings, rows = pd.read_csv(given.out / "alone.csv"), pd.read_csv(given.out / "alone_differences.csv")
+    vectors, by_seed = trainings.groupby("name")["vector"].first(), trainings.pivot_table("loss_nats", "seed", "name")
+    names, means = rows["name"], rows["difference_nats"]
+    with figure(given.out / "alone", height=2.6) as drawing:
+        axes, at = drawing.subplots(), rows.index
+        seeds = by_seed[names].sub(by_seed[DECILM], axis="index")
+        axes.scatter(seeds, np.tile(at, (len(seeds), 1)), color=GREY, label="a seed")
+        ends = [means - rows["low_nats"], rows["high_nats"] - means]
+        axes.errorbar(means, at, xerr=ends, fmt="s", capsize=3, color=COLOURS[0], label="mean, 95 %")
+        differences = inherited[vectors[names]].to_numpy() - inherited[vectors[DECILM]]
+        axes.plot(differences, at, "D", color=COLOURS[1], label="inherited")
+        axes.axvline(0, color="black", linewidth=0.8)
+        axes.set_yticks(at, names.replace("ours", "best order"))
+        axes.set(xlabel=f"loss beside {DECILM}'s, trained alone (nats)", ylim=(len(at) - 0.5, -0.5))
+        axes.legend(fontsize=8)
 
 
 def training(given: argparse.Namespace) -> dict[str, Any]:
