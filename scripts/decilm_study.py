@@ -9,9 +9,10 @@
     python scripts/decilm_study.py predicted                        does the sampler's loss model hold? From the CSVs
     python scripts/decilm_study.py figures                          from the CSVs alone
 
-TEXT is what scripts/decilm_text.py made. Runs are runs/*/decilm-*, results CSVs in --out. A part that is stopped, by
---seconds or a kill, goes on when its command is repeated where its runs/ are; what is finished is not made again. Rows
-of supernets that are elsewhere stay in supernets.csv and transfer.csv.
+TEXT is what scripts/decilm_text.py made. The defaults are those of docs/decilm.md; --steps 4000 --batch 256 gives a
+supernet a billion tokens. Runs are in runs/*/decilm-*, results in CSVs in --out. A part that is stopped, by --seconds
+or a kill, goes on when its command is repeated where its runs/ are; what is finished is not made again. Rows of
+supernets that are elsewhere stay in supernets.csv and transfer.csv.
 """
 
 import argparse
@@ -438,8 +439,8 @@ if __name__ == "__main__":
     parser.add_argument("--words", nargs="*", help="what replaces a device's words, for a trial")
     parser.add_argument("--context", type=int, default=2048, help="of the served workload")
     parser.add_argument("--supernets", nargs="*", default=list(SUPERNETS), choices=SUPERNETS, help="to train, in order")
-    parser.add_argument("--steps", type=int, default=4000, help="of a supernet")
-    parser.add_argument("--batch", type=int, default=256, help="rows per step")
+    parser.add_argument("--steps", type=int, default=2400, help="of a supernet")
+    parser.add_argument("--batch", type=int, default=64, help="rows per step")
     parser.add_argument("--length", type=int, help="tokens per row; default: the proxy's context")
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--checkpoint-every", type=int, default=200)
@@ -448,8 +449,8 @@ if __name__ == "__main__":
     parser.add_argument("--orders", type=int, default=60, help="random orders of DeciLM-6B's groups")
     parser.add_argument("--rounds", type=int, default=12, help="in which better orders are looked for")
     parser.add_argument("--seeds", type=int, default=4, help="of models trained alone")
-    parser.add_argument("--alone-steps", type=int, default=1500)
-    parser.add_argument("--alone-batch", type=int, default=64)
+    parser.add_argument("--alone-steps", type=int, default=2000)
+    parser.add_argument("--alone-batch", type=int, default=16)
     parser.add_argument("--compared", type=int, default=60, help="whole vectors in transfer")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
