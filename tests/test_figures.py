@@ -359,18 +359,24 @@ def seeds_needed(effect: float, deviation: float) -> int:
 
 def test_the_samplers_model_on_a_trained_supernet_is_quoted_as_measured() -> None:
     table, text = pd.read_csv(DOCS / "decilm" / "predicted.csv"), page("docs/decilm.md")
-    for told, rows in table.groupby("told"):
+    for (model, told), rows in table.groupby(["model", "told"]):
         cells = [f"{row['tau']:.2f} ({interval(row)})" for _, row in rows.iterrows()]
         cells += [", ".join(f"{error:.5f}" for error in rows["rms_error_nats"])]
-        cells += [", ".join(f"{100 * share:.0f} %" for share in rows["within_two_deviations"])]
-        assert f"| {told} | {' | '.join(cells)} |" in text
+        shares = rows["within_two_deviations"].dropna()
+        cells += [", ".join(f"{100 * share:.0f} %" for share in shares) or "–"]
+        assert f"| {told}{', the plain sum' if model == 'sum' else ''} | {' | '.join(cells)} |" in text
     orders, others = (table[table["of"] == kind] for kind in ("orders", "other totals"))
+    plain = orders[orders["model"] == "sum"].iloc[0]
     deviations = orders["deviation_nats"].iloc[0], others["deviation_nats"].iloc[0]
     assert f"own standard deviations are {deviations[0]:.5f} and {deviations[1]:.4f} nats" in text
     assert f"has a τ of {others['tau_of_totals'].iloc[0]:.2f} with the other totals" in text
+    losses = pd.read_csv(DOCS / "decilm" / "transfer.csv").query("supernet == 'main'").set_index("kind")["loss_nats"]
+    search = pd.read_csv(DOCS / "decilm" / "search_h200.csv").set_index("name")["loss_nats"]
+    sums = (losses["layer"] - losses["largest"]).sum(), search["uniform 1"] - search["uniform 4"]
+    assert f"its penalties add up to {sums[0]:.4f} where uniform 1 loses {sums[1]:.4f}" in text
     hundred = orders[orders["told"] == 100].iloc[0]
     ranked = f"ranks {hundred['vectors']} unseen vectors of one total with τ {hundred['tau']:.2f} ({interval(hundred)}"
-    assert ranked in page("README.md")
+    assert ranked in page("README.md") and f"alone, τ {plain['tau']:.2f} ({interval(plain)})" in page("README.md")
 
 
 def test_the_speed_of_evaluation_is_quoted_as_measured() -> None:
