@@ -64,11 +64,10 @@ class ServingLayer(nn.Module):
         for name, width in spec.norms.items():
             self.add_module(name, RMSNorm(width, spec.rms_norm_eps))
 
-    def share(self, twin: "ServingLayer") -> "ServingLayer":
+    def share(self, twin: "ServingLayer") -> None:
         """Uses the weights of a layer with other groups, all but those of queries, keys and values."""
         self.o_proj, self.gate_up_proj, self.down_proj = twin.o_proj, twin.gate_up_proj, twin.down_proj
         self.input_layernorm, self.post_attention_layernorm = twin.input_layernorm, twin.post_attention_layernorm
-        return self
 
     @torch.no_grad()
     def load(self, layer: Layer) -> None:
