@@ -45,9 +45,6 @@ class FakeGpu:
     opened: int = 0
     asked_for: list[object] = field(default_factory=list)
 
-    def clock(self) -> float:
-        return self.now
-
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
@@ -73,9 +70,6 @@ class FakeGpu:
         time -= self.reset_s if time >= self.reset_s else 0.0
         return int(1e3 * (self.watts * time + self.watts_per_s * time**2 / 2))
 
-    def milliwatts(self, _: object) -> int:
-        return round(1e3 * (self.watts + self.watts_per_s * self.now))
-
     def open(self) -> None:
         self.opened += 1
 
@@ -95,7 +89,7 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Plug:
     """Puts a fake GPU where NVML finds it; it answers what is set here and NotSupported to all else."""
 
     def install(gpu: FakeGpu) -> FakeGpu:
-        clock = SimpleNamespace(perf_counter=gpu.clock, sleep=gpu.sleep)
+        clock = SimpleNamespace(perf_counter=lambda: gpu.now, sleep=gpu.sleep)
         monkeypatch.setattr("nas.latency.energy.time", clock)
         for name in [name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")]:
             monkeypatch.setattr(pynvml, name, refuse)
@@ -106,7 +100,6 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Plug:
             "nvmlDeviceGetHandleByIndex": gpu.handle,
             "nvmlDeviceGetHandleByUUID": gpu.handle,
             "nvmlDeviceGetTotalEnergyConsumption": gpu.millijoules,
-            "nvmlDeviceGetPowerUsage": gpu.milliwatts,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, answer)
@@ -212,22 +205,13 @@ def test_idle_power(plug: Plug) -> None:
 # NVML's facts
 
 
-def describe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the plugged GPU answer everything."""
+def test_facts_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = plug(FakeGpu())
     answers: dict[str, Any] = {"Name": "NVIDIA Fake", "PowerManagementLimit": 700_000, "EccMode": [1, 0]}
     for key, value in answers.items():
         monkeypatch.setattr(pynvml, f"nvmlDeviceGet{key}", lambda *_, value=value: value)
-
-
-def test_facts_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = plug(FakeGpu())
-    describe(monkeypatch)
-    assert nvml_facts("u") == {
-        "nvml_name": "NVIDIA Fake",
-        "driver": "580.1",
-        "power_limit_watts": 700,
-        "ecc": True,
-    }
+    known = {"nvml_name": "NVIDIA Fake", "driver": "580.1", "power_limit_watts": 700, "ecc": True}
+    assert nvml_facts("u") == known
     assert gpu.asked_for == ["GPU-u"]
     assert gpu.opened == 0
 
@@ -378,13 +362,8 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
 
     monkeypatch.setattr("nas.latency.measurement.measure_energy", planted)
     grid, workload = Grid((1, 6), (4, 16), (2, 4)), Workload(6, 16, 4, "fp32", "eager")
-    points = grid.points(micro)
-    weights = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, 0)
-    held = sum(p.nbytes for layers in weights._layers for p in {*layers[1].parameters(), *layers[2].parameters()})
-    held += sum(p.nbytes for layers in weights._layers for p in layers[4].qkv_proj.parameters())
-    held += sum(p.nbytes for ends in weights._embeddings_and_heads for part in ends for p in part.parameters())
-    cache = 2 * 3 * 4 * 4 * 16 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
-    pool = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, held + cache)
+    pool = LayerPool(micro, "fp32", "eager", torch.device("cpu"), grid.points(micro), 2**30)
+    pool._room = 3 * 4 * 4 * 16 * 8  # as if memory ended there: layers, batch, groups, length, head width
     table = _energy(micro, grid, workload, MeasureConfig(), pool, "u")
     assert table is not None
     measured = [(row.groups, row.batch, row.length, row.joules_per_step) for row in table.itertuples()]
