@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from nas.config import MeasureConfig
 from nas.errors import UserError
@@ -34,9 +33,9 @@ from nas.latency.table import COLUMNS, TableLatency
 from nas.latency.timing import SAMPLE_COLUMNS, Samples, Segment, spread, time_points
 from nas.model.decoder import Decoder
 from nas.run import FinishedRun
-from nas.serving import ServingLayer, ServingModel
+from nas.serving import ServingModel
 from nas.serving.cache import layer_caches
-from nas.space import SearchSpace
+from nas.space import SearchSpace, Vector
 from nas.stages.measure import _write
 from tests.conftest import Nas
 
@@ -476,14 +475,7 @@ def test_corrupt_samples_are_one_sentence(tmp_path: Path, damage: Callable[[str]
 
 
 def pool_of(space: SearchSpace, points: list[Point], memory_bytes: int = 2**30) -> LayerPool:
-    """A pool with weights so large that every part of a model shows in its logits."""
-    pool = LayerPool(space, "fp32", "eager", CPU, points, memory_bytes)
-    generator = torch.Generator().manual_seed(1)
-    modules: list[nn.Module] = [layer for position in pool._layers for layer in position.values()]
-    for module in [*modules, *(part for ends in pool._embeddings_and_heads for part in ends)]:
-        for parameter in module.parameters():
-            parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
-    return pool
+    return LayerPool(space, "fp32", "eager", CPU, points, memory_bytes)
 
 
 def run_point(pool: LayerPool, point: Point) -> Any:
@@ -491,37 +483,26 @@ def run_point(pool: LayerPool, point: Point) -> Any:
         return pool.prepare(point)[0]()
 
 
-def plain(layer: ServingLayer, index: int) -> dict[str, Tensor]:
-    """A serving layer's weights by the names of a plain decoder's."""
-    heads, kv = layer.heads * layer.head_dim, layer.groups * layer.head_dim
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    parts = dict(zip(names, layer.qkv_proj.weight.split([heads, kv, kv]), strict=True))
-    parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), layer.gate_up_proj.weight.chunk(2), strict=True))
-    parts |= {"self_attn.o_proj": layer.o_proj.weight, "mlp.down_proj": layer.down_proj.weight}
-    parts |= {"input_layernorm": layer.input_layernorm.weight}
-    parts |= {"post_attention_layernorm": layer.post_attention_layernorm.weight}
-    return {f"model.layers.{index}.{name}.weight": value for name, value in parts.items()}
-
-
-def put_together(pool: LayerPool, space: SearchSpace, vector: tuple[int, ...]) -> Decoder:
-    decoder = Decoder(dataclasses.replace(space.shape, tie_word_embeddings=False), vector).requires_grad_(False)
-    embedding, norm, head = pool._embeddings_and_heads[0]
-    state = {"model.embed_tokens.weight": embedding.weight, "model.norm.weight": norm.weight}
-    state["lm_head.weight"] = head.weight
-    for index, groups in enumerate(vector):
-        state |= plain(pool._layers[index][groups], index)
-    decoder.load_state_dict(state)
-    return decoder
+@torch.no_grad()
+def random_decoder(space: SearchSpace, vector: Vector, pool: LayerPool) -> Decoder:
+    """A model whose weights the pool's layers of a vector have, too; so large that every part shows in the logits."""
+    decoder, generator = Decoder(space.shape, vector), torch.Generator().manual_seed(1)
+    for parameter in decoder.parameters():
+        parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
+    for position, groups, layer in zip(pool._layers, vector, decoder.model.layers, strict=True):
+        position[groups].load(layer)  # type: ignore[arg-type]
+    parts = (decoder.model.embed_tokens, decoder.model.norm, decoder.lm_head)
+    for own, part in zip(pool._embeddings_and_heads[0], parts, strict=True):
+        own.get_parameter("weight").copy_(part.get_parameter("weight"))
+    return decoder.requires_grad_(False)
 
 
 @pytest.mark.parametrize("vector", [(4, 1, 2), (1, 1, 1), (2, 4, 4)])
-def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
-    micro: SearchSpace, vector: tuple[int, ...]
-) -> None:
+def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(micro: SearchSpace, vector: Vector) -> None:
     prefill, decode = (Point(phase, "whole", vector, 4, 8) for phase in ("prefill", "decode"))
     bigger = Point("decode", "layer", (4,), 5, 16)
     pool = pool_of(micro, [prefill, decode, bigger])
-    decoder = put_together(pool, micro, vector)
+    decoder = random_decoder(micro, vector, pool)
     tokens = pool._tokens[:32].view(4, 8)
     prompts = run_point(pool, prefill)
     torch.testing.assert_close(prompts, decoder(tokens)[:, -1], atol=1e-3, rtol=1e-4)
@@ -536,8 +517,8 @@ def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
     caches = layer_caches(pool._keys, pool._values, micro.shape, vector, 4, 8)
     served = ServingModel.of(decoder)
     torch.testing.assert_close(served(pool._tokens[:4, None], caches, 7), step, atol=1e-3, rtol=1e-4)
-    other = put_together(pool, micro, (vector[0], vector[1], 1 if vector[2] > 1 else 4))
-    assert (other(in_full)[:, -1] - expected).abs().max() > 0.01
+    other = Point("prefill", "whole", (vector[0], vector[1], 1 if vector[2] > 1 else 4), 4, 8)
+    assert (run_point(pool, other) - prompts).abs().max() > 0.01
 
 
 def test_a_layer_is_timed_over_all_positions_and_divided_by_the_depth(micro: SearchSpace) -> None:
@@ -590,16 +571,16 @@ def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_no
     few = Point("decode", "whole", (1, 1, 2), 16, 32)  # as large as the small layer's where it is largest
     points = [large, small, mixed, few]
     layers = 3 * (32 * 32 + 3 * 32 * 256 + 2 * 32 + sum(32 * (32 + 2 * 8 * groups) for groups in (1, 2, 4)))
-    ends = len(LayerPool(micro, "fp32", "eager", CPU, points, 0)._embeddings_and_heads) * (2 * 320 * 32 + 32)
+    ends = len(pool_of(micro, points, 0)._embeddings_and_heads) * (2 * 320 * 32 + 32)
     held = 4 * (layers + ends)
     cache = 2 * 3 * 8 * 4 * 32 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
-    enough = LayerPool(micro, "fp32", "eager", CPU, points, held + cache)
+    enough = pool_of(micro, points, held + cache)
     for point in (small, few):
         run_point(enough, point)
     for point in (large, mixed):
         with pytest.raises(torch.OutOfMemoryError):
             run_point(enough, point)
-    short = LayerPool(micro, "fp32", "eager", CPU, points, held + cache - 1)
+    short = pool_of(micro, points, held + cache - 1)
     with pytest.raises(torch.OutOfMemoryError):
         run_point(short, small)
     monkeypatch.setattr("nas.latency.pool._FEWEST_LAYERS", 2)

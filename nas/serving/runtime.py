@@ -22,7 +22,6 @@ from nas.serving.batching import padded_batches, prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.layers import ServingLayer, ServingModel, split_k_linear
 
-RUNTIMES = ("eager", "graph", "compiled")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ROUNDS, _REPEATS = 6, 4  # the first round warms up
 _ALIKE = 1.01  # times that differ by less do not count as different
