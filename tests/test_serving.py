@@ -407,7 +407,7 @@ def test_only_large_steps_in_a_graph_are_padded(batch: int, runtime: str, rows: 
 @needs_triton
 @pytest.mark.parametrize("fastest", [144, 160])
 def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = list(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
+    layers = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).layers
     seen: list[int] = []
     linear_layer = split_k_linear
 
@@ -438,7 +438,7 @@ def test_a_step_is_not_padded_unless_that_is_faster(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("nas.serving.runtime.milliseconds", lambda _: next(times))
     monkeypatch.setattr("nas.serving.runtime.captured", lambda call, _: call)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
-    assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers(), 144, "graph") == 144
+    assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).layers, 144, "graph") == 144
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -448,7 +448,7 @@ def test_what_is_timed_lies_in_memory_as_what_serves(tied: bool) -> None:
     points = [Point("decode", "layer", (2,), 3, 16)]
     pool = LayerPool(space, "fp32", "eager", torch.device("cpu"), points, 2**30)
     model = ServingModel(shape, (4, 2, 2), "cpu", torch.float32)
-    served = next(model.serving_layers())
+    served = model.layers[0]
     for name, parameter in pool._layers[0][4].named_parameters():
         assert parameter.stride() == served.get_parameter(name).stride(), name
     _, norm, head = pool._embeddings_and_heads[0]
@@ -545,9 +545,9 @@ def test_kernels_with_programmatic_dependent_launch_read_nothing_that_is_not_the
 def test_finding_the_fastest_rows_leaves_no_memory_behind() -> None:
     model = ServingModel(dataclasses.replace(WHOLE_TILES, hidden_size=2048), [1, 2, 4], "cuda", torch.bfloat16)
     randomise(model, torch.Generator("cuda").manual_seed(0))
-    assert fastest_rows(model.serving_layers(), 130, "graph") in padded_batches(130, "graph")  # opens the libraries
+    assert fastest_rows(model.layers, 130, "graph") in padded_batches(130, "graph")  # opens the libraries
     before = torch.cuda.memory_reserved()
-    assert fastest_rows(model.serving_layers(), 130, "graph") in padded_batches(130, "graph")
+    assert fastest_rows(model.layers, 130, "graph") in padded_batches(130, "graph")
     assert torch.cuda.memory_reserved() == before
 
 

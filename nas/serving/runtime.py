@@ -39,7 +39,7 @@ class Runner:
         self.model, self.cache, self.runtime = model, cache, runtime
         device = model.rope_cos.device
         with torch.inference_mode():
-            rows = fastest_rows(model.serving_layers(), cache.batch, runtime)
+            rows = fastest_rows(model.layers, cache.batch, runtime)
         self._tokens_B1 = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._last = torch.zeros((), dtype=torch.long, device=device)
         self._step: Callable[[], Tensor] | None = None
