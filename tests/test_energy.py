@@ -259,15 +259,6 @@ def test_power_is_linear_between_batches_and_constant_beyond(tmp_path: Path) -> 
     assert (table.knows([4, 1]), table.knows([1, 2])) == (True, False)
 
 
-def test_a_vectors_energy_adds_up(tmp_path: Path) -> None:
-    table = EnergyTable(write(tmp_path / "energy.csv"))
-    share_ms = {1: 2.0, 4: 3.0}.__getitem__
-    one, four = power(1, 4), power(4, 4)
-    mixed = table.joules_per_step((4, 1, 1), 4, share_ms)
-    assert mixed == pytest.approx((3 * four + 2 * 2 * one) / 1000)
-    assert mixed == table.joules_per_step((1, 4, 1), 4, share_ms)  # to the last bit
-
-
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -246,14 +246,15 @@ def test_every_metric_of_the_registry_is_predicted_where_its_inputs_are_known(
 ) -> None:
     loads = [{"groups": 2, "batch": 4, "length": 16, "ratio": 1.5}]
     write_table(tmp_path, micro, idle_watts=50.0, runtime="graph", lasting_load=loads)
-    power = [(g, batch, 16, 100.0, 1.0, 5.0, 9, "energy counter") for g in GROUPS for batch in (2, 6)]
+    power = [(g, batch, 16, 100.0 * g, 1.0, 5.0, 9, "energy counter") for g in GROUPS for batch in (2, 6)]
     pd.DataFrame(power, columns=ENERGY_COLUMNS).to_csv(tmp_path / "energy.csv", index=False)
     table, cost = TableLatency(tmp_path), CostConfig(price_per_hour=1.0)
     assert table.decode_ms((4, 1, 2), 4, 16) > table.forward_ms("decode", (4, 1, 2), 4, 16)
     costs = cost_function(micro, BOX, table, WORKLOAD, cost)((4, 1, 2))
     interval = {"decode_ms_low", "decode_ms_high"}  # of estimates
     assert costs.keys() == METRICS.keys() - {"loss_nats", "paired_se_nats"} - interval | {"latency_source"}
-    assert costs["joules_per_token"] == pytest.approx(100.0 * float(costs["decode_ms"]) / 1e3 / 4)
+    joules = sum(100.0 * groups * table.layer_share_ms(groups, 4, 16, 3) / 1e3 for groups in (4, 1, 2))
+    assert costs["joules_per_token"] == pytest.approx(joules / 4)
     estimated = cost_function(micro, GPU, RooflineLatency(GPU, micro.shape, "fp32"), WORKLOAD, CostConfig())((1, 1, 1))
     assert interval < estimated.keys()
     assert estimated["latency_source"] == "estimated"
