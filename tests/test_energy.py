@@ -239,20 +239,16 @@ def power(groups: int, batch: float) -> float:
     return 200 + 10 * groups + batch
 
 
-def write(path: Path, changes: dict[int, dict[str, Any]] | None = None, batches: tuple[int, ...] = (16, 4)) -> Path:
-    """A table whose power is exactly linear; ``changes`` are to cells, by row."""
-    points = [(groups, batch) for groups in (1, 4) for batch in batches]
-    rows = [[*point, 64, power(*point), 1.0, 5.0, 100, "energy counter"] for point in points]
-    table = pd.DataFrame(rows, columns=ENERGY_COLUMNS).astype(object)
-    for row, cells in (changes or {}).items():
-        for column, value in cells.items():
-            table.loc[row, column] = value
-    table.to_csv(path, index=False)
-    return path
+@pytest.fixture
+def linear() -> pd.DataFrame:
+    """A table whose power is exactly linear."""
+    rows = [[g, batch, 64, power(g, batch), 1.0, 5.0, 100, "energy counter"] for g in (1, 4) for batch in (16, 4)]
+    return pd.DataFrame(rows, columns=ENERGY_COLUMNS).astype(object)
 
 
-def test_power_is_linear_between_batches_and_constant_beyond(tmp_path: Path) -> None:
-    table = EnergyTable(write(tmp_path / "energy.csv"))
+def test_power_is_linear_between_batches_and_constant_beyond(linear: pd.DataFrame, tmp_path: Path) -> None:
+    linear.to_csv(tmp_path / "energy.csv", index=False)
+    table = EnergyTable(tmp_path / "energy.csv")
     for batch in range(4, 17):
         assert table.watts(4, batch) == pytest.approx(power(4, batch))
     assert (table.watts(1, 1), table.watts(1, 999)) == (power(1, 4), power(1, 16))
@@ -260,17 +256,15 @@ def test_power_is_linear_between_batches_and_constant_beyond(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({0: {"watts": "hot"}}, "row 2"),
-        ({1: {"watts": -3}}, "row 3"),
-        ({2: {"calls": None}}, "row 4"),
-        ({3: {"watts": "inf"}}, "row 5"),
-    ],
+    ("row", "column", "value"), [(0, "watts", "hot"), (1, "watts", -3), (2, "calls", None), (3, "watts", "inf")]
 )
-def test_a_corrupt_table_is_refused(tmp_path: Path, changes: dict[int, dict[str, Any]], words: str) -> None:
-    with pytest.raises(UserError, match=rf"energy\.csv is corrupt \(.*{words}"):
-        EnergyTable(write(tmp_path / "energy.csv", changes))
+def test_a_corrupt_table_is_refused(
+    linear: pd.DataFrame, tmp_path: Path, row: int, column: str, value: str | int | None
+) -> None:
+    linear.loc[row, column] = value
+    linear.to_csv(tmp_path / "energy.csv", index=False)
+    with pytest.raises(UserError, match=rf"energy\.csv is corrupt \(.*row {row + 2}"):
+        EnergyTable(tmp_path / "energy.csv")
 
 
 # Cost
