@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from nas import shipped
 from nas.config import ConstraintsConfig, CostConfig, MeasureConfig, Search, WorkloadConfig
 from nas.errors import UserError
-from nas.latency import Device, Predictor, Workload, find_device, resolve_workload, this_device
+from nas.latency import Device, Workload, find_device, resolve_workload, this_device
 from nas.latency.accuracy import (
     CHECK_COLUMNS,
     lasting_load,
@@ -207,23 +207,6 @@ def test_prefill_chunks_cover_the_batch_and_are_as_few_as_their_tokens_allow(bat
     assert len(parts) == 1 or (parts[0] + 1) * prompt > PREFILL_TOKENS
 
 
-class Recorded(Predictor):
-    """Takes other milliseconds at any other shape, and lists the shapes that embedding and head were asked for."""
-
-    source = "measured"
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[int, int]] = []
-
-    def layer_ms(self, phase: Phase, groups: int, batch: int, length: int) -> float:
-        return groups * batch**2 + length + (phase == "prefill")
-
-    def embedding_and_head_ms(self, phase: Phase, batch: int, length: int) -> float:
-        assert phase == "prefill"
-        self.asked.append((batch, length))
-        return math.sqrt(batch)
-
-
 def test_time_to_first_token_is_the_prefill_of_one_prompt(make: Make, micro: SearchSpace) -> None:
     table, vector = make(), (4, 1, 2)
     costs = cost_function(micro, BOX, table, WORKLOAD, CostConfig(), ["ttft_ms", "loss_nats"])(vector)
@@ -272,16 +255,21 @@ def test_columns_objectives_and_limits_are_the_contracts() -> None:
     assert METRICS["parameters"].label == "parameters"
 
 
-def test_prompts_go_through_in_chunks_whose_times_add_up() -> None:
-    model = Recorded()
-    third = PREFILL_TOKENS // 3
+def test_prompts_go_through_in_chunks_whose_times_add_up(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    table, third, asked = make(), PREFILL_TOKENS // 3, set[Any]()
+
+    def embedding_and_head_ms(phase: Phase, batch: int, length: int) -> float:
+        asked.add((phase, batch, length))
+        return math.sqrt(batch)
+
+    monkeypatch.setattr(table, "layer_ms", lambda phase, groups, batch, at: groups * batch**2 + at + len(phase))
+    monkeypatch.setattr(table, "embedding_and_head_ms", embedding_and_head_ms)
     assert prefill_chunks(8, third) == [3, 3, 2]
-    one, two = (3 * (2 * rows**2) + 3 * (third + 1) + math.sqrt(rows) for rows in (3, 2))
-    assert model.prefill_ms((1, 2, 3), 8, third) == pytest.approx(2 * one + two)
-    assert set(model.asked) == {(3, third), (2, third)}
-    assert model.prefill_ms((1,), 3, 2 * PREFILL_TOKENS) == pytest.approx(
-        3 * model.prefill_ms((1,), 1, 2 * PREFILL_TOKENS)
-    )
+    one, two = (3 * (2 * rows**2) + 3 * (third + len("prefill")) + math.sqrt(rows) for rows in (3, 2))
+    assert table.prefill_ms((1, 2, 3), 8, third) == pytest.approx(2 * one + two)
+    assert asked == {("prefill", 3, third), ("prefill", 2, third)}
+    long = 2 * PREFILL_TOKENS
+    assert table.prefill_ms((1,), 3, long) == pytest.approx(3 * table.prefill_ms((1,), 1, long))
 
 
 def test_a_table_fits_only_its_own_device_shape_and_workload(make: Make, micro: SearchSpace) -> None:
