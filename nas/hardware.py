@@ -25,25 +25,19 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def check_compiler(instead: str) -> None:
-    """Refuses to compile where PyTorch would find no compiler; ``instead`` is the override that does without.
+def compile_layers(layers: "Iterable[nn.Module]", instead: str, dynamic: bool | None = None) -> None:
+    """Compiles layers one by one, for all of one shape share a graph.
 
-    Triton takes one of C, for a CPU Inductor one of C++.
+    Refused where PyTorch would find no compiler; ``instead`` is the override that does without.
     """
     import torch
 
+    # Triton takes one of C, for a CPU Inductor one of C++.
     variable, names = ("CC", ["gcc", "clang"]) if torch.cuda.is_available() else ("CXX", ["g++"])
     names = [os.environ[variable]] if variable in os.environ else names
     if not any(map(shutil.which, names)):
         fix = f"install one, set {variable} to another, or give {instead}"
         raise UserError(f"torch.compile needs a compiler but {' or '.join(names)} is not on the PATH; {fix}")
-
-
-def compile_layers(layers: "Iterable[nn.Module]", instead: str, dynamic: bool | None = None) -> None:
-    """Compiles layers one by one, for all of one shape share a graph; ``instead`` as in `check_compiler`."""
-    import torch
-
-    check_compiler(instead)
     torch._dynamo.config.recompile_limit = 64  # a graph for each number of K/V heads, and there can be more than 8
     for layer in layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=dynamic)

@@ -30,11 +30,6 @@ class Metric:
         """Title and unit."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
-    @property
-    def limit_key(self) -> str:
-        """Its key in ``constraints``."""
-        return f"{'min' if self.maximise else 'max'}_{self.name}"
-
 
 def _money(name: str, title: str, unit: str) -> Metric:
     return Metric(name, title, unit, lambda p: p.money_and_emissions.get(name))
@@ -71,7 +66,9 @@ _WHERE_KNOWN = (
 
 METRICS = {metric.name: metric for metric in (*_ALWAYS, *_WHERE_KNOWN)}
 OBJECTIVES = [name for name, metric in METRICS.items() if metric.objective]
-LIMITS = {metric.limit_key: metric for metric in METRICS.values() if metric.limit}  # by their keys in ``constraints``
+LIMITS = {  # by their keys in ``constraints``
+    f"{'min' if metric.maximise else 'max'}_{name}": metric for name, metric in METRICS.items() if metric.limit
+}
 
 # What every trials.csv has, also of earlier versions (no reader may need more), and what follows where it is known.
 COLUMNS = ["vector", *(metric.name for metric in _ALWAYS), "on_front", "latency_source"]

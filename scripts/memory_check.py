@@ -23,9 +23,8 @@ from nas.files import write_csv
 from nas.hardware import nvml_facts
 from nas.latency.accuracy import random_vectors
 from nas.latency.memory import MemoryModel
-from nas.latency.predictor import Workload
+from nas.latency.predictor import STEP_REVISION, Workload
 from nas.run import origin
-from nas.serving.runtime import RUNTIMES
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 
@@ -60,7 +59,7 @@ def largest(shape: ModelShape, vector: Vector, workload: Workload, predicted: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runtime", choices=RUNTIMES, default="graph")
+    parser.add_argument("--runtime", choices=list(STEP_REVISION), default="graph")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--caps-gib", type=float, nargs="+", default=CAPS_GIB)
     parser.add_argument("--random", type=int, default=0, metavar="N", help="so many random vectors instead of the six")

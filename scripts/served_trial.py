@@ -70,7 +70,7 @@ class Trial:
         for layer in cache.layers:  # never time zeros
             layer.keys.normal_(generator=generator)
             layer.values.normal_(generator=generator)
-        read_once = sum(p.nbytes for part in (model.layers, model.norm, model.lm_head) for p in part.parameters())
+        read_once = sum(p.nbytes for part in (*model.layers, model.norm, model.lm_head) for p in part.parameters())
         kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         self.bytes_per_step = read_once + kept
         self._position, self.runner = workload.context - 1, Runner(model, cache, workload.runtime)

@@ -57,10 +57,10 @@ def work(
     budget: int,
     folder: Path,
     name: str,
-    sampler: str,
-    running: Literal["fail", "wait", "ignore"],
-    pause_s: float,
-    dies_at: int | None,
+    sampler: str = "random",
+    running: Literal["fail", "wait", "ignore"] = "ignore",
+    pause_s: float = 0.0,
+    dies_at: int | None = None,
 ) -> None:
     """Searches the tiny space; appends each vector that it begins with to NAME.log, and writes the result to NAME.csv.
 

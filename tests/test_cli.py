@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 from nas import shipped
 from nas.config import STAGES, register, to_stage
 from nas.latency import this_device
+from nas.metrics import COLUMNS
 from nas.run import FinishedRun
-from nas.search import COLUMNS
 from tests.conftest import Nas, Workspace
 
 NEEDED = {

@@ -45,9 +45,6 @@ class FakeGpu:
     opened: int = 0
     asked_for: list[object] = field(default_factory=list)
 
-    def clock(self) -> float:
-        return self.now
-
     def sleep(self, seconds: float) -> None:
         self.now += seconds
 
@@ -73,9 +70,6 @@ class FakeGpu:
         time -= self.reset_s if time >= self.reset_s else 0.0
         return int(1e3 * (self.watts * time + self.watts_per_s * time**2 / 2))
 
-    def milliwatts(self, _: object) -> int:
-        return round(1e3 * (self.watts + self.watts_per_s * self.now))
-
     def open(self) -> None:
         self.opened += 1
 
@@ -95,7 +89,7 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Plug:
     """Puts a fake GPU where NVML finds it; it answers what is set here and NotSupported to all else."""
 
     def install(gpu: FakeGpu) -> FakeGpu:
-        clock = SimpleNamespace(perf_counter=gpu.clock, sleep=gpu.sleep)
+        clock = SimpleNamespace(perf_counter=lambda: gpu.now, sleep=gpu.sleep)
         monkeypatch.setattr("nas.latency.energy.time", clock)
         for name in [name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")]:
             monkeypatch.setattr(pynvml, name, refuse)
@@ -106,7 +100,6 @@ def plug(monkeypatch: pytest.MonkeyPatch) -> Plug:
             "nvmlDeviceGetHandleByIndex": gpu.handle,
             "nvmlDeviceGetHandleByUUID": gpu.handle,
             "nvmlDeviceGetTotalEnergyConsumption": gpu.millijoules,
-            "nvmlDeviceGetPowerUsage": gpu.milliwatts,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, answer)
@@ -212,22 +205,13 @@ def test_idle_power(plug: Plug) -> None:
 # NVML's facts
 
 
-def describe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets the plugged GPU answer everything."""
+def test_facts_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = plug(FakeGpu())
     answers: dict[str, Any] = {"Name": "NVIDIA Fake", "PowerManagementLimit": 700_000, "EccMode": [1, 0]}
     for key, value in answers.items():
         monkeypatch.setattr(pynvml, f"nvmlDeviceGet{key}", lambda *_, value=value: value)
-
-
-def test_facts_hold_all_that_nvml_answers(plug: Plug, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpu = plug(FakeGpu())
-    describe(monkeypatch)
-    assert nvml_facts("u") == {
-        "nvml_name": "NVIDIA Fake",
-        "driver": "580.1",
-        "power_limit_watts": 700,
-        "ecc": True,
-    }
+    known = {"nvml_name": "NVIDIA Fake", "driver": "580.1", "power_limit_watts": 700, "ecc": True}
+    assert nvml_facts("u") == known
     assert gpu.asked_for == ["GPU-u"]
     assert gpu.opened == 0
 
@@ -255,47 +239,32 @@ def power(groups: int, batch: float) -> float:
     return 200 + 10 * groups + batch
 
 
-def write(path: Path, changes: dict[int, dict[str, Any]] | None = None, batches: tuple[int, ...] = (16, 4)) -> Path:
-    """A table whose power is exactly linear; ``changes`` are to cells, by row."""
-    points = [(groups, batch) for groups in (1, 4) for batch in batches]
-    rows = [[*point, 64, power(*point), 1.0, 5.0, 100, "energy counter"] for point in points]
-    table = pd.DataFrame(rows, columns=ENERGY_COLUMNS).astype(object)
-    for row, cells in (changes or {}).items():
-        for column, value in cells.items():
-            table.loc[row, column] = value
-    table.to_csv(path, index=False)
-    return path
+@pytest.fixture
+def linear() -> pd.DataFrame:
+    """A table whose power is exactly linear."""
+    rows = [[g, batch, 64, power(g, batch), 1.0, 5.0, 100, "energy counter"] for g in (1, 4) for batch in (16, 4)]
+    return pd.DataFrame(rows, columns=ENERGY_COLUMNS).astype(object)
 
 
-def test_power_is_linear_between_batches_and_constant_beyond(tmp_path: Path) -> None:
-    table = EnergyTable(write(tmp_path / "energy.csv"))
+def test_power_is_linear_between_batches_and_constant_beyond(linear: pd.DataFrame, tmp_path: Path) -> None:
+    linear.to_csv(tmp_path / "energy.csv", index=False)
+    table = EnergyTable(tmp_path / "energy.csv")
     for batch in range(4, 17):
         assert table.watts(4, batch) == pytest.approx(power(4, batch))
     assert (table.watts(1, 1), table.watts(1, 999)) == (power(1, 4), power(1, 16))
     assert (table.knows([4, 1]), table.knows([1, 2])) == (True, False)
 
 
-def test_a_vectors_energy_adds_up(tmp_path: Path) -> None:
-    table = EnergyTable(write(tmp_path / "energy.csv"))
-    share_ms = {1: 2.0, 4: 3.0}.__getitem__
-    one, four = power(1, 4), power(4, 4)
-    mixed = table.joules_per_step((4, 1, 1), 4, share_ms)
-    assert mixed == pytest.approx((3 * four + 2 * 2 * one) / 1000)
-    assert mixed == table.joules_per_step((1, 4, 1), 4, share_ms)  # to the last bit
-
-
 @pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({0: {"watts": "hot"}}, "row 2"),
-        ({1: {"watts": -3}}, "row 3"),
-        ({2: {"calls": None}}, "row 4"),
-        ({3: {"watts": "inf"}}, "row 5"),
-    ],
+    ("row", "column", "value"), [(0, "watts", "hot"), (1, "watts", -3), (2, "calls", None), (3, "watts", "inf")]
 )
-def test_a_corrupt_table_is_refused(tmp_path: Path, changes: dict[int, dict[str, Any]], words: str) -> None:
-    with pytest.raises(UserError, match=rf"energy\.csv is corrupt \(.*{words}"):
-        EnergyTable(write(tmp_path / "energy.csv", changes))
+def test_a_corrupt_table_is_refused(
+    linear: pd.DataFrame, tmp_path: Path, row: int, column: str, value: str | int | None
+) -> None:
+    linear.loc[row, column] = value
+    linear.to_csv(tmp_path / "energy.csv", index=False)
+    with pytest.raises(UserError, match=rf"energy\.csv is corrupt \(.*row {row + 2}"):
+        EnergyTable(tmp_path / "energy.csv")
 
 
 # Cost
@@ -378,13 +347,8 @@ def test_power_is_read_at_the_given_batches_or_the_largest_that_fit(
 
     monkeypatch.setattr("nas.latency.measurement.measure_energy", planted)
     grid, workload = Grid((1, 6), (4, 16), (2, 4)), Workload(6, 16, 4, "fp32", "eager")
-    points = grid.points(micro)
-    weights = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, 0)
-    held = sum(p.nbytes for layers in weights._layers for p in {*layers[1].parameters(), *layers[2].parameters()})
-    held += sum(p.nbytes for layers in weights._layers for p in layers[4].qkv_proj.parameters())
-    held += sum(p.nbytes for ends in weights._embeddings_and_heads for part in ends for p in part.parameters())
-    cache = 2 * 3 * 4 * 4 * 16 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
-    pool = LayerPool(micro, "fp32", "eager", torch.device("cpu"), points, held + cache)
+    pool = LayerPool(micro, "fp32", "eager", torch.device("cpu"), grid.points(micro), 2**30)
+    pool._room = 3 * 4 * 4 * 16 * 8  # as if memory ended there: layers, batch, groups, length, head width
     table = _energy(micro, grid, workload, MeasureConfig(), pool, "u")
     assert table is not None
     measured = [(row.groups, row.batch, row.length, row.joules_per_step) for row in table.itertuples()]

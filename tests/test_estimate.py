@@ -5,7 +5,7 @@ import math
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,13 @@ GPU = Device("nvidia-x", "NVIDIA X", True, 2**34, bandwidth_bytes_per_s=1e12, fl
 A10G = find_device("nvidia-a10g")
 SHAPE = load_space("decilm-6b").shape
 sizes, lengths = st.integers(1, 256), st.integers(1, 4096)
+
+
+class Recomputed(NamedTuple):
+    """What the script makes of the facts."""
+
+    calibration: dict[str, Any]
+    errors: pd.DataFrame
 
 
 def calibrated(**constants: float) -> Device:
@@ -165,14 +172,11 @@ def test_a_device_with_its_calibration_is_written_as_it_was_read() -> None:
 
 
 @pytest.fixture(scope="module")
-def recomputed() -> tuple[dict[str, Any], pd.DataFrame]:
-    calibration, errors = calibrate_a10g.calibrate()
-    return calibration, errors
+def recomputed() -> Recomputed:
+    return Recomputed(*calibrate_a10g.calibrate())
 
 
-def test_the_frozen_constants_and_errors_are_what_the_facts_give(
-    recomputed: tuple[dict[str, Any], pd.DataFrame],
-) -> None:
+def test_the_frozen_constants_and_errors_are_what_the_facts_give(recomputed: Recomputed) -> None:
     calibration, errors = recomputed
     assert A10G.calibration == calibration
     sources, headline = calibrate_a10g.by_source(errors), calibrate_a10g.headline(calibration)
@@ -191,14 +195,12 @@ def test_the_frozen_constants_and_errors_are_what_the_facts_give(
 
 
 @pytest.mark.parametrize("origin", ["philschmid/llmperf", "zzc0721/torch-performance-test-data", "microsoft/vidur"])
-def test_no_point_is_predicted_with_its_own_source(
-    origin: str, recomputed: tuple[dict[str, Any], pd.DataFrame]
-) -> None:
+def test_no_point_is_predicted_with_its_own_source(origin: str, recomputed: Recomputed) -> None:
     cards, operators, published = calibrate_a10g.read_facts()
     double = {origin: 2.0}
     moved = published.assign(value=published["value"] * published["origin"].map(double).fillna(1))
     kernels = operators.assign(median_ms=operators["median_ms"] * operators["origin"].map(double).fillna(1))
-    after, before = calibrate_a10g.predict_all(cards, kernels, moved), recomputed[1]
+    after, before = calibrate_a10g.predict_all(cards, kernels, moved), recomputed.errors
     columns = ["predicted", "with_line"]
     own = before["origin"] == origin
     pd.testing.assert_frame_equal(after.loc[own, columns], before.loc[own, columns])
@@ -216,16 +218,17 @@ def test_an_interval_holds_its_share_of_the_steps_of_further_sources() -> None:
     assert held / 6000 == pytest.approx(0.9, abs=0.03)
 
 
-def test_every_point_is_predicted_or_says_why_not(recomputed: tuple[dict[str, Any], pd.DataFrame]) -> None:
-    points = recomputed[1]
-    assert (points["predicted"].isna() == points["why_not"].notna()).all()
+def test_every_point_is_predicted_or_says_why_not(recomputed: Recomputed) -> None:
+    assert (recomputed.errors["predicted"].isna() == recomputed.errors["why_not"].notna()).all()
 
 
-@pytest.mark.parametrize(
-    "path", sorted(shipped("latency_models").glob("*/device.json")), ids=lambda path: path.parent.name
-)
-def test_every_shipped_device_is_found_and_can_be_estimated(path: Path, micro: SearchSpace) -> None:
-    device = find_device(path.parent.name)
+@pytest.mark.parametrize("file", sorted(shipped("latency_models").glob("*/device.json")), ids=lambda p: p.parent.name)
+def test_every_shipped_device_is_one_that_its_own_name_leads_to_and_can_be_estimated(
+    file: Path, micro: SearchSpace
+) -> None:
+    device = find_device(file.parent.name)
+    assert device.slug == file.parent.name == device.name.lower().replace(" ", "-")
+    assert device.memory_bytes > 2**30
     for dtype in ("bf16", "fp32"):
         assert RooflineLatency(device, micro.shape, dtype).layer_ms("decode", 1, 8, 16) > 0
 

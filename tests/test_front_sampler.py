@@ -19,6 +19,7 @@ from nas.search.front_sampler import FrontSampler, expected_hypervolume_improvem
 from nas.search.loss_model import LayerLosses, LossModel
 from nas.search.sampler import Layers
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
 Vector = tuple[int, ...]
 LAYERS, CHOICES = 12, 3
 
@@ -175,7 +176,6 @@ def search(
     first: Sequence[Vector] = (),
 ) -> list[Vector]:
     """Asks and tells, some vectors first; returns all in order."""
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(directions=list(directions), sampler=sampler)
     space = layers_of(choices)
     for vector in first:
@@ -271,7 +271,6 @@ def test_where_costs_are_all_there_is_it_finds_their_front() -> None:
 
 def test_a_proposal_is_a_function_of_the_seed_and_the_trials() -> None:
     def run(sampler_of: Callable[[int], FrontSampler]) -> list[Vector]:
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
         study = optuna.create_study(directions=["minimize"] * 2)
         space = layers_of([(1, 2, 4)] * 16)
         loss, vectors = truth(1, layers=16), []
@@ -288,22 +287,11 @@ def test_a_proposal_is_a_function_of_the_seed_and_the_trials() -> None:
 
 
 def test_running_trials_are_not_proposed_again_and_workers_spread() -> None:
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
     loss, study = truth(1, layers=10), optuna.create_study(directions=["minimize"] * 2, sampler=FrontSampler(seed=0))
     space = layers_of([(1, 2, 4)] * 10)
-    for vector in [
-        (1,) * 10,
-        (2,) * 10,
-        (4,) * 10,
-        *map(tuple, np.random.default_rng(0).choice([1, 2, 4], (20, 10)).tolist()),
-    ]:
-        study.add_trial(
-            optuna.trial.create_trial(
-                params=dict(zip(space, vector, strict=True)),
-                distributions=space,
-                values=list(two(vector, loss)),
-            )
-        )
+    for vector in np.array([1, 2, 4])[vectors_of(23, seed=0, layers=10)].tolist():
+        params, values = dict(zip(space, vector, strict=True)), list(two(tuple(vector), loss))
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=space, values=values))
     asked = [tuple(study.ask(space).params.values()) for _ in range(4)]
     assert len(set(asked)) == 4
     assert len({round(groups_cost(vector), 2) for vector in asked}) > 1  # not all of one place of the front
@@ -346,9 +334,7 @@ def test_known_costs_decide_where_too_little_was_evaluated_to_learn_them() -> No
     for worth in (1, -1):
         sampler = FrontSampler(seed=0)
         sampler.evaluations = 4
-        sampler.costs = lambda groups, worth=worth: np.stack(
-            (np.full(len(groups), np.nan), worth * groups.sum(axis=1)), 1
-        )
+        sampler.costs = lambda groups, worth=worth: np.array([[np.nan, worth * sum(row)] for row in groups])
         objectives = functools.partial(two, loss=truth(1, layers=6))
         proposals.append(search(space, objectives, ["minimize"] * 2, 4, sampler, first)[-1])
     sampler = FrontSampler(seed=0)

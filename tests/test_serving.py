@@ -50,6 +50,7 @@ SHAPE = ModelShape(
 WHOLE_TILES = dataclasses.replace(SHAPE, hidden_size=256, num_attention_heads=8, head_dim=32, intermediate_size=512)
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 groups = st.lists(st.sampled_from([1, 2, 3, 4, 6, 12]), min_size=3, max_size=3)
+Continued = Callable[..., tuple[str, str]]
 
 
 @st.composite
@@ -68,6 +69,11 @@ def tokens_of(shape: ModelShape, rows: int, length: int) -> Tensor:
     return torch.randint(shape.vocab_size, (rows, length), generator=torch.Generator().manual_seed(3))
 
 
+def runner_of(decoder: Decoder, rows: int, length: int) -> Runner:
+    """A decoder as it is served on a CPU, with an empty cache."""
+    return Runner(ServingModel.of(decoder), KVCache(decoder.shape, decoder.kv_heads, rows, length))
+
+
 @torch.no_grad()
 def whole_logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     return decoder(tokens)  # type: ignore[no-any-return]
@@ -79,8 +85,7 @@ def test_prompt_and_steps_give_the_logits_of_the_whole_forward_pass(
     shape: ModelShape, vector: list[int], prompt: int
 ) -> None:
     decoder, tokens = random_decoder(shape, vector), tokens_of(shape, 2, 16)
-    runner = Runner(ServingModel.of(decoder), KVCache(shape, vector, 2, 24))
-    whole = whole_logits(decoder, tokens)
+    runner, whole = runner_of(decoder, 2, 24), whole_logits(decoder, tokens)
     torch.testing.assert_close(runner.prefill(tokens[:, :prompt]), whole[:, prompt - 1], atol=1e-4, rtol=1e-4)
     for position in range(prompt, 16):
         step = runner.decode(tokens[:, position], position)
@@ -89,13 +94,12 @@ def test_prompt_and_steps_give_the_logits_of_the_whole_forward_pass(
 
 def test_prompts_in_several_chunks_are_prompts_in_one(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 5, 6)
-    logits, caches = [], []
-    for limit in (1000, 12):  # five rows at once, and two, two, one
+    runners, logits = [runner_of(decoder, 5, 8) for _ in range(2)], []
+    for runner, limit in zip(runners, (1000, 12), strict=True):  # five rows at once, and two, two, one
         monkeypatch.setattr("nas.serving.batching.PREFILL_TOKENS", limit)
-        caches.append(KVCache(SHAPE, [4, 1, 2], 5, 8))
-        logits.append(Runner(ServingModel.of(decoder), caches[-1]).prefill(tokens))
+        logits.append(runner.prefill(tokens))
     torch.testing.assert_close(*logits)
-    for one, parts in zip(caches[0].layers, caches[1].layers, strict=True):
+    for one, parts in zip(*(runner.cache.layers for runner in runners), strict=True):
         torch.testing.assert_close(one.keys, parts.keys)
         torch.testing.assert_close(one.values, parts.values)
 
@@ -156,15 +160,11 @@ def test_rows_of_the_cache_are_views_that_write_through() -> None:
 def test_weights_and_cache_are_predicted_byte_for_byte(
     shape: ModelShape, vector: list[int], batch: int, dtype: str
 ) -> None:
-    model, cache = (
-        ServingModel(shape, vector, "cpu", DTYPES[dtype]),
-        KVCache(shape, vector, batch, 20, "cpu", DTYPES[dtype]),
-    )
+    model = ServingModel(shape, vector, "cpu", DTYPES[dtype])
+    cache = KVCache(shape, vector, batch, 20, "cpu", DTYPES[dtype])
     weights = {id(tensor): tensor.nbytes for tensor in (*model.parameters(), *model.buffers())}
-    stores = {layer.keys.untyped_storage().data_ptr(): layer.keys.untyped_storage().nbytes() for layer in cache.layers}
-    stores |= {
-        layer.values.untyped_storage().data_ptr(): layer.values.untyped_storage().nbytes() for layer in cache.layers
-    }
+    storages = [part.untyped_storage() for layer in cache.layers for part in (layer.keys, layer.values)]
+    stores = {storage.data_ptr(): storage.nbytes() for storage in storages}
     predicted = MemoryModel(shape, Workload(batch, 20, 10, dtype, "eager"), on_gpu=False).at(vector, batch)
     assert predicted.weights == sum(weights.values())
     assert predicted.kv_cache == sum(stores.values())
@@ -193,8 +193,7 @@ def test_the_workspace_is_what_prompts_and_a_step_hold_at_once(
     changes: dict[str, int], batch: int, prompt: int
 ) -> None:
     shape, vector = dataclasses.replace(SHAPE, **changes), [4, 1, 2]  # type: ignore[arg-type]
-    runner = Runner(ServingModel.of(random_decoder(shape, vector)), KVCache(shape, vector, batch, 24))
-    tokens = tokens_of(shape, batch, prompt)
+    runner, tokens = runner_of(random_decoder(shape, vector), batch, 24), tokens_of(shape, batch, prompt)
 
     def serve() -> Tensor:
         logits_BV = runner.prefill(tokens)
@@ -233,12 +232,8 @@ def test_a_memory_in_which_nothing_fits_is_one_sentence() -> None:
 @settings(max_examples=25)
 @given(groups, st.integers(1, 500), st.booleans())
 def test_the_batch_is_the_given_one_or_the_largest_that_fits(vector: list[int], batch: int, on_gpu: bool) -> None:
-    given_batch, largest = (
-        Workload(batch, 20, 10, "fp32", "eager"),
-        Workload("max", 20, 10, "fp32", "eager", 0.15),
-    )
-    assert MemoryModel(SHAPE, given_batch, on_gpu).batch(vector) == batch
-    model = MemoryModel(SHAPE, largest, on_gpu)
+    assert MemoryModel(SHAPE, Workload(batch, 20, 10, "fp32", "eager"), on_gpu).batch(vector) == batch
+    model = MemoryModel(SHAPE, Workload("max", 20, 10, "fp32", "eager", 0.15), on_gpu)
     found = model.batch(vector)
     assert model.at(vector, found).total <= 0.15 * 2**30 < model.at(vector, found + 1).total
 
@@ -246,8 +241,7 @@ def test_the_batch_is_the_given_one_or_the_largest_that_fits(vector: list[int], 
 def test_greedy_generation_takes_the_likeliest_token_each_time() -> None:
     decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 2, 5)
     seen: list[int] = []
-    runner = Runner(ServingModel.of(decoder), KVCache(SHAPE, [4, 1, 2], 2, 20))
-    new = generate(runner, tokens, 8, progress=seen.append)
+    new = generate(runner_of(decoder, 2, 20), tokens, 8, progress=seen.append)
     for _ in range(8):
         tokens = torch.cat((tokens, whole_logits(decoder, tokens)[:, -1:].argmax(-1)), dim=1)
     assert torch.equal(new, tokens[:, 5:])
@@ -255,39 +249,36 @@ def test_greedy_generation_takes_the_likeliest_token_each_time() -> None:
 
 
 def test_drawn_tokens_depend_on_the_seed_alone() -> None:
-    model, tokens = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), tokens_of(SHAPE, 2, 5)
+    decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 2, 5)
 
     def drawn(seed: int) -> list[list[int]]:
-        runner = Runner(model, KVCache(SHAPE, [4, 1, 2], 2, 20))
-        return generate(runner, tokens, 12, temperature=1000.0, seed=seed).tolist()
+        return generate(runner_of(decoder, 2, 20), tokens, 12, temperature=1000.0, seed=seed).tolist()
 
     assert drawn(1) == drawn(1)
     assert drawn(1) != drawn(2)
 
 
 def test_generation_ends_when_every_row_has_stopped() -> None:
-    model, tokens = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])), tokens_of(SHAPE, 1, 5)
-    free = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10)[0].tolist()
+    decoder, tokens = random_decoder(SHAPE, [4, 1, 2]), tokens_of(SHAPE, 1, 5)
+    free = generate(runner_of(decoder, 1, 20), tokens, 10)[0].tolist()
     stop = free[3]
-    ended = generate(Runner(model, KVCache(SHAPE, [4, 1, 2], 1, 20)), tokens, 10, stop={stop})[0].tolist()
+    ended = generate(runner_of(decoder, 1, 20), tokens, 10, stop={stop})[0].tolist()
     assert ended == free[: free.index(stop) + 1]
 
 
 def test_a_row_that_has_stopped_goes_on_until_the_last_one_has() -> None:
     shape = dataclasses.replace(SHAPE, vocab_size=5)  # so few that each is drawn soon
-    model, tokens = ServingModel.of(random_decoder(shape, [4, 1, 2])), tokens_of(shape, 3, 2)
+    decoder, tokens = random_decoder(shape, [4, 1, 2]), tokens_of(shape, 3, 2)
 
-    def drawn(stop: int | None, seen: list[int]) -> list[list[int]]:
-        runner = Runner(model, KVCache(shape, [4, 1, 2], 3, 24))
-        return generate(
-            runner, tokens, 22, temperature=20.0, stop=() if stop is None else {stop}, progress=seen.append
-        ).tolist()
+    def drawn(seen: list[int], *stop: int) -> list[list[int]]:
+        runner = runner_of(decoder, 3, 24)
+        return generate(runner, tokens, 22, temperature=20.0, stop=stop, progress=seen.append).tolist()
 
-    free, ends = drawn(None, []), []
+    free, ends = drawn([]), []
     for stop in range(5):
         ends.append([row.index(stop) + 1 if stop in row else 99 for row in free])
         seen: list[int] = []
-        assert drawn(stop, seen) == [row[: max(ends[-1])] for row in free]
+        assert drawn(seen, stop) == [row[: max(ends[-1])] for row in free]
         assert seen == list(range(1, min(22, max(ends[-1])) + 1))
     assert any(min(end) < max(end) < 22 for end in ends)  # or nothing was seen here
 
@@ -296,8 +287,7 @@ def test_a_row_that_has_stopped_goes_on_until_the_last_one_has() -> None:
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature(temperature: float) -> None:
     rows, shape = 4000, dataclasses.replace(SHAPE, vocab_size=5)
     decoder, tokens = random_decoder(shape, [4, 1, 2]), torch.full((rows, 1), 3)
-    runner = Runner(ServingModel.of(decoder), KVCache(shape, [4, 1, 2], rows, 2))
-    shares = generate(runner, tokens, 1, temperature)[:, 0].bincount(minlength=5) / rows
+    shares = generate(runner_of(decoder, rows, 2), tokens, 1, temperature)[:, 0].bincount(minlength=5) / rows
     logits = whole_logits(decoder, tokens[:1])[0, -1]
     assert (logits.softmax(-1) - (logits / 4).softmax(-1)).abs().max() > 0.1
     torch.testing.assert_close(shares, (logits / temperature).softmax(-1), atol=5 * 0.5 / rows**0.5, rtol=0)
@@ -417,7 +407,7 @@ def test_only_large_steps_in_a_graph_are_padded(batch: int, runtime: str, rows: 
 @needs_triton
 @pytest.mark.parametrize("fastest", [144, 160])
 def test_a_step_computes_as_many_rows_as_are_fastest(fastest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers = list(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers())
+    layers = ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).layers
     seen: list[int] = []
     linear_layer = split_k_linear
 
@@ -448,7 +438,7 @@ def test_a_step_is_not_padded_unless_that_is_faster(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("nas.serving.runtime.milliseconds", lambda _: next(times))
     monkeypatch.setattr("nas.serving.runtime.captured", lambda call, _: call)
     monkeypatch.setattr("torch.cuda.graph_pool_handle", lambda: None)
-    assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).serving_layers(), 144, "graph") == 144
+    assert fastest_rows(ServingModel.of(random_decoder(SHAPE, [4, 1, 2])).layers, 144, "graph") == 144
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -458,7 +448,7 @@ def test_what_is_timed_lies_in_memory_as_what_serves(tied: bool) -> None:
     points = [Point("decode", "layer", (2,), 3, 16)]
     pool = LayerPool(space, "fp32", "eager", torch.device("cpu"), points, 2**30)
     model = ServingModel(shape, (4, 2, 2), "cpu", torch.float32)
-    served = next(model.serving_layers())
+    served = model.layers[0]
     for name, parameter in pool._layers[0][4].named_parameters():
         assert parameter.stride() == served.get_parameter(name).stride(), name
     _, norm, head = pool._embeddings_and_heads[0]
@@ -555,9 +545,9 @@ def test_kernels_with_programmatic_dependent_launch_read_nothing_that_is_not_the
 def test_finding_the_fastest_rows_leaves_no_memory_behind() -> None:
     model = ServingModel(dataclasses.replace(WHOLE_TILES, hidden_size=2048), [1, 2, 4], "cuda", torch.bfloat16)
     randomise(model, torch.Generator("cuda").manual_seed(0))
-    assert fastest_rows(model.serving_layers(), 130, "graph") in padded_batches(130, "graph")  # opens the libraries
+    assert fastest_rows(model.layers, 130, "graph") in padded_batches(130, "graph")  # opens the libraries
     before = torch.cuda.memory_reserved()
-    assert fastest_rows(model.serving_layers(), 130, "graph") in padded_batches(130, "graph")
+    assert fastest_rows(model.layers, 130, "graph") in padded_batches(130, "graph")
     assert torch.cuda.memory_reserved() == before
 
 
@@ -584,15 +574,25 @@ def indifferent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_to(tmp_path_factory.mktemp("indifferent"), decoder)
 
 
-def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkpoint: Path) -> None:
-    texts = []
-    for name in ("one", "two"):
-        result = nas(
-            "generate", f"checkpoint={checkpoint}", "prompt=the cat", "new_tokens=6", "batch=2", f"name={name}"
-        )
+@pytest.fixture
+def continued(nas: Nas, tmp_path: Path) -> Continued:
+    """Runs the command; the text that it writes, and what it prints."""
+
+    def run(checkpoint: Path, prompt: str, *arguments: str) -> tuple[str, str]:
+        name = f"run-{len(list(tmp_path.glob('runs/generate/*')))}"
+        result = nas("generate", f"checkpoint={checkpoint}", f"prompt={prompt}", *arguments, f"name={name}")
         assert result.code == 0, result.err
-        texts.append((tmp_path / "runs/generate" / name / "generated.txt").read_text())
-        assert texts[-1].split("\n\n")[0] in result.out
+        return (tmp_path / "runs/generate" / name / "generated.txt").read_bytes().decode(), result.out
+
+    return run
+
+
+def test_a_prompt_is_continued_and_written_down(continued: Continued, checkpoint: Path) -> None:
+    texts = []
+    for _ in range(2):
+        text, printed = continued(checkpoint, "the cat", "new_tokens=6", "batch=2")
+        texts.append(text)
+        assert text.split("\n\n")[0] in printed
     assert texts[0] == texts[1]
     first, second = texts[0].rstrip("\n").split("\n\n")
     assert first == second  # greedy
@@ -600,7 +600,7 @@ def test_a_prompt_is_continued_and_written_down(nas: Nas, tmp_path: Path, checkp
     assert len(first) > len("the cat")
 
 
-def test_the_space_before_the_first_new_word_is_kept(nas: Nas, tmp_path: Path) -> None:
+def test_the_space_before_the_first_new_word_is_kept(continued: Continued, tmp_path: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({"<unk>": 0, "▁the": 1, "▁cat": 2, "▁sat": 3}, unk_token="<unk>"))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     tokenizer.save(str(tmp_path / "words.json"))
@@ -608,21 +608,17 @@ def test_the_space_before_the_first_new_word_is_kept(nas: Nas, tmp_path: Path) -
     HfExporter().write(decoder, tmp_path / "words.json", tmp_path / "model", {})
     with torch.no_grad():
         next_word = int(decoder(torch.tensor([[1, 2]]))[0, -1].argmax())
-    result = nas("generate", "checkpoint=model", "prompt=the cat", "new_tokens=1", "dtype=fp32", "name=words")
-    assert result.code == 0, result.err
     word = {0: "<unk>", 1: " the", 2: " cat", 3: " sat"}[next_word]
-    assert (tmp_path / "runs/generate/words/generated.txt").read_text() == f"the cat{word}\n"
+    assert continued(tmp_path / "model", "the cat", "new_tokens=1", "dtype=fp32")[0] == f"the cat{word}\n"
 
 
 @pytest.mark.parametrize("prompt", ["def f(x, ${y}", '[a]: it\'s "é", \\\n', "null"])
-def test_a_prompt_needs_no_quotes_of_hydra(nas: Nas, tmp_path: Path, checkpoint: Path, prompt: str) -> None:
-    result = nas("generate", f"checkpoint={checkpoint}", f"prompt={prompt}", "new_tokens=2", "name=typed")
-    assert result.code == 0, result.err
-    assert (tmp_path / "runs/generate/typed/generated.txt").read_text().startswith(prompt)
+def test_a_prompt_needs_no_quotes_of_hydra(continued: Continued, checkpoint: Path, prompt: str) -> None:
+    assert continued(checkpoint, prompt, "new_tokens=2")[0].startswith(prompt)
 
 
 def test_the_command_writes_what_the_plain_decoder_finds_likeliest_up_to_its_context(
-    nas: Nas, tmp_path: Path, checkpoint: Path
+    continued: Continued, checkpoint: Path
 ) -> None:
     tokenizer, decoder = load_tokenizer(str(checkpoint)), HfExporter().read(checkpoint).eval()
     prompt = tokenizer.encode("the cat").ids
@@ -631,16 +627,13 @@ def test_the_command_writes_what_the_plain_decoder_finds_likeliest_up_to_its_con
         tokens = torch.cat((tokens, whole_logits(decoder, tokens)[:, -1:].argmax(-1)), dim=1)
     new = tokens[0, len(prompt) :].tolist()
     assert end_of_text_id(tokenizer) not in new
-    asked = (f"checkpoint={checkpoint}", "prompt=the cat", f"new_tokens={24 - len(prompt)}", "dtype=fp32", "name=full")
-    result = nas("generate", *asked)
-    assert result.code == 0, result.err
-    text = (tmp_path / "runs/generate/full/generated.txt").read_bytes().decode()
+    text, printed = continued(checkpoint, "the cat", f"new_tokens={24 - len(prompt)}", "dtype=fp32")
     assert text == "the cat" + tokenizer.decode(new) + "\n"
-    assert text in result.out
+    assert text in printed
 
 
 def test_each_continuation_is_drawn_by_the_seed_and_ends_at_its_own_end_of_text(
-    nas: Nas, tmp_path: Path, indifferent: Path
+    continued: Continued, indifferent: Path
 ) -> None:
     tokenizer, model = load_tokenizer(str(indifferent)), HfExporter().read(indifferent)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -655,19 +648,16 @@ def test_each_continuation_is_drawn_by_the_seed_and_ends_at_its_own_end_of_text(
         assert {len(row) for row in kept} != {16}  # some end early, and not all
         assert 16 in {len(row) for row in kept}
         expected = "\n\n".join("the cat" + tokenizer.decode(row) for row in kept) + "\n"
-        asked = ("prompt=the cat", "new_tokens=16", "batch=40", "temperature=0.5", "dtype=fp32", "runtime=eager")
-        result = nas("generate", f"checkpoint={indifferent}", *asked, f"seed={seed}", f"name=drawn-{seed}")
-        assert result.code == 0, result.err
-        texts.append((tmp_path / f"runs/generate/drawn-{seed}/generated.txt").read_bytes().decode())
+        asked = ("new_tokens=16", "batch=40", "temperature=0.5", "dtype=fp32", "runtime=eager", f"seed={seed}")
+        texts.append(continued(indifferent, "the cat", *asked)[0])
         assert texts[-1] == expected
     assert texts[0] != texts[1]
 
 
-def test_generation_by_the_command_ends_at_the_end_of_the_text(nas: Nas, tmp_path: Path, indifferent: Path) -> None:
-    result = nas("generate", f"checkpoint={indifferent}", "prompt=the cat", "new_tokens=16", "name=ended")
-    assert result.code == 0, result.err
-    assert (tmp_path / "runs/generate/ended/generated.txt").read_text() == "the cat\n"
-    assert "(0 tokens in " in result.out
+def test_generation_by_the_command_ends_at_the_end_of_the_text(continued: Continued, indifferent: Path) -> None:
+    text, printed = continued(indifferent, "the cat", "new_tokens=16")
+    assert text == "the cat\n"
+    assert "(0 tokens in " in printed
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import random
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
@@ -19,7 +19,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
 
 from nas.config import MeasureConfig
 from nas.errors import UserError
@@ -34,9 +33,9 @@ from nas.latency.table import COLUMNS, TableLatency
 from nas.latency.timing import SAMPLE_COLUMNS, Samples, Segment, spread, time_points
 from nas.model.decoder import Decoder
 from nas.run import FinishedRun
-from nas.serving import ServingLayer, ServingModel
+from nas.serving import ServingModel
 from nas.serving.cache import layer_caches
-from nas.space import SearchSpace
+from nas.space import SearchSpace, Vector
 from nas.stages.measure import _write
 from tests.conftest import Nas
 
@@ -47,6 +46,9 @@ SENTINEL = POINTS[0]
 STEADY = {point: 20.0 + index for index, point in enumerate(POINTS)}  # milliseconds of each on a healthy machine
 CONFIG = MeasureConfig(rounds=4, segment=4)
 SPACE = "measure.batches=[1]", "measure.contexts=[8]", "workload.batch=2", "workload.context=16", "workload.prompt=4"
+GRID, WORKLOAD = Grid((1, 2), (8, 16), (2, 4)), Workload(2, 16, 4, "fp32", "eager")
+META: dict[str, Any] = {"device": {"name": "", "slug": ""}, "shape": {}, "workload": {}, "check": []}
+META |= dict.fromkeys(("dtype", "runtime", "date"), "")
 
 
 class Machine:
@@ -56,6 +58,7 @@ class Machine:
         factor: By how much a call is slower than it should be, given the point and the time.
         lost: Points that do not fit into its memory.
         dies_after: After so many calls it raises KeyboardInterrupt.
+        divisor: By which the time of a call is to be divided.
     """
 
     def __init__(
@@ -63,9 +66,10 @@ class Machine:
         factor: Callable[[Point, float], float] = lambda *_: 1.0,
         lost: tuple[Point, ...] = (),
         dies_after: float = math.inf,
+        divisor: int = 1,
     ) -> None:
         self.now, self.prepared, self.calls, self.slow = 0.0, Counter[Point](), Counter[Point](), Counter[Point]()
-        self._factor, self._lost, self._dies_after = factor, lost, dies_after
+        self._factor, self._lost, self._dies_after, self._divisor = factor, lost, dies_after, divisor
 
     def prepare(self, point: Point) -> tuple[Callable[[], None], int]:
         self.prepared[point] += 1
@@ -80,7 +84,7 @@ class Machine:
             self.slow[point] += factor > 1
             self.now += factor * STEADY[point] / 1e3
 
-        return call, 1
+        return call, self._divisor
 
     @contextmanager
     def clocks(self) -> Iterator[None]:
@@ -107,11 +111,7 @@ class Machine:
             yield
 
     def time(
-        self,
-        samples: Samples,
-        config: MeasureConfig = CONFIG,
-        points: list[Point] = POINTS,
-        on_gpu: bool = True,
+        self, samples: Samples, config: MeasureConfig = CONFIG, points: Sequence[Point] = POINTS, on_gpu: bool = True
     ) -> Samples:
         with self.clocks():
             time_points(points, SENTINEL, self.prepare, config, on_gpu, samples)
@@ -233,15 +233,8 @@ def test_a_heavy_load_ends_before_the_power_limit_is_felt(
 def test_a_sample_is_of_as_many_calls_as_take_a_while_and_divided_as_the_point_says(
     on_gpu: bool, sample_ms: int
 ) -> None:
-    machine = Machine(lambda *_: 0.05)  # calls of 1 ms
-
-    def prepare(point: Point) -> tuple[Callable[[], None], int]:
-        return machine.prepare(point)[0], 3
-
-    samples = Samples()
-    with machine.clocks():
-        time_points([SENTINEL], SENTINEL, prepare, CONFIG, on_gpu, samples)
-    times = samples.by_point()[SENTINEL]
+    machine = Machine(lambda *_: 0.05, divisor=3)  # calls of 1 ms
+    times = machine.time(Samples(), points=[SENTINEL], on_gpu=on_gpu).by_point()[SENTINEL]
     assert times == pytest.approx([20 * 0.05 / 3] * (CONFIG.rounds if on_gpu else 3))
     if on_gpu:  # three single calls to begin with, and each after one that does not count
         assert (machine.calls[SENTINEL] - 6) % (sample_ms + 1) == 0
@@ -283,16 +276,13 @@ def test_on_a_cpu_a_point_is_done_when_its_two_quickest_samples_agree_or_its_rou
 def test_on_a_cpu_everything_runs_on_one_thread_and_the_others_come_back() -> None:
     before, seen = torch.get_num_threads(), set[int]()
 
-    def call() -> None:
+    def factor(*_: object) -> float:
         seen.add(torch.get_num_threads())
-        sum(range(100_000))
-
-    def prepare(_: Point) -> tuple[Callable[[], None], int]:
-        return call, 1
+        return 1.0
 
     torch.set_num_threads(2)
     try:
-        time_points([SENTINEL], SENTINEL, prepare, CONFIG, False, Samples())
+        Machine(factor).time(Samples(), points=[SENTINEL], on_gpu=False)
         assert (seen, torch.get_num_threads()) == ({1}, 2)
     finally:
         torch.set_num_threads(before)
@@ -359,56 +349,33 @@ def test_what_does_not_fit_into_memory_is_said_so_and_not_tried_again(tmp_path: 
 
 
 def test_a_sentinel_that_does_not_fit_any_more_ends_the_measurement_and_keeps_the_samples(tmp_path: Path) -> None:
-    machine = Machine()
-
-    def prepare(point: Point) -> tuple[Callable[[], None], int]:
-        call, divisor = machine.prepare(point)
-
-        def shrinking() -> None:
-            if point == SENTINEL and machine.now > 3.0:
-                raise torch.OutOfMemoryError("another process took it")
-            call()
-
-        return shrinking, divisor
+    def shrinking(point: Point, now: float) -> float:
+        if point == SENTINEL and now > 3.0:
+            raise torch.OutOfMemoryError("another process took it")
+        return 1.0
 
     samples = Samples.at(tmp_path / "samples.csv")
-    with machine.clocks(), pytest.raises(UserError, match=f"not even {SENTINEL.batch} rows"):
-        time_points(POINTS, SENTINEL, prepare, CONFIG, True, samples)
+    with pytest.raises(UserError, match=f"not even {SENTINEL.batch} rows"):
+        Machine(shrinking).time(samples)
     kept = Samples.at(tmp_path / "samples.csv")
     assert kept.segments == samples.segments != []
     assert all(math.isfinite(drift) for drift in kept.drifts())
 
 
 def test_memory_that_ends_within_the_first_call_counts_too() -> None:
-    def prepare(point: Point) -> tuple[Callable[[], None], int]:
-        def call() -> None:
-            if point == POINTS[4]:
-                raise torch.OutOfMemoryError("activations")
-            machine.now += 0.02
+    def factor(point: Point, _: float) -> float:
+        if point == POINTS[4]:
+            raise torch.OutOfMemoryError("activations")
+        return 1.0
 
-        return call, 1
-
-    machine, samples = Machine(), Samples()
-    with machine.clocks():
-        time_points(POINTS, SENTINEL, prepare, CONFIG, True, samples)
+    samples = Machine(factor).time(Samples())
     assert samples.by_point()[POINTS[4]] == [math.inf]
     assert sum(map(len, samples.by_point().values())) == CONFIG.rounds * (len(POINTS) - 1) + 1
 
 
-class NeverEndsError(Exception):
-    """Raised where a loop would go on for ever."""
-
-
 def test_a_sentinel_that_does_not_fit_into_memory_is_said() -> None:
-    machine = Machine(lost=(SENTINEL,))
-
-    def prepare(point: Point) -> tuple[Callable[[], None], int]:
-        if machine.calls.total() > 100 * len(POINTS):
-            raise NeverEndsError
-        return machine.prepare(point)
-
-    with machine.clocks(), pytest.raises(UserError, match=r"fit into memory; lower workload\.context"):
-        time_points(POINTS, SENTINEL, prepare, CONFIG, True, Samples())
+    with pytest.raises(UserError, match=r"fit into memory; lower workload\.context"):
+        Machine(lost=(SENTINEL,), dies_after=100 * len(POINTS)).time(Samples())
 
 
 def test_a_point_that_scatters_gets_more_samples_than_a_steady_one_but_no_more_than_twice_as_many() -> None:
@@ -508,14 +475,7 @@ def test_corrupt_samples_are_one_sentence(tmp_path: Path, damage: Callable[[str]
 
 
 def pool_of(space: SearchSpace, points: list[Point], memory_bytes: int = 2**30) -> LayerPool:
-    """A pool with weights so large that every part of a model shows in its logits."""
-    pool = LayerPool(space, "fp32", "eager", CPU, points, memory_bytes)
-    generator = torch.Generator().manual_seed(1)
-    modules: list[nn.Module] = [layer for position in pool._layers for layer in position.values()]
-    for module in [*modules, *(part for ends in pool._embeddings_and_heads for part in ends)]:
-        for parameter in module.parameters():
-            parameter.data.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
-    return pool
+    return LayerPool(space, "fp32", "eager", CPU, points, memory_bytes)
 
 
 def run_point(pool: LayerPool, point: Point) -> Any:
@@ -523,37 +483,26 @@ def run_point(pool: LayerPool, point: Point) -> Any:
         return pool.prepare(point)[0]()
 
 
-def plain(layer: ServingLayer, index: int) -> dict[str, Tensor]:
-    """A serving layer's weights by the names of a plain decoder's."""
-    heads, kv = layer.heads * layer.head_dim, layer.groups * layer.head_dim
-    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    parts = dict(zip(names, layer.qkv_proj.weight.split([heads, kv, kv]), strict=True))
-    parts |= dict(zip(("mlp.gate_proj", "mlp.up_proj"), layer.gate_up_proj.weight.chunk(2), strict=True))
-    parts |= {"self_attn.o_proj": layer.o_proj.weight, "mlp.down_proj": layer.down_proj.weight}
-    parts |= {"input_layernorm": layer.input_layernorm.weight}
-    parts |= {"post_attention_layernorm": layer.post_attention_layernorm.weight}
-    return {f"model.layers.{index}.{name}.weight": value for name, value in parts.items()}
-
-
-def put_together(pool: LayerPool, space: SearchSpace, vector: tuple[int, ...]) -> Decoder:
-    decoder = Decoder(dataclasses.replace(space.shape, tie_word_embeddings=False), vector).requires_grad_(False)
-    embedding, norm, head = pool._embeddings_and_heads[0]
-    state = {"model.embed_tokens.weight": embedding.weight, "model.norm.weight": norm.weight}
-    state["lm_head.weight"] = head.weight
-    for index, groups in enumerate(vector):
-        state |= plain(pool._layers[index][groups], index)
-    decoder.load_state_dict(state)
-    return decoder
+@torch.no_grad()
+def random_decoder(space: SearchSpace, vector: Vector, pool: LayerPool) -> Decoder:
+    """A model whose weights the pool's layers of a vector have, too; so large that every part shows in the logits."""
+    decoder, generator = Decoder(space.shape, vector), torch.Generator().manual_seed(1)
+    for parameter in decoder.parameters():
+        parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
+    for position, groups, layer in zip(pool._layers, vector, decoder.model.layers, strict=True):
+        position[groups].load(layer)  # type: ignore[arg-type]
+    parts = (decoder.model.embed_tokens, decoder.model.norm, decoder.lm_head)
+    for own, part in zip(pool._embeddings_and_heads[0], parts, strict=True):
+        own.get_parameter("weight").copy_(part.get_parameter("weight"))
+    return decoder.requires_grad_(False)
 
 
 @pytest.mark.parametrize("vector", [(4, 1, 2), (1, 1, 1), (2, 4, 4)])
-def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
-    micro: SearchSpace, vector: tuple[int, ...]
-) -> None:
+def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(micro: SearchSpace, vector: Vector) -> None:
     prefill, decode = (Point(phase, "whole", vector, 4, 8) for phase in ("prefill", "decode"))
     bigger = Point("decode", "layer", (4,), 5, 16)
     pool = pool_of(micro, [prefill, decode, bigger])
-    decoder = put_together(pool, micro, vector)
+    decoder = random_decoder(micro, vector, pool)
     tokens = pool._tokens[:32].view(4, 8)
     prompts = run_point(pool, prefill)
     torch.testing.assert_close(prompts, decoder(tokens)[:, -1], atol=1e-3, rtol=1e-4)
@@ -568,8 +517,8 @@ def test_a_whole_model_of_the_pool_is_one_put_together_from_its_weights(
     caches = layer_caches(pool._keys, pool._values, micro.shape, vector, 4, 8)
     served = ServingModel.of(decoder)
     torch.testing.assert_close(served(pool._tokens[:4, None], caches, 7), step, atol=1e-3, rtol=1e-4)
-    other = put_together(pool, micro, (vector[0], vector[1], 1 if vector[2] > 1 else 4))
-    assert (other(in_full)[:, -1] - expected).abs().max() > 0.01
+    other = Point("prefill", "whole", (vector[0], vector[1], 1 if vector[2] > 1 else 4), 4, 8)
+    assert (run_point(pool, other) - prompts).abs().max() > 0.01
 
 
 def test_a_layer_is_timed_over_all_positions_and_divided_by_the_depth(micro: SearchSpace) -> None:
@@ -581,22 +530,20 @@ def test_a_layer_is_timed_over_all_positions_and_divided_by_the_depth(micro: Sea
     for index, position in enumerate(pool._layers):
         for groups, layer in position.items():
             layer.register_forward_hook(lambda *_, at=(index, groups): ran.append(at))
-    for point in points:
+
+    def run(point: Point) -> tuple[Any, int]:
         with torch.inference_mode():
             call, divisor = pool.prepare(point)
             ran.clear()
-            call()
-        assert divisor == micro.shape.num_hidden_layers == 3
+            return call(), divisor
+
+    for point in points:
+        assert run(point)[1] == micro.shape.num_hidden_layers == 3
         assert ran == [(0, 2), (1, 2), (2, 2)]
-    with torch.inference_mode():
-        call, divisor = pool.prepare(whole)
-        ran.clear()
-        call()
-    assert (divisor, ran) == (1, [(0, 4), (1, 1), (2, 2)])
+    assert run(whole)[1] == 1
+    assert ran == [(0, 4), (1, 1), (2, 2)]
     for point in ends:
-        with torch.inference_mode():
-            call, divisor = pool.prepare(point)
-            outputs: list[Tensor] = call()
+        outputs, divisor = run(point)
         assert len(outputs) == divisor == len(pool._embeddings_and_heads) > 1
         expected = (2, 8, 32) if point.part == "embedding" else (2, 320)
         assert {tuple(output.shape) for output in outputs} == {expected}
@@ -624,16 +571,16 @@ def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_no
     few = Point("decode", "whole", (1, 1, 2), 16, 32)  # as large as the small layer's where it is largest
     points = [large, small, mixed, few]
     layers = 3 * (32 * 32 + 3 * 32 * 256 + 2 * 32 + sum(32 * (32 + 2 * 8 * groups) for groups in (1, 2, 4)))
-    ends = len(LayerPool(micro, "fp32", "eager", CPU, points, 0)._embeddings_and_heads) * (2 * 320 * 32 + 32)
+    ends = len(pool_of(micro, points, 0)._embeddings_and_heads) * (2 * 320 * 32 + 32)
     held = 4 * (layers + ends)
     cache = 2 * 3 * 8 * 4 * 32 * 8 * 4  # keys and values, layers, batch, groups, length, head width, bytes
-    enough = LayerPool(micro, "fp32", "eager", CPU, points, held + cache)
+    enough = pool_of(micro, points, held + cache)
     for point in (small, few):
         run_point(enough, point)
     for point in (large, mixed):
         with pytest.raises(torch.OutOfMemoryError):
             run_point(enough, point)
-    short = LayerPool(micro, "fp32", "eager", CPU, points, held + cache - 1)
+    short = pool_of(micro, points, held + cache - 1)
     with pytest.raises(torch.OutOfMemoryError):
         run_point(short, small)
     monkeypatch.setattr("nas.latency.pool._FEWEST_LAYERS", 2)
@@ -644,15 +591,13 @@ def test_a_cache_larger_than_the_memory_is_out_of_memory_and_a_smaller_one_is_no
 
 
 def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: SearchSpace, tmp_path: Path) -> None:
-    workload = Workload(2, 16, 4, "fp32", "eager")
-    grid = Grid((1, 2), (8, 16), (2, 4))
     config = MeasureConfig(rounds=2)
     shapes: list[tuple[Any, int, int]] = [("decode", 2, 16), ("prefill", 2, 4), ("decode", 1, 12)]
-    found = measure(micro, grid, shapes, workload, config, 2, this_device(), tmp_path / "samples.csv")
+    found = measure(micro, GRID, shapes, WORKLOAD, config, 2, this_device(), tmp_path / "samples.csv")
     assert found.energy is None
     assert list(found.table.columns) == COLUMNS
     timed = {(row.phase, row.part, row.groups, row.batch, row.length) for row in found.table.itertuples()}
-    expected = {(p.phase, p.part, sum(p.groups), p.batch, p.length) for p in grid.points(micro)}
+    expected = {(p.phase, p.part, sum(p.groups), p.batch, p.length) for p in GRID.points(micro)}
     assert timed == expected
     assert len(found.table) == len(expected)
     assert (found.table["median_ms"] > 0).all()
@@ -664,7 +609,7 @@ def test_a_measurement_on_this_machine_covers_the_grid_and_whole_models(micro: S
     }
     assert found.metadata == {"clock": "CPU time of one thread"}
     kept = Samples.at(tmp_path / "samples.csv")
-    assert set(kept.by_point()) == {*grid.points(micro), *found.end_to_end_ms}
+    assert set(kept.by_point()) == {*GRID.points(micro), *found.end_to_end_ms}
 
 
 def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(
@@ -676,8 +621,7 @@ def test_a_table_tells_how_much_longer_the_steps_of_the_energy_measurement_took(
     ]
     energy = pd.DataFrame([(2, 2, 16, 100.0, 0.5, 5.0, 1000, "energy counter")], columns=ENERGY_COLUMNS)
     found = Measured(pd.DataFrame(rows, columns=COLUMNS), {}, energy, {"drift": {}})
-    meta = {"device": {"name": "", "slug": ""}, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": ""}
-    _write(tmp_path, found, meta | {"check": []}, micro)
+    _write(tmp_path, found, META | {}, micro)
     ratio = round(5000 / 1000 / (3 * 1.0 + 2 * 0.5), 4)
     assert TableLatency(tmp_path).meta["lasting_load"] == [{"groups": 2, "batch": 2, "length": 16, "ratio": ratio}]
 
@@ -691,9 +635,8 @@ def test_a_measurement_says_what_did_not_fit(
         return (lambda: sum(range(20_000))), 1
 
     monkeypatch.setattr(LayerPool, "prepare", prepare)
-    grid, workload = Grid((1, 2), (8, 16), (2, 4)), Workload(2, 16, 4, "fp32", "eager")
     shapes: list[tuple[Any, int, int]] = [("decode", 2, 16), ("decode", 1, 12)]
-    found = measure(micro, grid, shapes, workload, MeasureConfig(rounds=1), 2, this_device(), tmp_path / "samples.csv")
+    found = measure(micro, GRID, shapes, WORKLOAD, MeasureConfig(rounds=1), 2, this_device(), tmp_path / "samples.csv")
     lost = found.table[found.table["status"] == "out_of_memory"]
     assert [tuple(row) for row in lost[["phase", "part", "groups", "batch", "length"]].to_numpy()] == [
         ("decode", "layer", groups, 2, 16) for groups in (1, 2, 4)
@@ -701,9 +644,7 @@ def test_a_measurement_says_what_did_not_fit(
     assert lost["median_ms"].isna().all()
     assert {point.length for point in found.end_to_end_ms} == {12}
     found.table.to_csv(tmp_path / "table.csv", index=False)
-    device = {"name": "", "slug": ""}
-    meta = {"device": device, "shape": {}, "dtype": "", "runtime": "", "workload": {}, "date": "", "check": []}
-    (tmp_path / "latency.json").write_text(json.dumps(meta))
+    (tmp_path / "latency.json").write_text(json.dumps(META))
     table = TableLatency(tmp_path)
     assert table.layer_ms("decode", 1, 2, 8) > 0
     with pytest.raises(UserError, match="less where memory ended"):
@@ -739,7 +680,7 @@ def test_measuring_writes_all_that_belongs_together_and_publishes_it(
     ]
     at = {(summary["phase"], summary["batch"], summary["length"]) for summary in meta["check"]}
     assert {("decode", 2, 16), ("prefill", 2, 4)} < at
-    assert meta["workload"] == Workload(2, 16, 4, "fp32", "eager").to_dict()
+    assert meta["workload"] == WORKLOAD.to_dict()
     assert "CPU time of one thread, good for ratios between vectors" in TableLatency(run).description
     for summary in meta["check"]:
         where = f"{summary['phase']} at batch {summary['batch']} and {summary['length']} tokens: mean error"

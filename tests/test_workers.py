@@ -18,7 +18,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -39,6 +39,7 @@ from tests.helpers import PROCESSES
 from tests.search_problem import SAMPLERS, TWO, additive_loss, problem, work
 
 HEARTBEAT_S = 0.3  # a worker counts as dead after 1.8 s
+Loss = Callable[[Vector], float]
 
 
 @pytest.fixture(autouse=True)
@@ -101,19 +102,9 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
     return found
 
 
-def start(
-    storage: Storage,
-    budget: int,
-    folder: Path,
-    name: str,
-    sampler: str = "random",
-    running: Literal["fail", "wait", "ignore"] = "ignore",
-    pause_s: float = 0.0,
-    dies_at: int | None = None,
-) -> ForkServerProcess:
+def start(storage: Storage, budget: int, folder: Path, name: str, **options: Any) -> ForkServerProcess:
     """Starts a worker in a process of its own."""
-    arguments = (storage, budget, folder, name, sampler, running, pause_s, dies_at)
-    process = PROCESSES.Process(target=work, args=arguments)
+    process = PROCESSES.Process(target=work, args=(storage, budget, folder, name), kwargs=options)
     process.start()
     return process
 
@@ -131,6 +122,26 @@ def evaluated(folder: Path, name: str) -> list[str]:
     return log.read_text().splitlines() if log.exists() else []
 
 
+def begun(folder: Path, name: str) -> None:
+    """Waits until a worker has begun its first evaluation."""
+    while not evaluated(folder, name):
+        time.sleep(0.01)
+
+
+def agreed(folder: Path, *names: str) -> list[str]:
+    """The vectors, each once, of the result that some workers agree on."""
+    assert len({(folder / f"{name}.csv").read_bytes() for name in names}) == 1
+    vectors = pd.read_csv(folder / f"{names[0]}.csv")["vector"]
+    assert vectors.is_unique
+    return list(vectors)
+
+
+def join(storage: Storage, budget: int, loss: Loss = additive_loss, **options: Any) -> pd.DataFrame:
+    """A worker in this process."""
+    asked = problem(load_space("tiny")), loss, SAMPLERS["random"], Budget(budget), 0
+    return search(*asked, storage, running="ignore", **options)
+
+
 def study_of(storage: Storage) -> optuna.Study:
     """The study as the workers see it."""
     return storage.open(TWO, optuna.samplers.RandomSampler(), {})
@@ -144,9 +155,8 @@ def running(storage: Storage) -> list[FrozenTrial]:
 def test_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp_path: Path) -> None:
     patient = replace(postgresql, heartbeat_s=10.0)  # a busy machine can hold a worker up for longer than two seconds
     assert end(*(start(patient, 15, tmp_path, name, pause_s=0.02) for name in "abc")) == [0] * 3
-    assert len({(tmp_path / f"{name}.csv").read_bytes() for name in "abc"}) == 1
-    vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
-    assert len(vectors) == len(set(vectors)) == 15
+    vectors = agreed(tmp_path, *"abc")
+    assert len(vectors) == 15
     shares = [evaluated(tmp_path, name) for name in "abc"]
     assert all(shares)
     assert set(itertools.chain(*shares)) == set(vectors)
@@ -155,16 +165,12 @@ def test_workers_share_a_budget_and_agree_on_the_result(postgresql: Storage, tmp
 
 def test_another_worker_evaluates_what_a_killed_one_was_at(storage: Storage, tmp_path: Path) -> None:
     doomed = start(storage, 12, tmp_path, "doomed", pause_s=60)
-    while not evaluated(tmp_path, "doomed"):
-        time.sleep(0.01)
+    begun(tmp_path, "doomed")
     others = [start(storage, 12, tmp_path, name) for name in "ab"]
-    while not evaluated(tmp_path, "a"):
-        time.sleep(0.01)
+    begun(tmp_path, "a")
     doomed.kill()
     assert end(doomed, *others) == [-signal.SIGKILL, 0, 0]
-    assert (tmp_path / "a.csv").read_bytes() == (tmp_path / "b.csv").read_bytes()
-    vectors = list(pd.read_csv(tmp_path / "a.csv")["vector"])
-    assert len(vectors) == len(set(vectors)) == 12
+    assert len(agreed(tmp_path, "a", "b")) == 12
     assert set(evaluated(tmp_path, "doomed")) < {*evaluated(tmp_path, "a"), *evaluated(tmp_path, "b")}
     assert not running(storage)
 
@@ -172,22 +178,21 @@ def test_another_worker_evaluates_what_a_killed_one_was_at(storage: Storage, tmp
 def test_a_worker_that_is_slow_is_not_taken_for_dead(tmp_path: Path) -> None:
     storage = Storage.file(tmp_path / "study.db", HEARTBEAT_S)
     slow = start(storage, 9, tmp_path, "slow", pause_s=9 * HEARTBEAT_S)
-    while not evaluated(tmp_path, "slow"):
-        time.sleep(0.01)
+    begun(tmp_path, "slow")
     assert end(start(storage, 9, tmp_path, "fast"), slow) == [0, 0]
-    assert (tmp_path / "slow.csv").read_bytes() == (tmp_path / "fast.csv").read_bytes()
-    vectors = list(pd.read_csv(tmp_path / "slow.csv")["vector"])
+    vectors = agreed(tmp_path, "slow", "fast")
     assert sorted(evaluated(tmp_path, "slow") + evaluated(tmp_path, "fast")) == sorted(vectors)
 
 
 def test_a_search_killed_many_times_equals_one_without_a_break(tmp_path: Path) -> None:
-    whole = start(Storage.file(tmp_path / "whole.db"), 12, tmp_path, "whole", "front", "fail")
+    alone: dict[str, Any] = {"sampler": "front", "running": "fail"}
+    whole = start(Storage.file(tmp_path / "whole.db"), 12, tmp_path, "whole", **alone)
     storage, moments = Storage.file(tmp_path / "killed.db"), (15, 90, 60, 41)
     for dies_at in moments:
-        assert end(start(storage, 12, tmp_path, "killed", "front", "fail", dies_at=dies_at)) == [-signal.SIGKILL]
+        assert end(start(storage, 12, tmp_path, "killed", **alone, dies_at=dies_at)) == [-signal.SIGKILL]
     assert len(evaluated(tmp_path, "killed")) > 2
-    assert end(start(storage, 12, tmp_path, "killed", "front", "fail"), whole) == [0, 0]
-    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    assert end(start(storage, 12, tmp_path, "killed", **alone), whole) == [0, 0]
+    agreed(tmp_path, "killed", "whole")
     assert len(evaluated(tmp_path, "killed")) <= 12 + len(moments)  # a kill costs one evaluation at most
     assert not running(storage)
 
@@ -196,7 +201,7 @@ def test_a_single_worker_on_a_server_is_resumed_exactly_too(postgresql: Storage,
     whole = start(Storage.file(tmp_path / "whole.db"), 9, tmp_path, "whole")
     end(start(postgresql, 9, tmp_path, "killed", running="wait", dies_at=70))
     assert end(start(postgresql, 9, tmp_path, "killed", running="wait"), whole) == [0, 0]
-    assert (tmp_path / "killed.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
+    agreed(tmp_path, "killed", "whole")
     assert len(evaluated(tmp_path, "killed")) >= 9
 
 
@@ -213,20 +218,16 @@ def test_a_study_is_made_once_though_a_kill_left_its_table_without_the_index(tmp
 def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(storage: Storage) -> None:
     others, counts = list[pd.DataFrame](), list[int]()
 
-    def join(heartbeat_s: float, loss: Callable[[Vector], float]) -> pd.DataFrame:
-        own = replace(storage, heartbeat_s=heartbeat_s)
-        return search(problem(load_space("tiny")), loss, SAMPLERS["random"], Budget(6), 0, own, running="ignore")
-
     def suspended(vector: Vector) -> float:
         if not others:
-            others.append(join(HEARTBEAT_S, watched))
+            others.append(join(storage, 6, watched))
         return additive_loss(vector)
 
     def watched(vector: Vector) -> float:
         counts.append(len(running(storage)))
         return additive_loss(vector)
 
-    result = join(1000, suspended)
+    result = join(replace(storage, heartbeat_s=1000), 6, suspended)
     pd.testing.assert_frame_equal(result, others[0])
     assert result["vector"].nunique() == 6
     assert counts[-1] == 1  # the trial of which the vector was taken over is set aside
@@ -236,10 +237,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on_and_does_no_harm(storage: Stor
 def test_a_worker_killed_before_its_first_heartbeat_is_set_aside(tmp_path: Path) -> None:
     storage = Storage.file(tmp_path / "study.db", HEARTBEAT_S)
     study_of(storage).ask()
-    trials = search(
-        problem(load_space("tiny")), additive_loss, SAMPLERS["random"], Budget(4), 0, storage, running="ignore"
-    )
-    assert trials["vector"].nunique() == 4
+    assert join(storage, 4)["vector"].nunique() == 4
     assert not running(storage)
 
 
@@ -285,18 +283,16 @@ def test_workers_that_start_at_once_all_open_the_study(storage: Storage) -> None
 
 
 def test_a_search_begun_otherwise_is_not_joined(storage: Storage) -> None:
-    def join(**metadata: str) -> None:
-        search(problem(load_space("tiny")), additive_loss, SAMPLERS["random"], Budget(4), 0, storage, metadata=metadata)
-
-    storage.check({"seed": "1"})  # nothing has begun yet
-    join(space="tiny", seed="0")
-    join(space="tiny", seed="0")
+    ours, other = {"space": "tiny", "seed": "0"}, {"space": "tiny", "seed": "1"}
+    storage.check(other)  # nothing has begun yet
+    for _ in range(2):
+        join(storage, 4, metadata=ours)
     storage.check({"seed": "0"})
-    for differs in (partial(join, space="tiny", seed="1"), partial(storage.check, {"seed": "1"})):
+    for differs in (partial(join, storage, 4, metadata=other), partial(storage.check, {"seed": "1"})):
         with pytest.raises(UserError, match=r"another seed \(0 there, 1 here\)"):
             differs()
     with pytest.raises(UserError, match="another seed"):
-        join(space="tiny")
+        join(storage, 4, metadata={"space": "tiny"})
 
 
 def test_the_file_of_a_study_may_have_any_name(tmp_path: Path) -> None:
@@ -368,7 +364,7 @@ def test_heartbeats_outlast_an_outage(tmp_path: Path, monkeypatch: pytest.Monkey
             time.sleep(0.01)
         return additive_loss(vector)
 
-    assert len(search(problem(load_space("tiny")), loss, SAMPLERS["random"], Budget(1), 0, storage)) == 1
+    assert len(join(storage, 1, loss)) == 1
 
 
 def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

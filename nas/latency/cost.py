@@ -1,8 +1,10 @@
 """What a vector costs on a device: time, memory, energy, money and emissions; `nas.quality` has its loss."""
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property
 
 from nas.config import CostConfig
 from nas.errors import UserError
@@ -79,12 +81,17 @@ class Prediction:
 
     @cached_property
     def joules_per_token(self) -> float | None:
-        """Energy of the card while it decodes."""
+        """Energy of the card while it decodes.
+
+        Each layer draws the power of its uniform model for its own time and its share of embedding and head.
+        """
         if self.energy is None:
             return None
-        layers, context = len(self.vector), self.memory.workload.context
-        share_ms = partial(self.predictor.layer_share_ms, batch=self.batch, context=context, layers=layers)
-        return self.energy.joules_per_step(self.vector, self.batch, share_ms) / self.batch
+        watts, share_ms = self.energy.watts, self.predictor.layer_share_ms
+        batch, context, layers = self.batch, self.memory.workload.context, len(self.vector)
+        counts = Counter(self.vector).items()
+        millijoules = math.fsum(n * watts(g, batch) * share_ms(g, batch, context, layers) for g, n in counts)
+        return millijoules / 1e3 / batch
 
     @property
     def money_and_emissions(self) -> dict[str, float]:

@@ -4,10 +4,8 @@ The calls are timed between two synchronisations; the power is the mean between 
 counter was seen to move, every 20 to 100 ms. Joules per call are power times seconds per call.
 """
 
-import math
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +83,7 @@ def _warm_up(call: Callable[[], object], wait: Callable[[], object], seconds: fl
 
 
 class EnergyTable:
-    """Energy of vectors, put together from the power of uniform end-to-end models in energy.csv."""
+    """The power of uniform end-to-end models, from energy.csv."""
 
     def __init__(self, path: Path) -> None:
         table = read_csv(path, ENERGY_COLUMNS, positive=ENERGY_COLUMNS[:-1]).sort_values("batch")
@@ -103,8 +101,3 @@ class EnergyTable:
         """
         rows = self._rows[groups]
         return float(np.interp(batch, rows["batch"], rows["watts"]))
-
-    def joules_per_step(self, vector: Sequence[int], batch: int, layer_share_ms: Callable[[int], float]) -> float:
-        """Energy of a decode step: each layer, with its share of embedding and head, at its uniform model's power."""
-        counts = Counter(vector).items()
-        return math.fsum(n * self.watts(groups, batch) * layer_share_ms(groups) for groups, n in counts) / 1e3

@@ -146,16 +146,16 @@ class Predictor(ABC):
 
     def decode_ms(self, vector: Sequence[int], batch: int, context: int) -> float:
         """Milliseconds of one decode step of an end-to-end model, when steps follow one another."""
-        counts = sorted(Counter(vector).items())  # in one order: equal counts per choice cost the same to the last bit
-        return math.fsum(n * self.layer_share_ms(groups, batch, context, len(vector)) for groups, n in counts)
+        counts, layers = Counter(vector).items(), len(vector)  # in any order: fsum gives the same to the last bit
+        return math.fsum(n * self.layer_share_ms(groups, batch, context, layers) for groups, n in counts)
 
     def prefill_ms(self, vector: Sequence[int], batch: int, prompt: int) -> float:
         """Milliseconds in which the prompts of a batch go through an end-to-end model, chunk by chunk."""
-        chunks = sorted(Counter(prefill_chunks(batch, prompt)).items())
+        chunks = Counter(prefill_chunks(batch, prompt)).items()
         return math.fsum(times * self.forward_ms("prefill", vector, rows, prompt) for rows, times in chunks)
 
     def forward_ms(self, phase: Phase, vector: Sequence[int], batch: int, length: int) -> float:
         """The same of one prefill chunk, or of a decode step in a short run."""
-        counts = sorted(Counter(vector).items())
+        counts = Counter(vector).items()
         layers = math.fsum(count * self.layer_ms(phase, groups, batch, length) for groups, count in counts)
         return layers + self.embedding_and_head_ms(phase, batch, length)

@@ -43,11 +43,6 @@ class FrontSampler(InformedSampler, RandomSampler):  # random before any trial i
         self._random = np.random.default_rng(seed)
         self.promised: float | None = None  # what the last proposal is expected to add to the front's hypervolume
 
-    def reseed_rng(self) -> None:
-        """Other numbers for a copy of this sampler, as Optuna wants them for each of several threads."""
-        super().reseed_rng()
-        self._random = np.random.default_rng()
-
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """The parameters of the last finished trial."""
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))

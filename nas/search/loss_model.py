@@ -64,8 +64,8 @@ class LossModel:
         self._choices, self._layers = choices, vectors_NL.shape[1]
         self._low, self._range = losses_N.min(), max(float(np.ptp(losses_N)), 1e-12)
         count = max((number for number in _RETUNE if number <= len(losses_N)), default=0)
-        known = vectors_NL[:count].tobytes(), losses_N[:count].tobytes()
-        self._learned = _most_likely(*known, count, self._layers, choices)
+        known = tuple(map(tuple, vectors_NL[:count].tolist())), tuple(losses_N[:count].tolist())
+        self._learned = _most_likely(*known, choices)
         self._evaluated = _Inputs(vectors_NL, choices)
         self._variances_P = _variances(self._learned, self._layers)
         scaled_N = (torch.from_numpy(losses_N) - self._low) / self._range
@@ -203,7 +203,7 @@ def _straightened(values: Tensor, bend: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _most_likely(vectors: bytes, losses: bytes, count: int, layers: int, choices: int) -> Hyperparameters:
+def _most_likely(vectors: tuple[tuple[int, ...], ...], losses: tuple[float, ...], choices: int) -> Hyperparameters:
     """The hyperparameters of greatest posterior, a pure function of the vectors and losses that it learns from."""
     sizes = [choices - 1, 1, 1, 1, 1, 2]
     prior = torch.tensor(list(_PRIOR.values()), dtype=torch.float64).repeat_interleave(torch.tensor(sizes), dim=0)
@@ -213,10 +213,9 @@ def _most_likely(vectors: bytes, losses: bytes, count: int, layers: int, choices
         learned = dict(zip(_PRIOR, logarithms.exp().split(sizes), strict=True))
         return learned | {"noise": learned["noise"] + _LEAST_NOISE}
 
-    if not count:
+    if not losses:
         return scales(typical)
-    inputs = _Inputs(np.frombuffer(vectors, dtype=np.intp).reshape(count, layers), choices)
-    losses_N = torch.tensor(np.frombuffer(losses))
+    inputs, losses_N = _Inputs(np.array(vectors), choices), torch.tensor(losses, dtype=torch.float64)
     losses_N = (losses_N - losses_N.min()) / (losses_N.max() - losses_N.min()).clamp(min=1e-12)
 
     def negative_log_posterior(values: Floats) -> tuple[float, Floats]:

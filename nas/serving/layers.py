@@ -10,7 +10,7 @@ which a CUDA graph can replay for any position, by Triton's kernels between the 
 Shape suffixes as in `nas.model.decoder`; N is the number of split-K partials.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -64,11 +64,10 @@ class ServingLayer(nn.Module):
         for name, width in spec.norms.items():
             self.add_module(name, RMSNorm(width, spec.rms_norm_eps))
 
-    def share(self, twin: "ServingLayer") -> "ServingLayer":
+    def share(self, twin: "ServingLayer") -> None:
         """Uses the weights of a layer with other groups, all but those of queries, keys and values."""
         self.o_proj, self.gate_up_proj, self.down_proj = twin.o_proj, twin.gate_up_proj, twin.down_proj
         self.input_layernorm, self.post_attention_layernorm = twin.input_layernorm, twin.post_attention_layernorm
-        return self
 
     @torch.no_grad()
     def load(self, layer: Layer) -> None:
@@ -156,6 +155,7 @@ class ServingModel(nn.Module):
     Its weights are of one dtype and undefined at first; the rotary table is fp32.
     """
 
+    layers: Sequence[ServingLayer]
     rope_cos: Tensor
     rope_sin: Tensor
 
@@ -170,7 +170,7 @@ class ServingModel(nn.Module):
         self.shape = shape
         with torch.device("meta"):
             self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-            self.layers = nn.ModuleList(ServingLayer(spec) for spec in shape.layers(vector))
+            self.layers = nn.ModuleList(map(ServingLayer, shape.layers(vector)))  # type: ignore[assignment]
             self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
             self.lm_head = InputMajorLinear(shape.hidden_size, shape.vocab_size, bias=False)
         self.to(dtype).to_empty(device=device)
@@ -186,17 +186,13 @@ class ServingModel(nn.Module):
     ) -> "ServingModel":
         """A plain decoder's weights in this form."""
         model = cls(decoder.shape, decoder.kv_heads, device, dtype)
-        for own, layer in zip(model.serving_layers(), decoder.model.layers, strict=True):
+        for own, layer in zip(model.layers, decoder.model.layers, strict=True):
             own.load(layer)  # type: ignore[arg-type]
         with torch.no_grad():
             model.embed_tokens.weight.copy_(decoder.model.embed_tokens.weight)
             model.lm_head.weight.copy_(decoder.lm_head.weight)
             model.norm.weight.copy_(decoder.model.norm.weight)
         return model
-
-    def serving_layers(self) -> Iterator[ServingLayer]:
-        """The layers, typed."""
-        yield from self.layers  # type: ignore[misc]
 
     def forward(self, tokens_BT: Tensor, caches: Sequence[LayerCache], last: Position = None) -> Tensor:
         """Logits BV of the last position; see `ServingLayer.forward`."""

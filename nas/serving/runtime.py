@@ -22,7 +22,6 @@ from nas.serving.batching import padded_batches, prefill_chunks
 from nas.serving.cache import KVCache
 from nas.serving.layers import ServingLayer, ServingModel, split_k_linear
 
-RUNTIMES = ("eager", "graph", "compiled")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _ROUNDS, _REPEATS = 6, 4  # the first round warms up
 _ALIKE = 1.01  # times that differ by less do not count as different
@@ -40,7 +39,7 @@ class Runner:
         self.model, self.cache, self.runtime = model, cache, runtime
         device = model.rope_cos.device
         with torch.inference_mode():
-            rows = fastest_rows(model.serving_layers(), cache.batch, runtime)
+            rows = fastest_rows(model.layers, cache.batch, runtime)
         self._tokens_B1 = torch.zeros((rows, 1), dtype=torch.long, device=device)
         self._last = torch.zeros((), dtype=torch.long, device=device)
         self._step: Callable[[], Tensor] | None = None

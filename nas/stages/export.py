@@ -17,11 +17,11 @@ from nas.export import exporters
 from nas.export.hf import CONFIG, weight_files
 from nas.files import read_csv
 from nas.latency.predictor import Workload
-from nas.metrics import PAIRED_SE
+from nas.metrics import COLUMNS, PAIRED_SE
 from nas.model import Decoder
 from nas.model.supernet import load_supernet
 from nas.run import FinishedRun, is_run, start_run
-from nas.search import COLUMNS, Objectives
+from nas.search import Objectives
 from nas.search.pareto import knee
 from nas.shape import ModelShape
 from nas.space import Vector, parse_vector, searched_space

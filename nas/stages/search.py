@@ -27,12 +27,12 @@ from nas.files import read_csv, value_hash, write_csv
 from nas.latency import find_device, resolve_workload
 from nas.latency.cost import cost_function
 from nas.latency.memory import check_serving_memory
-from nas.metrics import LIMITS, PAIRED_SE, Metrics
+from nas.metrics import COLUMNS, LIMITS, PAIRED_SE, Metrics
 from nas.model.pretrained import resolve_space
 from nas.quality import InheritedLoss
 from nas.report.front import front_table
 from nas.run import FinishedRun, check_begun, find_or_make, is_run, start_run
-from nas.search import COLUMNS, Objectives, Problem, Storage, search
+from nas.search import Objectives, Problem, Storage, search
 from nas.search.problem import EVERYTHING, Budget, parse_budget
 from nas.search.sampler import PROMISED
 from nas.space import SearchSpace, Vector, format_vector, parse_vector, searched_space
