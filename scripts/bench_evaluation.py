@@ -30,13 +30,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from shared import add_rows, argument_parser
 from torch import Tensor
 
 from nas.data import prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
-from nas.files import write_csv
 from nas.model import Decoder, Supernet
 from nas.model.supernet import load_supernet
 from nas.quality import InheritedLoss, LossMemo, on_tensor_cores, row_losses, window_losses
@@ -72,8 +71,7 @@ def main(given: argparse.Namespace) -> None:
     results |= {"space": space.name, "weights": given.supernet or "random", "rows": loss.rows}
     results |= {"windows": len(windows), "tokens": windows[:, 1:].numel(), "rounds": given.rounds, **origin()}
     if given.csv:
-        before = [pd.read_csv(given.csv)] if given.csv.is_file() else []
-        write_csv(given.csv, pd.concat([*before, pd.DataFrame([results])]))
+        add_rows(given.csv, results)
     print(json.dumps(results))
 
 
@@ -192,7 +190,7 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--space", default="decilm-proxy" if ON_GPU else "tiny")
     parser.add_argument("--supernet", help="a finished train run, in place of random weights of --space")
     parser.add_argument("--text", help="data.path of the windows that a --supernet is evaluated on")

@@ -6,7 +6,6 @@ The vectors are random ones of `decilm-6b` with made-up losses and costs. Needs 
     python scripts/bench_report.py docs/report/opening.csv
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from shared import argument_parser
 
 from nas.files import write_csv
 from nas.report.front import attained, curves, front_points, reference_text
@@ -90,7 +90,7 @@ def opened(file: Path, times: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--vectors", type=int, nargs="+", default=[100, 500, 2000])
     parser.add_argument("--times", type=int, default=5)

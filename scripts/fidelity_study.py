@@ -9,12 +9,12 @@ share the work (start one a GPU, or two, with INDEX 0, 1, …) and each writes t
 on.
 """
 
-import argparse
 import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from shared import argument_parser, finished
 
 from nas.cli import main as nas
 from nas.data import prepare_tokens
@@ -80,10 +80,8 @@ def train_all(
 
 def compared(rule: str, supernet: str, options: tuple[str, ...], index: int) -> pd.DataFrame:
     """What `nas fidelity` measured of a supernet, by the name of its run."""
-    name = f"{supernet}-{index}"
-    if not Path("runs/fidelity", name, "complete.json").is_file():
-        assert nas(("fidelity", f"supernet=runs/train/{supernet}", f"name={name}", *options)) == 0
-    return pd.read_csv(Path("runs/fidelity", name, "measurements.csv")).assign(rule=rule)
+    run = finished("fidelity", f"{supernet}-{index}", f"supernet=runs/train/{supernet}", *options)
+    return pd.read_csv(run.path / "measurements.csv").assign(rule=rule)
 
 
 def losses_of(text: str, name: str, vectors: list[Vector]) -> list[float]:
@@ -131,7 +129,7 @@ def made(measurements: pd.DataFrame) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train, compare, and write OUT/*.csv")
     running.add_argument("text", help="data.path")

@@ -9,12 +9,13 @@ copied.
     python scripts/measure_shipped.py --list                   their commands
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from shared import argument_parser
 
 PUBLISH = "publish=latency_models"
 _CONTEXTS = "measure.contexts=[256,1024,2048,4096]"
@@ -45,7 +46,7 @@ def command(name: str, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; or KEY=VALUE")
     parser.add_argument("--list", action="store_true", help="print the commands and run none")
     options = parser.parse_args()
