@@ -113,22 +113,20 @@ def errors(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def markdown(found: pd.DataFrame) -> str:
-    """docs/latency.md's table: the workloads at which many vectors were timed."""
-    heads = [
-        "card, hour (UTC)",
-        "decode step",
-        "mean error",
-        "worst",
-        "uniform, worst",
-        "Kendall τ",
-        "short runs, mean",
+    """docs/latency.md's table: the workloads at which many vectors were timed, with a column for each session."""
+    steps = found[found["tau"].notna() & (found["phase"] == "decode")]
+    shown = [
+        f"{row['mean']:.2%} ({row['short_mean']:.2%}), {row['worst']:.2%}, {row['tau']:.3f}"
+        for row in steps.to_dict("records")
     ]
-    lines = []
-    for row in found[found["tau"].notna() & (found["phase"] == "decode")].to_dict("records"):
-        place = [f"{row['device'].split()[1]}, {row['date'][11:16]}", f"batch {row['batch']}, context {row['length']}"]
-        cells = [f"{row[key]:.2%}" for key in ("mean", "worst", "uniform_worst")]
-        lines.append([*place, *cells, f"{row['tau']:.3f}", f"{row['short_mean']:.2%}"])
-    return markdown_table(heads, lines, "llrrrrr")
+    sessions = steps["device"].str.split().str[1] + ", " + steps["date"].str[11:16]
+    table = steps.assign(cell=shown, session=sessions).pivot(
+        index=["batch", "length"], columns="session", values="cell"
+    )
+    rows = [
+        [f"{batch}, {length}", *cells] for (batch, length), cells in zip(table.index, table.to_numpy(), strict=True)
+    ]
+    return markdown_table(["batch, context", *table.columns], rows, "l" + "r" * table.shape[1])
 
 
 def main() -> None:
