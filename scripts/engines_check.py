@@ -219,7 +219,8 @@ def check(
 def table(rows: pd.DataFrame) -> str:
     """Results in Markdown, a model per line; reasons stand in the CSV."""
     short = rows.assign(result=rows["result"].str.removeprefix("differs: ").str.split(":").str[0])
-    cells = short.pivot(index="model", columns="engine", values="result").reindex(["demo", *FEATURES])[list(ENGINES)]
+    cells = short.pivot(index="model", columns="engine", values="result")
+    cells = cells.reindex(index=["demo", *FEATURES], columns=list(ENGINES)).dropna(axis="columns", how="all")
     return markdown_table(["model", *cells.columns], cells.itertuples())
 
 
