@@ -84,11 +84,8 @@ class Fit:
 
 
 def _device(card: Mapping[str, Any], constants: dict[str, float]) -> Device:
-    calibration = {
-        "dtypes": ["bf16"],
-        "constants": constants,
-        "engines": {"none": {"step_ms": 0.0, "sequence_ms": 0.0}},
-    }
+    engines = {"none": {"step_ms": 0.0, "sequence_ms": 0.0}}
+    calibration = {"dtypes": ["bf16"], "constants": constants, "engines": engines}
     bandwidth, flops = card["bandwidth_bytes_per_s"], {"bf16": card["fp16_flops"]}
     return Device(card["gpu"], card["gpu"], True, 0, bandwidth, flops, calibration=calibration)
 
@@ -130,7 +127,8 @@ def _without_operators(cards: Cards, published: pd.DataFrame) -> dict[str, float
 def _from_operators(a40: Mapping[str, Any], operators: pd.DataFrame) -> tuple[dict[str, float], float]:
     """The constants, and the operations per second of large GEMMs."""
     bytes_a_ms = a40["bandwidth_bytes_per_s"] / 1e3
-    products = _gemms(operators)
+    gemms = operators[operators["operator"].isin(GEMMS)]
+    products = gemms.groupby("batch")[["median_ms", "moved_bytes", "operations"]].sum()
     small = operators[operators["operator"] == "elementwise"].set_index("batch")
     reached = small["moved_bytes"] / small["median_ms"] / bytes_a_ms
     operations_a_ms = (products["operations"] / products["median_ms"])[products.index >= 1024].median()
@@ -148,11 +146,6 @@ def _from_operators(a40: Mapping[str, Any], operators: pd.DataFrame) -> tuple[di
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], rows.to_dict("records"))
-
-
-def _gemms(operators: pd.DataFrame) -> pd.DataFrame:
-    columns = ["median_ms", "moved_bytes", "operations"]
-    return operators[operators["operator"].isin(GEMMS)].groupby("batch")[columns].sum()
 
 
 def _attention(rows: pd.DataFrame, bytes_a_ms: float) -> dict[str, float]:
@@ -446,8 +439,7 @@ def draw(errors: pd.DataFrame, check: Mapping[str, Any], path: Path) -> None:
     with figure(path, width=7.2, height=4.4) as drawing:
         axes = drawing.add_subplot()
         axes.axhspan(check["low"], check["high"], color=GREY, alpha=0.25, linewidth=0, label="interval")
-        stacks = enumerate(steps.groupby(["origin", "stack"], sort=False))
-        for number, ((_, stack), rows) in stacks:
+        for number, ((_, stack), rows) in enumerate(steps.groupby(["origin", "stack"], sort=False)):
             colour, marker = COLOURS[number % len(COLOURS)], "s" if str(stack).startswith("vLLM") else "o"
             label = f"{', '.join(rows['gpu'].unique())}: {stack}"
             axes.plot(rows["batch"], rows["published"] / rows["predicted"], marker, color=colour, label=label)
