@@ -26,17 +26,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from shared import add_rows, argument_parser
 from torch import Tensor
 
 from nas.data import prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
-from nas.files import write_csv
 from nas.model import Decoder, Supernet
 from nas.model.supernet import load_supernet
 from nas.quality import InheritedLoss, LossMemo, on_tensor_cores, row_losses, window_losses
@@ -72,8 +72,7 @@ def main(given: argparse.Namespace) -> None:
     results |= {"space": space.name, "weights": given.supernet or "random", "rows": loss.rows}
     results |= {"windows": len(windows), "tokens": windows[:, 1:].numel(), "rounds": given.rounds, **origin()}
     if given.csv:
-        before = [pd.read_csv(given.csv)] if given.csv.is_file() else []
-        write_csv(given.csv, pd.concat([*before, pd.DataFrame([results])]))
+        add_rows(given.csv, results)
     print(json.dumps(results))
 
 
@@ -108,22 +107,21 @@ def beside_plain(loss: InheritedLoss, rounds: int, rng: random.Random) -> dict[s
     mixed = [tuple(choices[layer % len(choices)] for layer, choices in enumerate(space.choices))]
     for vector in [*space.uniform_vectors(), *mixed]:
         own = plain_losses(loss, loss.supernet.extract(vector)) if not ON_GPU else None  # each takes a compilation
-        contestants: dict[str, Callable[[], Any]] = {"elastic": lambda v=vector: one(loss, v), "plain": plain}  # type: ignore[misc]
+        contestants: dict[str, Callable[[], Any]] = {"elastic": partial(one, loss, vector), "plain": plain}
         contestants |= {"own": own} if own else {}
         for number in range(rounds + 1):
             for name in rng.sample(sorted(contestants), len(contestants)):
                 took, _ = timed(contestants[name])
                 if number:  # the first warms up
                     seconds[name].append(took)
-    ratios = {
-        f"per_vector_over_{name}": round(float(np.median(np.divide(seconds["elastic"], seconds[key]))), 4)
-        for name, key in (("plain", "plain"), ("extracted", "own"))
-        if seconds[key]
-    }
-    rates = {
-        name: round(tokens / statistics.median(seconds[key])) for name, key in (("", "elastic"), ("plain_", "plain"))
-    }
-    return ratios | {f"{name}tokens_per_s": rate for name, rate in rates.items()}
+    found: dict[str, float] = {}
+    for name, key in (("plain", "plain"), ("extracted", "own")):
+        if seconds[key]:
+            ratios = np.divide(seconds["elastic"], seconds[key])
+            found[f"per_vector_over_{name}"] = round(float(np.median(ratios)), 4)
+    for prefix, key in (("", "elastic"), ("plain_", "plain")):
+        found[f"{prefix}tokens_per_s"] = round(tokens / statistics.median(seconds[key]))
+    return found
 
 
 def plain_losses(loss: InheritedLoss, model: Decoder) -> Callable[[], float]:
@@ -149,10 +147,10 @@ def together(loss: InheritedLoss, vectors: list[Vector]) -> dict[str, float]:
     for start in range(0, len(vectors), size):
         stretch = vectors[start : start + size]
         loss.memo.clear()
-        took, losses = timed(lambda stretch=stretch: loss.of(stretch))  # type: ignore[misc]
+        took, losses = timed(partial(loss.of, stretch))
         at_once += took
         for index in range(0, len(stretch), every):
-            took, alone = timed(lambda vector=stretch[index]: one(loss, vector))  # type: ignore[misc]
+            took, alone = timed(partial(one, loss, stretch[index]))
             one_by_one += every * took
             difference = max(difference, abs(losses[index] - alone))
     return {
@@ -177,7 +175,7 @@ def compared(loss: InheritedLoss, vectors: list[Vector]) -> dict[str, float]:
         with on_tensor_cores(DEVICE, dtype):
             errors = losses(vectors) - exact  # compiles
             few = vectors[:10]
-            took, _ = timed(lambda few=few: losses(few))  # type: ignore[misc]
+            took, _ = timed(partial(losses, few))
         found |= {f"{name}_difference_nats": float(np.ptp(errors)), f"{name}_sd_nats": float(errors.std(ddof=1))}
         found[f"{name}_tokens_per_s"] = round(len(few) * loss.windows[:, 1:].numel() / took)
         print(found, file=sys.stderr)
@@ -192,7 +190,7 @@ def timed(what: Callable[[], Any]) -> tuple[float, Any]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--space", default="decilm-proxy" if ON_GPU else "tiny")
     parser.add_argument("--supernet", help="a finished train run, in place of random weights of --space")
     parser.add_argument("--text", help="data.path of the windows that a --supernet is evaluated on")

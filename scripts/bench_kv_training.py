@@ -11,11 +11,9 @@ line of stdout is JSON.
     python scripts/bench_kv_training.py --tiny --csv kv_training.csv               # a trial on a CPU
 """
 
-import argparse
 import gc
 import json
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -26,14 +24,15 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from shared import argument_parser, fill_page, markdown_table
 from torch import Tensor
 
 from nas.config import SupernetConfig
-from nas.files import write_atomically, write_csv
+from nas.files import write_csv
 from nas.model import Decoder, Supernet
 from nas.run import origin
 from nas.shape import ModelShape
-from nas.space import SearchSpace
+from nas.space import SearchSpace, format_vector
 from nas.training.heads import train_smaller_heads
 from nas.training.loop import autocast, computed_in, make_optimizer, make_ready, training_device, training_step
 from nas.training.recipes import supernet_loss, training_bytes
@@ -56,67 +55,55 @@ LLAMA = ModelShape(
         "high_freq_factor": 4.0,
     },
 )
-TINY = replace(LLAMA, num_hidden_layers=3, hidden_size=64, num_attention_heads=8, head_dim=8, intermediate_size=96)
+TINY = replace(
+    LLAMA, num_hidden_layers=3, hidden_size=64, num_attention_heads=8, head_dim=8, intermediate_size=96, vocab_size=512
+)
+GROUPS, LENGTH = (2, 4, 8), 2048
 DEVICE = training_device()
 ON_GPU = DEVICE.type == "cuda"
-WARM_UP = 3
+TRAIN = SupernetConfig(
+    batch=4,
+    length=LENGTH,
+    precision="bf16",
+    compile=ON_GPU,
+    sharing="separate",
+    trainable="kv",
+    largest_share=0.0,
+)
+WARM_UP, ROUNDS = 3, 8
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--groups", type=int, nargs="+", default=[2, 4, 8], help="choices of every layer")
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser = argument_parser(__doc__)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape")
-    parser.add_argument("--compile", action="store_true", default=ON_GPU, help="also on a CPU")
     parser.add_argument("--csv", type=Path, default=OUT)
     given = parser.parse_args()
-    shape = replace(TINY, vocab_size=512) if given.tiny else LLAMA
-    name = "tiny" if given.tiny else "llama-3.1-8b"
-    space = SearchSpace(name, shape, (tuple(given.groups),) * shape.num_hidden_layers)
-    options = SupernetConfig(
-        batch=given.batch,
-        length=given.length,
-        precision="bf16",
-        compile=given.compile,
-        sharing="separate",
-        trainable="kv",
-        largest_share=0.0,
-    )
-    rows = [*training(space, options, given.rounds), *yardsticks(space, options, given.rounds)]
-    common = {"space": space.name, "groups": "-".join(map(str, given.groups)), "tokens": given.batch * given.length}
-    for row in rows:
-        row["tokens_per_s"] = common["tokens"] / row["seconds"]
-    table = pd.DataFrame([common | row | {"rounds": given.rounds} | origin() for row in rows])
-    print(table.iloc[:, :9].to_string(index=False))
-    write_csv(given.csv, table)
+    name, shape = ("tiny", TINY) if given.tiny else ("llama-3.1-8b", LLAMA)
+    space = SearchSpace(name, shape, (GROUPS,) * shape.num_hidden_layers)
+    common = {"space": name, "groups": format_vector(GROUPS), "tokens": TRAIN.batch * LENGTH}
+    rows = [*training(space), *yardsticks(space)]
+    table = pd.DataFrame([common | row | {"tokens_per_s": common["tokens"] / row["seconds"]} for row in rows])
+    print(table.to_string(index=False))
+    write_csv(given.csv, table.assign(rounds=ROUNDS, **origin()))
     if given.csv == OUT:
-        old, lines = PAGE.read_text(encoding="utf-8"), markdown(table)
-        new = re.sub(r"(?<=<!-- kv -->\n).*?(?=<!-- /kv -->)", f"\n{lines}\n\n", old, flags=re.DOTALL)
-        write_atomically(PAGE, lambda path: path.write_text(new, encoding="utf-8"))
+        fill_page(PAGE, kv=markdown(table))
     seconds = table.set_index("kind")["seconds"]
-    results = {
-        "peak_gib": rows[0]["peak_gib"],
-        "predicted_gib": rows[0]["predicted_gib"],
-        "tokens_per_s": rows[0]["tokens_per_s"],
-        "step_s": seconds["kv step"],
-        # the largest vector's forward pass, which is what is learned from, and those of the vector that learns
-        "step_over_both_forwards_and_backward": seconds["kv step"]
-        / (seconds["forward"] + seconds["forward and backward"]),
-        "step_over_one_forward_and_backward": seconds["kv step"] / (seconds["forward"] + seconds["backward"]),
-    }
+    results = table.loc[0, ["peak_gib", "predicted_gib", "tokens_per_s"]].to_dict() | {"step_s": seconds["kv step"]}
+    # the largest vector's forward pass, which is what is learned from, and those of the vector that learns
+    both = seconds["forward"] + seconds["forward and backward"]
+    results["step_over_both_forwards_and_backward"] = seconds["kv step"] / both
+    results["step_over_one_forward_and_backward"] = seconds["kv step"] / (seconds["forward"] + seconds["backward"])
     print(json.dumps({name: round(value, 4) for name, value in results.items()}))
 
 
 def markdown(table: pd.DataFrame) -> str:
     """The page's table."""
-    lines = ["| | s | tokens/s | peak GiB | predicted GiB |", "| --- | ---: | ---: | ---: | ---: |"]
+    lines = []
     for row in table.to_dict("records"):
         predicted = "" if math.isnan(row["predicted_gib"]) else f"{row['predicted_gib']:.1f}"
-        cells = f"{row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {row['peak_gib']:.1f} | {predicted}"
-        lines.append(f"| {row['kind']} | {cells} |")
-    return "\n".join(lines)
+        rates = f"{row['seconds']:.3f}", f"{row['tokens_per_s']:,.0f}", f"{row['peak_gib']:.1f}"
+        lines.append([row["kind"], *rates, predicted])
+    return markdown_table(["", "s", "tokens/s", "peak GiB", "predicted GiB"], lines, "lrrrr")
 
 
 def on_device(make: Callable[[], Any]) -> Any:
@@ -130,28 +117,28 @@ def on_device(make: Callable[[], Any]) -> Any:
         torch.set_default_dtype(before)
 
 
-def training(space: SearchSpace, options: SupernetConfig, rounds: int) -> list[dict[str, Any]]:
+def training(space: SearchSpace) -> list[dict[str, Any]]:
     """Steps of training the smaller choices' heads."""
-    supernet = on_device(lambda: Supernet(space, options.sharing))
-    train_smaller_heads(supernet, computed_in(options.precision, DEVICE))
+    supernet = on_device(lambda: Supernet(space, TRAIN.sharing))
+    train_smaller_heads(supernet, computed_in(TRAIN.precision, DEVICE))
     tokens = np.random.default_rng(0).integers(0, space.shape.vocab_size, 1_000_000).astype(np.uint32)
-    loss_at = supernet_loss(space, tokens, options, options.length or 0)
-    ready, optimizer = make_ready(supernet, options), make_optimizer(supernet, options)
+    loss_at = supernet_loss(space, tokens, TRAIN, LENGTH)
+    ready, optimizer = make_ready(supernet, TRAIN), make_optimizer(supernet, TRAIN)
     rows = []
     for kind, recompute in (("kv step", False), ("kv step, activations computed again", True)):
         if recompute:
-            make_ready(supernet, replace(options, compile=False, recompute=True))  # around what is compiled already
-        row = timed(kind, lambda step: training_step(ready, loss_at, step, optimizer, options), rounds)
-        kept = training_bytes(replace(options, recompute=recompute), supernet.decoder, space.largest)
+            make_ready(supernet, replace(TRAIN, compile=False, recompute=True))  # around what is compiled already
+        row = timed(kind, lambda step: training_step(ready, loss_at, step, optimizer, TRAIN))
+        kept = training_bytes(replace(TRAIN, recompute=recompute), supernet.decoder, space.largest)
         rows.append(row | {"predicted_gib": sum(kept) / 2**30})
     return rows
 
 
-def yardsticks(space: SearchSpace, options: SupernetConfig, rounds: int) -> list[dict[str, Any]]:
+def yardsticks(space: SearchSpace) -> list[dict[str, Any]]:
     """Passes of the plain model."""
     model: Decoder = on_device(lambda: Decoder(space.shape, space.largest)).requires_grad_(False)
-    make_ready(model, options)
-    tokens = torch.randint(space.shape.vocab_size, (options.batch, options.length or 0), device=DEVICE)
+    make_ready(model, TRAIN)
+    tokens = torch.randint(space.shape.vocab_size, (TRAIN.batch, LENGTH), device=DEVICE)
     rope, embedded = model.rope(0, tokens.shape[1]), model.model.embed_tokens(tokens).requires_grad_(True)
     marks: list[float] = []
 
@@ -174,12 +161,12 @@ def yardsticks(space: SearchSpace, options: SupernetConfig, rounds: int) -> list
         for tensor in (embedded, *model.parameters()):
             tensor.grad = None
 
-    both = timed("forward and backward", through_layers, rounds)
-    backward = statistics.median(marks[-rounds:] or [math.nan])
-    return [timed("forward", forward, rounds), both, both | {"kind": "backward", "seconds": backward}]
+    both = timed("forward and backward", through_layers)
+    backward = statistics.median(marks[-ROUNDS:] or [math.nan])
+    return [timed("forward", forward), both, both | {"kind": "backward", "seconds": backward}]
 
 
-def timed(kind: str, step: Callable[[int], object], rounds: int) -> dict[str, Any]:
+def timed(kind: str, step: Callable[[int], object]) -> dict[str, Any]:
     """Median time and peak memory of steps, the first ones left out of the time."""
     gc.collect()
     if ON_GPU:
@@ -187,7 +174,7 @@ def timed(kind: str, step: Callable[[int], object], rounds: int) -> dict[str, An
         torch.cuda.reset_peak_memory_stats()
     seconds = []
     try:
-        for number in range(WARM_UP + rounds):
+        for number in range(WARM_UP + ROUNDS):
             synchronize()
             begin = time.perf_counter()
             step(number)

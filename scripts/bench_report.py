@@ -6,7 +6,6 @@ The vectors are random ones of `decilm-6b` with made-up losses and costs. Needs 
     python scripts/bench_report.py docs/report/opening.csv
 """
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -15,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from shared import argument_parser
 
 from nas.files import write_csv
 from nas.report.front import attained, curves, front_points, reference_text
@@ -25,6 +25,7 @@ from nas.run import origin
 from nas.search import Objectives, on_front, reference_point
 from nas.space import format_vector, load_space
 
+VECTORS, TIMES = (100, 500, 2000), 5
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 OPENED = "window.Bokeh?.documents[0]?.is_idle"
 MARK = "const source = Bokeh.documents[0].get_model_by_name('vectors'); source.selected.indices = [{}]"
@@ -67,21 +68,21 @@ def made_up(vectors: int) -> str:
     )
 
 
-def opened(file: Path, times: int) -> dict[str, float]:
+def opened(file: Path) -> dict[str, float]:
     """Seconds to open a page until nothing is left to draw, and from a selection to the frame that shows it."""
     from playwright.sync_api import sync_playwright
 
     seconds, marked = [], []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        for time_ in range(times):
+        for index in range(TIMES):
             page = browser.new_page(viewport={"width": 1440, "height": 1000})
             begin = time.perf_counter()
             page.goto(file.as_uri())
             page.wait_for_function(OPENED)
             seconds.append(time.perf_counter() - begin)
             begin = time.perf_counter()
-            page.evaluate(MARK.format(time_))
+            page.evaluate(MARK.format(index))
             page.evaluate(PAINTED)
             marked.append(time.perf_counter() - begin)
             page.close()
@@ -90,21 +91,19 @@ def opened(file: Path, times: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("csv", type=Path)
-    parser.add_argument("--vectors", type=int, nargs="+", default=[100, 500, 2000])
-    parser.add_argument("--times", type=int, default=5)
-    given = parser.parse_args()
+    file = parser.parse_args().csv
     rows: list[dict[str, Any]] = []
-    for vectors in given.vectors:
+    for vectors in VECTORS:
         with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "report.html"
+            page = Path(folder) / "report.html"
             begin = time.perf_counter()
-            file.write_text(made_up(vectors), encoding="utf-8")
-            made = {"vectors": vectors, "make_s": time.perf_counter() - begin, "bytes": file.stat().st_size}
-            rows.append(made | opened(file, given.times) | origin())
+            page.write_text(made_up(vectors), encoding="utf-8")
+            made = {"vectors": vectors, "make_s": time.perf_counter() - begin, "bytes": page.stat().st_size}
+            rows.append(made | opened(page) | origin())
         print(rows[-1])
-    write_csv(given.csv, pd.DataFrame(rows))
+    write_csv(file, pd.DataFrame(rows))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ takes per trial.
     python scripts/bench_search.py docs/search/auto.csv --auto --seeds 5  where budget=auto stops
 """
 
-import argparse
 import functools
 import itertools
 import json
@@ -50,6 +49,7 @@ import pandas as pd
 from matplotlib.ticker import PercentFormatter
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from shared import add_rows, argument_parser, markdown_table
 
 from nas.files import write_atomically, write_csv
 from nas.hardware import cpu_name
@@ -318,29 +318,28 @@ def measure_stops(file: Path, seeds: int) -> None:
 
 def stops_table(table: pd.DataFrame) -> str:
     """Median and range of evaluations and shares by problem."""
-    lines = ["| problem | evaluations | share of the exact front in % |", "| --- | --- | --- |"]
+    lines = []
     for name, searches in table.groupby("problem", sort=False):
         cells = []
         for column, factor, digits in (("evaluations", 1, 0), ("share", 100, 2)):
             least, middle, most = (factor * searches[column].quantile(at) for at in (0.0, 0.5, 1.0))
             cells.append(f"{middle:.{digits}f} ({least:.{digits}f}–{most:.{digits}f})")
-        lines.append(f"| `{name}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"`{name}`", *cells])
+    return markdown_table(["problem", "evaluations", "share of the exact front in %"], lines)
 
 
-def measure(file: Path, samplers: Sequence[str], seeds: int, workers: int) -> None:
+def measure(file: Path, seeds: int, workers: int) -> None:
     """Makes the searches that the CSV lacks, the first seeds first."""
-    rows: list[dict[str, Any]] = pd.read_csv(file).to_dict("records") if file.is_file() else []  # type: ignore[assignment]
-    done = {(row["problem"], row["sampler"], row["seed"]) for row in rows}
-    everything = ((name, sampler, seed) for seed, name, sampler in itertools.product(range(seeds), PROBLEMS, samplers))
+    known = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["problem", "sampler", "seed"])
+    done = set(zip(known["problem"], known["sampler"], known["seed"], strict=True))
+    everything = ((name, sampler, seed) for seed, name, sampler in itertools.product(range(seeds), PROBLEMS, SAMPLERS))
     commit = (git_state() or {}).get("commit")
     made = {"cpu": cpu_name(), "optuna": optuna.__version__, "commit": commit, "date": now()}
     with ProcessPoolExecutor(workers) as pool:
         searches = [pool.submit(searched, *search) for search in everything if search not in done]
         for search in as_completed(searches):
             found = search.result()
-            rows += [row | made for row in found]
-            write_atomically(file, functools.partial(pd.DataFrame(rows).to_csv, index=False))
+            add_rows(file, *(row | made for row in found))
             shares = [round(row["share"], 4) for row in found]
             print(*(found[0][key] for key in ("problem", "sampler", "seed")), shares, flush=True)
 
@@ -379,28 +378,23 @@ def quartiles(rows: pd.DataFrame) -> str:
 
 def full_table(table: pd.DataFrame) -> str:
     """All searches, as docs/search/table.md has them."""
-    head = f"| problem | evaluations | {' | '.join(SAMPLERS)} |\n|{' --- |' * (len(SAMPLERS) + 2)}"
-    lines = []
-    for (name, count), rows in table.groupby(["problem", "evaluations"], sort=False):
-        cells = [quartiles(rows[rows["sampler"] == sampler]) for sampler in SAMPLERS]
-        lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
-    return "\n".join([head, *lines])
+    lines = [
+        [*place, *(quartiles(rows[rows["sampler"] == sampler]) for sampler in SAMPLERS)]
+        for place, rows in table.groupby(["problem", "evaluations"], sort=False)
+    ]
+    return markdown_table(["problem", "evaluations", *SAMPLERS], lines)
 
 
 def short_table(table: pd.DataFrame) -> str:
     """Medians of `front` and of the best other sampler, as docs/search.md has them."""
-    lines = [f"| after | {' | '.join(map(str, BUDGETS))} |", f"|{' --- |' * (len(BUDGETS) + 1)}"]
-    medians = 100 * table.pivot_table(
-        index=["problem", "evaluations"], columns="sampler", values="share", aggfunc="median"
-    )
+    lines = []
+    medians = 100 * table.groupby(["problem", "evaluations", "sampler"])["share"].median().unstack()
     for name in table["problem"].unique():
         rows = medians.loc[name].loc[list(BUDGETS)]
         others = rows.drop(columns="front")
         cells = zip(rows["front"], others.max(axis=1), others.idxmax(axis=1), strict=True)
-        lines.append(
-            f"| `{name}` | " + " | ".join(f"{ours:.2f} / {best:.2f} {who}" for ours, best, who in cells) + " |"
-        )
-    return "\n".join(lines)
+        lines.append([f"`{name}`", *(f"{ours:.2f} / {best:.2f} {who}" for ours, best, who in cells)])
+    return markdown_table(["after", *map(str, BUDGETS)], lines)
 
 
 def summary(table: pd.DataFrame) -> dict[str, float]:
@@ -415,11 +409,8 @@ def summary(table: pd.DataFrame) -> dict[str, float]:
 
 def main() -> None:
     """Measures unless told not to, and draws."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "csv", type=Path, help="table of searches, made or continued; docs/search/bench.csv is the shipped one"
-    )
-    parser.add_argument("--samplers", nargs="+", choices=SAMPLERS, default=list(SAMPLERS))
+    parser = argument_parser(__doc__)
+    parser.add_argument("csv", type=Path, help="table of searches, made or continued")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="searches of each problem and sampler")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--auto", action="store_true", help="only searches with budget=auto, into this CSV")
@@ -430,7 +421,7 @@ def main() -> None:
         measure_stops(given.csv, given.seeds)
         return
     if not given.draw:
-        measure(given.csv, given.samplers, given.seeds, given.workers)
+        measure(given.csv, given.seeds, given.workers)
     table = ordered(pd.read_csv(given.csv))
     draw(table, given.csv)
     what = "# All samplers\n\nShare of the exact front's hypervolume in per cent: median (quartiles) of 10 seeds."

@@ -6,21 +6,20 @@ On a CPU the space is tiny, in fp32; on a GPU it is small, compiled, in bf16. Th
     python scripts/bench_training_step.py --rounds 40 --csv docs/benchmarks/training_step.csv
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
+from shared import add_rows, argument_parser
 from torch import nn
 
 from nas.config import SupernetConfig, TrainConfig
 from nas.model import Decoder, Supernet
-from nas.model.sharing import SHARING_RULES
 from nas.run import origin
 from nas.space import load_space
 from nas.training.loop import Loss, make_optimizer, make_ready, training_device, training_step
@@ -61,8 +60,8 @@ def main(rounds: int, table: Path | None) -> None:
 
         return step
 
-    kinds = {"plain": plain(), "sandwich": supernet("sliced", "sandwich")}
-    kinds |= {f"mixed {rule}": supernet(rule) for rule in SHARING_RULES}
+    kinds = {"plain": plain(), "mixed": supernet("sliced"), "sandwich": supernet("sliced", "sandwich")}
+    kinds |= {rule: supernet(rule) for rule in ("pooled", "separate")}
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for number in range(rounds + WARM_UP):
         for kind, step in kinds.items():
@@ -72,24 +71,17 @@ def main(rounds: int, table: Path | None) -> None:
                 seconds[kind].append(time.perf_counter() - begin)
     medians = {kind: statistics.median(times) for kind, times in seconds.items()}
     for kind, median in medians.items():
-        print(f"{kind:15s} {1e3 * median:8.2f} ms  {median / medians['plain']:.3f} × plain")
-    results = {
-        "mixed_over_plain": round(medians["mixed sliced"] / medians["plain"], 4),
-        "sandwich_over_plain": round(medians["sandwich"] / medians["plain"], 4),
-        "pooled_over_plain": round(medians["mixed pooled"] / medians["plain"], 4),
-        "separate_over_plain": round(medians["mixed separate"] / medians["plain"], 4),
-        "space": SPACE.name,
-        "rows": ROWS,
-        "rounds": rounds,
-        **origin(),
-    }
+        print(f"{kind:10s} {1e3 * median:8.2f} ms  {median / medians['plain']:.3f} × plain")
+    plain_s = medians.pop("plain")
+    results: dict[str, Any] = {f"{kind}_over_plain": round(median / plain_s, 4) for kind, median in medians.items()}
+    results |= {"space": SPACE.name, "rows": ROWS, "rounds": rounds, **origin()}
     if table:
-        pd.DataFrame([results]).to_csv(table, mode="a", header=not table.is_file(), index=False)
+        add_rows(table, results)
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--csv", type=Path, help="table to add a line to")
     given = parser.parse_args()

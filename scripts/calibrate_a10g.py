@@ -9,9 +9,7 @@ announcement's workload to docs/a10g; and the tables of docs/a10g.md. The same C
     python scripts/calibrate_a10g.py
 """
 
-import argparse
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +21,9 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import minimize_scalar
 from scipy.stats import t as student
+from shared import argument_parser, fill_page, markdown_table
 
-from nas.files import read_json, write_atomically, write_csv, write_json
+from nas.files import read_json, write_csv, write_json
 from nas.latency import Device, Workload, find_device
 from nas.latency.estimate import RooflineLatency
 from nas.latency.memory import MemoryModel
@@ -85,11 +84,8 @@ class Fit:
 
 
 def _device(card: Mapping[str, Any], constants: dict[str, float]) -> Device:
-    calibration = {
-        "dtypes": ["bf16"],
-        "constants": constants,
-        "engines": {"none": {"step_ms": 0.0, "sequence_ms": 0.0}},
-    }
+    engines = {"none": {"step_ms": 0.0, "sequence_ms": 0.0}}
+    calibration = {"dtypes": ["bf16"], "constants": constants, "engines": engines}
     bandwidth, flops = card["bandwidth_bytes_per_s"], {"bf16": card["fp16_flops"]}
     return Device(card["gpu"], card["gpu"], True, 0, bandwidth, flops, calibration=calibration)
 
@@ -131,7 +127,8 @@ def _without_operators(cards: Cards, published: pd.DataFrame) -> dict[str, float
 def _from_operators(a40: Mapping[str, Any], operators: pd.DataFrame) -> tuple[dict[str, float], float]:
     """The constants, and the operations per second of large GEMMs."""
     bytes_a_ms = a40["bandwidth_bytes_per_s"] / 1e3
-    products = _gemms(operators)
+    gemms = operators[operators["operator"].isin(GEMMS)]
+    products = gemms.groupby("batch")[["median_ms", "moved_bytes", "operations"]].sum()
     small = operators[operators["operator"] == "elementwise"].set_index("batch")
     reached = small["moved_bytes"] / small["median_ms"] / bytes_a_ms
     operations_a_ms = (products["operations"] / products["median_ms"])[products.index >= 1024].median()
@@ -149,11 +146,6 @@ def _from_operators(a40: Mapping[str, Any], operators: pd.DataFrame) -> tuple[di
 
 def _records(rows: pd.DataFrame) -> list[dict[str, Any]]:
     return cast(list[dict[str, Any]], rows.to_dict("records"))
-
-
-def _gemms(operators: pd.DataFrame) -> pd.DataFrame:
-    columns = ["median_ms", "moved_bytes", "operations"]
-    return operators[operators["operator"].isin(GEMMS)].groupby("batch")[columns].sum()
 
 
 def _attention(rows: pd.DataFrame, bytes_a_ms: float) -> dict[str, float]:
@@ -398,53 +390,47 @@ def headline(calibration: dict[str, Any]) -> pd.DataFrame:
 
 def sources_table(sources: pd.DataFrame) -> str:
     """The errors by source as a table of docs/a10g.md."""
-    lines = [
-        "| published by | cards | what | predicted | points | median error | worst | inside |",
-        "| --- | --- | --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    heads = ["published by", "cards", "what", "predicted", "points", "median error", "worst", "inside"]
+    lines = []
     for row in _records(sources):
         what = row["kind"] if row["engine"] == "none" else f"{row['kind']}, {row['engine']}"
-        errors = f"{row['points']} | {row['median_error']:.1%} | {row['worst_error']:.1%} | {row['inside']}"
-        lines.append(f"| {row['origin']} | {row['cards']} | {what} | {row['predicted']} | {errors} |")
-    return "\n".join(lines)
+        errors = f"{row['median_error']:.1%}", f"{row['worst_error']:.1%}"
+        lines.append([row["origin"], row["cards"], what, row["predicted"], row["points"], *errors, row["inside"]])
+    return markdown_table(heads, lines, "llllrrrr")
 
 
 def engines_table(engines: Mapping[str, Mapping[str, Any]]) -> str:
     """What engines add, and how far off that is for sources left out, as a table of docs/a10g.md."""
-    lines = [
-        "| `workload.engine` | adds to a step | sequences | points, sources | median error | worst | interval |",
-        "| --- | --- | --- | --- | ---: | ---: | --- |",
-    ]
+    heads = ["`workload.engine`", "adds to a step", "sequences", "points, sources", "median error", "worst", "interval"]
+    lines = []
     for name, share in engines.items():
         check, most = share["check"], share.get("most_sequences")
         added = f"{share['step_ms']:g} ms + {share['sequence_ms']:g} ms per sequence" if share["step_ms"] else "nothing"
-        lines.append(
-            f"| {name} | {added} | {f'up to {most}' if most else 'any'} | {check['points']}, {check['sources']} | "
-            f"{check['median_error']:.1%} | {check['worst_error']:.1%} | × {check['low']:.2f} to {check['high']:.2f} |"
-        )
-    return "\n".join(lines)
+        counts = [f"up to {most}" if most else "any", f"{check['points']}, {check['sources']}"]
+        errors = [f"{check['median_error']:.1%}", f"{check['worst_error']:.1%}"]
+        lines.append([name, added, *counts, *errors, f"× {check['low']:.2f} to {check['high']:.2f}"])
+    return markdown_table(heads, lines, "llllrrl")
 
 
 def headline_table(rows: pd.DataFrame) -> str:
     """The announcement's workload, beside what an H100 measured at the same batches, as a table of docs/a10g.md."""
+    heads = ["memory", "model", "batch", "step", "tokens/s", "over Llama", "with prefill", "over Llama"]
     measured = pd.read_csv(OUT.parent / "headline" / "headline.csv").set_index(["model", "runtime", "batch"])
-    lines = [
-        "| memory | model | batch | step | tokens/s | over Llama | with prefill | over Llama | H100, tokens/s |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = []
     for row in _records(rows):
         if row["model"] == "Llama-2-7B":  # first at each size of memory
             llama = row
         where = "announced batch" if pd.isna(row["memory_gib"]) else f"{row['memory_gib']:g} GiB"
-        over = [f"{row[key] / llama[key]:.1f} ×" for key in ("tokens_per_s", "tokens_per_s_with_prefill")]
-        h100 = measured["tokens_per_s"].get((row["model"], "compiled", row["batch"]))
-        lines.append(
-            f"| {where} | {row['model']} | {row['batch']} | {row['decode_ms']:.1f} "
-            f"({row['decode_ms_low']:.0f} to {row['decode_ms_high']:.0f}) ms | {row['tokens_per_s']:,.0f} "
-            f"({row['tokens_per_s_low']:,.0f} to {row['tokens_per_s_high']:,.0f}) | {over[0]} | "
-            f"{row['tokens_per_s_with_prefill']:,.0f} | {over[1]} | {'–' if h100 is None else f'{h100:,.0f}'} |"
+        over, over_with_prefill = (
+            f"{row[key] / llama[key]:.1f} ×" for key in ("tokens_per_s", "tokens_per_s_with_prefill")
         )
-    return "\n".join(lines)
+        step = f"{row['decode_ms']:.1f} ({row['decode_ms_low']:.0f} to {row['decode_ms_high']:.0f}) ms"
+        interval = f"({row['tokens_per_s_low']:,.0f} to {row['tokens_per_s_high']:,.0f})"
+        cells = [where, row["model"], row["batch"], step, f"{row['tokens_per_s']:,.0f} {interval}", over]
+        h100 = measured["tokens_per_s"].get((row["model"], "compiled", row["batch"]))
+        with_prefill = [f"{row['tokens_per_s_with_prefill']:,.0f}", over_with_prefill]
+        lines.append([*cells, *with_prefill, "–" if h100 is None else f"{h100:,.0f}"])
+    return markdown_table([*heads, "H100, tokens/s"], lines, "llrrrrrrr")
 
 
 def draw(errors: pd.DataFrame, check: Mapping[str, Any], path: Path) -> None:
@@ -453,8 +439,7 @@ def draw(errors: pd.DataFrame, check: Mapping[str, Any], path: Path) -> None:
     with figure(path, width=7.2, height=4.4) as drawing:
         axes = drawing.add_subplot()
         axes.axhspan(check["low"], check["high"], color=GREY, alpha=0.25, linewidth=0, label="interval")
-        stacks = enumerate(steps.groupby(["origin", "stack"], sort=False))
-        for number, ((_, stack), rows) in stacks:
+        for number, ((_, stack), rows) in enumerate(steps.groupby(["origin", "stack"], sort=False)):
             colour, marker = COLOURS[number % len(COLOURS)], "s" if str(stack).startswith("vLLM") else "o"
             label = f"{', '.join(rows['gpu'].unique())}: {stack}"
             axes.plot(rows["batch"], rows["published"] / rows["predicted"], marker, color=colour, label=label)
@@ -465,28 +450,21 @@ def draw(errors: pd.DataFrame, check: Mapping[str, Any], path: Path) -> None:
         drawing.legend(loc="outside upper center", ncol=2, fontsize=7)
 
 
-def main(write: bool) -> None:
+def main() -> None:
     """Prints the calibration's checks; writes the calibration, the errors, their figure and the page's tables."""
+    argument_parser(__doc__).parse_args()
     calibration, errors = calibrate()
-    tables = {"errors": errors, "sources": by_source(errors), "headline": headline(calibration)}
-    for engine, share in calibration["engines"].items():
+    engines, sources, rows = calibration["engines"], by_source(errors), headline(calibration)
+    for engine, share in engines.items():
         print(engine, share)
-    print(tables["sources"].to_string(), tables["headline"].to_string(), sep="\n")
-    if not write:
-        return
+    print(sources.to_string(), rows.to_string(), sep="\n")
     device = read_json(FACTS / "device.json")
     write_json(FACTS / "device.json", device | {"calibration": calibration})
-    for name, table in tables.items():
+    for name, table in {"errors": errors, "sources": sources, "headline": rows}.items():
         write_csv(OUT / f"{name}.csv", table.assign(date=FROZEN, made_by="scripts/calibrate_a10g.py"))
-    draw(errors, calibration["engines"]["none"]["check"], OUT / "errors.png")
-    page = PAGE.read_text(encoding="utf-8")
-    texts = {"sources": sources_table(tables["sources"]), "engines": engines_table(calibration["engines"])}
-    for name, text in (texts | {"headline": headline_table(tables["headline"])}).items():
-        page = re.sub(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", f"{text}\n", page, flags=re.DOTALL)
-    write_atomically(PAGE, lambda path: path.write_text(page, encoding="utf-8"))
+    draw(errors, engines["none"]["check"], OUT / "errors.png")
+    fill_page(PAGE, sources=sources_table(sources), engines=engines_table(engines), headline=headline_table(rows))
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="print the errors and write nothing")
-    main(write=not parser.parse_args().check)
+    main()

@@ -5,29 +5,25 @@
 One row per step: ``step, one, ddp, fsdp`` (nats per token, fp32), and the machine. Prints the largest differences.
 """
 
-import argparse
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
+from shared import argument_parser, finished
 
 from nas.run import origin
 
 TRAIN = ("steps=20", "batch=16", "learning_rate=5e-4", "precision=fp32", "log_every=1", "validation_windows=8")
-WAYS = {"one": (), "ddp": ("--nproc-per-node", "2"), "fsdp": ("--nproc-per-node", "2")}
+WAYS = {"one": (1, "ddp"), "ddp": (2, "ddp"), "fsdp": (2, "fsdp")}  # processes, train.parallel
 
 
 def losses(way: str, text: str) -> pd.Series:
     """The loss of each step, trained in one way."""
-    name = f"distributed-{way}"
-    launch = ["-m", "torch.distributed.run", *WAYS[way]] if WAYS[way] else []
-    parallel = ["train.parallel=" + way] if WAYS[way] else []
-    train = [f"train.{option}" for option in TRAIN]
-    command = ["-m", "nas", "train", "space=small", f"name={name}", "data=text", f"data.path={text}", *train, *parallel]
-    subprocess.run([sys.executable, *launch, *command], check=True)
-    lines = map(json.loads, Path("runs/train", name, "metrics.jsonl").read_text().splitlines())
+    processes, parallel = WAYS[way]
+    options = [f"train.{option}" for option in (*TRAIN, f"parallel={parallel}")]
+    words = ("space=small", "data=text", f"data.path={text}", *options)
+    run = finished("train", f"distributed-{way}", *words, processes=processes)
+    lines = map(json.loads, (run.path / "metrics.jsonl").read_text().splitlines())
     return pd.Series({line["step"]: line["loss_nats"] for line in lines if "loss_nats" in line}, name=way)
 
 
@@ -40,7 +36,7 @@ def main(text: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("text", help="data.path")
     parser.add_argument("csv", type=Path, help="written")
     given = parser.parse_args()

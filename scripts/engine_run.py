@@ -123,14 +123,14 @@ def llama_cpp(folder: str, reference: dict[str, Any], flash_attention: bool = Tr
     }
 
 
-def vllm(folder: str, reference: dict[str, Any], **options: str) -> dict[str, Any]:
+def vllm(folder: str, reference: dict[str, Any]) -> dict[str, Any]:
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1"}
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_FLASHINFER_SAMPLER": "0"}
     os.environ["TRITON_F32_DEFAULT"] = "ieee"  # or attention in fp32 multiplies in TF32 on a GPU
     from vllm import LLM, SamplingParams
 
     memory = {"gpu_memory_utilization": 0.1, "kv_cache_memory_bytes": 2**30}  # several share a GPU; not read on a CPU
-    llm = LLM(folder, trust_remote_code=True, dtype=reference["dtype"], enforce_eager=True, **memory, **options)
+    llm = LLM(folder, trust_remote_code=True, dtype=reference["dtype"], enforce_eager=True, **memory)
     cache = llm.llm_engine.vllm_config.cache_config
     prompts = [{"prompt_token_ids": prompt} for prompt in reference["prompts"]]
     greedy = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=reference["new"]))
@@ -175,7 +175,6 @@ ENGINES: dict[str, tuple[Callable[[str, dict[str, Any]], dict[str, Any]], str]] 
     "llama.cpp": (llama_cpp, "xllamacpp"),
     "llama.cpp without flash attention": (partial(llama_cpp, flash_attention=False), "xllamacpp"),
     "vllm": (vllm, "vllm"),
-    "vllm, Triton attention": (partial(vllm, attention_backend="TRITON_ATTN"), "vllm"),
     "megatron-core": (megatron, "megatron"),
 }
 

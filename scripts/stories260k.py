@@ -10,7 +10,6 @@ The last line of stdout is JSON: the losses of the uniform vectors before and af
     python scripts/stories260k.py SRC OUT --rank 0             # K/V heads trained alone: losses-rank-0.csv
 """
 
-import argparse
 import json
 import struct
 from collections.abc import Iterator
@@ -19,11 +18,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from shared import argument_parser, finished
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, logging
 
-from nas import cli
 from nas.data import prepare_tokens, validation_windows
 from nas.data.corpora import TextCorpus
 from nas.data.tokenizer import load_tokenizer
@@ -44,12 +43,8 @@ END = 1  # every story that the model was trained on begins with it, and so ends
 STORIES, ROWS, SEED = 2000, 200, 0
 LAYERS = 5
 TRAINING = (
-    "steps=400",
-    "batch=16",
-    "learning_rate=1e-2",
-    "weight_decay=0",
-    "smallest_share=0.25",
-    "validate_every=100",
+    *("train.steps=400", "train.batch=16", "train.learning_rate=1e-2"),
+    *("train.weight_decay=0", "train.smallest_share=0.25", "train.validate_every=100"),
 )
 RANK = 16  # of each smaller choice's correction of the output projection
 MIXED = ("4-4-2-2-1", "1-2-2-4-4", "4-2-1-1-1", "1-1-1-2-4", "2-4-1-4-2", "4-1-2-1-4")
@@ -71,19 +66,14 @@ def main(source: Path, out: Path, training: bool, rank: int) -> None:
     convert(source, model)
     windows = as_windows(model, SAMPLE_TEXT, 64)
     print(f"Loss of {model} on sentences of our own: {transformers_loss(model, windows):.3f} nats/token")
-    print(f"What it tells, greedily: {next(tell(model, rows=1, greedy=True), '(no end)')}")
     if not corpus.is_file():
         write_corpus(model, corpus)
     if not training:
         return
     suffix = "" if rank == RANK else f"-rank-{rank}"
-    run = out / "runs" / "train" / f"stories260k{suffix}"
-    if not (run / "complete.json").is_file():
-        options = (f"train.{option}" for option in (*TRAINING, f"output_rank={rank}"))
-        text = (f"init={model}", "data=text", f"data.path={corpus}", *options)
-        if code := cli.main(["train", *text, f"name={run.name}", f"runs_dir={out / 'runs'}"]):
-            raise SystemExit(code)
-    table = losses(model, corpus, FinishedRun(run, "train"))
+    words = (f"init={model}", "data=text", f"data.path={corpus}", f"train.output_rank={rank}", *TRAINING)
+    run = finished("train", f"stories260k{suffix}", *words, runs=out / "runs")
+    table = losses(model, corpus, run)
     print(table.to_string(index=False))
     target = ROOT / "docs" / "stories260k" / f"losses{suffix}.csv"
     write_csv(target, table)
@@ -191,14 +181,13 @@ def transformers_loss(model: Path, windows: Tensor) -> float:
 
 
 @torch.no_grad()
-def tell(model: Path, rows: int, greedy: bool = False) -> Iterator[str]:
+def tell(model: Path, rows: int) -> Iterator[str]:
     """Stories that the model tells; those that its context cuts short are left out."""
     teller, tokenizer = AutoModelForCausalLM.from_pretrained(model), load_tokenizer(str(model))
-    how = {"do_sample": False} if greedy else {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    ends = {"max_length": 512, "eos_token_id": END, "pad_token_id": END}
+    drawn = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     prompt = torch.full((rows, 1), END)
-    told = teller.generate(
-        prompt, attention_mask=torch.ones_like(prompt), max_length=512, eos_token_id=END, pad_token_id=END, **how
-    )
+    told = teller.generate(prompt, attention_mask=torch.ones_like(prompt), **ends, **drawn)
     for tokens in told[:, 1:].tolist():
         if END in tokens:
             yield tokenizer.decode(tokens[: tokens.index(END)])
@@ -239,7 +228,7 @@ def losses(model: Path, corpus: Path, run: FinishedRun) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("source", type=Path, help="folder with the two files")
     parser.add_argument("out", type=Path, help="gets model/, stories.jsonl and runs/")
     parser.add_argument("--no-training", action="store_true", help="only the model and its text")

@@ -3,11 +3,10 @@
 vLLM serves the configuration that `nas export` writes, with random weights, under a cap on memory. It needs a Python of
 its own with vllm installed (0.22 was tried), for its requirements are not ours.
 
-    python scripts/vllm_check.py serve PYTHON     on a GPU, by vLLM's Python: adds what docs/vllm/served.csv lacks
+    python scripts/vllm_check.py --serve PYTHON   on a GPU, by vLLM's Python: adds what docs/vllm/served.csv lacks
     python scripts/vllm_check.py                  beside the shipped tables of that card: docs/vllm/check.csv
 """
 
-import argparse
 import json
 import subprocess
 import tempfile
@@ -16,23 +15,19 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from headline import models, shipped_table
+from headline import CONTEXT, MEMORY_GIB, models, shipped_table, workload
 from scipy.stats import kendalltau
+from shared import add_rows, argument_parser, gpu_origin
 
 from nas.errors import UserError
 from nas.export.hf import copy_code, hf_config
 from nas.files import write_csv, write_json
-from nas.hardware import nvml_facts
 from nas.latency.memory import MemoryModel
-from nas.latency.predictor import Workload
-from nas.run import origin
 from nas.shape import ModelShape
 from nas.space import Vector, format_vector, load_space, parse_vector
 
 OUT = Path("docs/vllm")
-CONTEXT, PROMPT, GIB, RUNTIME = 2048, 1024, 22.5, "compiled"
-RANDOM, SEED = 10, 5
+RUNTIME, RANDOM, SEED = "compiled", 10, 5
 
 
 def all_models() -> dict[str, tuple[ModelShape, Vector]]:
@@ -44,12 +39,8 @@ def all_models() -> dict[str, tuple[ModelShape, Vector]]:
     return models() | random
 
 
-def workload(batch: int) -> Workload:
-    return Workload(batch, CONTEXT, PROMPT, "bf16", RUNTIME)
-
-
 def largest_batch(shape: ModelShape, vector: Vector) -> int:
-    return MemoryModel(shape, workload(1), on_gpu=True).largest_batch(vector, GIB * 2**30)
+    return MemoryModel(shape, workload(1, RUNTIME), on_gpu=True).largest_batch(vector, MEMORY_GIB * 2**30)
 
 
 def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None:
@@ -63,29 +54,26 @@ def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None
     write_json(folder / "config.json", config)
 
 
-def serve(python: str, file: Path, only: list[str]) -> None:
-    """Runs vLLM once for each model, of ``only`` or that the file lacks of this card, and adds what it did."""
-    driver = nvml_facts(str(torch.cuda.get_device_properties(0).uuid)).get("driver")
-    about = {"memory_gib": GIB, "driver": driver} | origin()
-    rows = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["model"])
-    done = set() if rows.empty else set(rows.loc[rows["device"] == about["device"], "model"])
-    wanted = only or all_models().keys() - done
+def serve(python: str, file: Path) -> None:
+    """Runs vLLM once for each model that the file lacks of this card, and adds what it did."""
+    about = {"memory_gib": MEMORY_GIB} | gpu_origin()
+    served = pd.read_csv(file)
+    done = set(served.loc[served["device"] == about["device"], "model"])
     for name, (shape, vector) in all_models().items():
-        if name not in wanted:
+        if name in done:
             continue
         with tempfile.TemporaryDirectory() as folder:
             write_configuration(shape, vector, Path(folder))
             most = -(-largest_batch(shape, vector) // 8) * 8 + 8
-            words = [python, str(Path(__file__).with_name("vllm_decode.py")), folder, str(GIB), str(CONTEXT), str(most)]
-            run = subprocess.run(words, capture_output=True, text=True, check=False)
+            words = [python, Path(__file__).with_name("vllm_decode.py"), folder, MEMORY_GIB, CONTEXT, most]
+            run = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
         if run.returncode:
             print(name, "failed:", run.stdout[-500:], run.stderr[-3000:], flush=True)
             continue
         found = json.loads(run.stdout.strip().splitlines()[-1])
         row = {"model": name, "vector": format_vector(vector), **found, **about}
         print(row, flush=True)
-        rows = pd.concat([rows, pd.DataFrame([row])])
-        write_csv(file, rows)
+        add_rows(file, row)
 
 
 def beside_predictions(served: pd.DataFrame) -> pd.DataFrame:
@@ -132,25 +120,15 @@ def rankings(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", metavar="serve PYTHON [MODEL …]", help="default: compare")
-    what = parser.parse_args().what
-    OUT.mkdir(parents=True, exist_ok=True)
-    if what[:1] == ["serve"]:
-        serve(what[1], OUT / "served.csv", what[2:])
+    parser = argument_parser(__doc__)
+    parser.add_argument("--serve", metavar="PYTHON", help="run what served.csv lacks, by vLLM's Python")
+    if python := parser.parse_args().serve:
+        serve(python, OUT / "served.csv")
         return
     rows = beside_predictions(pd.read_csv(OUT / "served.csv"))
     write_csv(OUT / "check.csv", rows)
-    columns = [
-        "device",
-        "model",
-        "batch",
-        "vllm_ms",
-        "vllm_tokens_per_s",
-        "our_batch",
-        "our_tokens_per_s",
-        "vllm_over_ours",
-    ]
+    ours = ["our_batch", "our_tokens_per_s", "vllm_over_ours"]
+    columns = ["device", "model", "batch", "vllm_ms", "vllm_tokens_per_s", *ours]
     print(rows[columns].round(3).to_string(index=False))
     print("Kendall's τ:", rankings(rows).round(3).to_string(index=False), sep="\n")
 

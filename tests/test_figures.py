@@ -26,9 +26,8 @@ def page(name: str) -> str:
 
 
 @pytest.fixture
-def script(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> dict[str, Any]:
+def script(request: pytest.FixtureRequest) -> dict[str, Any]:
     """A script's functions."""
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
     return runpy.run_path(str(ROOT / "scripts" / request.param))
 
 
