@@ -531,15 +531,31 @@ def test_what_a_kill_left_is_made_again(tokenizer_file: Path, tmp_path: Path) ->
     assert after.digest == whole.digest
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("train.npy", b""), ("train.npy", None), ("validation.npy", b"damaged"), ("meta.json", b"{}")]
-)
-def test_damaged_tokens_are_refused(tokenizer_file: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+def with_a_flipped_byte(content: bytes) -> bytes:
+    """Of the tokens: headers are at the beginning."""
+    return content[:-3] + bytes([content[-3] ^ 1]) + content[-2:]
+
+
+@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("damage", [None, with_a_flipped_byte, lambda _: b"", lambda content: content[:-10]])
+def test_damaged_tokens_are_made_anew(
+    tokenizer_file: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    damage: Callable[[bytes], bytes] | None,
+) -> None:
     corpus = numbered(write_documents(60))
-    file = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path).tokenizer.with_name(name)
-    file.unlink() if content is None else file.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokens-.* corrupt .*; remove that folder"):
-        prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    before = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    file, rows = before.tokenizer.with_name(name), (before.train.copy(), before.validation.copy())
+    content = file.read_bytes()
+    file.unlink() if damage is None else file.write_bytes(damage(content))
+    capsys.readouterr()
+    after = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    assert ("damaged and are made anew" in capsys.readouterr().out) == (file.name != "meta.json" or damage is not None)
+    assert after.digest == before.digest
+    assert file.read_bytes() == content
+    assert np.array_equal(after.train, rows[0]) and np.array_equal(after.validation, rows[1])
 
 
 @pytest.mark.parametrize(
