@@ -188,6 +188,7 @@ def test_the_configuration_is_what_inference_engines_read(exported: tuple[Vector
     assert config["model_type"] == "nemotron-nas"
     assert config["num_key_value_heads_per_layer"] == list(vector)
     assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 10000.0
+    assert not [key for key in config if key.startswith("_")]
     for groups, block in zip(vector, config["block_configs"], strict=True):
         attention = {"n_heads_in_group": 4 // groups, "no_op": False, "replace_with_linear": False}
         assert block["attention"] == attention

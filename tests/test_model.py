@@ -85,7 +85,7 @@ def test_vectors_of_a_batch_really_differ(micro: SearchSpace) -> None:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("sharing", ["sliced", "pooled"])
 def test_the_largest_vector_equals_transformers_llama(tied: bool, sharing: str) -> None:
-    shape = ModelShape(**{**SHAPE.__dict__, "tie_word_embeddings": tied})
+    shape = dataclasses.replace(SHAPE, tie_word_embeddings=tied)
     supernet = random_supernet(SearchSpace("nested", shape, ((1, 2, 4),) * 3), sharing=sharing)
     config = LlamaConfig(
         **{name: value for name, value in shape.to_dict().items() if name != "rope_theta"},
