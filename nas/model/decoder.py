@@ -60,13 +60,8 @@ def rotate(x_BnTd: Tensor, rope: Rope) -> Tensor:
     return (x_BnTd * cos_Td + torch.cat((-second, first), dim=-1) * sin_Td).to(x_BnTd.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square layer norm, computed in fp32 as Llama does."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
@@ -225,8 +220,8 @@ class Decoder(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     @property
-    def attentions(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
+    def layers(self) -> list[Layer]:
+        return [module for module in self.modules() if isinstance(module, Layer)]
 
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
         """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""
@@ -253,5 +248,5 @@ class Decoder(nn.Module):
 
     def compile_layers(self) -> None:
         """Compiles the layers and the losses of tokens; a UserError where there is no compiler."""
-        compile_layers(self.model.layers, "a machine that has one")
+        compile_layers(self.layers, "a machine that has one")
         self.token_losses = torch.compile(self.token_losses)  # type: ignore[method-assign]
