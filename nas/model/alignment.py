@@ -162,7 +162,7 @@ def _lost(
     return lost
 
 
-def _turns(gram: Tensor, may: bool = True) -> Tensor:
+def _turns(gram: Tensor, may: bool) -> Tensor:
     """The unitary matrices that bring nodes closest to their mean, which stays in the first one's gauge."""
     turns, cross = _identities(gram), gram[:, 0]
     for _ in range(_ROUNDS if may else 0):  # the mean is fixed, then the matrices: orthogonal Procrustes problems
