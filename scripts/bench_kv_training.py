@@ -152,8 +152,7 @@ def yardsticks(space: SearchSpace, options: SupernetConfig, rounds: int) -> list
     model: Decoder = on_device(lambda: Decoder(space.shape, space.largest)).requires_grad_(False)
     make_ready(model, options)
     tokens = torch.randint(space.shape.vocab_size, (options.batch, options.length or 0), device=DEVICE)
-    embedded, rope = model.embedded(tokens)
-    embedded.requires_grad_(True)
+    rope, embedded = model.rope(0, tokens.shape[1]), model.model.embed_tokens(tokens).requires_grad_(True)
     marks: list[float] = []
 
     @torch.no_grad()

@@ -227,7 +227,7 @@ def test_loss(model: Decoder, windows_NT: Tensor) -> float:
     half = torch.float16 if windows_NT.is_cuda else torch.float32
     with on_tensor_cores(windows_NT.device, half):
         for piece in windows_NT.split(8):
-            x_BTD, rope = model.embedded(piece[:, :-1])
+            x_BTD, rope = model.model.embed_tokens(piece[:, :-1]), model.rope(0, piece.shape[1] - 1)
             for layer in model.model.layers:
                 x_BTD = layer(x_BTD, rope)
             losses.append(model.row_losses(x_BTD, piece[:, 1:]))

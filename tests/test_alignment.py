@@ -150,13 +150,12 @@ def test_a_choice_that_is_fitted_loses_less_than_the_mean_of_neighbours() -> Non
     mean = {name: mix_heads(pooling(4, 2), own.state_dict()[name]) for name in names}
     fitted = {name: stored[f"model.layers.0.self_attn.{name}"][: 2 * SHAPE.head_dim] for name in names}
     with torch.no_grad():
-        x, rope = model.embedded(TOKENS)
-        h, errors = layer.input_layernorm(x), []
-        expected = own(h, rope)
+        h, errors = layer.input_layernorm(model.model.embed_tokens(TOKENS)), []
+        expected = own(h, model.rope(0, 24))
         for attention, heads in ((own, mean), (turned, fitted)):
             small = Attention(model.shape.layer(2))
             small.load_state_dict(attention.state_dict() | heads)
-            errors.append(float((small(h, rope) - expected).square().sum()))
+            errors.append(float((small(h, model.rope(0, 24)) - expected).square().sum()))
     assert errors[1] < 0.5 * errors[0]
 
 

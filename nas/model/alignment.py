@@ -38,7 +38,7 @@ def align(model: Decoder, choices: Sequence[Vector], tokens_BT: Tensor) -> dict[
     ``choices`` are those of each layer, ``tokens_BT`` is text. Returns the weights and biases of all K and V
     projections, by their names in the model, with the heads of every choice in turn: as separate sharing stores them.
     """
-    x_BTD, rope = model.embedded(tokens_BT)
+    x_BTD, rope = model.model.embed_tokens(tokens_BT), model.rope(0, tokens_BT.shape[1])
     mixed_BTD, stored = x_BTD, {}  # mixed: the same text, each row at a vector of its own
     generator = torch.Generator().manual_seed(0)
     with console.progress_bar("Aligning the K/V heads of layers", len(choices)) as bar:

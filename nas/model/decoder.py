@@ -225,15 +225,14 @@ class Decoder(nn.Module):
 
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
         """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""
-        x_BTD, rope = self.embedded(tokens_BT)
+        x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(0, tokens_BT.shape[1])
         for index, layer in enumerate(self.model.layers):
             x_BTD = layer(x_BTD, rope, selections[index] if selections is not None else None)
         return self.lm_head(self.model.norm(x_BTD))  # type: ignore[no-any-return]
 
-    def embedded(self, tokens_BT: Tensor) -> tuple[Tensor, Rope]:
-        """What the first layer gets: embeddings BTD, and the rows of the rotary table for their positions."""
-        positions = slice(tokens_BT.shape[1])
-        return self.model.embed_tokens(tokens_BT), (self.rope_cos[positions], self.rope_sin[positions])
+    def rope(self, start: int, end: int) -> Rope:
+        """The rows of the rotary table for the positions from ``start`` up to ``end``."""
+        return self.rope_cos[start:end], self.rope_sin[start:end]
 
     def row_losses(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Mean loss (nats per token) of each row (B,) of what comes out of the last layer, logits made in pieces."""

@@ -67,7 +67,7 @@ class Supernet(nn.Module):
             steps += np.divmod(distinct, options)
         together = torch.from_numpy(np.concatenate([*steps, beginning])).to(windows_NT.device, non_blocking=True)
         indices = together.split([*map(len, steps), len(vectors)])
-        x_BTD, rope = decoder.embedded(windows_NT[:, :-1])
+        x_BTD, rope = decoder.model.embed_tokens(windows_NT[:, :-1]), decoder.rope(0, windows_NT.shape[1] - 1)
         for layer, block in enumerate(decoder.model.layers):
             if not np.array_equal(steps[2 * layer], np.arange(len(x_BTD) // texts)):  # else a copy for nothing
                 x_BTD = x_BTD.unflatten(0, (-1, texts))[indices[2 * layer]].flatten(0, 1)
