@@ -86,14 +86,14 @@ class Attention(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.correction: OutputCorrection | None = None
-        self.head_dim, self.qk_norm = spec.head_dim, spec.qk_norm
+        self.head_dim, self.qk_norm = spec.shape.head_dim, spec.shape.qk_norm
         self.q_proj = _linear(spec.linears["q_proj"])
         self.k_proj = _linear(spec.linears["k_proj"])
         self.v_proj = _linear(spec.linears["v_proj"])
         self.o_proj = _linear(spec.linears["o_proj"])
-        if spec.qk_norm:
-            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
-            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, spec.shape.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, spec.shape.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
         q_BHTd = self._heads(self.q_proj(x_BTD))
@@ -170,9 +170,9 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.input_layernorm = RMSNorm(spec.shape.hidden_size, spec.shape.rms_norm_eps)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(spec.shape.hidden_size, spec.shape.rms_norm_eps)
         self.mlp = MLP(spec)
 
     def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
