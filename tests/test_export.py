@@ -29,7 +29,7 @@ from nas.shape import ModelShape
 from nas.space import SearchSpace, Vector
 from nas.stages.export import open_checkpoint, select
 from tests.conftest import Nas, logits_at, random_supernet
-from tests.helpers import TRAINING
+from tests.helpers import LINEAR, LLAMA3, TRAINING, YARN
 
 MIXED: list[Vector] = [(4, 1, 2), (1, 1, 4)]
 
@@ -236,12 +236,11 @@ def test_another_width_is_zero_padded_and_the_card_says_so(tokenizer: Path, tmp_
     assert HfExporter().read(tmp_path, with_weights=False).shape == shape
 
 
-ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 10}
 FEATURED: dict[str, dict[str, Any]] = {
     "llama-biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True},
-    "llama-linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}},
-    "llama-3": {"rope_scaling": {"rope_type": "llama3", **ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0}},
-    "qwen2": {"qkv_bias": True, "rope_scaling": {"rope_type": "yarn", **ORIGINAL}, "tie_word_embeddings": True},
+    "llama-linear": {"rope_scaling": LINEAR},
+    "llama-3": {"rope_scaling": LLAMA3},
+    "qwen2": {"qkv_bias": True, "rope_scaling": YARN, "tie_word_embeddings": True},
     "qwen3": {"qk_norm": True, "tie_word_embeddings": True},
     "output-bias-and-norms": {"qk_norm": True, "o_bias": True, "mlp_bias": True},
 }

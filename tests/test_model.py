@@ -16,6 +16,7 @@ from nas.quality import row_losses
 from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace, Vector, load_space
 from tests.conftest import logits_at, random_supernet
+from tests.helpers import LINEAR, LLAMA3, YARN
 
 SHAPE = ModelShape(
     num_hidden_layers=3,
@@ -26,15 +27,6 @@ SHAPE = ModelShape(
     vocab_size=97,
     max_position_embeddings=24,
 )
-
-
-ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 6}
-SCALINGS = [
-    None,
-    {"rope_type": "linear", "factor": 2.0},
-    {"rope_type": "llama3", **ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
-    {"rope_type": "yarn", **ORIGINAL},
-]
 RULES = st.sampled_from(sorted(SHARING_RULES))
 
 
@@ -42,7 +34,7 @@ RULES = st.sampled_from(sorted(SHARING_RULES))
 def shapes(draw: st.DrawFn) -> ModelShape:
     """Shapes with any of the features that Llama and its relatives have."""
     flags = {key: draw(st.booleans()) for key in FEATURES if key != "rope_scaling"}
-    return dataclasses.replace(SHAPE, **flags, rope_scaling=draw(st.sampled_from(SCALINGS)))
+    return dataclasses.replace(SHAPE, **flags, rope_scaling=draw(st.sampled_from([None, LINEAR, LLAMA3, YARN])))
 
 
 @st.composite

@@ -38,7 +38,7 @@ from nas.training.loop import fit
 from nas.training.recipes import text_loss
 from tests import two_processes
 from tests.conftest import FAST, Nas, logits_at
-from tests.helpers import TEXT, TRAINING, check_refusal
+from tests.helpers import LLAMA3, TEXT, TRAINING, check_refusal
 
 INIT = ("init=model", "init.calibration_tokens=160", "train.output_rank=2")
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,8 +54,6 @@ SIZES = {
     "max_position_embeddings": 40,
     "rms_norm_eps": 1e-5,
 }
-LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-LLAMA3["original_max_position_embeddings"] = 10
 KINDS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "llama": (LlamaConfig, {}),
     "llama-tied": (LlamaConfig, {"tie_word_embeddings": True}),
