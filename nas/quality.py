@@ -18,7 +18,6 @@ from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import scipy.stats
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -165,7 +164,8 @@ class InheritedLoss:
             return {}
         if format_vector(largest) not in windows:
             self._evaluate([largest])
-        return {PAIRED_SE: float(scipy.stats.sem(own.astype(float) - windows[format_vector(largest)]))}
+        differences = own.astype(float) - windows[format_vector(largest)]
+        return {PAIRED_SE: float(differences.std(ddof=1)) / math.sqrt(len(differences))}
 
     def _evaluate(self, vectors: list[Vector]) -> list[float]:
         in_half = self.precision == "fp16"

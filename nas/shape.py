@@ -37,36 +37,30 @@ class LinearSpec:
 class LayerSpec:
     """One decoder layer. Modules, parameter counts, memory, operations and exports all follow from this description."""
 
-    hidden_size: int
-    num_attention_heads: int
-    head_dim: int
+    shape: "ModelShape"
     kv_groups: int
-    intermediate_size: int
-    rms_norm_eps: float
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    qk_norm: bool
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
         """The linear layers by their Hugging Face names, in the order in which they run."""
-        queries, keys = self.num_attention_heads * self.head_dim, self.kv_groups * self.head_dim
+        shape, width, ffn = self.shape, self.shape.hidden_size, self.shape.intermediate_size
+        queries, keys = shape.num_attention_heads * shape.head_dim, self.kv_groups * shape.head_dim
         return {
-            "q_proj": LinearSpec(self.hidden_size, queries, self.qkv_bias),
-            "k_proj": LinearSpec(self.hidden_size, keys, self.qkv_bias),
-            "v_proj": LinearSpec(self.hidden_size, keys, self.qkv_bias),
-            "o_proj": LinearSpec(queries, self.hidden_size, self.o_bias),
-            "gate_proj": LinearSpec(self.hidden_size, self.intermediate_size, self.mlp_bias),
-            "up_proj": LinearSpec(self.hidden_size, self.intermediate_size, self.mlp_bias),
-            "down_proj": LinearSpec(self.intermediate_size, self.hidden_size, self.mlp_bias),
+            "q_proj": LinearSpec(width, queries, shape.qkv_bias),
+            "k_proj": LinearSpec(width, keys, shape.qkv_bias),
+            "v_proj": LinearSpec(width, keys, shape.qkv_bias),
+            "o_proj": LinearSpec(queries, width, shape.o_bias),
+            "gate_proj": LinearSpec(width, ffn, shape.mlp_bias),
+            "up_proj": LinearSpec(width, ffn, shape.mlp_bias),
+            "down_proj": LinearSpec(ffn, width, shape.mlp_bias),
         }
 
     @property
     def norms(self) -> dict[str, int]:
         """Widths of the RMS norms by their Hugging Face names."""
-        heads = {"q_norm": self.head_dim, "k_norm": self.head_dim} if self.qk_norm else {}
-        return {"input_layernorm": self.hidden_size, "post_attention_layernorm": self.hidden_size, **heads}
+        width, head_dim = self.shape.hidden_size, self.shape.head_dim
+        heads = {"q_norm": head_dim, "k_norm": head_dim} if self.shape.qk_norm else {}
+        return {"input_layernorm": width, "post_attention_layernorm": width, **heads}
 
     @cached_property
     def parameters(self) -> int:
@@ -75,7 +69,7 @@ class LayerSpec:
     @cached_property
     def kv_values_per_token(self) -> int:
         """Values that one token of one sequence adds to the KV cache."""
-        return 2 * self.kv_groups * self.head_dim
+        return 2 * self.kv_groups * self.shape.head_dim
 
 
 @dataclass(frozen=True)
@@ -107,8 +101,7 @@ class ModelShape:
 
     def layer(self, groups: int) -> LayerSpec:
         if groups not in self._made:
-            shared = {f.name: getattr(self, f.name) for f in fields(LayerSpec) if f.name != "kv_groups"}
-            self._made[groups] = LayerSpec(kv_groups=groups, **shared)
+            self._made[groups] = LayerSpec(self, groups)
         return self._made[groups]
 
     @cached_property

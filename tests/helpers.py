@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from nas import cli
 from tests.conftest import FAST, Outcome
@@ -17,6 +18,11 @@ PROCESSES.set_forkserver_preload(["nas.cli", "nas.stages.search", "tests.search_
 TEXT = ("data=text", "data.path=text.txt")
 TRAINING = tuple(argument for argument in FAST if argument.startswith("train."))
 TIMING = tuple(argument for argument in FAST if argument not in TRAINING)
+
+# Scaled rotary embeddings of a model with a context of 40 tokens.
+LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 2.5}
+YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 10}
+LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 Damage = Callable[[bytes], bytes] | None  # None removes the file
 

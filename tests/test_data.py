@@ -34,6 +34,7 @@ from nas.data.corpora import Corpus, Document, HubCorpus, StdlibCorpus, TextCorp
 from nas.data.tokenizer import END_OF_TEXT, document_frame, end_of_text_id, load_tokenizer, special_ids, train_tokenizer
 from nas.data.tokens import Tokens
 from nas.errors import UserError
+from tests.helpers import Damage, flipped, harm, to
 
 VOCABULARY = 300
 WORDS = ["the tokenizer", "größer als", "def run(self):", "日本語のテキスト", "🙂 and 🙃", "a\ttab\r\n", "  spaces  "]
@@ -531,15 +532,20 @@ def test_what_a_kill_left_is_made_again(tokenizer_file: Path, tmp_path: Path) ->
     assert after.digest == whole.digest
 
 
-@pytest.mark.parametrize(
-    ("name", "content"), [("train.npy", b""), ("train.npy", None), ("validation.npy", b"damaged"), ("meta.json", b"{}")]
-)
-def test_damaged_tokens_are_refused(tokenizer_file: Path, tmp_path: Path, name: str, content: bytes | None) -> None:
+@pytest.mark.parametrize("name", ["train.npy", "validation.npy", "tokenizer.json", "meta.json"])
+@pytest.mark.parametrize("damage", [None, flipped, to(""), to("{}")])
+def test_damaged_tokens_are_made_anew(
+    tokenizer_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, damage: Damage
+) -> None:
     corpus = numbered(write_documents(60))
-    file = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path).tokenizer.with_name(name)
-    file.unlink() if content is None else file.write_bytes(content)
-    with pytest.raises(UserError, match=r"tokens-.* corrupt .*; remove that folder"):
-        prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    before = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    file, texts = before.tokenizer.with_name(name), split(before)
+    content = file.read_bytes()
+    harm(file, damage)
+    capsys.readouterr()
+    after = prepare_tokens(corpus, str(tokenizer_file), VOCABULARY, tmp_path)
+    assert ("damaged and are made anew" in capsys.readouterr().out) == (damage is not None or name != "meta.json")
+    assert (after.digest, file.read_bytes(), split(after)) == (before.digest, content, texts)
 
 
 @pytest.mark.parametrize(
@@ -602,11 +608,7 @@ def test_training_windows_reach_both_ends_of_the_text() -> None:
 
 
 @settings(deadline=None)
-@given(
-    tokens=st.integers(2, 300),
-    windows=st.integers(1, 20),
-    length=st.integers(1, 40),
-)
+@given(st.integers(2, 300), st.integers(1, 20), st.integers(1, 40))
 def test_validation_windows_are_the_same_every_time_and_inside_the_text(tokens: int, windows: int, length: int) -> None:
     row = ROW[:tokens]
     if tokens < length + 1:

@@ -29,18 +29,16 @@ from nas.model import Decoder
 from nas.shape import ModelShape
 from nas.space import SearchSpace
 from tests.conftest import Nas, Workspace, random_supernet
-from tests.helpers import check_refusal
+from tests.helpers import LINEAR, LLAMA3, YARN, check_refusal
 
 ROOT = Path(__file__).parents[1]
 TEXT = "def some(words):\n    return 12345 + 'more words, and some more'  # é ∑\n"
-ORIGINAL = {"factor": 4.0, "original_max_position_embeddings": 10}
-LLAMA3 = {"rope_type": "llama3", **ORIGINAL, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 SHAPE = ModelShape(3, 64, 8, 16, 96, 400, 40)
 FEATURES: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama-3": {"rope_scaling": LLAMA3, "qkv_bias": True, "o_bias": True, "mlp_bias": True},
-    "qwen2": {"rope_scaling": {"rope_type": "yarn", **ORIGINAL}, "qkv_bias": True, "tie_word_embeddings": True},
-    "wide": {"rope_scaling": {"rope_type": "linear", "factor": 2.5}, "head_dim": 8, "tie_word_embeddings": True},
+    "qwen2": {"rope_scaling": YARN, "qkv_bias": True, "tie_word_embeddings": True},
+    "wide": {"rope_scaling": LINEAR, "head_dim": 8, "tie_word_embeddings": True},
     "qwen3": {"qk_norm": True, "tie_word_embeddings": True},
     "odd": {"qkv_bias": True, "mlp_bias": True},
 }
@@ -222,10 +220,10 @@ def test_megatron_core_reads_the_layers_and_the_arguments(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("features", "arguments"),
     [
-        ({"rope_type": "linear", "factor": 2.0}, {"seq_len_interpolation_factor": 2.0}),
+        (LINEAR, {"seq_len_interpolation_factor": 2.5}),
         (LLAMA3 | {"original_max_position_embeddings": 8192}, {"rope_scaling": True, "rope_scaling_factor": 4.0}),
         (LLAMA3, None),
-        ({"rope_type": "yarn", **ORIGINAL}, None),
+        (YARN, None),
     ],
 )
 def test_megatron_cores_rotary_embeddings(

@@ -1,6 +1,8 @@
 """The loss of vectors: together as alone, shared work done once, nothing evaluated twice."""
 
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +87,11 @@ def test_the_standard_error_is_that_of_differences_on_the_same_windows(micro: Se
     assert InheritedLoss(supernet, WINDOWS, LossMemo(memo)).noise((1, 1, 1)) == {}
     single = InheritedLoss(supernet, WINDOWS[:1], LossMemo(tmp_path / "single.jsonl"))
     assert single((1, 2, 4)) and single.noise((1, 2, 4)) == {}
+
+
+def test_a_training_starts_without_scipy() -> None:
+    code = "import sys, nas.stages.train; assert 'scipy.stats' not in sys.modules"  # which takes most of a second
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_vectors_that_begin_alike_share_those_layers(micro: SearchSpace) -> None:

@@ -6,7 +6,7 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from nas.serving import KVCache, Runner, ServingModel, generate
 from nas.serving.batching import padded_batches
 from nas.serving.layers import InputMajorLinear, randomise, split_k_linear
 from nas.serving.runtime import DTYPES, compile_layers, fastest_rows
-from nas.shape import FEATURES, LayerSpec, ModelShape
+from nas.shape import FEATURES, ModelShape
 from nas.space import SearchSpace
 from nas.stages.generate import workload_of
 from tests.conftest import Nas, random_supernet
@@ -201,18 +201,6 @@ def test_the_workspace_is_what_prompts_and_a_step_hold_at_once(
 
     predicted = MemoryModel(shape, Workload(batch, 24, prompt, "fp32", "eager"), on_gpu=False).at(vector, batch)
     assert 0.95 < predicted.workspace / most_bytes(serve) < 1.2
-
-
-def test_the_widest_layer_decides_the_memory_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
-    layers, workload = ModelShape.layers, Workload(2, 20, 10, "fp32", "eager")
-    even = MemoryModel(SHAPE, workload, on_gpu=False).at([1, 1, 1], 2)
-
-    def uneven(shape: ModelShape, vector: Sequence[int]) -> list[LayerSpec]:
-        *others, last = layers(shape, vector)
-        return [*others, dataclasses.replace(last, intermediate_size=640)]
-
-    monkeypatch.setattr(ModelShape, "layers", uneven)
-    assert MemoryModel(SHAPE, workload, on_gpu=False).at([1, 1, 1], 2).workspace > even.workspace
 
 
 @settings(max_examples=25)

@@ -1,7 +1,6 @@
 """From text to seeded batches of token ids."""
 
 from nas.data.batches import training_batch, validation_windows
-from nas.data.corpora import Corpus
 from nas.data.tokens import TokenData, prepare_tokens
 
-__all__ = ["Corpus", "TokenData", "prepare_tokens", "training_batch", "validation_windows"]
+__all__ = ["TokenData", "prepare_tokens", "training_batch", "validation_windows"]

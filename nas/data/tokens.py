@@ -7,6 +7,7 @@ tokenizer. Documents go to training or validation by a hash of their key: the sp
 import hashlib
 import itertools
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -62,24 +63,40 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
     recipe = [corpus.fingerprint(), given.to_str() if given else f"bpe {vocab_size}", _ONE_IN, frame]
     folder = cache / f"tokens-{value_hash(recipe)}"
     folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
-        if not (folder / _MARK).is_file():
-            _tokenise(corpus, given, frame, vocab_size, folder)
     saved, *rows = (folder / name for name in _NAMES)
-    try:
-        train, validation = (np.load(row, mmap_mode="r") for row in rows)
-        return TokenData(train, validation, saved, read_json(folder / _MARK)["digest"])
-    except (ValueError, EOFError, KeyError, FileNotFoundError) as error:
-        raise UserError(f"the tokens in {folder} are corrupt ({error}); remove that folder") from None
+    with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
+        digest = _intact(folder) or _tokenise(corpus, given, frame, vocab_size, folder)
+    train, validation = (np.load(row, mmap_mode="r") for row in rows)
+    return TokenData(train, validation, saved, digest)
+
+
+def _intact(folder: Path) -> str | None:
+    """The digest of the cache in a folder; None if there is no finished one, or if it has changed since."""
+    if not (folder / _MARK).is_file():
+        return None
+    with suppress(UserError, FileNotFoundError):
+        if (digest := _digest(folder)) == read_json(folder / _MARK).get("digest"):
+            return digest
+    console.print(f"The tokens in {folder} are damaged and are made anew")
+    return None
+
+
+def _digest(folder: Path) -> str:
+    return hashlib.sha256("".join(file_hash(folder / name) for name in _NAMES).encode()).hexdigest()
 
 
 def _tokenise(
     corpus: Corpus, given: Tokenizer | None, frame: tuple[list[int], list[int]] | None, vocab_size: int, folder: Path
-) -> None:
-    """Reads the corpus as a stream, at most twice: its head for the tokenizer, all of it for the tokens."""
+) -> str:
+    """Reads the corpus as a stream, at most twice: its head for the tokenizer, all of it for the tokens.
+
+    Returns the cache's digest.
+    """
     console.print(f"Tokenising {type(corpus).__name__} into {folder}")
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
-    saved, *rows = files = [folder / name for name in _NAMES]
+    saved, *rows = (folder / name for name in _NAMES)
+    for file in rows:
+        file.unlink(missing_ok=True)  # and not overwritten: another process may have mapped a damaged one
     write_atomically(saved, lambda path: model.save(str(path)))
     opening, closing = frame or document_frame(model, saved)
     totals, characters = [0, 0], 0
@@ -103,8 +120,8 @@ def _tokenise(
         raise UserError(
             f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"
         )
-    digest = hashlib.sha256("".join(map(file_hash, files)).encode())
-    write_json(folder / _MARK, {"digest": digest.hexdigest()})
+    write_json(folder / _MARK, {"digest": (digest := _digest(folder))})
+    return digest
 
 
 def _splits(corpus: Corpus) -> Iterator[tuple[str, str]]:

@@ -6,6 +6,7 @@ its own size. transformers does not, so two small files of model code travel alo
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def hf_config(shape: ModelShape, vector: Vector) -> dict[str, Any]:
 def llama_keys(shape: ModelShape) -> dict[str, Any]:
     """What config.json says of a shape in any dialect of Llama, biases of the attention apart."""
     scaling, ours = shape.rope_scaling, ("rope_scaling", "qkv_bias", "o_bias", "qk_norm")
-    own = {key: value for key, value in vars(shape).items() if key not in ours}
+    own = {key: value for key, value in asdict(shape).items() if key not in ours}
     rope = {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta, **(scaling or {})}}
     legacy = {"rope_scaling": scaling} if scaling else {}  # where transformers 4 looks for it, and engines do
     return own | rope | legacy | {"hidden_act": "silu"}

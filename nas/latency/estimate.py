@@ -112,4 +112,4 @@ def elementwise_values(layer: LayerSpec) -> int:
     """
     linears = layer.linears
     rotated = linears["q_proj"].outputs + linears["k_proj"].outputs
-    return (2 * 2 + 2 * 3) * layer.hidden_size + 2 * rotated + 3 * linears["gate_proj"].outputs
+    return (2 * 2 + 2 * 3) * layer.shape.hidden_size + 2 * rotated + 3 * linears["gate_proj"].outputs

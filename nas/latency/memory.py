@@ -82,10 +82,8 @@ class MemoryModel:
         larger tensors cannot use them) or in the attention (queries, rotated queries, and three fp32 copies).
         """
         hidden, dtype_bytes = self.shape.hidden_size, DTYPE_BYTES[self.workload.dtype]
-        layers = self.shape.layers([1] * self.shape.num_hidden_layers)  # of these widths groups change none
-        mlp = dtype_bytes * 4 * max(layer.intermediate_size for layer in layers) + 2 * _FP32 * hidden
-        queries = max(layer.num_attention_heads * layer.head_dim for layer in layers)
-        attention = (dtype_bytes * 2 + _FP32 * 3) * queries
+        mlp = dtype_bytes * 4 * self.shape.intermediate_size + 2 * _FP32 * hidden
+        attention = (dtype_bytes * 2 + _FP32 * 3) * self.shape.num_attention_heads * self.shape.head_dim
         return tokens * (max(mlp, attention) + dtype_bytes * 3 * hidden) + rows * self.shape.vocab_size * dtype_bytes
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nas import console
-from nas.model.decoder import Attention, Decoder, Layer, Rope
+from nas.model.decoder import Attention, Decoder, Rope
 from nas.model.sharing import mix_heads, pooling
 from nas.space import Vector
 
@@ -32,32 +32,32 @@ _ROUNDS = 30  # of fixing the gauge and the mean in turn, at most
 
 
 @torch.no_grad()
-def align(model: Decoder, choices: Sequence[Vector], tokens_BT: Tensor) -> list[dict[int, dict[str, Tensor]]]:
+def align(model: Decoder, choices: Sequence[Vector], tokens_BT: Tensor) -> dict[str, Tensor]:
     """Brings the heads of every layer of a plain model into one gauge, in place, and fits its smaller choices to it.
 
-    ``choices`` are those of each layer, ``tokens_BT`` is text. Returns for each layer and choice the weights and biases
-    of its K and V projections, by their names in the layer.
+    ``choices`` are those of each layer, ``tokens_BT`` is text. Returns the weights and biases of all K and V
+    projections, by their names in the model, with the heads of every choice in turn: as separate sharing stores them.
     """
     x_BTD, rope = model.model.embed_tokens(tokens_BT), model.rope(0, tokens_BT.shape[1])
-    mixed_BTD, fitted = x_BTD, []  # mixed: the same text, each row at a vector of its own
+    mixed_BTD, stored = x_BTD, {}  # mixed: the same text, each row at a vector of its own
     generator = torch.Generator().manual_seed(0)
     with console.progress_bar("Aligning the K/V heads of layers", len(choices)) as bar:
-        layers = (layer for layer in model.modules() if isinstance(layer, Layer))
-        for index, (layer, allowed) in enumerate(zip(layers, choices, strict=True)):
+        for index, (layer, allowed) in enumerate(zip(model.layers, choices, strict=True)):
             h_BTD = layer.input_layernorm(x_BTD)
             _turn(layer.self_attn, allowed, h_BTD.flatten(0, 1))
             x_BTD = x_BTD + layer.self_attn(h_BTD, rope)
             h_BTD, target_BTD = layer.input_layernorm(mixed_BTD), x_BTD - mixed_BTD
             drawn_B = torch.randint(len(allowed), (len(tokens_BT),), generator=generator).to(x_BTD.device)
-            by_choice, mixed_BTD = {}, mixed_BTD.clone()
+            fitted, mixed_BTD = [], mixed_BTD.clone()
             for choice, groups in enumerate(allowed):
                 small, rows = Attention(model.shape.layer(groups)).to(x_BTD), drawn_B == choice
-                by_choice[groups] = _fit(small, layer.self_attn, h_BTD, target_BTD, rope)
+                fitted.append(_fit(small, layer.self_attn, h_BTD, target_BTD, rope))
                 mixed_BTD[rows] += small(h_BTD[rows], rope)
-            fitted.append(by_choice)
+            for name in fitted[0]:
+                stored[f"model.layers.{index}.self_attn.{name}"] = torch.cat([own[name] for own in fitted])
             x_BTD, mixed_BTD = (x + layer.mlp(layer.post_attention_layernorm(x)) for x in (x_BTD, mixed_BTD))
             bar(index + 1)
-    return fitted
+    return stored
 
 
 def _fit(small: Attention, whole: Attention, h_BTD: Tensor, target_BTD: Tensor, rope: Rope) -> dict[str, Tensor]:
@@ -162,7 +162,7 @@ def _lost(
     return lost
 
 
-def _turns(gram: Tensor, may: bool = True) -> Tensor:
+def _turns(gram: Tensor, may: bool) -> Tensor:
     """The unitary matrices that bring nodes closest to their mean, which stays in the first one's gauge."""
     turns, cross = _identities(gram), gram[:, 0]
     for _ in range(_ROUNDS if may else 0):  # the mean is fixed, then the matrices: orthogonal Procrustes problems

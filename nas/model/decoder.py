@@ -60,13 +60,8 @@ def rotate(x_BnTd: Tensor, rope: Rope) -> Tensor:
     return (x_BnTd * cos_Td + torch.cat((-second, first), dim=-1) * sin_Td).to(x_BnTd.dtype)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Root-mean-square layer norm, computed in fp32 as Llama does."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
@@ -91,14 +86,14 @@ class Attention(nn.Module):
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
         self.correction: OutputCorrection | None = None
-        self.head_dim, self.qk_norm = spec.head_dim, spec.qk_norm
+        self.head_dim, self.qk_norm = spec.shape.head_dim, spec.shape.qk_norm
         self.q_proj = _linear(spec.linears["q_proj"])
         self.k_proj = _linear(spec.linears["k_proj"])
         self.v_proj = _linear(spec.linears["v_proj"])
         self.o_proj = _linear(spec.linears["o_proj"])
-        if spec.qk_norm:
-            self.q_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
-            self.k_norm = RMSNorm(spec.head_dim, spec.rms_norm_eps)
+        if self.qk_norm:
+            self.q_norm = RMSNorm(self.head_dim, spec.shape.rms_norm_eps)
+            self.k_norm = RMSNorm(self.head_dim, spec.shape.rms_norm_eps)
 
     def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
         q_BHTd = self._heads(self.q_proj(x_BTD))
@@ -175,9 +170,9 @@ class Layer(nn.Module):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.input_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.input_layernorm = RMSNorm(spec.shape.hidden_size, spec.shape.rms_norm_eps)
         self.self_attn = Attention(spec)
-        self.post_attention_layernorm = RMSNorm(spec.hidden_size, spec.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(spec.shape.hidden_size, spec.shape.rms_norm_eps)
         self.mlp = MLP(spec)
 
     def forward(self, x_BTD: Tensor, rope: Rope, selection_BGS: Tensor | None = None) -> Tensor:
@@ -225,8 +220,8 @@ class Decoder(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
 
     @property
-    def attentions(self) -> list[Attention]:
-        return [module for module in self.modules() if isinstance(module, Attention)]
+    def layers(self) -> list[Layer]:
+        return [module for module in self.modules() if isinstance(module, Layer)]
 
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
         """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""
@@ -253,5 +248,5 @@ class Decoder(nn.Module):
 
     def compile_layers(self) -> None:
         """Compiles the layers and the losses of tokens; a UserError where there is no compiler."""
-        compile_layers(self.model.layers, "a machine that has one")
+        compile_layers(self.layers, "a machine that has one")
         self.token_losses = torch.compile(self.token_losses)  # type: ignore[method-assign]

@@ -107,13 +107,9 @@ class Checkpoint:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = Decoder(space.shape, self.kv_heads)
         model.load_state_dict(weights)
-        layers = align(model.to(device), space.choices, text.to(device))
-        state = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." in name}
-        for layer, by_choice in enumerate(layers):
-            for name in by_choice[space.largest[layer]]:
-                stored = torch.cat([by_choice[groups][name] for groups in space.choices[layer]])
-                state[f"model.layers.{layer}.self_attn.{name}"] = stored
-        return {name: tensor.cpu().contiguous() for name, tensor in state.items()}
+        stored = align(model.to(device), space.choices, text.to(device))
+        turned = {name: tensor for name, tensor in model.state_dict().items() if ".self_attn." in name}
+        return {name: tensor.cpu().contiguous() for name, tensor in (turned | stored).items()}
 
     def _weights(self) -> dict[str, Tensor]:
         """The weights in fp32, by the names that every supported type has for them, and our decoder too."""

@@ -39,20 +39,17 @@ class Supernet(nn.Module):
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [len(self.rule.from_largest(choices)) for choices in space.choices])
-        for layer, (choices, attention) in enumerate(zip(space.choices, self.decoder.attentions, strict=True)):
+        for index, (choices, layer) in enumerate(zip(space.choices, self.decoder.layers, strict=True)):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
-            self.register_buffer(f"mixtures_{layer}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
+            self.register_buffer(f"mixtures_{index}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
             if output_rank and len(choices) > 1:
-                attention.correction = OutputCorrection(attention.o_proj, choices, output_rank)
+                layer.self_attn.correction = OutputCorrection(layer.self_attn.o_proj, choices, output_rank)
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
         """Logits BTV; row b runs the vector that has the `SearchSpace.choice_indices` ``choices_BL[b]``."""
-        if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
-            selections: Sequence[Tensor] = self.get_buffer("mixtures_0")[choices_BL].unbind(1)
-        else:
-            columns = enumerate(choices_BL.unbind(1))
-            selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
+        columns = enumerate(choices_BL.unbind(1))
+        selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
         return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
     def shared_losses(self, windows_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
@@ -86,9 +83,9 @@ class Supernet(nn.Module):
         mixtures = [self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True)]
         state = with_mixed_heads(self.decoder.state_dict(), mixtures)
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-        for own, folded, mixture in zip(self.decoder.attentions, plain.attentions, mixtures, strict=True):
-            if own.correction is not None:
-                folded.o_proj.weight += own.correction.matrix(mixture)
+        for own, folded, mixture in zip(self.decoder.layers, plain.layers, mixtures, strict=True):
+            if own.self_attn.correction is not None:
+                folded.self_attn.o_proj.weight += own.self_attn.correction.matrix(mixture)
         return plain
 
     @torch.no_grad()

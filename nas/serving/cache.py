@@ -23,7 +23,7 @@ def layer_caches(
     keys: Tensor, values: Tensor, shape: ModelShape, vector: Sequence[int], batch: int, length: int
 ) -> list[LayerCache]:
     """Shares flat keys and values out to the layers of a vector; what is left of them stays unused."""
-    sizes = [(batch, spec.kv_groups, length, spec.head_dim) for spec in shape.layers(vector)]
+    sizes = [(batch, spec.kv_groups, length, shape.head_dim) for spec in shape.layers(vector)]
     counts = [math.prod(size) for size in sizes]
     slices = (storage[: sum(counts)].split(counts) for storage in (keys, values))
     semaphores = torch.zeros(batch * max(vector), device=keys.device, dtype=torch.int32)

@@ -55,14 +55,14 @@ class ServingLayer(nn.Module):
 
     def __init__(self, spec: LayerSpec) -> None:
         super().__init__()
-        self.heads, self.groups, self.head_dim = spec.num_attention_heads, spec.kv_groups, spec.head_dim
-        self.qk_norm = spec.qk_norm
+        self.heads, self.groups, self.head_dim = spec.shape.num_attention_heads, spec.kv_groups, spec.shape.head_dim
+        self.qk_norm = spec.shape.qk_norm
         for name, plain in _FUSED.items():
             linears = [spec.linears[part] for part in plain]
             outputs = sum(linear.outputs for linear in linears)
             self.add_module(name, InputMajorLinear(linears[0].inputs, outputs, linears[0].bias))
         for name, width in spec.norms.items():
-            self.add_module(name, RMSNorm(width, spec.rms_norm_eps))
+            self.add_module(name, RMSNorm(width, spec.shape.rms_norm_eps))
 
     def share(self, twin: "ServingLayer") -> None:
         """Uses the weights of a layer with other groups, all but those of queries, keys and values."""

@@ -42,7 +42,8 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
 def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
     """Freezes a supernet of separate heads, in ``dtype``, but for what its smaller choices have alone."""
     freeze(supernet, dtype)
-    for attention, choices in zip(supernet.decoder.attentions, supernet.space.choices, strict=True):
+    for layer, choices in zip(supernet.decoder.layers, supernet.space.choices, strict=True):
+        attention = layer.self_attn
         if rows := sum(choices[:-1]) * attention.head_dim:
             attention.k_proj = _PartlyTrained(attention.k_proj, rows)  # type: ignore[assignment]
             attention.v_proj = _PartlyTrained(attention.v_proj, rows)  # type: ignore[assignment]

@@ -174,9 +174,8 @@ def fit(
                 loss, norm = _means(pending)
                 pending.clear()
                 if not (math.isfinite(loss) and math.isfinite(norm)):
-                    kept = f"the last good checkpoint is {checkpoint}"
-                    if not checkpoint.is_file():
-                        kept = "there is no checkpoint yet"
+                    last_good = f"the last good checkpoint is {checkpoint}"
+                    kept = last_good if checkpoint.is_file() else "there is no checkpoint yet"
                     raise UserError(
                         f"the training loss is no longer finite within the {config.log_every} steps up to {step}; "
                         f"lower train.learning_rate (now {config.peak_learning_rate}) under a new name; {kept}"
