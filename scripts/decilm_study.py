@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import sem, ttest_rel
+from shared import argument_parser
 
 from nas.config import TrainConfig
 from nas.data import TokenData, prepare_tokens, validation_windows
@@ -436,7 +437,7 @@ def stop(*_: object) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parts = {part.__name__: part for part in (supernet, search, equal_cost, alone, transfer, tau, predicted, figures)}
     parser.add_argument("part", choices=parts)
     parser.add_argument("--text", default="runs/text", help="data.path")

@@ -2,6 +2,7 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,8 +19,7 @@ CHOICES = st.lists(st.sets(st.sampled_from([1, 2, 4, 8]), min_size=1), min_size=
 
 def space_of(choices: list[set[int]]) -> SearchSpace:
     """A four-layer space."""
-    shape = load_space("tiny").shape
-    shape = type(shape)(**vars(shape) | {"num_hidden_layers": len(choices), "num_attention_heads": 8})
+    shape = replace(load_space("tiny").shape, num_hidden_layers=len(choices), num_attention_heads=8)
     return SearchSpace("drawn", shape, tuple(tuple(sorted(allowed)) for allowed in choices))
 
 

@@ -48,8 +48,11 @@ class Supernet(nn.Module):
 
     def forward(self, tokens_BT: Tensor, choices_BL: Tensor) -> Tensor:
         """Logits BTV; row b runs the vector that has the `SearchSpace.choice_indices` ``choices_BL[b]``."""
-        columns = enumerate(choices_BL.unbind(1))
-        selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
+        if len(set(self.space.choices)) == 1:  # one look-up for all layers, as each is a kernel to launch
+            selections: Sequence[Tensor] = self.get_buffer("mixtures_0")[choices_BL].unbind(1)
+        else:
+            columns = enumerate(choices_BL.unbind(1))
+            selections = [self.get_buffer(f"mixtures_{layer}")[choices_B] for layer, choices_B in columns]
         return self.decoder(tokens_BT, selections)  # type: ignore[no-any-return]
 
     def shared_losses(self, windows_NT: Tensor, vectors: Sequence[Vector]) -> Tensor:
