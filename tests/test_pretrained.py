@@ -1,5 +1,6 @@
 """Supernets that start from a trained Hugging Face checkpoint, with transformers as the reference."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -81,7 +82,8 @@ def save_checkpoint(
     """A checkpoint of random weights, large enough for every part to count, in a folder of its own."""
     config_type, own = KINDS[kind]
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config_type(**(SIZES | own | changes)))
+    values = copy.deepcopy(SIZES | own | changes)  # transformers writes into rope_scaling
+    model = AutoModelForCausalLM.from_config(config_type(**values))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.3)
