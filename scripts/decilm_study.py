@@ -289,21 +289,25 @@ def predicted(given: argparse.Namespace) -> None:
     def choices(table: pd.DataFrame) -> Any:
         return np.array(space.choice_indices(map(parse_vector, table["vector"])))
 
-    rows = []
-    for told in (35, 50, 100, 200, 500):
-        known, model = trials.head(told), None
-        if told > 35:  # that many make the sum
-            model = LossModel(choices(known), known["loss_nats"].to_numpy(copy=True), len(space.choices[0]))
+    def judged(kind: str, table: pd.DataFrame, predictions: Any, within: float | None) -> tuple[Any, ...]:
+        losses = table["loss_nats"].to_numpy()
+        tau = kendall(predictions, losses), *bootstrap_interval(predictions, losses[:, None], seed=0)
+        by_total = kendall(-table["vector"].map(parse_vector).map(sum).to_numpy(), losses)
+        error = np.sqrt(np.square(predictions - losses).mean())
+        return kind, len(table), *tau, by_total, error, losses.std(), within
+
+    rows: list[tuple[Any, ...]] = []
+    for kind, table in unseen.items():
+        sums = four + shares[choices(table)] @ penalties_L
+        rows.append(("sum", len(penalties_L) + 3, *judged(kind, table, sums, None)))
+    for told in (50, 100, 200, 500):
+        known = trials.head(told)
+        model = LossModel(choices(known), known["loss_nats"].to_numpy(copy=True), len(space.choices[0]))
         for kind, table in unseen.items():
             table = table[~table["vector"].isin(known["vector"])]
-            losses, of_table = table["loss_nats"].to_numpy(), choices(table)
-            predictions = model.means(of_table) if model else four + shares[of_table] @ penalties_L
-            within = (abs(predictions - losses) <= 2 * model.deviations(of_table)).mean() if model else None
-            tau = kendall(predictions, losses), *bootstrap_interval(predictions, losses[:, None], seed=0)
-            error = np.sqrt(np.square(predictions - losses).mean())
-            by_total = kendall(-table["vector"].map(parse_vector).map(sum).to_numpy(), losses)
-            name = "sampler" if model else "sum"
-            rows.append((name, told, kind, len(table), *tau, by_total, error, losses.std(), within))
+            means, deviations = model.means(choices(table)), model.deviations(choices(table))
+            within = (abs(means - table["loss_nats"].to_numpy()) <= 2 * deviations).mean()
+            rows.append(("sampler", told, *judged(kind, table, means, within)))
     columns = ["model", "told", "of", "vectors", "tau", "low", "high", "tau_of_totals", "rms_error_nats"]
     columns += ["deviation_nats", "within_two_deviations"]
     write(given, "predicted", pd.DataFrame(rows, columns=columns))
@@ -335,6 +339,8 @@ def figures(given: argparse.Namespace) -> None:
             right.plot(range(len(single)), single, "o-", color=colour, label=name, markersize=3)
         right.set(xlabel="layer that alone has the fewest groups", ylabel="loss beside the largest vector's (nats)")
         right.legend(fontsize=8)
+    if not (given.out / "alone_differences.csv").is_file():
+        return
     searched = pd.read_csv(given.out / f"search_{given.devices[0]}.csv")
     inherited = pd.concat([searched, orders]).drop_duplicates("vector").set_index("vector")["loss_nats"]
     trainings, rows = pd.read_csv(given.out / "alone.csv"), pd.read_csv(given.out / "alone_differences.csv")

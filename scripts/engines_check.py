@@ -226,7 +226,9 @@ def table(rows: pd.DataFrame) -> str:
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("engines", nargs="*", choices=[[], *ENGINES], help="default: all")
+    parser.add_argument(
+        "engines", nargs="*", choices=[[], *ENGINES], metavar="ENGINE", help=f"some of {', '.join(ENGINES)}"
+    )
     parser.add_argument("--environments", type=Path, default=Path(".engines"))
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="an engine's own Python")
     parser.add_argument("--models", type=Path, nargs="+", metavar="DIR", help="exported models to take")

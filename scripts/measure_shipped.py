@@ -37,7 +37,9 @@ TABLES = {
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("tables", nargs="*", choices=[[], *TABLES], help="default: all")
+    parser.add_argument(
+        "tables", nargs="*", choices=[[], *TABLES], metavar="TABLE", help=f"some of {', '.join(TABLES)}"
+    )
     commands = {
         name: [sys.executable, "-m", "nas", "measure", *TABLES[name], f"name=shipped-{name}"]
         for name in parser.parse_args().tables or TABLES

@@ -4,7 +4,7 @@ Each trial reads a chunk of prompts and decodes a step under a cap on PyTorch's 
 and then larger ones are tried until one does not. Adds its rows to docs/memory/batch_max.csv.
 
     python scripts/memory_check.py
-    python scripts/memory_check.py --runtime compiled --contexts 512 3000 --caps-gib 16 60 --random 3
+    python scripts/memory_check.py --runtime compiled --contexts 512 3000 --caps-gib 16 40 --random 2
 """
 
 import itertools

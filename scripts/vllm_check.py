@@ -57,7 +57,7 @@ def write_configuration(shape: ModelShape, vector: Vector, folder: Path) -> None
 def serve(python: str, file: Path) -> None:
     """Runs vLLM once for each model that the file lacks of this card, and adds what it did."""
     about = {"memory_gib": MEMORY_GIB} | gpu_origin()
-    served = pd.read_csv(file)
+    served = pd.read_csv(file) if file.is_file() else pd.DataFrame(columns=["device", "model"])
     done = set(served.loc[served["device"] == about["device"], "model"])
     for name, (shape, vector) in all_models().items():
         if name in done:

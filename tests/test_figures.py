@@ -93,6 +93,8 @@ def test_lasting_steps_are_quoted_as_measured(script: dict[str, Any]) -> None:
             over_all = f"takes the mean error from {own['short_mean'].mean():.2f} to {own['mean'].mean():.2f} %"
             assert over_all in page("docs/latency.md")
     assert f"mean and {earlier['worst'].max():.1f} % at worst" in page("docs/latency.md")
+    uniform = 100 * decode[decode["date"].str[11:16] == "17:34"].set_index("batch")["uniform_worst"]
+    assert f"(uniform: {uniform[80]:.2f} and {uniform[112]:.2f} %)" in page("docs/latency.md")
     one, another, h200 = worst.values()
     quoted = f"{one:.1f} % at worst on an H100, {another:.1f} % on another and {h200:.1f} % on an H200"
     assert quoted in page("README.md")
@@ -364,8 +366,8 @@ def test_the_samplers_model_on_a_trained_supernet_is_quoted_as_measured() -> Non
         shares = rows["within_two_deviations"].dropna()
         cells += [", ".join(f"{100 * share:.0f} %" for share in shares) or "–"]
         assert f"| {told}{', the plain sum' if model == 'sum' else ''} | {' | '.join(cells)} |" in text
-    orders, others = (table[table["of"] == kind] for kind in ("orders", "other totals"))
-    plain = orders[orders["model"] == "sum"].iloc[0]
+    of_sampler, plain = table[table["model"] == "sampler"], table[table["model"] == "sum"].iloc[0]
+    orders, others = (of_sampler[of_sampler["of"] == kind] for kind in ("orders", "other totals"))
     deviations = orders["deviation_nats"].iloc[0], others["deviation_nats"].iloc[0]
     assert f"own standard deviations are {deviations[0]:.5f} and {deviations[1]:.4f} nats" in text
     assert f"has a τ of {others['tau_of_totals'].iloc[0]:.2f} with the other totals" in text

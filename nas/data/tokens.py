@@ -64,20 +64,21 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
     folder = cache / f"tokens-{value_hash(recipe)}"
     folder.mkdir(parents=True, exist_ok=True)
     saved, *rows = (folder / name for name in _NAMES)
-    with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
-        digest = _intact(folder) or _tokenise(corpus, given, frame, vocab_size, folder)
+    if not (digest := _intact(folder)):
+        with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
+            if not (digest := _intact(folder)):
+                if (folder / _MARK).is_file():
+                    console.print(f"The tokens in {folder} are damaged and are made anew")
+                digest = _tokenise(corpus, given, frame, vocab_size, folder)
     train, validation = (np.load(row, mmap_mode="r") for row in rows)
     return TokenData(train, validation, saved, digest)
 
 
 def _intact(folder: Path) -> str | None:
     """The digest of the cache in a folder; None if there is no finished one, or if it has changed since."""
-    if not (folder / _MARK).is_file():
-        return None
     with suppress(UserError, FileNotFoundError):
-        if (digest := _digest(folder)) == read_json(folder / _MARK).get("digest"):
-            return digest
-    console.print(f"The tokens in {folder} are damaged and are made anew")
+        recorded: str | None = read_json(folder / _MARK).get("digest")
+        return recorded if recorded == _digest(folder) else None
     return None
 
 
