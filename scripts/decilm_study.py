@@ -341,7 +341,7 @@ def figures(given: argparse.Namespace) -> None:
         right.legend(fontsize=8)
     if not (given.out / "alone_differences.csv").is_file():
         return
-    searched = pd.read_csv(given.out / f"search_{given.devices[0]}.csv")
+    searched = pd.read_csv(given.out / f"search_{next(iter(DEVICES))}.csv")
     inherited = pd.concat([searched, orders]).drop_duplicates("vector").set_index("vector")["loss_nats"]
     trainings, rows = pd.read_csv(given.out / "alone.csv"), pd.read_csv(given.out / "alone_differences.csv")
     vectors, by_seed = trainings.groupby("name")["vector"].first(), trainings.pivot_table("loss_nats", "seed", "name")
@@ -455,7 +455,8 @@ if __name__ == "__main__":
     parser.add_argument("--devices", nargs="*", default=list(DEVICES), choices=DEVICES, help="to search for, in order")
     parser.add_argument("--words", nargs="*", help="what replaces a device's words, for a trial")
     parser.add_argument("--context", type=int, default=2048, help="of the served workload")
-    parser.add_argument("--supernets", nargs="*", default=list(SUPERNETS), choices=SUPERNETS, help="to train, in order")
+    proxies = ["main", "narrow", "half", "double"]
+    parser.add_argument("--supernets", nargs="*", default=proxies, choices=SUPERNETS, help="to train, in order")
     parser.add_argument("--steps", type=int, default=2400, help="of a supernet")
     parser.add_argument("--batch", type=int, default=64, help="rows per step")
     parser.add_argument("--length", type=int, help="tokens per row; default: the proxy's context")

@@ -46,7 +46,7 @@ def random_model(kind: str, heads: int, seed: int) -> Decoder:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
         parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
-    for layer in model.layers if kind == "qwen3-pairs" else ():
+    for layer in model.model.layers if kind == "qwen3-pairs" else ():
         for norm in (layer.self_attn.q_norm, layer.self_attn.k_norm):
             norm.weight.copy_(norm.weight.chunk(2)[0].repeat(2))
     return model
@@ -86,7 +86,7 @@ def test_a_gauge_changes_nothing(kind: str, seed: int, unitary: bool) -> None:
     model = random_model(kind, 4, seed).double()  # the matrices may be far from orthogonal
     with torch.no_grad():
         before = model(TOKENS)
-        for layer in model.layers:
+        for layer in model.model.layers:
             regauge(layer.self_attn, seed, unitary)
         torch.testing.assert_close(model(TOKENS), before, atol=2e-3, rtol=1e-3)
 
@@ -133,7 +133,7 @@ def test_heads_that_are_alike_but_for_their_gauge_are_found_and_merged_at_no_los
     with torch.no_grad():
         expected = model(TOKENS)
         torch.testing.assert_close(whole(TOKENS), expected, atol=1e-4, rtol=1e-4)
-        for layer in whole.layers:
+        for layer in whole.model.layers:
             regauge(layer.self_attn, 5, unitary=True)
         stored = align(whole, [(2, 4)] * 2, TOKENS)
         small = Decoder(model.shape, (2, 2))
@@ -145,8 +145,8 @@ def test_a_choice_that_is_fitted_loses_less_than_the_mean_of_neighbours() -> Non
     model = random_model("llama", 4, 0)
     whole = copy.deepcopy(model)
     stored = align(whole, [(2, 4)] * 2, TOKENS)
-    names, layer = ("k_proj.weight", "v_proj.weight"), model.layers[0]
-    own, turned = (each.layers[0].self_attn for each in (model, whole))
+    names, layer = ("k_proj.weight", "v_proj.weight"), model.model.layers[0]
+    own, turned = (each.model.layers[0].self_attn for each in (model, whole))
     mean = {name: mix_heads(pooling(4, 2), own.state_dict()[name]) for name in names}
     fitted = {name: stored[f"model.layers.0.self_attn.{name}"][: 2 * SHAPE.head_dim] for name in names}
     with torch.no_grad():

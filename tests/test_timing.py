@@ -490,7 +490,7 @@ def random_decoder(space: SearchSpace, vector: Vector, pool: LayerPool) -> Decod
     for parameter in decoder.parameters():
         parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.3, generator=generator)
     for position, groups, layer in zip(pool._layers, vector, decoder.model.layers, strict=True):
-        position[groups].load(layer)  # type: ignore[arg-type]
+        position[groups].load(layer)
     parts = (decoder.model.embed_tokens, decoder.model.norm, decoder.lm_head)
     for own, part in zip(pool._embeddings_and_heads[0], parts, strict=True):
         own.get_parameter("weight").copy_(part.get_parameter("weight"))

@@ -64,12 +64,10 @@ def prepare_tokens(corpus: Corpus, tokenizer: str | None, vocab_size: int, cache
     folder = cache / f"tokens-{value_hash(recipe)}"
     folder.mkdir(parents=True, exist_ok=True)
     saved, *rows = (folder / name for name in _NAMES)
-    if not (digest := _intact(folder)):
+    digest = _intact(folder)
+    if not digest:
         with filelock.FileLock(folder / ".lock"):  # of several processes one tokenises, and the others wait
-            if not (digest := _intact(folder)):
-                if (folder / _MARK).is_file():
-                    console.print(f"The tokens in {folder} are damaged and are made anew")
-                digest = _tokenise(corpus, given, frame, vocab_size, folder)
+            digest = _intact(folder) or _tokenise(corpus, given, frame, vocab_size, folder)
     train, validation = (np.load(row, mmap_mode="r") for row in rows)
     return TokenData(train, validation, saved, digest)
 
@@ -93,6 +91,8 @@ def _tokenise(
 
     Returns the cache's digest.
     """
+    if (folder / _MARK).is_file():
+        console.print(f"The tokens in {folder} are damaged and are made anew")
     console.print(f"Tokenising {type(corpus).__name__} into {folder}")
     model = given or train_tokenizer((train for train, _ in _splits(corpus)), vocab_size)
     saved, *rows = (folder / name for name in _NAMES)
@@ -121,7 +121,8 @@ def _tokenise(
         raise UserError(
             f"the corpus leaves {totals[0]} tokens for training and {totals[1]} for validation; give more text"
         )
-    write_json(folder / _MARK, {"digest": (digest := _digest(folder))})
+    digest = _digest(folder)
+    write_json(folder / _MARK, {"digest": digest})
     return digest
 
 

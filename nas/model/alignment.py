@@ -42,7 +42,7 @@ def align(model: Decoder, choices: Sequence[Vector], tokens_BT: Tensor) -> dict[
     mixed_BTD, stored = x_BTD, {}  # mixed: the same text, each row at a vector of its own
     generator = torch.Generator().manual_seed(0)
     with console.progress_bar("Aligning the K/V heads of layers", len(choices)) as bar:
-        for index, (layer, allowed) in enumerate(zip(model.layers, choices, strict=True)):
+        for index, (layer, allowed) in enumerate(zip(model.model.layers, choices, strict=True)):
             h_BTD = layer.input_layernorm(x_BTD)
             _turn(layer.self_attn, allowed, h_BTD.flatten(0, 1))
             x_BTD = x_BTD + layer.self_attn(h_BTD, rope)

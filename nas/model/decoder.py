@@ -183,10 +183,12 @@ class Layer(nn.Module):
 class _Trunk(nn.Module):
     """What Hugging Face calls ``model``: everything but the output head."""
 
+    layers: Sequence[Layer]
+
     def __init__(self, shape: ModelShape, specs: Sequence[LayerSpec]) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(shape.vocab_size, shape.hidden_size)
-        self.layers = nn.ModuleList(Layer(spec) for spec in specs)
+        self.layers = nn.ModuleList(map(Layer, specs))  # type: ignore[assignment]
         self.norm = RMSNorm(shape.hidden_size, shape.rms_norm_eps)
 
 
@@ -219,10 +221,6 @@ class Decoder(nn.Module):
             std = 0.02 / (2 * len(self.kv_heads)) ** 0.5 if residual else 0.02
             parameter.normal_(0.0, std, generator=generator)
 
-    @property
-    def layers(self) -> list[Layer]:
-        return [module for module in self.modules() if isinstance(module, Layer)]
-
     def forward(self, tokens_BT: Tensor, selections: Sequence[Tensor] | None = None) -> Tensor:
         """Logits BTV of every position; a supernet passes a selection (B, G, S) per layer."""
         x_BTD, rope = self.model.embed_tokens(tokens_BT), self.rope(0, tokens_BT.shape[1])
@@ -248,5 +246,5 @@ class Decoder(nn.Module):
 
     def compile_layers(self) -> None:
         """Compiles the layers and the losses of tokens; a UserError where there is no compiler."""
-        compile_layers(self.layers, "a machine that has one")
+        compile_layers(self.model.layers, "a machine that has one")
         self.token_losses = torch.compile(self.token_losses)  # type: ignore[method-assign]

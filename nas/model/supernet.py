@@ -39,7 +39,7 @@ class Supernet(nn.Module):
             raise UserError(f"train.sharing is '{sharing}'; use auto, {', '.join(SHARING_RULES)}")
         self.space, self.rule = space, SHARING_RULES[sharing]
         self.decoder = Decoder(space.shape, [len(self.rule.from_largest(choices)) for choices in space.choices])
-        for index, (choices, layer) in enumerate(zip(space.choices, self.decoder.layers, strict=True)):
+        for index, (choices, layer) in enumerate(zip(space.choices, self.decoder.model.layers, strict=True)):
             heads = math.lcm(*choices)
             mixtures = [self.rule.mixture(choices, g).repeat_interleave(heads // g, dim=0) for g in choices]
             self.register_buffer(f"mixtures_{index}", torch.stack(mixtures), persistent=False)  # (choices, G, S)
@@ -86,7 +86,7 @@ class Supernet(nn.Module):
         mixtures = [self.rule.mixture(*layer) for layer in zip(self.space.choices, vector, strict=True)]
         state = with_mixed_heads(self.decoder.state_dict(), mixtures)
         plain.load_state_dict({name: state[name] for name in plain.state_dict()})
-        for own, folded, mixture in zip(self.decoder.layers, plain.layers, mixtures, strict=True):
+        for own, folded, mixture in zip(self.decoder.model.layers, plain.model.layers, mixtures, strict=True):
             if own.self_attn.correction is not None:
                 folded.self_attn.o_proj.weight += own.self_attn.correction.matrix(mixture)
         return plain

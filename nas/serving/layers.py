@@ -187,7 +187,7 @@ class ServingModel(nn.Module):
         """A plain decoder's weights in this form."""
         model = cls(decoder.shape, decoder.kv_heads, device, dtype)
         for own, layer in zip(model.layers, decoder.model.layers, strict=True):
-            own.load(layer)  # type: ignore[arg-type]
+            own.load(layer)
         with torch.no_grad():
             model.embed_tokens.weight.copy_(decoder.model.embed_tokens.weight)
             model.lm_head.weight.copy_(decoder.lm_head.weight)

@@ -42,7 +42,7 @@ def freeze(model: nn.Module, dtype: torch.dtype) -> None:
 def train_smaller_heads(supernet: Supernet, dtype: torch.dtype) -> None:
     """Freezes a supernet of separate heads, in ``dtype``, but for what its smaller choices have alone."""
     freeze(supernet, dtype)
-    for layer, choices in zip(supernet.decoder.layers, supernet.space.choices, strict=True):
+    for layer, choices in zip(supernet.decoder.model.layers, supernet.space.choices, strict=True):
         attention = layer.self_attn
         if rows := sum(choices[:-1]) * attention.head_dim:
             attention.k_proj = _PartlyTrained(attention.k_proj, rows)  # type: ignore[assignment]
